@@ -1,0 +1,31 @@
+"""The errors this library raises on purpose.
+
+Every message says what is wrong, what came, what was expected and what to do. Each class also inherits the builtin
+that a caller who knows nothing of us would catch.
+"""
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "Llm2RecError", "NonFiniteError", "TeacherOutputsError"]
+
+
+class Llm2RecError(Exception):
+    """Root of all errors of this library."""
+
+
+class ConfigError(Llm2RecError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(Llm2RecError, ValueError):
+    """Raw or prepared data that is missing, malformed or inconsistent."""
+
+
+class TeacherOutputsError(Llm2RecError, ValueError):
+    """Teacher outputs that are missing, malformed or belong to another dataset."""
+
+
+class CheckpointError(Llm2RecError, RuntimeError):
+    """A run folder that cannot be resumed or loaded as asked."""
+
+
+class NonFiniteError(Llm2RecError, FloatingPointError):
+    """A loss or gradient that is not finite."""
