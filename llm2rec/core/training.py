@@ -1,0 +1,60 @@
+"""The settings that every training loop shares."""
+
+from dataclasses import dataclass
+
+from llm2rec.core.errors import ConfigError
+
+__all__ = ["TrainingSettings"]
+
+
+@dataclass
+class TrainingSettings:
+    """How long and how fast to train; a Hydra schema and a plain value at once.
+
+    Attributes:
+        epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
+        batch_size: Rows per optimizer step, over all processes and micro-batches.
+        micro_batch_size: Rows per process and forward pass at most; smaller needs less memory, same numbers.
+        learning_rate: Peak learning rate.
+        min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.
+        warmup_ratio: Part of all steps in which the learning rate rises linearly to its peak.
+        weight_decay: Decoupled weight decay (AdamW), on matrices only.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
+        patience: Evaluations without improvement after which training stops.
+        evaluate_every_steps: Optimizer steps between evaluations; 0 means once an epoch.
+        checkpoint_every_steps: Optimizer steps between checkpoints, besides the one after each evaluation; 0 for none.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    micro_batch_size: int = 256
+    learning_rate: float = 1e-3
+    min_learning_rate_ratio: float = 1.0
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    patience: int = 10
+    evaluate_every_steps: int = 0
+    checkpoint_every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train, all at once."""
+        problems = [
+            f"`{name}` is {getattr(self, name)}, expected {expected}"
+            for name, expected, ok in (
+                ("epochs", "0 or more", self.epochs >= 0),
+                ("batch_size", "at least 1", self.batch_size >= 1),
+                ("micro_batch_size", "at least 1", self.micro_batch_size >= 1),
+                ("learning_rate", "a positive number", self.learning_rate > 0),
+                ("min_learning_rate_ratio", "0 to 1", 0 <= self.min_learning_rate_ratio <= 1),
+                ("warmup_ratio", "0 to 1", 0 <= self.warmup_ratio <= 1),
+                ("weight_decay", "0 or more", self.weight_decay >= 0),
+                ("max_grad_norm", "0 (off) or more", self.max_grad_norm >= 0),
+                ("patience", "at least 1", self.patience >= 1),
+                ("evaluate_every_steps", "0 (once an epoch) or more", self.evaluate_every_steps >= 0),
+                ("checkpoint_every_steps", "0 (off) or more", self.checkpoint_every_steps >= 0),
+            )
+            if not ok
+        ]
+        if problems:
+            raise ConfigError("training settings: " + "; ".join(problems) + ".")
