@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Make .venv, the environment that every script here uses: exactly the versions in poetry.lock.
+#
+#   bash env_shell/setup.sh [--no-dev] [--help]
+#
+# It needs Python 3.11 or newer and nothing else. Call it again at any time: it does nothing when all is
+# as it should be, installs what the lock has gained, and starts over what was interrupted.
+#
+#   --no-dev                 leave out the tools for development (pytest, ruff, mypy, linters)
+#   PYTHON=python3.12        the Python to build on (default: the first suitable one on PATH)
+#   LLM2REC_TORCH=cpu|cuda   which build of torch (default: cuda where an NVIDIA GPU answers, else cpu)
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=env_shell/_lib.sh
+. "$root/env_shell/_lib.sh"
+cd "$root"
+
+dev_option=""
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) print_help "${BASH_SOURCE[0]}" && exit 0 ;;
+    --no-dev) dev_option="--no-dev" ;;
+    *) die "unknown argument '$argument' (see: bash env_shell/setup.sh --help)" ;;
+  esac
+done
+
+variant="${LLM2REC_TORCH:-}"
+if [ -z "$variant" ]; then
+  variant=cpu
+  # Outside Linux there is one build of torch, the locked one, and no CUDA package has a marker that fits.
+  if [ "$(uname -s)" != Linux ] || has_nvidia_gpu; then variant=cuda; fi
+fi
+case "$variant" in cpu | cuda) ;; *) die "LLM2REC_TORCH is '$variant'; expected cpu or cuda" ;; esac
+
+venv="$root/.venv"
+python="$venv/bin/python"
+stamp="$venv/.llm2rec-ready"
+unfinished="$venv/.llm2rec-unfinished"
+
+# What the environment was built from, and with which Python.
+fingerprint() {
+  { cat poetry.lock pyproject.toml env_shell/setup.sh env_shell/locked_requirements.py && echo "$variant"; } |
+    "$python" -c 'import hashlib, sys; print(sys.version.split()[0], hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' 2>/dev/null
+}
+
+# An environment with the development tools serves those who can do without them.
+moved=""
+if [ -f "$stamp" ] && [ ! -e "$unfinished" ]; then
+  { read -r ready && read -r place; } <"$stamp" || place=""
+  # The programs in a copied or moved environment still start the Python of the old place.
+  if [ "$place" != "$root" ]; then
+    moved=yes
+  elif now="$(fingerprint)" && { [ "$ready" = "$now all" ] || [ "$ready" = "$now ${dev_option:-all}" ]; }; then
+    exit 0
+  fi
+fi
+
+# --- A Python to build on -------------------------------------------------------------------------------------------
+
+find_python() {
+  local candidate found=""
+  for candidate in ${PYTHON:-python3 python python3.13 python3.12 python3.11 python3.14}; do
+    command -v "$candidate" >/dev/null 2>&1 || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+    found="$found $candidate ($("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo 'does not run'))"
+  done
+  die "Python 3.11 or newer is needed; found:${found:- none of: ${PYTHON:-python3, python3.11 to python3.14}}. Install one, or name it: PYTHON=/path/to/python3.12 bash env_shell/setup.sh"
+}
+
+if [ -e "$unfinished" ] || [ -n "$moved" ] || ! "$python" -c '' 2>/dev/null; then
+  base="$(find_python)"
+  "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$base has no venv module. On Debian and Ubuntu: apt-get install python3-venv"
+  say "Making .venv with $("$base" --version) ($base)"
+  # --clear empties the folder and keeps it: in a container it is a mount.
+  "$base" -m venv --clear "$venv" || die "could not make $venv"
+  # pip takes a package that a killed run left half copied for installed, so until the end nothing here is trusted.
+  : >"$unfinished"
+elif [ -f "$stamp" ]; then
+  : >"$unfinished"
+fi
+# Else the environment was made by others (Poetry, say): add what is missing and clear nothing.
+rm -f "$stamp"
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
+  die ".venv has no pip: remove $venv and call this again"
+
+# --- The packages ---------------------------------------------------------------------------------------------------
+
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+locked() { "$python" env_shell/locked_requirements.py "$@"; }
+pip() { "$python" -m pip --disable-pip-version-check --quiet --no-input "$@"; }
+
+installed_torch() { "$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true; }
+
+install_cpu_torch() {
+  local version
+  version="$(locked torch-version)"
+  case "$(installed_torch)" in "$version" | "$version+"*) return 0 ;; esac
+  say "Installing torch $version, the build for machines without a GPU"
+  # Where pip has been told of a place with this build, it is the quickest way.
+  if pip install --no-deps "torch==$version+cpu" 2>"$work/torch.log"; then return 0; fi
+  # The default package index has only the CUDA build. uv knows where PyTorch keeps the others.
+  "$python" -m venv "$work/uv"
+  "$work/uv/bin/python" -m pip --disable-pip-version-check --quiet install "uv>=0.7" ||
+    die "could not install uv, which fetches the CPU build of torch (see above)"
+  "$work/uv/bin/uv" pip install --quiet --python "$python" --no-deps --torch-backend cpu "torch==$version" || {
+    cat "$work/torch.log" >&2
+    die "could not install the CPU build of torch $version; pip's answer and uv's are above. LLM2REC_TORCH=cuda takes the CUDA build instead (several GB)"
+  }
+}
+
+SECONDS=0
+if [ "$variant" = cpu ]; then
+  install_cpu_torch
+elif [[ "$(installed_torch)" == *+cpu ]]; then
+  pip uninstall --yes torch # to pip it is the locked version
+fi
+# shellcheck disable=SC2086  # empty or one word
+locked list --variant "$variant" $dev_option >"$work/requirements.txt"
+say "Installing $(grep -c '==' "$work/requirements.txt") locked packages"
+# --no-deps: the lock is the whole list, and pip's own resolving would bring the CUDA build of torch.
+pip install --no-deps --use-pep517 --require-hashes -r "$work/requirements.txt" ||
+  die "pip could not install the locked packages (see above). Call this again to go on"
+say "Installing llm2rec itself, editable"
+pip install --no-deps -e . || die "pip could not install the project (see above)"
+
+# shellcheck disable=SC2086
+locked check --variant "$variant" $dev_option >&2 || die ".venv differs from poetry.lock as said above; remove $venv and call this again"
+rm -f "$unfinished"
+printf '%s\n' "$(fingerprint) ${dev_option:-all}" "$root" >"$stamp"
+say "Ready in $SECONDS s: .venv (torch $(installed_torch))"
