@@ -1,0 +1,105 @@
+"""Reading files that users hand in: existence, compression, hashes and lines with their numbers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from llm2rec.core.errors import DataError
+
+__all__ = ["data_suffix", "digest_of_files", "existing_file", "numbered_lines", "shorten"]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def shorten(text: object, limit: int = 120) -> str:
+    """Quote a value for an error message, cut so that a broken megabyte line stays readable."""
+    shown = repr(text)
+    return shown if len(shown) <= limit else shown[: limit - 4] + "...'"
+
+
+def existing_file(path: str | Path, option: str) -> Path:
+    """Return the path of a file that is there.
+
+    Args:
+        path: Where the user says it is.
+        option: The setting that named it, for the message.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    found = Path(path)
+    if not found.is_file():
+        kind = "is a folder" if found.is_dir() else "does not exist"
+        raise DataError(f"`dataset.{option}` {kind}: {found}. Give the path of a file: dataset.{option}=PATH")
+    return found
+
+
+def data_suffix(path: Path) -> str:
+    """Return what a file's name says of its format: the last suffix, without a trailing `.gz`, in lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Hash the content of files, in order.
+
+    The suffix counts because it decides how a file is read; the rest of the name and the folder do not.
+
+    Returns:
+        A sha256 in hexadecimal.
+    """
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+        whole.update(f"{data_suffix(path)}:{content}\n".encode())
+    return whole.hexdigest()
+
+
+def numbered_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Yield the non-blank lines of a text file, gzipped or plain, with their numbers from 1.
+
+    Raises:
+        DataError: If the file is not text in this encoding, or its compression is broken.
+    """
+    with path.open("rb") as raw:
+        yield from decoded_lines(raw, path, encoding)
+
+
+def decoded_lines(raw: IO[bytes], path: Path | str, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Yield the non-blank lines of an open binary file with their numbers from 1; `path` is for messages.
+
+    Compression is told by the content, not the name: published files are renamed often enough.
+
+    Raises:
+        DataError: If the content is not text in this encoding, or its compression is broken.
+    """
+    buffered = io.BufferedReader(raw, _CHUNK_BYTES) if isinstance(raw, io.RawIOBase) else raw
+    is_gzip = buffered.read(2) == b"\x1f\x8b"
+    buffered.seek(0)
+    stream = gzip.open(buffered) if is_gzip else buffered
+    number = 0
+    try:
+        # Split on "\n" alone, in bytes: str.splitlines would also split at characters that titles may hold.
+        for number, line in enumerate(stream, start=1):
+            text = line.decode(encoding).rstrip("\r\n")
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            if text.strip():
+                yield number, text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: not {encoding} text ({error.reason}); save the file as {encoding}."
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}: the gzip data breaks off or is damaged after line {number}; fetch the file again."
+        ) from error

@@ -1,0 +1,189 @@
+"""What a dataset is made from: the settings every source shares, and the raw tables every source yields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.data._files import digest_of_files
+
+__all__ = ["MISSING", "DatasetSpec", "RawData", "path_field"]
+
+MISSING = "???"
+"""What OmegaConf calls a required value that has not been given."""
+
+SPLITS = ("leave_one_out", "global_time")
+MISSING_TITLE_POLICIES = ("error", "drop", "id")
+
+_IS_PATH = "is_path"
+_NOT_CONTENT = "not_content"
+
+SpecT = TypeVar("SpecT", bound="DatasetSpec")
+
+
+def path_field(default: str | None = MISSING) -> Any:
+    """Declare a field that holds a path: made absolute by `with_base`, and never part of `settings`."""
+    return field(default=default, metadata={_IS_PATH: True, _NOT_CONTENT: True})
+
+
+def side_field(default: Any) -> Any:
+    """Declare a field that says how the work is done and cannot change its result: not part of `settings`."""
+    return field(default=default, metadata={_NOT_CONTENT: True})
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What a source yields, before any filter.
+
+    Attributes:
+        interactions: One row an interaction, in the order of the source: `user_id` and `item_id` (str), `timestamp`
+            (int64, any unit, larger is later) and, where the source has them, `rating` (float64).
+        items: One row an item, ids unique: `item_id` (str) and `title` (str, empty where the source has none).
+            Its order is the order of the item indices.
+        notes: Counts of what the source left out, by name; they go into the statistics.
+    """
+
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetSpec:
+    """Settings that every dataset shares; each source adds its own.
+
+    The same class is the schema of `conf/dataset/*.yaml` and the object Hydra builds from it.
+
+    Attributes:
+        name: Names the prepared folder and the teacher's outputs: letters, digits, `.`, `_` and `-`.
+        domain: The word for one item in prompts, such as `movie`.
+        min_rating: Keep only interactions rated at least this; None keeps all.
+        k_core: Keep only users and items with at least this many interactions, repeated until nothing changes;
+            0 keeps all.
+        min_interactions: Users with fewer interactions after the filters are counted and left out.
+        missing_title: An item without a title is an `error`, is dropped with its interactions (`drop`), or is
+            titled with its own id (`id`).
+        history_length: The most recent interactions an example's history holds, L.
+        split: `leave_one_out` (each user's last interaction tests, the one before validates) or `global_time`
+            (everybody's latest interactions test).
+        validation_fraction: Share of all interactions that validate; only with `global_time`.
+        test_fraction: Share of all interactions that test; only with `global_time`.
+        num_proc: Processes that build examples.
+
+    Raises:
+        ConfigError: If a value cannot work; all problems of one dataset are named together.
+    """
+
+    name: str = MISSING
+    domain: str = "item"
+    min_rating: float | None = None
+    k_core: int = 0
+    min_interactions: int = 3
+    missing_title: str = "error"
+    history_length: int = 10
+    split: str = "leave_one_out"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    num_proc: int = side_field(1)
+
+    def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ConfigError(f"dataset `{self.name}` cannot be built: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the values, one clause each; sources add their own."""
+        problems = [
+            f"`dataset.{each.name}` is not set: give `dataset.{each.name}=...`"
+            for each in dataclasses.fields(self)
+            if getattr(self, each.name) == MISSING
+        ]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) and self.name != MISSING:
+            problems.append(f"`name` must be letters, digits, '.', '_' or '-', got {self.name!r}")
+        if not self.domain.strip():
+            problems.append("`domain` is blank: give the word for one item, such as 'movie'")
+        if self.split not in SPLITS:
+            problems.append(f"`split` must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.missing_title not in MISSING_TITLE_POLICIES:
+            allowed = ", ".join(MISSING_TITLE_POLICIES)
+            problems.append(f"`missing_title` must be one of {allowed}, got {self.missing_title!r}")
+        # Leave-one-out needs a history, a validation target and a test target; one target and a history do otherwise.
+        lowest_length = 3 if self.split == "leave_one_out" else 2
+        for key, lowest in (
+            ("k_core", 0),
+            ("min_interactions", lowest_length),
+            ("history_length", 1),
+            ("num_proc", 1),
+        ):
+            if getattr(self, key) < lowest:
+                problems.append(f"`{key}` must be at least {lowest} with split={self.split}, got {getattr(self, key)}")
+        validation, test = self.validation_fraction, self.test_fraction
+        if self.split == "global_time" and not (validation > 0 and test > 0 and validation + test < 1):
+            problems.append(
+                "`validation_fraction` and `test_fraction` must be positive and sum to less than 1, "
+                f"got {validation} and {test}"
+            )
+        return problems
+
+    def with_base(self: SpecT, base: Path) -> SpecT:
+        """Return a copy whose relative paths start at `base`.
+
+        Args:
+            base: The folder the user typed the command in; Hydra has changed the working folder since.
+        """
+        changes: dict[str, Any] = {}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.metadata.get(_IS_PATH) and value is not None:
+                # Joining with an absolute path gives that path, so absolute paths stay.
+                changes[each.name] = str(Path(base).absolute() / Path(value).expanduser())
+        return dataclasses.replace(self, **changes)
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides the content, as plain JSON values and without any path."""
+        own = {
+            each.name: getattr(self, each.name)
+            for each in dataclasses.fields(self)
+            if not each.metadata.get(_NOT_CONTENT) and each.name != "_target_"
+        }
+        return {"source": type(self).__name__, **own}
+
+    def obtain(self: SpecT, raw_cache_dir: Path | None) -> SpecT:
+        """Make sure the raw files are there, downloading what may be downloaded.
+
+        Args:
+            raw_cache_dir: Where downloads are kept; None when there is no such place.
+
+        Returns:
+            A spec whose raw files exist as far as the source can know.
+
+        Raises:
+            DataError: If the raw files are missing and cannot be had.
+        """
+        return self
+
+    def raw_files(self) -> list[Path]:
+        """Return the files that `read` reads.
+
+        Raises:
+            DataError: If one of them is missing.
+        """
+        raise NotImplementedError
+
+    def raw_digest(self) -> str:
+        """Return a hash of the raw content, by which prepared data is found again."""
+        return digest_of_files(self.raw_files())
+
+    def read(self) -> RawData:
+        """Read the raw files.
+
+        Raises:
+            DataError: If a file is missing or malformed; the message names file and line.
+        """
+        raise NotImplementedError
