@@ -1,0 +1,161 @@
+"""The adapted layer: one LoRA whose middle activation is multiplied by the gates of the instance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import ILoraConfig
+from .gate import GateSlot, RankLayout
+
+__all__ = ["ILoraLinear", "MergeError", "refuse_merge"]
+
+
+class MergeError(NotImplementedError):
+    """An attempt to fold a mixture that differs from instance to instance into one weight."""
+
+
+def refuse_merge() -> NoReturn:
+    """Raise the error that every way of merging ends in.
+
+    Raises:
+        MergeError: Always.
+    """
+    raise MergeError(
+        "iLoRA cannot be merged: the mixture of experts differs from instance to instance, so no single weight equals "
+        "it. Keep the adapter in place, or call `unload()` for the base model without it."
+    )
+
+
+class ILoraLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer plus gated low-rank experts.
+
+    ``y = W x + s * sum_e g_e B_e A_e x`` with A of shape ``(R, in)``, B of shape ``(out, R)`` and expert e owning rows
+    ``[e*R/E, (e+1)*R/E)`` of A and the same columns of B (arXiv 2408.10159, section 4.2). Written as
+    ``B (f * (A x))`` with ``f`` the scaled gates repeated R/E times, it needs no output per expert: time and memory
+    are those of a LoRA of rank R.
+
+    The base layer is wrapped and called, never copied, so anything that maps ``(B, ..., in)`` to ``(B, ..., out)``
+    works: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 8-bit and 4-bit layers.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: Name of the first adapter.
+        config: Its configuration.
+        slot: Where the layer finds the gates of the batch in flight.
+
+    Raises:
+        TypeError: If the layer is not linear in the sense above.
+    """
+
+    adapter_layer_names = ("ilora_A", "ilora_B")
+    other_param_names = ("layouts", "ilora_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ILoraConfig, slot: GateSlot) -> None:
+        super().__init__()
+        self.in_features, self.out_features = _sizes(base_layer)
+        self.base_layer = base_layer
+        self.ilora_A = nn.ModuleDict()
+        self.ilora_B = nn.ModuleDict()
+        self.ilora_dropout = nn.ModuleDict()
+        self.layouts: dict[str, RankLayout] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = [adapter_name]
+        self._slot = slot
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: ILoraConfig) -> None:
+        """Add an adapter to this layer, on the device and in the dtype of the base.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+        """
+        self.layouts[adapter_name] = RankLayout(config.rank_per_expert, config.scale)
+        self._slot.register(adapter_name, self.layouts[adapter_name])
+        self.ilora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        down = nn.Linear(self.in_features, config.r, bias=False)
+        up = nn.Linear(config.r, self.out_features, bias=False)
+        # As in LoRA: with B at zero the adapted model starts as the base model, and a random A sets the experts apart.
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        self.ilora_A[adapter_name], self.ilora_B[adapter_name] = down, up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the base layer and every active adapter.
+
+        Args:
+            x: Shape ``(B, ..., in)``; the first dimension counts instances.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
+
+        Returns:
+            Shape ``(B, ..., out)``, in the dtype of the base layer's output.
+
+        Raises:
+            GateError: If adapters are enabled and no gates, or gates of another batch, are held.
+        """
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.ilora_A:
+                result = result + self._mixture(x, adapter).to(result.dtype)
+        return result
+
+    def _mixture(self, x: Tensor, adapter: str) -> Tensor:
+        down, up = self.ilora_A[adapter], self.ilora_B[adapter]
+        factors = self._slot.factors(adapter, self.layouts[adapter], x.shape[0])  # (B, R)
+        x = self.ilora_dropout[adapter](self._cast_input_dtype(x, cast(nn.Linear, down).weight.dtype))
+        hidden = down(x)  # (B, ..., R)
+        factors = factors.to(device=hidden.device, dtype=hidden.dtype)
+        return up(hidden * factors.view(factors.shape[0], *[1] * (hidden.ndim - 2), -1))  # (B, ..., out)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off, leaving ``requires_grad`` alone.
+
+        PEFT's own version also freezes and thaws the adapter. That would change the set of trained parameters in the
+        middle of a step whenever the base is asked for h_seq, and would thaw an adapter loaded for inference.
+        """
+        self._disable_adapters = not enabled
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse.
+
+        Raises:
+            MergeError: Always.
+        """
+        refuse_merge()
+
+    def unmerge(self) -> None:
+        """Refuse: nothing can have been merged.
+
+        Raises:
+            MergeError: Always.
+        """
+        refuse_merge()
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        in_features, out_features = layer.weight.shape
+        return in_features, out_features
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "the output projection of nn.MultiheadAttention cannot be adapted: its forward is never called, only its "
+            "weight is read, so the adapter would be ignored; leave it out with `exclude_modules`."
+        )
+    # By attribute, not by class: quantised layers of every library carry these two, and are not all nn.Linear.
+    if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
+        return cast(int, layer.in_features), cast(int, layer.out_features)
+    raise TypeError(
+        f"iLoRA adapts linear layers (nn.Linear, transformers' Conv1D, bitsandbytes 8-bit and 4-bit), got "
+        f"{type(layer).__name__}; name other layers in `target_modules`, or use 'all-linear'."
+    )

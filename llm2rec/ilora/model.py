@@ -1,0 +1,319 @@
+"""The tuner: puts adapted layers into a model, owns the gate networks and the slot, and guards loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import DEFAULT_TARGET_MODULES, ILoraConfig
+from .gate import GateError, GateSlot, build_gate
+from .layer import ILoraLinear, refuse_merge
+
+__all__ = ["AdapterKeysError", "ILoraModel", "frozen_base"]
+
+
+class AdapterKeysError(ValueError):
+    """An adapter file that lacks tensors of the adapter or holds tensors that are not the adapter's."""
+
+
+class ILoraModel(BaseTuner):
+    """A model with iLoRA adapters, as ``get_peft_model(model, ILoraConfig(...)).base_model``.
+
+    One gate network per adapter is shared by all its layers. Gates are computed once per batch and held while the
+    forward and backward passes run::
+
+        with peft_model.base_model.instance(gate_input):  # gate_input: (B, d)
+            loss = peft_model(**batch).loss
+            loss.backward()
+    """
+
+    prefix = "ilora_"
+    tuner_layer_cls = ILoraLinear
+    target_module_mapping = DEFAULT_TARGET_MODULES
+    # The gate networks live here, not in the layers, so PEFT must not inject layers into a model it does not wrap.
+    uses_shared_state = True
+
+    ilora_gate: nn.ModuleDict
+    slot: GateSlot
+
+    # ---- gates ---------------------------------------------------------------------------------------------------
+
+    def gate(self, gate_input: Tensor, adapter: str | None = None) -> Tensor:
+        """Compute the gates of a batch with an adapter's gate network.
+
+        Args:
+            gate_input: One vector per instance, shape ``(B, d)``.
+            adapter: Name of the adapter; None for the active one.
+
+        Returns:
+            Gates of shape ``(B, E)``, rows summing to 1, float32, differentiable in the network's weights.
+
+        Raises:
+            GateError: If the shape does not fit, or ``adapter`` is None while several adapters are active.
+        """
+        if adapter is None:
+            adapter = self._only_active_adapter()
+        return self.ilora_gate[adapter](gate_input)
+
+    @contextmanager
+    def hold(self, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold gates while forward AND backward of one batch run.
+
+        Args:
+            gates: Shape ``(B, E)`` for the active adapter, or a mapping from adapter names to such tensors where
+                several adapters are active.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            GateError: If gates are already held, or their shape does not fit the adapter.
+        """
+        named = {self._only_active_adapter(): gates} if isinstance(gates, Tensor) else dict(gates)
+        for adapter, held in named.items():
+            self._check_gates(adapter, held)
+        with self.slot.hold(named):
+            yield
+
+    @contextmanager
+    def instance(self, gate_input: Tensor) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Compute the gates of a batch and hold them while forward AND backward run.
+
+        Args:
+            gate_input: One vector per instance, shape ``(B, d)``.
+
+        Yields:
+            The gates held, shape ``(B, E)``; a dictionary of them by adapter where several adapters are active.
+
+        Raises:
+            GateError: If gates are already held, or the shape does not fit.
+        """
+        gates = {adapter: self.gate(gate_input, adapter) for adapter in self.active_adapters}
+        with self.hold(gates):
+            yield next(iter(gates.values())) if len(gates) == 1 else gates
+
+    def _only_active_adapter(self) -> str:
+        active = self.active_adapters
+        if len(active) != 1:
+            raise GateError(f"{len(active)} adapters are active ({active}); name one, or hold gates by adapter name.")
+        return active[0]
+
+    def _check_gates(self, adapter: str, gates: Tensor) -> None:
+        if adapter not in self.ilora_gate:
+            raise GateError(f"gates given for adapter {adapter!r}; the adapters are {sorted(self.ilora_gate)}.")
+        experts = cast(ILoraConfig, self.peft_config[adapter]).num_experts
+        if gates.ndim != 2 or gates.shape[1] != experts or not gates.is_floating_point():
+            raise GateError(
+                f"gates of adapter {adapter!r} must be floats of shape (B, {experts}), one row per instance, got "
+                f"{gates.dtype} of shape {tuple(gates.shape)}."
+            )
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.slot = GateSlot()
+        self.ilora_gate = nn.ModuleDict()
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = cast(ILoraConfig, peft_config)
+        model_type = model_config.get("model_type")
+        if config.target_modules is None and model_type not in DEFAULT_TARGET_MODULES:
+            raise ValueError(
+                f"no default `target_modules` for model type {model_type!r} (known: {sorted(DEFAULT_TARGET_MODULES)}); "
+                "name the layers to adapt, or use target_modules='all-linear'."
+            )
+        if config.gate_input_size is None:
+            # Written into the configuration, so that the saved adapter says what it takes.
+            config.gate_input_size = _hidden_size(self.model)
+        return super()._prepare_adapter_config(config, model_config)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter: its layers, as PEFT does it, and its gate network.
+
+        Args:
+            model: The base model.
+            adapter_name: Name of the new adapter; its configuration is in ``self.peft_config``.
+            autocast_adapter_dtype: As in PEFT.
+            low_cpu_mem_usage: Build on the meta device, to be filled from a file.
+            state_dict: As in PEFT.
+
+        Raises:
+            ValueError: If no layer matches, or the width of the gate's input is not known.
+            TypeError: If a matching layer is not linear.
+        """
+        # Adding an adapter must not thaw or freeze another one; PEFT sees to that for the layers.
+        trained = {name: _is_trained(gate) for name, gate in self.ilora_gate.items()}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config = cast(ILoraConfig, self.peft_config[adapter_name])
+        # Drawn on the CPU, then moved: the same seed gives the same gate on every device.
+        self.ilora_gate[adapter_name] = build_gate(config).to("meta" if low_cpu_mem_usage else _device(self.model))
+        trained[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
+        for name, requires_grad in trained.items():
+            self.ilora_gate[name].requires_grad_(requires_grad)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast(ILoraConfig, peft_config)
+        if isinstance(target, ILoraLinear):
+            target.update_layer(adapter_name, config)
+            return
+        try:
+            layer = ILoraLinear(target, adapter_name, config, self.slot)
+        except TypeError as error:
+            raise TypeError(f"layer {current_key!r}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # ---- life cycle ----------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapter(s) and train those alone (none of them with ``inference_mode``).
+
+        Args:
+            adapter_name: Name or names.
+            inference_mode: Leave them frozen.
+        """
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name, gate in self.ilora_gate.items():
+            gate.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or thaw adapters, gate network included.
+
+        Args:
+            adapter_names: Name or names.
+            requires_grad: Whether they are trained.
+        """
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.ilora_gate:
+                self.ilora_gate[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, gate network included.
+
+        Args:
+            adapter_name: Its name.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        super().delete_adapter(adapter_name)
+        del self.ilora_gate[adapter_name]
+        self.slot.forget(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse.
+
+        Raises:
+            MergeError: Always: a mixture that differs by instance has no single weight.
+        """
+        refuse_merge()
+
+    def _check_merge_allowed(self) -> None:
+        refuse_merge()
+
+    # ---- saving and loading --------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map a file's keys to the model's and refuse a file that is not exactly this adapter.
+
+        PEFT ignores keys it does not know and leaves random values where keys are missing, with a warning at most.
+
+        Raises:
+            AdapterKeysError: If tensors are missing or foreign.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        of_model = set(model.state_dict())
+        wanted = {key for key in of_model if _belongs_to(key, adapter_name)}
+        missing = sorted(wanted - remapped.keys())
+        # Modules to save and resized embeddings travel with an adapter; they are keys of the model without our prefix.
+        foreign = sorted(key for key in remapped if key not in of_model or (cls.prefix in key and key not in wanted))
+        if missing or foreign:
+            raise AdapterKeysError(
+                f"the file does not hold adapter {adapter_name!r} of this model: {_listing('missing', missing)}; "
+                f"{_listing('foreign', foreign)}. Load it into the base model and with the configuration "
+                "(target modules, blocks) it was saved from."
+            )
+        return remapped
+
+
+@contextmanager
+def frozen_base(peft_model: PeftModel) -> Iterator[None]:
+    """Run the base model alone: adapters off, no gradients, evaluation mode; works with and without gates held.
+
+    This is how the gate's input h_seq is computed. It does not depend on what is being trained, so it can be computed
+    once per sequence and kept; evaluation mode makes it so where the base has dropout of its own.
+
+    Args:
+        peft_model: The model, not wrapped for distributed training.
+
+    Yields:
+        Nothing. On leaving, adapters and the mode of every module are as before.
+    """
+    training = [module for module in peft_model.modules() if module.training]
+    peft_model.eval()
+    try:
+        with torch.no_grad(), peft_model.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _belongs_to(key: str, adapter: str) -> bool:
+    parts = key.split(".")
+    return any(part.startswith(ILoraModel.prefix) and parts[i + 1 : i + 2] == [adapter] for i, part in enumerate(parts))
+
+
+def _listing(name: str, keys: list[str], n_shown: int = 3) -> str:
+    shown = ", ".join(keys[:n_shown]) + (", ..." if len(keys) > n_shown else "")
+    return f"{len(keys)} {name}" + (f" ({shown})" if keys else "")
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"`gate_input_size` is None and {type(model).__name__} has no `config.hidden_size` to take; set it to the "
+            "width of the vectors that you will pass to `instance` or `gate`."
+        )
+    return size
+
+
+def _device(model: nn.Module) -> torch.device:
+    layer = next(module for module in model.modules() if isinstance(module, ILoraLinear))
+    return next(layer.ilora_A.parameters()).device
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return all(parameter.requires_grad for parameter in module.parameters())
