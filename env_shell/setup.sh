@@ -93,7 +93,13 @@ rm -f "$stamp"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 locked() { "$python" env_shell/locked_requirements.py "$@"; }
-pip() { "$python" -m pip --disable-pip-version-check --quiet --no-input "$@"; }
+pip() { "$python" -m pip --disable-pip-version-check -qq --no-input "$@"; } # -qq: errors only
+
+# After an orderly failure pip has put things back, so the next call may go on from here.
+give_up() {
+  rm -f "$unfinished"
+  die "$@"
+}
 
 installed_torch() { "$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true; }
 
@@ -106,11 +112,11 @@ install_cpu_torch() {
   if pip install --no-deps "torch==$version+cpu" 2>"$work/torch.log"; then return 0; fi
   # The default package index has only the CUDA build. uv knows where PyTorch keeps the others.
   "$python" -m venv "$work/uv"
-  "$work/uv/bin/python" -m pip --disable-pip-version-check --quiet install "uv>=0.7" ||
-    die "could not install uv, which fetches the CPU build of torch (see above)"
+  "$work/uv/bin/python" -m pip --disable-pip-version-check -qq install "uv>=0.7" ||
+    give_up "could not install uv, which fetches the CPU build of torch (see above)"
   "$work/uv/bin/uv" pip install --quiet --python "$python" --no-deps --torch-backend cpu "torch==$version" || {
     cat "$work/torch.log" >&2
-    die "could not install the CPU build of torch $version; pip's answer and uv's are above. LLM2REC_TORCH=cuda takes the CUDA build instead (several GB)"
+    give_up "could not install the CPU build of torch $version; pip's answer and uv's are above. LLM2REC_TORCH=cuda takes the CUDA build instead (several GB)"
   }
 }
 
@@ -125,9 +131,9 @@ locked list --variant "$variant" $dev_option >"$work/requirements.txt"
 say "Installing $(grep -c '==' "$work/requirements.txt") locked packages"
 # --no-deps: the lock is the whole list, and pip's own resolving would bring the CUDA build of torch.
 pip install --no-deps --use-pep517 --require-hashes -r "$work/requirements.txt" ||
-  die "pip could not install the locked packages (see above). Call this again to go on"
+  give_up "pip could not install the locked packages (see above). Call this again to go on"
 say "Installing llm2rec itself, editable"
-pip install --no-deps -e . || die "pip could not install the project (see above)"
+pip install --no-deps -e . || give_up "pip could not install the project (see above)"
 
 # shellcheck disable=SC2086
 locked check --variant "$variant" $dev_option >&2 || die ".venv differs from poetry.lock as said above; remove $venv and call this again"
