@@ -58,3 +58,17 @@ class TrainingSettings:
         ]
         if problems:
             raise ConfigError("training settings: " + "; ".join(problems) + ".")
+
+    def steps_per_epoch(self, n_rows: int) -> int:
+        """Optimizer steps in one pass over ``n_rows`` rows; the last may hold fewer rows."""
+        return -(-n_rows // self.batch_size)
+
+    def evaluation_is_due(self, steps_done: int, n_rows: int) -> bool:
+        """Whether to evaluate after ``steps_done`` steps: at the interval, and after the very last one."""
+        per_epoch = self.steps_per_epoch(n_rows)
+        return steps_done % (self.evaluate_every_steps or per_epoch) == 0 or steps_done == self.epochs * per_epoch
+
+    def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
+        """Whether to write a checkpoint after ``steps_done`` steps: at the interval, and after each evaluation."""
+        at_interval = self.checkpoint_every_steps > 0 and steps_done % self.checkpoint_every_steps == 0
+        return at_interval or self.evaluation_is_due(steps_done, n_rows)

@@ -1,0 +1,140 @@
+"""The configuration as types: what `conf/` may say, checked when Hydra composes it.
+
+Every group of `conf/` has a schema here, so a misspelt key or a wrong type fails before anything starts. Only the
+stages' ``__main__`` modules read a `Config`; everything below takes plain values.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from llm2rec.core.metrics import CUTOFFS
+from llm2rec.core.paths import run_folder
+from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
+from llm2rec.data import DatasetSpec
+from llm2rec.distill.settings import DistillSettings
+from llm2rec.student.settings import GRU4RecStudent, SASRecStudent, StudentSettings
+from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
+
+__all__ = ["Config", "register"]
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; relative paths count from the folder the command was typed in.
+
+    Attributes:
+        root: That folder.
+        raw_dir: Downloads.
+        processed_dir: Prepared datasets.
+        llm_dir: Language models made here, and what they computed that can be used again.
+        teacher_outputs_dir: Teacher outputs, ``<dataset>/<name>/``.
+        result_dir: Run folders.
+    """
+
+    root: str = MISSING
+    raw_dir: str = MISSING
+    processed_dir: str = MISSING
+    llm_dir: str = MISSING
+    teacher_outputs_dir: str = MISSING
+    result_dir: str = MISSING
+
+
+@dataclass
+class LoggingConfig:
+    """What is told while a stage runs.
+
+    Attributes:
+        tensorboard: Whether to write TensorBoard events into the run folder.
+        progress: Whether to show progress.
+    """
+
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass
+class MetricsConfig:
+    """How rankings are measured.
+
+    Attributes:
+        ks: Cut-offs.
+        select_on: Validation metric for early stopping and the choice of weights.
+        mask_seen: Whether items the user had before are taken out of the rankings.
+    """
+
+    ks: list[int] = field(default_factory=lambda: list(CUTOFFS))
+    select_on: str = "ndcg@10"
+    mask_seen: bool = False
+
+
+@dataclass
+class ActiveConfig:
+    """Which rows are distilled; the class is named by ``_target_``."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class RandomActiveConfig(ActiveConfig):
+    """Schema of ``conf/active/random.yaml``; see `SelectionPolicyRandom`."""
+
+    budget: float = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class Config:
+    """Everything a stage may read.
+
+    Attributes:
+        dataset: Which interactions, and how they are split.
+        llm: Which language model.
+        teacher: How it is tuned and what it writes.
+        student: Which student, and its training.
+        distill: How the student learns from the teacher.
+        active: From which rows.
+        metrics: How rankings are measured.
+        logging: What is told.
+        paths: Where things lie.
+        seed: Seed of initial weights, order and dropout.
+        resume: Folder of an earlier run of the same stage and configuration to continue, or null.
+        runs: What to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of run
+            folders.
+    """
+
+    dataset: DatasetSpec = MISSING
+    llm: LLMSettings = MISSING
+    teacher: TeacherSettings = MISSING
+    student: StudentSettings = MISSING
+    distill: DistillSettings = MISSING
+    active: ActiveConfig = MISSING
+    metrics: MetricsConfig = MISSING
+    logging: LoggingConfig = MISSING
+    paths: PathsConfig = MISSING
+    seed: int = 42
+    resume: str | None = None
+    runs: Any = "latest"
+
+
+def register() -> None:
+    """Make the schemas and the ``run_folder`` resolver known to Hydra; may be called again."""
+    OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    schemas: dict[str, dict[str, Any]] = {
+        "dataset": dict(DATASET_SCHEMAS),
+        "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
+        "teacher": {"ilora": TeacherSettings},
+        "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent},
+        "distill": {"dllm2rec": DistillSettings},
+        "active": {"all": ActiveConfig, "random": RandomActiveConfig},
+        "metrics": {"recsys": MetricsConfig},
+        "logging": {"default": LoggingConfig},
+        "paths": {"default": PathsConfig},
+    }
+    for group, nodes in schemas.items():
+        for name, node in nodes.items():
+            store.store(group=group, name=f"base_{name}", node=node)

@@ -1,0 +1,304 @@
+"""The one abstraction over `accelerate.Accelerator` that teacher, student and distillation loops share.
+
+It joins processes, prepares model and optimizer, accumulates, clips, logs, checkpoints and resumes. It knows no model
+and no loss: a loop calls it, not the other way round.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm2rec.core.batching import OptimizerStep, epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.checkpoint import load_optimizer, load_weights, optimizer_tensors, save_tensors, trainable_weights
+from llm2rec.core.errors import NonFiniteError
+from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.core.processes import agree, process_arguments
+from llm2rec.core.progress import progress
+from llm2rec.core.run import Run
+from llm2rec.core.schedule import warmup_cosine
+from llm2rec.core.seed import seed_everything
+from llm2rec.core.training import TrainingSettings
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+Item = TypeVar("Item")
+
+
+class Engine:
+    """Runs training loops on one or many processes.
+
+    Args:
+        run: The run folder, for logs and checkpoints.
+        seed: Seed of the run; each step and process derives its own from it.
+        mixed_precision: ``no`` or ``bf16`` (autocast).
+        training: Batch sizes, clipping and schedule; None for stages that do not train.
+        tensorboard: Whether to write TensorBoard events.
+        show_progress: Whether to draw progress bars.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        seed: int,
+        mixed_precision: str = "no",
+        training: TrainingSettings | None = None,
+        tensorboard: bool = True,
+        show_progress: bool = True,
+    ) -> None:
+        self.run = run
+        self.training = training or TrainingSettings()
+        cpu, process_group = process_arguments()
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(**process_group),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+        self.n_micro_batches = micro_batch_count(
+            self.training.batch_size, self.training.micro_batch_size, self.n_processes
+        )
+        # Set here, not in the constructor above, where the launcher's environment would win.
+        self.accelerator.gradient_accumulation_steps = self.n_micro_batches
+        self._seed = seed
+        self._show_progress = show_progress
+        self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
+        seed_everything(seed)  # the same initial weights on every process
+
+    def _open_tensorboard(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, which only writers pay
+
+        return SummaryWriter(str(self.run.folder / "tensorboard"))
+
+    # Processes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def n_processes(self) -> int:
+        """How many processes train together."""
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return self.accelerator.device
+
+    def first_process_first(self) -> AbstractContextManager[None]:
+        """Let the first process prepare what the others then only load."""
+        return self.accelerator.main_process_first()
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def my_rows(self, n_rows: int) -> NDArray[np.int64]:
+        """This process's block of ``range(n_rows)``; together the blocks hold every row once."""
+        share = math.ceil(n_rows / self.n_processes)
+        return np.arange(min(self.rank * share, n_rows), min((self.rank + 1) * share, n_rows))
+
+    def gather_rows(self, mine: Tensor, n_rows: int) -> Tensor:
+        """Put the results of all blocks of `my_rows` together, on every process.
+
+        Args:
+            mine: Results of this process's block, shape ``(block, ...)``.
+            n_rows: Number of rows over all processes.
+
+        Returns:
+            Results of shape ``(n_rows, ...)`` in row order.
+        """
+        if self.n_processes == 1:
+            return mine
+        share = math.ceil(n_rows / self.n_processes)
+        padding = mine.new_zeros((share - len(mine), *mine.shape[1:]))  # a gather needs equal shapes
+        gathered = self.accelerator.gather(torch.cat([mine, padding]).to(self.device))
+        return cast(Tensor, gathered)[:n_rows].to(mine.device)
+
+    # One training step ----------------------------------------------------------------------------------------------
+
+    def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, Any]:
+        """Wrap model and optimizer for the processes and devices of this launch."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None:  # what DeepSpeed would read off a data loader, which we do not give it
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.training.micro_batch_size
+            plugin.deepspeed_config["gradient_accumulation_steps"] = self.n_micro_batches
+            plugin.deepspeed_config["gradient_clipping"] = self.training.max_grad_norm
+        return cast(tuple[Model, Any], self.accelerator.prepare(model, optimizer))
+
+    def unwrap(self, model: Model) -> Model:
+        """The model inside the wrappers of `prepare`."""
+        return cast(Model, self.accelerator.unwrap_model(model))
+
+    def max_steps(self, n_rows: int) -> int:
+        """Optimizer steps of a whole training over ``n_rows`` rows."""
+        return self.training.epochs * self.training.steps_per_epoch(n_rows)
+
+    def steps(
+        self, rows: NDArray[np.int64], start: int = 0, lengths: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[int, OptimizerStep]]:
+        """Number and rows of each optimizer step, over all epochs.
+
+        Args:
+            rows: Row numbers to train on, shape ``(M,)``, the same on every process.
+            start: Steps already done.
+            lengths: Tokens of each row, to put rows of similar length together; see `epoch_batches`.
+
+        Yields:
+            The step's number from 0 and this process's share of its rows.
+        """
+        settings = self.training
+        per_epoch = settings.steps_per_epoch(len(rows))
+        for epoch in range(start // per_epoch, settings.epochs):
+            batches = epoch_batches(rows, settings.batch_size, self._seed, epoch, lengths)
+            shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes)
+            for number, share in enumerate(shares, epoch * per_epoch):
+                if number >= start:
+                    yield number, share
+
+    def begin_step(self, step: int, max_steps: int, optimizer: Any) -> float:
+        """Seed dropout for global step ``step`` and set its learning rate.
+
+        Returns:
+            The peak group's learning rate. Groups may carry a ``lr_ratio`` that scales theirs.
+        """
+        seed_everything(self._seed, "step", step, self.rank)
+        settings = self.training
+        lr = warmup_cosine(
+            step,
+            max_steps=max_steps,
+            warmup_steps=round(settings.warmup_ratio * max_steps),
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+        return lr
+
+    def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context of one micro-batch: gradients are synchronised after the last one of a step only."""
+        return self.accelerator.accumulate(model)
+
+    def backward(self, loss_sum: Tensor, n_rows: int, step: int) -> None:
+        """Back-propagate the part that one micro-batch adds to the mean loss of its step.
+
+        Args:
+            loss_sum: Sum of the losses of this micro-batch's rows.
+            n_rows: Rows of the step over all ranks and micro-batches; the mean is over these.
+            step: Global step, for the error.
+
+        Raises:
+            NonFiniteError: If the loss is not finite; no gradient has been applied.
+        """
+        if not torch.isfinite(loss_sum):
+            raise NonFiniteError(
+                f"the loss is {loss_sum.item()} at step {step}; lower `learning_rate`, set `max_grad_norm`, or train "
+                "in a wider number format. The last checkpoint is untouched."
+            )
+        # Accelerate and DeepSpeed divide by the number of micro-batches and average over ranks: undo both.
+        self.accelerator.backward(loss_sum * (self.n_processes * self.n_micro_batches / n_rows))
+
+    def step(self, model: nn.Module, optimizer: Any) -> None:
+        """Clip and apply the gradients; does nothing before the last micro-batch of a step."""
+        if self.training.max_grad_norm > 0 and self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # Telling --------------------------------------------------------------------------------------------------------
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Write scalars to TensorBoard."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+    def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums of this process's and all others' ``values``; a collective."""
+        totals = self.accelerator.reduce(torch.tensor(list(values.values()), device=self.device), reduction="sum")
+        return dict(zip(values, cast(Tensor, totals).tolist(), strict=True))
+
+    def progress(
+        self, iterable: Iterable[Item], description: str, total: int, unit: str = "step", initial: int = 0
+    ) -> Iterator[Item]:
+        """Iterate with a progress line on the first process; see `llm2rec.core.progress`."""
+        shown = self._show_progress and self.is_main
+        return progress(iterable, description, total, unit, initial=initial, shown=shown)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first; a killed writer leaves only names that begin with a dot."""
+        return sorted((self.run.folder / "checkpoints").glob("step_*"))
+
+    def save_checkpoint(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        """Write a checkpoint of now, then delete older ones; a collective.
+
+        Args:
+            model: Model as `prepare` returned it; its trained weights are stored.
+            optimizer: Optimizer as `prepare` returned it.
+            state: Plain values the loop needs to go on from here, ``step`` among them.
+        """
+        plain = self.unwrap(model)
+        tensors = optimizer_tensors(plain, optimizer.optimizer)
+        if self.is_main:
+            older = self._checkpoints
+            target = self.run.folder / "checkpoints" / f"step_{state['step']:09d}"
+            with replaced_folder(target) as folder:
+                save_tensors(trainable_weights(plain), folder / "model.safetensors")
+                save_tensors(tensors, folder / "optimizer.safetensors")
+                write_json(folder / "state.json", state)
+            for folder in older:
+                if folder != target:
+                    shutil.rmtree(folder)
+        self.wait()
+
+    def load_checkpoint(self, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+        """Restore the run's newest checkpoint, if there is one.
+
+        Returns:
+            The loop's state, or None for a fresh start.
+        """
+        folder: Path | None = agree(self._checkpoints[-1] if self._checkpoints else None)
+        if folder is None:
+            return None
+        plain = self.unwrap(model)
+        load_weights(plain, folder / "model.safetensors")
+        load_optimizer(plain, optimizer.optimizer, folder / "optimizer.safetensors")
+        logger.info("resuming at %s", folder.name)
+        return cast(dict[str, Any], read_json(folder / "state.json"))
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints of a finished loop, whose best weights are kept elsewhere."""
+        if self.is_main:
+            shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
+
+    def close(self) -> None:
+        """Flush logs and leave the process group."""
+        if self._writer is not None:
+            self._writer.close()
+        self.accelerator.end_training()

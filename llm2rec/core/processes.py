@@ -1,0 +1,55 @@
+"""Joining the processes of a launch before anything else happens.
+
+`now` differs between processes and so would every folder named after it: the first process decides, the others are
+told. This needs the process group, so it is joined here, once, the same way for the run folder and for the engine.
+"""
+
+import os
+from typing import Any
+
+__all__ = ["agree", "is_first_process", "join_processes", "n_processes"]
+
+
+def n_processes() -> int:
+    """Number of processes of this launch, known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, known before they have joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_arguments() -> tuple[bool, dict[str, Any]]:
+    """How Accelerate is to set up its processes here.
+
+    Returns:
+        Whether to stay on the CPU, and the keywords of the process group. Without an accelerator the backend must be
+        named: left to itself, Accelerate then believes in a single process.
+    """
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    if n_processes() == 1 or (torch.cuda.is_available() and not on_cpu):
+        return on_cpu, {}
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return not use_deepspeed, {"backend": "gloo"}  # with cpu=True Accelerate would not look at DeepSpeed at all
+
+
+def join_processes() -> None:
+    """Join the process group of this launch; does nothing in a single process or when already joined."""
+    if n_processes() > 1:
+        from accelerate import PartialState  # takes a second to import, which a single process need not pay here
+
+        cpu, keywords = process_arguments()
+        PartialState(cpu=cpu, **keywords)
+
+
+def agree(value: Any) -> Any:
+    """Tell all processes the first one's ``value`` (a collective: every process must call it)."""
+    if n_processes() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    join_processes()
+    return broadcast_object_list([value])[0]

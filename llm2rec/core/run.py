@@ -1,0 +1,110 @@
+"""The folder of one run and what it holds (DESIGN 4.2)."""
+
+import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2rec.core.errors import CheckpointError
+from llm2rec.core.files import read_json, write_json
+from llm2rec.core.git_info import git_state, library_versions
+from llm2rec.core.processes import is_first_process
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, shared by all processes; only the first one writes.
+
+    Attributes:
+        folder: ``result/result_YYYYmmdd_HHMMSS``.
+        stage: ``data``, ``student``, ``teacher``, ``distill`` or ``evaluate``.
+        config: The resolved configuration, as plain values.
+    """
+
+    folder: Path
+    stage: str
+    config: dict[str, Any]
+
+    @classmethod
+    def start(cls, folder: Path, stage: str, config: dict[str, Any]) -> "Run":
+        """Open a run folder: a new one, or one to resume.
+
+        Raises:
+            CheckpointError: If the folder belongs to another stage or was made with another configuration.
+        """
+        run = cls(folder, stage, config)
+        record = folder / "run.json"
+        if record.is_file():
+            run._check_resumable(read_json(record))
+        elif is_first_process():
+            write_json(folder / "config.json", config)
+            write_json(
+                record,
+                {
+                    "stage": stage,
+                    "status": "running",
+                    "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                    "seed": config.get("seed"),
+                    "git": git_state(),
+                    "versions": library_versions(),
+                },
+            )
+        return run
+
+    def _check_resumable(self, record: dict[str, Any]) -> None:
+        if record["stage"] != self.stage:
+            raise CheckpointError(
+                f"{self.folder.name} is a run of stage {record['stage']!r}, not of {self.stage!r}; resume it with "
+                f"`-m llm2rec.{record['stage']}`."
+            )
+        saved = read_json(self.folder / "config.json")
+        changed = [
+            f"{key} (was {old!r}, now {new!r})"
+            for key, old, new in _differences(saved, self.config)
+            if not key.startswith(("resume", "logging."))
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder.name} was started with another configuration: {', '.join(changed)}. "
+                "Resume with the same overrides, or start a new run."
+            )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return read_json(self.folder / "run.json")
+
+    def note(self, **values: Any) -> None:
+        """Add ``values`` to ``run.json``."""
+        if is_first_process():
+            write_json(self.folder / "run.json", {**self.record, **values})
+
+    def write_metrics(self, name: str, values: Any) -> None:
+        """Write ``metrics/<name>.json``."""
+        if is_first_process():
+            write_json(self.folder / "metrics" / f"{name}.json", values)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; its seconds are added to ``metrics/time.json``, also over resumed runs and after an error."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            path = self.folder / "metrics" / "time.json"
+            seconds = read_json(path) if path.is_file() else {}
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self.write_metrics("time", seconds)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.rstrip("."), old, new

@@ -1,0 +1,22 @@
+"""``python -m llm2rec.data``: prepare a dataset and tell what it looks like."""
+
+import logging
+
+from llm2rec.config import Config
+from llm2rec.core.run import Run
+from llm2rec.data import format_statistics
+from llm2rec.stage import open_data, stage
+
+logger = logging.getLogger("llm2rec.data")
+
+
+@stage("data")
+def main(cfg: Config, run: Run) -> None:
+    """Prepare the dataset."""
+    data = open_data(cfg, run)
+    run.write_metrics("statistics", data.statistics)
+    logger.info("%s\n%s", data.folder, format_statistics(data.statistics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Distillation of a teacher's outputs into a student (DLLM2Rec)."""

@@ -1,0 +1,141 @@
+"""What every stage's ``__main__`` begins with: compose the configuration, open the run, tell errors plainly."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm2rec.config import Config, register
+from llm2rec.core.engine import Engine
+from llm2rec.core.errors import ConfigError, Llm2RecError
+from llm2rec.core.paths import conf_folder, from_launch_folder
+from llm2rec.core.processes import agree, is_first_process
+from llm2rec.core.run import Run
+from llm2rec.core.training import TrainingSettings
+from llm2rec.data import DatasetSpec, RecData, prepare
+
+__all__ = ["build", "open_data", "open_engine", "stage"]
+
+logger = logging.getLogger("llm2rec")
+Settings = TypeVar("Settings")
+
+
+def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], None]]:
+    """Turn a function of configuration and run into a command.
+
+    The command composes `conf/` with the overrides of the command line, opens the run folder, and turns our own errors
+    into one line and exit code 1; the traceback goes to the run's log. Any other error is a defect and stays loud.
+
+    Args:
+        name: Name of the stage.
+    """
+
+    def decorate(function: Callable[[Config, Run], None]) -> Callable[[], None]:
+        def run_stage(cfg: DictConfig) -> None:
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            _quiet_libraries()
+            try:
+                run = Run.start(folder, name, _plain(cfg))
+                logger.info("%s: %s", name, _shown(folder))
+                function(cast(Config, cfg), run)
+                run.note(status="finished")
+                logger.info("%s: done, see %s", name, _shown(folder))
+            except (Llm2RecError, InstantiationException, OmegaConfBaseException) as error:
+                _tell(error)
+                sys.exit(1)
+
+        def main() -> None:
+            register()
+            # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
+            run_stage.__module__ = f"llm2rec.{name}"
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
+
+        return main
+
+    return decorate
+
+
+def build(node: Any, kind: type[Settings]) -> Settings:
+    """Turn a configuration node into the settings object whose schema it has, checked by its constructor.
+
+    Raises:
+        ConfigError: If a required value is missing or a value cannot work.
+    """
+    try:
+        settings = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    if not isinstance(settings, kind):
+        raise TypeError(f"expected {kind.__name__}, the node holds {type(settings).__name__}.")
+    return settings
+
+
+def open_data(cfg: Config, run: Run) -> RecData:
+    """Prepare the dataset of this run, or load it; the first process prepares, the others then load.
+
+    Raises:
+        DataError: If raw data is missing or malformed.
+        ConfigError: If the dataset's settings cannot work.
+    """
+    root = cfg.paths.root
+    spec = build(cfg.dataset, DatasetSpec).with_base(Path(root))
+    folders = from_launch_folder(cfg.paths.processed_dir, root), from_launch_folder(cfg.paths.raw_dir, root)
+    with run.phase("data"):
+        if is_first_process():
+            prepare(spec, *folders)
+        agree(None)  # wait for the first process
+        data = prepare(spec, *folders)
+    run.note(dataset={"name": data.name, "fingerprint": data.fingerprint})
+    return data
+
+
+def open_engine(cfg: Config, run: Run, training: TrainingSettings | None = None, mixed_precision: str = "no") -> Engine:
+    """Open the engine of a stage as the configuration says."""
+    return Engine(
+        run,
+        seed=cfg.seed,
+        training=training,
+        mixed_precision=mixed_precision,
+        tensorboard=cfg.logging.tensorboard and training is not None,
+        show_progress=cfg.logging.progress,
+    )
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values; required values of groups this stage may not need stay ``???``."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))
+
+
+def _shown(folder: Path) -> str:
+    """A folder as the user would type it: relative to where the command was launched, if it lies there."""
+    launched = Path(HydraConfig.get().runtime.cwd)
+    return str(folder.relative_to(launched)) if folder.is_relative_to(launched) else str(folder)
+
+
+def _tell(error: Exception) -> None:
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    logger.debug("the error in full", exc_info=error)
+    if is_first_process():
+        logger.error("%s: %s", type(cause).__name__, cause)
+
+
+def _quiet_libraries() -> None:
+    """Silence chatter that tells the user nothing, library by library."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own warning about forks, once per worker
+    for noisy in ("httpx", "httpcore", "matplotlib", "datasets", "fsspec", "deepspeed", "DeepSpeed", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import datasets
+
+    datasets.disable_progress_bars()  # ours tells one line per phase
+    if not is_first_process():
+        logging.getLogger().setLevel(logging.WARNING)

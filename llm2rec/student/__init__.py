@@ -1,0 +1,1 @@
+"""Small sequential recommenders: models, losses, the baseline's training and its evaluation."""

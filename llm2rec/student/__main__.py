@@ -1,0 +1,38 @@
+"""``accelerate launch -m llm2rec.student``: train a student on its own task, the baseline."""
+
+from dataclasses import asdict
+
+from llm2rec.config import Config
+from llm2rec.core.run import Run
+from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.models import build_model
+from llm2rec.student.settings import StudentSettings
+from llm2rec.student.store import save_student
+from llm2rec.student.trainer_baseline import train_baseline
+
+
+@stage("student")
+def main(cfg: Config, run: Run) -> None:
+    """Train the baseline and store the weights that validate best."""
+    settings = build(cfg.student, StudentSettings)
+    data = open_data(cfg, run)
+    engine = open_engine(cfg, run, settings.training)
+    arguments = {"n_items": data.n_items, **asdict(settings.model)}
+    model = build_model(settings.name, **arguments)
+    train, validation = (
+        SequenceData.of(data.splits[split], data.n_items, settings.model.max_length)
+        for split in ("train", "validation")
+    )
+    seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+    with run.phase("train"):
+        model = train_baseline(model, train, validation, engine, select_on=cfg.metrics.select_on, seen=seen)
+    if engine.is_main:
+        save_student(run.folder / "student", model, settings.name, arguments)
+    engine.drop_checkpoints()
+    run.note(label=settings.name, parameters=sum(weight.numel() for weight in model.parameters()))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Prepared examples as tensors: padded histories, lengths and targets."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["SeenItems", "SequenceBatch", "SequenceData"]
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Some rows of a split.
+
+    Attributes:
+        history: Item ids, shape ``(B, L)``, int64, oldest first, padded on the right with ``n_items``.
+        lengths: Real items per row, shape ``(B,)``, int64.
+        targets: Target items, shape ``(B,)``, int64.
+    """
+
+    history: Tensor
+    lengths: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """One split in memory: 4 bytes per history slot and no Python object per row.
+
+    Attributes:
+        history: Shape ``(M, L)``, int32, padded on the right with ``n_items``.
+        lengths: Shape ``(M,)``, int32.
+        targets: Shape ``(M,)``, int32.
+        n_items: Number of items, N; also the padding id.
+    """
+
+    history: Tensor
+    lengths: Tensor
+    targets: Tensor
+    n_items: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @classmethod
+    def of(cls, split: Dataset, n_items: int, max_length: int) -> "SequenceData":
+        """Read a split of `llm2rec.data`; histories longer than ``max_length`` keep their most recent items."""
+        table = split.with_format("arrow")[:]
+        histories = table.column("history").combine_chunks()
+        offsets = histories.offsets.to_numpy().astype(np.int64)
+        values = histories.values.to_numpy()
+        lengths = np.minimum(np.diff(offsets), max_length)
+        slots = np.arange(max_length)
+        real = slots < lengths[:, None]  # (M, L)
+        source = np.where(real, (offsets[1:] - lengths)[:, None] + slots, 0)
+        history = np.where(real, values[source], n_items).astype(np.int32)
+        targets = table.column("target").combine_chunks().to_numpy().astype(np.int32)
+        return cls(
+            torch.from_numpy(history), torch.from_numpy(lengths.astype(np.int32)), torch.from_numpy(targets), n_items
+        )
+
+    def batch(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
+        """Gather ``rows`` of shape ``(B,)``."""
+        index = torch.from_numpy(rows)
+        return SequenceBatch(
+            history=self.history[index].to(device, torch.int64, non_blocking=True),
+            lengths=self.lengths[index].to(device, torch.int64, non_blocking=True),
+            targets=self.targets[index].to(device, torch.int64, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class SeenItems:
+    """What each row's user had interacted with before the row's target, to take out of a ranking.
+
+    Attributes:
+        items: All users' sequences, one after the other, shape ``(interactions,)``.
+        starts: Where each row's user begins in ``items``, shape ``(M,)``.
+        counts: Interactions of the user before the row's target, shape ``(M,)``.
+    """
+
+    items: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, split: Dataset, sequences: Dataset) -> "SeenItems":
+        """Read a split and the sequences of `llm2rec.data`."""
+        lists = sequences.with_format("arrow")[:].column("items").combine_chunks()
+        columns = split.with_format("numpy")[:]
+        starts = lists.offsets.to_numpy().astype(np.int64)[columns["user_index"]]
+        return cls(lists.values.to_numpy(), starts, columns["position"].astype(np.int64))
+
+    def mask(self, scores: Tensor, rows: NDArray[np.int64], targets: Tensor) -> Tensor:
+        """Set the scores ``(B, N)`` of items seen before to ``-inf``, except the target's own."""
+        counts = self.counts[rows]
+        row = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
+        own = scores.gather(1, targets.unsqueeze(1))
+        masked = scores.index_put((torch.from_numpy(row), torch.from_numpy(seen)), scores.new_tensor(-torch.inf))
+        return masked.scatter(1, targets.unsqueeze(1), own)

@@ -1,0 +1,65 @@
+"""Item vectors of a student: a free table, or one fused with the teacher's vectors (DLLM2Rec)."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FusedItemTable", "ItemTable"]
+
+
+class ItemTable(nn.Module):
+    """A learnable vector per item.
+
+    Padding is id ``n_items``, one past the last item: its vector is zero, gets no gradient and is never scored.
+
+    Args:
+        n_items: Number of items, N.
+        width: Width of the vectors, D.
+    """
+
+    def __init__(self, n_items: int, width: int) -> None:
+        super().__init__()
+        self.n_items = n_items
+        self.weight = nn.Parameter(torch.empty(n_items + 1, width))
+        nn.init.normal_(self.weight, std=0.02)
+        with torch.no_grad():
+            self.weight[n_items] = 0
+
+    def vectors(self) -> Tensor:
+        """Vectors of all items, shape ``(N, D)``."""
+        return self.weight[: self.n_items]
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """Look up ``item_ids`` of shape ``(B, L)``, padding included; returns ``(B, L, D)``."""
+        return nn.functional.embedding(item_ids, self.weight, padding_idx=self.n_items)
+
+
+class FusedItemTable(ItemTable):
+    """Teacher vectors, projected, plus a learnable offset: ``e_i = b_i + scale · g(z_i)``.
+
+    The embedding distillation of DLLM2Rec (arXiv 2405.00338): z are the teacher's vectors, g is one linear map, b the
+    offset. Unlike the released program, g has no bias, which would leak into padding.
+
+    Args:
+        teacher_vectors: z, shape ``(N, D_teacher)``. Neither trained nor stored with the weights.
+        width: Width of the student's vectors, D.
+        scale: Weight of the projected vectors.
+    """
+
+    teacher_vectors: Tensor
+
+    def __init__(self, teacher_vectors: Tensor, width: int, scale: float) -> None:
+        super().__init__(len(teacher_vectors), width)
+        with_padding = torch.cat(
+            [teacher_vectors.float(), teacher_vectors.new_zeros(1, teacher_vectors.shape[1]).float()]
+        )
+        self.register_buffer("teacher_vectors", with_padding, persistent=False)
+        self.projection = nn.Linear(teacher_vectors.shape[1], width, bias=False)
+        self.scale = scale
+
+    def vectors(self) -> Tensor:
+        """Vectors of all items, shape ``(N, D)``."""
+        return super().vectors() + self.scale * self.projection(self.teacher_vectors[: self.n_items])
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """Look up ``item_ids`` of shape ``(B, L)``, padding included; returns ``(B, L, D)``."""
+        return super().forward(item_ids) + self.scale * self.projection(self.teacher_vectors[item_ids])

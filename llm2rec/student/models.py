@@ -1,0 +1,185 @@
+"""Sequential recommenders: a history of item ids in, one vector per user out.
+
+Histories are padded on the right. Both models are causal, so the vector at the last real item has seen all real items
+and no padding; no attention mask is needed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.student.items import ItemTable
+
+__all__ = ["MODELS", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model"]
+
+
+class SequentialRecommender(nn.Module):
+    """What every student shares: item tables on the input and the output side, and scoring.
+
+    Args:
+        n_items: Number of items, N.
+        width: Width of item and user vectors, D.
+        max_length: Longest history, L.
+        dropout: Dropout probability.
+        tie_items: Whether items are scored with the vectors that are read in (one table), or with their own.
+    """
+
+    def __init__(self, n_items: int, width: int, max_length: int, dropout: float, tie_items: bool) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"`dropout` is {dropout}, expected 0 to below 1.")
+        self.n_items, self.width, self.max_length, self.tie_items = n_items, width, max_length, tie_items
+        self.input_items = ItemTable(n_items, width)
+        self.output_items = self.input_items if tie_items else ItemTable(n_items, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def score(self, users: Tensor) -> Tensor:
+        """Score all items for user vectors of shape ``(B, D)``; returns logits of shape ``(B, N)``."""
+        return users @ self.output_items.vectors().T
+
+    def weights_to_serve(self) -> dict[str, Tensor]:
+        """The weights with every item table computed out, so that a plain student of the same shape can load them.
+
+        A student that was fused with teacher vectors needs neither the teacher nor its vectors afterwards.
+        """
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith(("input_items.", "output_items."))}
+        tables = {"input_items": self.input_items} | ({} if self.tie_items else {"output_items": self.output_items})
+        for name, table in tables.items():
+            vectors = table.vectors().detach()
+            weights[f"{name}.weight"] = torch.cat([vectors, vectors.new_zeros(1, self.width)])
+        return weights
+
+    def load_served(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what `weights_to_serve` returned; every name must be there."""
+        tied = {"output_items.weight": weights["input_items.weight"]} if self.tie_items else {}
+        self.load_state_dict({**weights, **tied})
+
+
+class SASRec(SequentialRecommender):
+    """Self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781), with layer norm ahead.
+
+    Positions are counted from the most recent item, so that histories of different lengths agree on what "last" is.
+
+    Args:
+        n_items: Number of items, N.
+        width: Width of item and user vectors, D.
+        max_length: Longest history, L.
+        n_blocks: Transformer blocks.
+        n_heads: Attention heads; must divide ``width``.
+        dropout: Dropout probability on embeddings, attention and feed-forward outputs.
+        tie_items: Whether one item table serves input and output.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        width: int = 64,
+        max_length: int = 10,
+        n_blocks: int = 2,
+        n_heads: int = 2,
+        dropout: float = 0.2,
+        tie_items: bool = True,
+    ) -> None:
+        super().__init__(n_items, width, max_length, dropout, tie_items)
+        if width % n_heads:
+            raise ConfigError(f"`width` {width} is not divisible by `n_heads` {n_heads}.")
+        self.positions = nn.Parameter(torch.empty(max_length, width))
+        nn.init.normal_(self.positions, std=0.02)
+        self.blocks = nn.ModuleList(_Block(width, n_heads, dropout) for _ in range(n_blocks))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Represent users.
+
+        Args:
+            history: Item ids of shape ``(B, L)``, oldest first, padded on the right.
+            lengths: Real items per row, shape ``(B,)``, at least 1.
+
+        Returns:
+            User vectors of shape ``(B, D)``.
+        """
+        steps = torch.arange(history.shape[1], device=history.device)
+        age = (lengths.unsqueeze(1) - 1 - steps).clamp(min=0)  # (B, L); 0 is the most recent item
+        x = self.dropout(self.input_items(history) + self.positions[age])
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(_last(x, lengths))
+
+
+class _Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each on normalised input and added to it."""
+
+    def __init__(self, width: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+        drop = self.dropout if self.training else 0.0
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True)
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        x = x + nn.functional.dropout(mixed, self.dropout, self.training)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class GRU4Rec(SequentialRecommender):
+    """A GRU over the history (Hidasi et al., arXiv 1511.06939), its last state mapped to item space.
+
+    Args:
+        n_items: Number of items, N.
+        width: Width of item and user vectors, D.
+        max_length: Longest history, L.
+        hidden_width: Width of the recurrent state.
+        n_layers: Recurrent layers.
+        dropout: Dropout probability on embeddings and between layers.
+        tie_items: Whether one item table serves input and output.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        width: int = 64,
+        max_length: int = 10,
+        hidden_width: int = 128,
+        n_layers: int = 1,
+        dropout: float = 0.3,
+        tie_items: bool = True,
+    ) -> None:
+        super().__init__(n_items, width, max_length, dropout, tie_items)
+        between = dropout if n_layers > 1 else 0.0  # torch warns of dropout after a single layer
+        self.gru = nn.GRU(width, hidden_width, n_layers, batch_first=True, dropout=between)
+        self.out = nn.Linear(hidden_width, width)
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Represent users; shapes as in `SASRec.forward`."""
+        states, _ = self.gru(self.dropout(self.input_items(history)))
+        return self.out(_last(states, lengths))
+
+
+def _last(states: Tensor, lengths: Tensor) -> Tensor:
+    """States ``(B, L, D)`` at each row's last real item, ``(B, D)``."""
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec}
+
+
+def build_model(name: str, **arguments: Any) -> SequentialRecommender:
+    """Build a student by name.
+
+    Raises:
+        ConfigError: If there is no such student.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"unknown student {name!r}; expected one of {', '.join(MODELS)}.")
+    return MODELS[name](**arguments)

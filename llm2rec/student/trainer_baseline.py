@@ -1,0 +1,68 @@
+"""Train a student on its own task alone: the baseline that distillation has to beat."""
+
+import numpy as np
+import torch
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.optimizer import adamw
+from llm2rec.core.record import TrainingRecord
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.evaluator import rank_targets
+from llm2rec.student.losses import cross_entropy
+from llm2rec.student.models import SequentialRecommender
+
+__all__ = ["train_baseline"]
+
+
+def train_baseline(
+    model: SequentialRecommender,
+    train: SequenceData,
+    validation: SequenceData,
+    engine: Engine,
+    *,
+    select_on: str = "ndcg@10",
+    seen: SeenItems | None = None,
+) -> SequentialRecommender:
+    """Train with full-softmax cross-entropy and keep the weights that validate best.
+
+    Args:
+        model: Freshly initialised student.
+        train: Training rows.
+        validation: Rows for early stopping; the test split is never seen here.
+        engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
+        select_on: Validation metric that decides.
+        seen: Items to leave out of the validation rankings; None ranks all items.
+
+    Returns:
+        The unwrapped model with the best weights, in evaluation mode.
+    """
+    settings, record = engine.training, TrainingRecord(engine, select_on)
+    wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay))
+    if state := engine.load_checkpoint(wrapped, optimizer):
+        record.restore(state)
+
+    rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
+    wrapped.train()
+    for step, share in engine.progress(engine.steps(rows, record.step), "student", max_steps, initial=record.step):
+        if record.stopping.should_stop:
+            break
+        lr = engine.begin_step(step, max_steps, optimizer)
+        for micro_rows, weights in zip(share.micro_batches, share.weights, strict=True):
+            batch = train.batch(micro_rows, engine.device)
+            with engine.accumulate(wrapped):
+                users = wrapped(batch.history, batch.lengths)  # (B, D)
+                losses = cross_entropy(model.score(users), batch.targets)  # (B,)
+                loss = (losses * torch.from_numpy(weights).to(losses)).sum()
+                engine.backward(loss, share.n_rows, step)
+                engine.step(wrapped, optimizer)
+            record.add_losses({"loss": loss})
+        record.finish_step(step, share.n_rows)
+
+        if settings.evaluation_is_due(record.step, len(train)):
+            metrics = ranking_metrics(rank_targets(model, validation, engine, seen=seen))
+            record.evaluated(model, metrics, learning_rate=lr)
+        if settings.checkpoint_is_due(record.step, len(train)):
+            engine.save_checkpoint(wrapped, optimizer, record.state())
+    record.finish(model)
+    return model.eval()

@@ -1,0 +1,179 @@
+"""What the teacher can be told; Hydra schemas and plain values at once."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.training import TrainingSettings
+
+__all__ = [
+    "AdapterSettings",
+    "ExportSettings",
+    "LLMSettings",
+    "PromptSettings",
+    "TeacherSettings",
+    "TinyRandomSettings",
+]
+
+POOLINGS = ("last", "mean", "cls")
+PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
+
+
+@dataclass
+class PromptSettings:
+    """How a history becomes text: ``prefix``, the titles, ``suffix``.
+
+    Attributes:
+        prefix: Text before the titles; ``{domain}`` stands for the dataset's word for an item.
+        separator: Text after each title.
+        suffix: Text after the titles.
+        max_items: Most recent items shown at most; None shows the whole history.
+        max_tokens: Token budget; the oldest items are left out first, and no title is ever shown in part unless it is
+            alone.
+    """
+
+    prefix: str = ""
+    separator: str = ";"
+    suffix: str = ""
+    max_items: int | None = None
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 8 or (self.max_items is not None and self.max_items < 1):
+            raise ConfigError(
+                f"prompt: expected max_tokens >= 8 and max_items >= 1, got {self.max_tokens} and {self.max_items}."
+            )
+
+
+@dataclass
+class LLMSettings:
+    """A language model from a folder in Hugging Face's layout, or from the Hub.
+
+    Attributes:
+        name: Names the model in results and teacher outputs.
+        path: Folder, or id on the Hub.
+        pooling: Which hidden states represent a text: the ``last`` token's, the ``mean``, or the first's (``cls``).
+        prompt: How a history becomes text.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    name: str = "???"
+    path: str = "???"
+    pooling: str = "last"
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"llm.pooling is {self.pooling!r}, expected one of {', '.join(POOLINGS)}.")
+
+
+@dataclass
+class TinyRandomSettings(LLMSettings):
+    """A small Llama with random weights and a tokenizer trained on the titles: offline, for trying the chain.
+
+    Attributes:
+        path: Where it is made; filled in by the stage.
+        width: Hidden size.
+        n_layers: Decoder layers.
+        n_heads: Attention heads.
+        vocabulary: Tokens at most.
+        seed: Seed of the weights.
+    """
+
+    path: str = ""
+    width: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    vocabulary: int = 2048
+    seed: int = 0
+
+
+@dataclass
+class AdapterSettings:
+    """The iLoRA adapter; see `llm2rec.ilora.ILoraConfig`.
+
+    Attributes:
+        r: Total rank over all experts.
+        num_experts: Experts, E.
+        alpha: Numerator of the scale.
+        dropout: Dropout on the adapter's input.
+        scaling: ``total`` (alpha/R, the paper) or ``per_expert`` (alpha/(R/E), the released program).
+        target_modules: Names of the layers to adapt; None takes the defaults for the model's type.
+        gate: Kind of gate network.
+    """
+
+    r: int = 16
+    num_experts: int = 4
+    alpha: float = 32
+    dropout: float = 0.05
+    scaling: str = "total"
+    target_modules: Any = None
+    gate: str = "linear"
+
+
+@dataclass
+class ExportSettings:
+    """What the teacher writes down.
+
+    Attributes:
+        top_k: Items per training row.
+        block_rows: Rows per resumable block.
+        batch_tokens: Tokens per forward pass, padding included.
+        confidence: What the confidences are: ``neg_log_prob``, ``log_prob`` or ``prob``.
+    """
+
+    top_k: int = 20
+    block_rows: int = 2048
+    batch_tokens: int = 8192
+    confidence: str = "neg_log_prob"
+
+    def __post_init__(self) -> None:
+        if self.confidence not in ("neg_log_prob", "log_prob", "prob"):
+            raise ConfigError(
+                f"teacher.export.confidence is {self.confidence!r}, expected neg_log_prob, log_prob or prob."
+            )
+        if min(self.top_k, self.block_rows, self.batch_tokens) < 1:
+            raise ConfigError("teacher.export: top_k, block_rows and batch_tokens must be at least 1.")
+
+
+@dataclass
+class TeacherSettings:
+    """How the teacher is built and trained.
+
+    Attributes:
+        name: Names the teacher in results and teacher outputs.
+        objective: ``item``: next-item classification over the whole catalogue.
+        precision: ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32``, ``bfloat16``, ``int8`` or ``int4``
+            (base weights quantised by bitsandbytes).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        logit_scale: Factor on the cosine between user and item vectors, an inverse temperature.
+        popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
+        train_rows: Training rows used, chosen by the seed; None uses all.
+        validation_rows: Validation rows used for early stopping, chosen by the seed; None uses all.
+        adapter: The iLoRA adapter.
+        training: Length, batch and rate.
+        export: What is written down.
+    """
+
+    name: str = "ilora"
+    objective: str = "item"
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    logit_scale: float = 20.0
+    popularity_prior: float = 0.0
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+    def __post_init__(self) -> None:
+        if self.objective != "item":
+            raise ConfigError(f"teacher.objective is {self.objective!r}; only 'item' is there so far.")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"teacher.precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}.")
+        for name in ("train_rows", "validation_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"teacher.{name} is {value}, expected at least 1, or null for all rows.")
