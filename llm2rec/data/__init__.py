@@ -1,23 +1,32 @@
 """Raw interactions in, one canonical dataset of items, sequences, splits and examples out. Knows no model."""
 
+from llm2rec.data.amazon import AmazonReviews
 from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
 from llm2rec.data.recdata import RecData, load
 from llm2rec.data.spec import DatasetSpec, RawData
 from llm2rec.data.statistics import format_statistics
 from llm2rec.data.tables import CsvTables
+from llm2rec.data.toy import Toy
 
 __all__ = [
     "SCHEMAS",
+    "AmazonReviews",
     "CsvTables",
     "DatasetSpec",
     "MovieLens100K",
     "RawData",
     "RecData",
+    "Toy",
     "format_statistics",
     "load",
     "prepare",
 ]
 
-SCHEMAS: dict[str, type[DatasetSpec]] = {"csv": CsvTables, "movielens": MovieLens100K}
-"""What each file in conf/dataset may say, by file name."""
+SCHEMAS: dict[str, type[DatasetSpec]] = {
+    "amazon_games": AmazonReviews,
+    "csv": CsvTables,
+    "movielens": MovieLens100K,
+    "toy": Toy,
+}
+"""What each file in `conf/dataset` may say, by file name."""

@@ -223,6 +223,8 @@ def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
             )
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
+        if pa.types.is_date(values.type):
+            values = values.cast(pa.timestamp("us"))  # pandas would make Python objects of dates
         columns[ours] = values.to_pandas()
     return Table(
         path=path,

@@ -155,9 +155,12 @@ def _timestamps(table: Table) -> npt.NDArray[np.int64]:
     # A date like 2020-01-01 is no number, so a column of dates has none; one stray date among numbers is an error.
     if np.isnan(numbers).all() and pd.api.types.is_string_dtype(values):
         return _microseconds(table, pd.to_datetime(values, errors="coerce", utc=True, format="ISO8601"))
-    _refuse(table, "timestamp", ~np.isfinite(numbers) | (np.abs(numbers) > 9e12), "a number or an ISO 8601 date")
+    expected = "a number like the others, or an ISO 8601 date in every row"
+    _refuse(table, "timestamp", ~np.isfinite(numbers), expected)
     if (numbers == np.floor(numbers)).all():
+        _refuse(table, "timestamp", np.abs(numbers) >= 2.0**53, "a number below 2^53, or integers without a point")
         return numbers.astype(np.int64)
+    _refuse(table, "timestamp", np.abs(numbers) > 9e12, "seconds, at most 9e12")
     return np.round(numbers * 1e6).astype(np.int64)
 
 

@@ -1,0 +1,186 @@
+"""Amazon reviews: the public review and metadata files of 2014, 2018 and 2023."""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llm2rec.core.errors import DataError
+from llm2rec.data._files import existing_file, numbered_lines, shorten
+from llm2rec.data.spec import DatasetSpec, RawData, path_field
+
+__all__ = ["AmazonReviews"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Keys of one generation of review files."""
+
+    years: str
+    user: str
+    item: str
+    rating: str
+    timestamp: str
+
+
+# 2023 reviews have `asin` too, the variant bought; their metadata is keyed by `parent_asin`.
+_LAYOUTS = (
+    _Layout("2014 and 2018", "reviewerID", "asin", "overall", "unixReviewTime"),
+    _Layout("2023", "user_id", "parent_asin", "rating", "timestamp"),
+)
+_METADATA_KEYS = ("parent_asin", "asin")
+
+# Some 2018 metadata rows hold the page's script where the title should be; the publishers advise to drop them.
+_SCRIPT_IN_TITLE = "getTime("
+
+
+@dataclass
+class AmazonReviews(DatasetSpec):
+    """Reviews as implicit interactions, with the products' titles.
+
+    Both files are JSON lines, gzipped or plain; the layout is told by the keys of the first row. Timestamps are
+    kept as published: seconds in 2014 and 2018, milliseconds in 2023. Titles have HTML entities decoded and white
+    space normalised. Repeated metadata rows are counted and the first title is kept.
+
+    Attributes:
+        reviews: Path of the reviews.
+        metadata: Path of the products.
+    """
+
+    _target_: str = "llm2rec.data.amazon.AmazonReviews"
+    name: str = "amazon_games"
+    domain: str = "game"
+    reviews: str = path_field()
+    metadata: str = path_field()
+
+    def raw_files(self) -> list[Path]:
+        """Return the two files.
+
+        Raises:
+            DataError: If one is missing.
+        """
+        return [existing_file(self.reviews, "reviews"), existing_file(self.metadata, "metadata")]
+
+    def read(self) -> RawData:
+        """Read reviews, then the titles of the products they name.
+
+        Raises:
+            DataError: If a file is missing, of no known layout, or has a malformed row.
+        """
+        reviews, metadata = self.raw_files()
+        interactions = _read_reviews(reviews)
+        reviewed = dict.fromkeys(interactions["item_id"])
+        titles, n_repeated = _read_titles(metadata, reviewed)
+        if not titles:
+            raise DataError(
+                f"{metadata} names none of the {len(reviewed)} products reviewed in {reviews} (the first is "
+                f"{next(iter(reviewed))!r}); give the metadata of the same category and year: dataset.metadata=FILE"
+            )
+        untold = [item for item in reviewed if item not in titles]
+        titles.update(dict.fromkeys(untold, ""))
+        items = pd.DataFrame(
+            {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}
+        )
+        return RawData(interactions, items, {"metadata_rows_repeated": n_repeated})
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and content of each row; JSON, or the Python literals of the 2014 metadata."""
+    for number, line in numbered_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            try:
+                record = ast.literal_eval(line.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise DataError(
+                    f"{path}, line {number}: {shorten(line)} is neither a JSON object nor a Python dictionary. Correct "
+                    "or remove the line, or fetch the file again."
+                ) from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: {shorten(line)} is not an object with keys and values.")
+        yield number, record
+
+
+def _layout(path: Path, number: int, record: dict[str, Any]) -> _Layout:
+    for layout in _LAYOUTS:
+        if layout.user in record and layout.item in record:
+            return layout
+    known = "; ".join(f"{each.years}: {each.user}, {each.item}, {each.rating}, {each.timestamp}" for each in _LAYOUTS)
+    raise DataError(
+        f"{path}, line {number}: not a review of a known layout, its keys are {', '.join(map(str, record))}; expected "
+        f"({known}). Give the file of reviews: dataset.reviews=FILE"
+    )
+
+
+def _read_reviews(path: Path) -> pd.DataFrame:
+    layout: _Layout | None = None
+    users: list[str] = []
+    items: list[str] = []
+    ratings: list[float] = []
+    timestamps: list[int] = []
+    for number, record in _records(path):
+        if layout is None:
+            layout = _layout(path, number, record)
+        try:
+            user, item = record[layout.user], record[layout.item]
+            if not (isinstance(user, str) and user and isinstance(item, str) and item):
+                raise ValueError("an id is not text")
+            rating, timestamp = float(record[layout.rating]), int(record[layout.timestamp])
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a review of the {layout.years} layout ({error!r}); expected text in "
+                f"`{layout.user}` and `{layout.item}`, numbers in `{layout.rating}` and `{layout.timestamp}`. Correct "
+                "or remove the line."
+            ) from error
+        users.append(user)
+        items.append(item)
+        ratings.append(rating)
+        timestamps.append(timestamp)
+    if layout is None:
+        raise DataError(f"{path} is empty; expected one review a line.")
+    return pd.DataFrame(
+        {
+            "user_id": pd.Series(users, dtype="str"),
+            "item_id": pd.Series(items, dtype="str"),
+            "timestamp": pd.Series(timestamps, dtype="int64"),
+            "rating": pd.Series(ratings, dtype="float64"),
+        }
+    )
+
+
+def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str], int]:
+    """Return titles of the reviewed products in the order of the file, and how many rows repeat a product."""
+    titles: dict[str, str] = {}
+    n_repeated = 0
+    for number, record in _records(path):
+        key = next((each for each in _METADATA_KEYS if each in record), None)
+        if key is None:
+            raise DataError(
+                f"{path}, line {number}: not a product, its keys are {', '.join(map(str, record))}; expected `asin` or "
+                "`parent_asin`, and `title`. Give the file of products: dataset.metadata=FILE"
+            )
+        item = record[key]
+        if item not in reviewed:
+            continue
+        n_repeated += item in titles
+        if not titles.get(item):
+            titles[item] = _clean(record.get("title"), path, number)
+    return titles, n_repeated
+
+
+def _clean(title: object, path: Path, number: int) -> str:
+    if title is None:
+        return ""
+    if not isinstance(title, str):
+        raise DataError(f"{path}, line {number}: `title` is {shorten(title)}, expected text. Correct the line.")
+    if _SCRIPT_IN_TITLE in title:
+        return ""
+    return " ".join(html.unescape(title).split())
