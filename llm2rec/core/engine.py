@@ -148,10 +148,6 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = self.training.max_grad_norm
         return cast(tuple[Model, Any], self.accelerator.prepare(model, optimizer))
 
-    def unwrap(self, model: Model) -> Model:
-        """The model inside the wrappers of `prepare`."""
-        return cast(Model, self.accelerator.unwrap_model(model))
-
     def max_steps(self, n_rows: int) -> int:
         """Optimizer steps of a whole training over ``n_rows`` rows."""
         return self.training.epochs * self.training.steps_per_epoch(n_rows)
@@ -259,17 +255,16 @@ class Engine:
         """Write a checkpoint of now, then delete older ones; a collective.
 
         Args:
-            model: Model as `prepare` returned it; its trained weights are stored.
+            model: The model as it was before `prepare`; its trained weights are stored.
             optimizer: Optimizer as `prepare` returned it.
             state: Plain values the loop needs to go on from here, ``step`` among them.
         """
-        plain = self.unwrap(model)
-        tensors = optimizer_tensors(plain, optimizer.optimizer)
+        tensors = optimizer_tensors(model, optimizer.optimizer)
         if self.is_main:
             older = self._checkpoints
             target = self.run.folder / "checkpoints" / f"step_{state['step']:09d}"
             with replaced_folder(target) as folder:
-                save_tensors(trainable_weights(plain), folder / "model.safetensors")
+                save_tensors(trainable_weights(model), folder / "model.safetensors")
                 save_tensors(tensors, folder / "optimizer.safetensors")
                 write_json(folder / "state.json", state)
             for folder in older:
@@ -280,15 +275,18 @@ class Engine:
     def load_checkpoint(self, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
         """Restore the run's newest checkpoint, if there is one.
 
+        Args:
+            model: The model as it was before `prepare`.
+            optimizer: Optimizer as `prepare` returned it.
+
         Returns:
             The loop's state, or None for a fresh start.
         """
         folder: Path | None = agree(self._checkpoints[-1] if self._checkpoints else None)
         if folder is None:
             return None
-        plain = self.unwrap(model)
-        load_weights(plain, folder / "model.safetensors")
-        load_optimizer(plain, optimizer.optimizer, folder / "optimizer.safetensors")
+        load_weights(model, folder / "model.safetensors")
+        load_optimizer(model, optimizer.optimizer, folder / "optimizer.safetensors")
         logger.info("resuming at %s", folder.name)
         return cast(dict[str, Any], read_json(folder / "state.json"))
 

@@ -39,7 +39,7 @@ def train_baseline(
     """
     settings, record = engine.training, TrainingRecord(engine, select_on)
     wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay))
-    if state := engine.load_checkpoint(wrapped, optimizer):
+    if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
     rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
@@ -63,6 +63,6 @@ def train_baseline(
             metrics = ranking_metrics(rank_targets(model, validation, engine, seen=seen))
             record.evaluated(model, metrics, learning_rate=lr)
         if settings.checkpoint_is_due(record.step, len(train)):
-            engine.save_checkpoint(wrapped, optimizer, record.state())
+            engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
     return model.eval()
