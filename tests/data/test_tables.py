@@ -1,0 +1,198 @@
+"""A user's own tables: formats, exact ids, timestamps, and every way a file can be wrong."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+from data_files import csv_pair
+
+from llm2rec.core.errors import DataError
+from llm2rec.data import CsvTables, prepare
+
+ROWS = [("007", "i,1", 10), ("007", "7", 30), ("007", "i1", 20), ("u 2", "7", 5)]
+ITEMS = [("i,1", 'The "One", really'), ("7", "Seven"), ("i1", "line\nbreak  twice")]
+
+
+def write(folder, suffix):
+    """Write the same two tables in some format."""
+    interactions = pd.DataFrame(ROWS, columns=["user_id", "item_id", "timestamp"])
+    items = pd.DataFrame(ITEMS, columns=["item_id", "title"])
+    paths = {}
+    for name, frame in (("interactions", interactions), ("items", items)):
+        path = folder / f"{name}{suffix}"
+        paths[name] = str(path)
+        if suffix == ".parquet":
+            frame.to_parquet(path)
+        elif "jsonl" in suffix:
+            frame.to_json(path, orient="records", lines=True)
+        else:
+            frame.to_csv(path, index=False, sep="\t" if "tsv" in suffix else ",")
+    return paths
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_formats_read_the_same(tmp_path, suffix):
+    raw = CsvTables(**write(tmp_path, suffix)).read()
+    assert list(raw.interactions.itertuples(index=False, name=None)) == ROWS
+    assert raw.items.title.tolist() == ['The "One", really', "Seven", "line break twice"]
+
+
+def test_columns_are_named_by_options_and_rating_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("who,what,when,stars,extra\nu,i,1,4.5,x\n")
+    (tmp_path / "b.csv").write_text("extra,id,name\nx,i,Item\n")
+    spec = CsvTables(
+        interactions=str(tmp_path / "a.csv"),
+        items=str(tmp_path / "b.csv"),
+        user_column="who",
+        item_column="what",
+        timestamp_column="when",
+        rating_column="stars",
+        item_id_column="id",
+        title_column="name",
+    )
+    assert spec.read().interactions.iloc[0].to_dict() == {"user_id": "u", "item_id": "i", "timestamp": 1, "rating": 4.5}
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("3", "1", "2"), [3, 1, 2]),
+        (("3.0", "1e3", "2"), [3, 1000, 2]),
+        (("0.5", "0.25", "2"), [500000, 250000, 2000000]),
+        (("2024-01-02", "2024-01-01T00:00:01", "2024-01-01T02:00:00.5+02:00"),
+         [1704153600000000, 1704067201000000, 1704067200500000]),
+        (("1700000000123456789", "1", "2"), [1700000000123456789, 1, 2]),
+    ],
+)  # fmt: skip
+def test_timestamps_of_every_kind(tmp_path, texts, expected):
+    paths = csv_pair(tmp_path, interactions=[f"u,i1,{text}" for text in texts])
+    assert CsvTables(**paths).read().interactions.timestamp.tolist() == expected
+
+
+def test_parquet_dates_are_timestamps(tmp_path):
+    paths = csv_pair(tmp_path)
+    frame = pd.DataFrame({"user_id": [1, 2], "item_id": ["i1", "i2"]})
+    for times in (pd.to_datetime(["1970-01-02", "1970-01-01"]), pd.to_datetime(["1970-01-02", "1970-01-01"]).date):
+        frame.assign(timestamp=times).to_parquet(tmp_path / "a.parquet")
+        raw = CsvTables(interactions=str(tmp_path / "a.parquet"), items=paths["items"]).read()
+        assert raw.interactions.timestamp.tolist() == [86400000000, 0]
+        assert raw.interactions.user_id.tolist() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("u,i1", r"interactions\.csv, line 4: 2 fields, expected 3"),
+        ("u,i1,4,5", r"interactions\.csv, line 4: 4 fields, expected 3"),
+        ("u,i1,noon", r"interactions\.csv, line 4: column `timestamp` holds 'noon', expected a number"),
+        ("u,i1,", r"interactions\.csv, line 4: column `timestamp` holds ''"),
+        ("u,i1,nan", r"interactions\.csv, line 4: column `timestamp` holds 'nan'"),
+        (",i1,4", r"interactions\.csv, line 4: column `user_id` holds '', expected an id"),
+        ("u,  ,4", r"interactions\.csv, line 4: column `item_id` holds"),
+        ('u,"i1,4', r"interactions\.csv, line 4: the row that begins here cannot be read"),
+        ('u,"i1,4\nu,"i2",5', r"interactions\.csv, line 4: the row that begins here cannot be read"),
+        ("u,i\udcff,4", r"interactions\.csv, line 4: not utf-8 text"),
+    ],
+)
+def test_malformed_row_names_file_and_line(tmp_path, row, message):
+    paths = csv_pair(tmp_path)
+    content = f"user_id,item_id,timestamp\nu,i1,1\nu,i2,2\n{row}\n"
+    (tmp_path / "interactions.csv").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=message):
+        CsvTables(**paths).read()
+
+
+def test_line_numbers_count_quoted_breaks_and_blank_lines(tmp_path):
+    paths = csv_pair(tmp_path)
+    (tmp_path / "items.csv").write_text('item_id,title\ni1,"two\nlines"\n\ni2,x\ni1,again\n')
+    with pytest.raises(DataError, match=r"items\.csv, line 6: item id 'i1' is there already \(.*items\.csv, line 3\)"):
+        CsvTables(**paths).read()
+
+
+def test_unknown_column_lists_those_that_are_there(tmp_path):
+    paths = csv_pair(tmp_path)
+    with pytest.raises(DataError, match=r"no column `user`; the columns are user_id, item_id, timestamp.*user_column="):
+        CsvTables(**paths, user_column="user").read()
+    with pytest.raises(DataError, match=r"no column `name`; the columns are item_id, title.*dataset\.title_column="):
+        CsvTables(**paths, title_column="name").read()
+
+
+def test_missing_file_folder_and_unknown_format_are_refused(tmp_path):
+    paths = csv_pair(tmp_path)
+    with pytest.raises(DataError, match=r"`dataset\.items` does not exist: .*nothing\.csv"):
+        CsvTables(interactions=paths["interactions"], items=str(tmp_path / "nothing.csv")).read()
+    with pytest.raises(DataError, match=r"`dataset\.items` is a folder"):
+        CsvTables(interactions=paths["interactions"], items=str(tmp_path)).read()
+    (tmp_path / "items.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"unknown format '\.xlsx'; expected \.csv"):
+        CsvTables(interactions=paths["interactions"], items=str(tmp_path / "items.xlsx")).read()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_empty_file_is_refused(tmp_path, content, suffix):
+    (tmp_path / f"a{suffix}").write_text(content)
+    with pytest.raises(DataError, match="is empty"):
+        CsvTables(interactions=str(tmp_path / f"a{suffix}"), items=csv_pair(tmp_path)["items"]).read()
+
+
+def test_header_alone_leaves_nothing(tmp_path):
+    paths = csv_pair(tmp_path)
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,timestamp\n")
+    with pytest.raises(DataError, match="no interaction is left of 0"):
+        prepare(CsvTables(**paths), tmp_path / "processed")
+
+
+def test_item_without_title_is_an_error_dropped_or_named_by_its_id(tmp_path):
+    paths = csv_pair(tmp_path / "raw", items=["i1,One", "i2,  ", "i3,Three", "i4,Four", "i5,Five"])
+    with pytest.raises(DataError, match=r"items\.csv, line 3: item 'i2' has no title.*missing_title=drop"):
+        CsvTables(**paths).read()
+    dropped = prepare(CsvTables(**paths, missing_title="drop"), tmp_path)
+    assert dropped.titles == ["One", "Three", "Four", "Five"]
+    assert dropped.statistics["removed"]["rows_without_title"] == 3
+    assert prepare(CsvTables(**paths, missing_title="id"), tmp_path).titles == ["One", "i2", "Three", "Four", "Five"]
+
+
+def test_interaction_with_an_unknown_item_names_it_and_how_many(tmp_path):
+    rows = ["a,i1,1", "a,07,2", "a,i2,3", "b,07,1", "b,x,2"]
+    with pytest.raises(DataError, match=r"3 interactions name 2 items that are not among the 5 items \('07', 'x'\)"):
+        prepare(CsvTables(**csv_pair(tmp_path, interactions=rows)), tmp_path / "processed")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"user_id": "u", "item_id": "i1"', "line 2: .* is not JSON"),
+        ("[1, 2]", "line 2: .* is not an object"),
+        ('{"user_id": "u", "item_id": "i1"}', "line 2: `timestamp` is None"),
+        ('{"user_id": null, "item_id": "i1", "timestamp": 1}', "line 2: `user_id` is None"),
+        ('{"user_id": ["u"], "item_id": "i1", "timestamp": 1}', "line 2: `user_id` is "),
+        ('{"user_id": "u", "item_id": "i1", "timestamp": "noon"}', "line 2: column `timestamp` holds 'noon'"),
+    ],
+)
+def test_malformed_json_line_names_file_and_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"user_id": "u", "item_id": "i1", "timestamp": 1}) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl, {message}"):
+        CsvTables(interactions=str(path), items=csv_pair(tmp_path)["items"]).read()
+
+
+def test_damaged_gzip_and_parquet_are_refused(tmp_path):
+    items = csv_pair(tmp_path)["items"]
+    whole = gzip.compress(b"user_id,item_id,timestamp\n" + b"u,i1,1\n" * 1000)
+    for name, content in (("a.csv.gz", whole[:-20]), ("b.csv.gz", b"no gzip"), ("a.parquet", b"PAR1 no")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
+            CsvTables(interactions=str(tmp_path / name), items=items).read()
+
+
+def test_parquet_hole_and_decimal_ids_are_refused(tmp_path):
+    items = csv_pair(tmp_path)["items"]
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"user_id": ["u", None], "item_id": ["i1", "i1"], "timestamp": [1, 2]}).to_parquet(path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: `user_id` is empty"):
+        CsvTables(interactions=str(path), items=items).read()
+    pd.DataFrame({"user_id": [1.0, 2.0], "item_id": ["i1", "i1"], "timestamp": [1, 2]}).to_parquet(path)
+    with pytest.raises(DataError, match=r"`user_id` holds float64 values, expected text or integers"):
+        CsvTables(interactions=str(path), items=items).read()
