@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# What the scripts in this folder share. Sourced, never run.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=env_shell/_lib.sh
+. "$root/env_shell/_lib.sh"
+# Datasets and results lie in the checkout, wherever the script is called from.
+cd "$root" || exit 1
+
+# Print the help of the calling script if the first argument asks for it. Only the first: --help further back is Hydra's.
+help_if_asked() {
+  case "${1:-}" in -h | --help) print_help "$0" && exit 0 ;; esac
+}
+
+ensure_environment() { bash env_shell/setup.sh; }
+
+# launch STAGE [HYDRA OVERRIDES]: run one stage of llm2rec through Accelerate.
+launch() {
+  local stage="$1" config="${ACCELERATE_CONFIG:-}"
+  shift
+  if [ -z "$config" ]; then
+    config=cpu
+    if has_nvidia_gpu; then config=single_a100; fi
+  fi
+  if [ ! -f "$config" ]; then config="accelerate_configs/$config.yaml"; fi
+  [ -f "$config" ] ||
+    die "ACCELERATE_CONFIG is '$ACCELERATE_CONFIG'; expected a file or one of: $(cd accelerate_configs && echo *.yaml | sed 's/\.yaml//g')"
+  if [[ "$(basename "$config")" == cpu* ]]; then
+    # The launcher of several processes takes "no GPU" from here alone.
+    export ACCELERATE_USE_CPU=true
+    # Else Accelerate asks for the number of physical cores, which some containers do not know.
+    if [ "$(basename "$config")" = cpu.yaml ]; then
+      export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$root/.venv/bin/python" -c 'import os; print(os.cpu_count() or 1)')}"
+    fi
+  fi
+  say ">>> llm2rec.$stage $*"
+  "$root/.venv/bin/python" -m accelerate.commands.launch --config_file "$config" -m "llm2rec.$stage" "$@"
+}

@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# What the two container scripts agree on. Sourced, never run.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=env_shell/_lib.sh
+. "$root/env_shell/_lib.sh"
+
+image="${LLM2REC_IMAGE:-llm2rec:latest}"
+container="${LLM2REC_CONTAINER:-llm2rec-experiment}"
+
+need_docker() {
+  command -v docker >/dev/null 2>&1 || die "docker is not on PATH. Install Docker (and, for GPUs, NVIDIA's Container Toolkit)"
+  docker info >/dev/null 2>&1 || die "the Docker engine does not answer: is it running, and may $(id -un) use it?"
+}
+
+# running, exited, created, paused, ... or nothing when there is no such container
+container_state() {
+  docker container inspect --format '{{.State.Status}}' "$container" 2>/dev/null || true
+}
+
+# Print -it on a terminal, -i else: docker refuses a terminal that is not there.
+terminal_option() {
+  if [ -t 0 ] && [ -t 1 ]; then echo -it; else echo -i; fi
+}
+
+# Join the container, starting it first if it is stopped; run the command given, or a shell.
+attach() {
+  case "$(container_state)" in
+    running) ;;
+    paused) docker unpause "$container" >/dev/null ;;
+    *) docker start "$container" >/dev/null ;;
+  esac
+  if [ "$#" -eq 0 ]; then set -- bash; fi
+  docker exec "$(terminal_option)" "$container" "$@"
+}
