@@ -74,7 +74,12 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
     ]
     if statistics["items_sharing_a_title"]:
         lines.append(("same title as another", f"{statistics['items_sharing_a_title']:,} items"))
-    lines += [(key.replace("_", " "), f"{value:,}") for key, value in statistics["removed"].items() if value]
+    # Cuts are points in time, not counts: without thousands separators.
+    lines += [
+        (key.replace("_", " "), str(value) if key.endswith("_cut") else f"{value:,}")
+        for key, value in statistics["removed"].items()
+        if value
+    ]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
