@@ -24,7 +24,7 @@ launch() {
   fi
   if [ ! -f "$config" ]; then config="accelerate_configs/$config.yaml"; fi
   [ -f "$config" ] ||
-    die "ACCELERATE_CONFIG is '$ACCELERATE_CONFIG'; expected a file or one of: $(cd accelerate_configs && echo *.yaml | sed 's/\.yaml//g')"
+    die "ACCELERATE_CONFIG is '${ACCELERATE_CONFIG:-}'; expected a file or one of: $(cd accelerate_configs && echo *.yaml | sed 's/\.yaml//g')"
   if [[ "$(basename "$config")" == cpu* ]]; then
     # The launcher of several processes takes "no GPU" from here alone.
     export ACCELERATE_USE_CPU=true
