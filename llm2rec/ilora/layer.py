@@ -59,6 +59,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.in_features, self.out_features = _sizes(base_layer)
         self.base_layer = base_layer
+        _keep_differentiable(base_layer)
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
         self.ilora_dropout = nn.ModuleDict()
@@ -159,3 +160,17 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         f"iLoRA adapts linear layers (nn.Linear, transformers' Conv1D, bitsandbytes 8-bit and 4-bit), got "
         f"{type(layer).__name__}; name other layers in `target_modules`, or use 'all-linear'."
     )
+
+
+def _keep_differentiable(layer: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX512-BF16.
+
+    A forward in evaluation mode without gradients (validation, h_seq) repacks them for a kernel that has no backward;
+    training goes on with it and the layers below get no gradient (seen with bitsandbytes 0.50.2).
+    TODO(#3): remove when bitsandbytes unpacks for training by itself.
+    """
+    if not hasattr(layer, "support_avx512bf16_for_cpu"):
+        return
+    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        layer.state_dict()  # the public way to unpack: saving does it in place

@@ -250,11 +250,9 @@ class ILoraModel(BaseTuner):
             AdapterKeysError: If tensors are missing or foreign.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        of_model = set(model.state_dict())
-        wanted = {key for key in of_model if _belongs_to(key, adapter_name)}
+        wanted = {key for key in model.state_dict() if _belongs_to(key, adapter_name)}
         missing = sorted(wanted - remapped.keys())
-        # Modules to save and resized embeddings travel with an adapter; they are keys of the model without our prefix.
-        foreign = sorted(key for key in remapped if key not in of_model or (cls.prefix in key and key not in wanted))
+        foreign = sorted(key for key in remapped.keys() - wanted if not _may_travel(key, model))
         if missing or foreign:
             raise AdapterKeysError(
                 f"the file does not hold adapter {adapter_name!r} of this model: {_listing('missing', missing)}; "
@@ -290,6 +288,19 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
 def _belongs_to(key: str, adapter: str) -> bool:
     parts = key.split(".")
     return any(part.startswith(ILoraModel.prefix) and parts[i + 1 : i + 2] == [adapter] for i, part in enumerate(parts))
+
+
+def _may_travel(key: str, model: nn.Module) -> bool:
+    """Whether PEFT may save this tensor beside an adapter's own: modules to save, and embeddings that were resized."""
+    owner, _, _ = key.rpartition(".")
+    if ".modules_to_save." in key:
+        return True
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    head = getattr(model, "get_output_embeddings", None)
+    return isinstance(module, nn.Embedding) or (callable(head) and head() is module)
 
 
 def _listing(name: str, keys: list[str], n_shown: int = 3) -> str:
