@@ -7,7 +7,7 @@ told. This needs the process group, so it is joined here, once, the same way for
 import os
 from typing import Any
 
-__all__ = ["agree", "is_first_process", "join_processes", "n_processes"]
+__all__ = ["agree", "is_first_process", "join_processes", "n_processes", "process_arguments", "uses_gpu"]
 
 
 def n_processes() -> int:
@@ -20,6 +20,17 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _asked_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+
+
+def uses_gpu() -> bool:
+    """Whether this launch computes on CUDA devices."""
+    import torch
+
+    return torch.cuda.is_available() and not _asked_for_cpu()
+
+
 def process_arguments() -> tuple[bool, dict[str, Any]]:
     """How Accelerate is to set up its processes here.
 
@@ -27,11 +38,8 @@ def process_arguments() -> tuple[bool, dict[str, Any]]:
         Whether to stay on the CPU, and the keywords of the process group. Without an accelerator the backend must be
         named: left to itself, Accelerate then believes in a single process.
     """
-    import torch
-
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    if n_processes() == 1 or (torch.cuda.is_available() and not on_cpu):
-        return on_cpu, {}
+    if n_processes() == 1 or uses_gpu():
+        return _asked_for_cpu(), {}
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     return not use_deepspeed, {"backend": "gloo"}  # with cpu=True Accelerate would not look at DeepSpeed at all
 

@@ -148,6 +148,7 @@ class TeacherSettings:
             (base weights quantised by bitsandbytes).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         logit_scale: Factor on the cosine between user and item vectors, an inverse temperature.
+        exclude_history: Whether the items of a history are out of the running for the next one.
         popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
         train_rows: Training rows used, chosen by the seed; None uses all.
         validation_rows: Validation rows used for early stopping, chosen by the seed; None uses all.
@@ -161,6 +162,7 @@ class TeacherSettings:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     logit_scale: float = 20.0
+    exclude_history: bool = True
     popularity_prior: float = 0.0
     train_rows: int | None = None
     validation_rows: int | None = None

@@ -1,0 +1,84 @@
+"""``accelerate launch -m llm2rec.teacher``: train the iLoRA teacher and write its outputs."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from llm2rec.config import Config
+from llm2rec.core.git_info import git_state
+from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.run import Run
+from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.student.datamodule import SequenceData
+from llm2rec.teacher.export import rank_blocks, write_outputs
+from llm2rec.teacher.factory import build_teacher, save_teacher
+from llm2rec.teacher.gate_cache import GateCache
+from llm2rec.teacher.llm import locate, mixed_precision
+from llm2rec.teacher.settings import LLMSettings, TeacherSettings
+from llm2rec.teacher.trainer import train_teacher
+
+
+@stage("teacher")
+def main(cfg: Config, run: Run) -> None:
+    """Train the teacher, store its adapter, rank the catalogue for every training row."""
+    settings, llm = build(cfg.teacher, TeacherSettings), build(cfg.llm, LLMSettings)
+    data = open_data(cfg, run)
+    llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
+    engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision))
+    with engine.first_process_first():
+        source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
+    train, validation = (
+        SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
+    )
+    model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), engine.device)
+    export = settings.export
+    cache = GateCache(
+        model,
+        recipe.identity,
+        engine,
+        llm_dir / "gate_inputs",
+        block_rows=export.block_rows,
+        batch_tokens=export.batch_tokens,
+    )
+    if settings.training.epochs > 0:
+        with run.phase("gate_inputs"):
+            train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
+            validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
+        with run.phase("train"):
+            train_teacher(model, train_rows, validation_rows, engine, select_on=cfg.metrics.select_on)
+    if engine.is_main:
+        save_teacher(run.folder / "teacher", model.eval(), recipe)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    run.note(label=f"{settings.name} {llm.name}", parameters=model_size(model), trained_parameters=trained)
+
+    name = f"{settings.name}-{llm.name}"
+    with run.phase("export_gate_inputs"):
+        rows = cache.rows(train, np.arange(len(train)))
+    with run.phase("export"):
+        blocks = rank_blocks(model.eval(), rows, engine, run.folder / "export", export)
+        if engine.is_main:
+            about = {"dataset": data.name, "fingerprint": data.fingerprint, "teacher": name, **git_state()}
+            folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
+            write_outputs(folder, blocks, model.item_vectors, export, {**about, "run": run.folder.name})
+            shutil.rmtree(run.folder / "export")
+    engine.drop_checkpoints()
+    engine.close()
+
+
+def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
+    """All rows, or a random choice of ``wanted`` of them, in ascending order."""
+    if wanted is None or wanted >= n_rows:
+        return np.arange(n_rows)
+    return np.sort(np.random.default_rng([seed, n_rows]).permutation(n_rows)[:wanted])
+
+
+def model_size(model: nn.Module) -> int:
+    """Parameters of the model, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Write down what the teacher knows, in DLLM2Rec's layout (DESIGN 4.3).
+
+all_embeddings.pt      tensor (N, d_teacher), row = item id
+myrank_train.txt       (training rows, K) item ids, best first
+confidence_train.txt   (training rows, K), their scores
+*.npy                  memory-mapped twins of the two text files
+manifest.json          what the scores are, shapes, fingerprint, hashes
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.files import replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.teacher.gate_cache import TeacherRows
+from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.prompts import batches_by_tokens
+from llm2rec.teacher.settings import ExportSettings
+
+__all__ = ["rank_blocks", "write_outputs"]
+
+logger = logging.getLogger(__name__)
+
+
+def rank_blocks(
+    model: ILoraRecommender, rows: TeacherRows, engine: Engine, folder: Path, settings: ExportSettings
+) -> list[Path]:
+    """Rank the catalogue for every row and keep the top K, block by block; a collective.
+
+    Finished blocks are kept, so that a killed export goes on where it stopped. Blocks are divided among processes.
+
+    Args:
+        model: Unwrapped teacher, in evaluation mode.
+        rows: Rows to label, M of them.
+        engine: Divides the blocks.
+        folder: Where blocks are written.
+        settings: K and sizes.
+
+    Returns:
+        Files ``block_*.safetensors`` in row order, each with ``items`` (rows, K) int32 and ``log_probs`` (rows, K)
+        float32, best first.
+    """
+    size, n_rows = settings.block_rows, len(rows.rows)
+    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-n_rows // size))]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    engine.wait()  # all processes have looked before any writes
+    mine = missing[engine.rank :: engine.n_processes]
+    for number in engine.progress(mine, "export", len(mine), "block"):
+        block = slice(number * size, min((number + 1) * size, n_rows))
+        items, log_probs = _rank(model, rows, block, engine, settings)
+        with replaced_file(files[number]) as aside:
+            save_file({"items": items, "log_probs": log_probs}, aside)
+    engine.wait()
+    return files
+
+
+def _rank(
+    model: ILoraRecommender, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    numbers, gate_inputs = rows.rows[block], rows.gate_inputs[block]
+    history, lengths = rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers]
+    k = min(settings.top_k, rows.data.n_items)
+    items, log_probs = np.empty((len(numbers), k), np.int32), np.empty((len(numbers), k), np.float32)
+    with torch.inference_mode():
+        for part in batches_by_tokens(rows.token_counts[block], settings.batch_tokens):
+            tokens = model.prompts.histories(history[part], lengths[part]).to(engine.device)
+            shown = torch.from_numpy(history[part]).to(engine.device, torch.int64)
+            with model.mixing(torch.from_numpy(gate_inputs[part]).to(engine.device)):
+                users = model(tokens.input_ids, tokens.attention_mask)
+            best = model.score(users, shown).log_softmax(dim=1).topk(k, dim=1)
+            items[part], log_probs[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+    return items, log_probs
+
+
+def write_outputs(
+    folder: Path, blocks: list[Path], item_vectors: torch.Tensor, settings: ExportSettings, about: dict[str, Any]
+) -> None:
+    """Put the blocks together and write the teacher outputs; for one process.
+
+    Args:
+        folder: ``data/teacher_outputs/<dataset>/<name>``; replaced as a whole.
+        blocks: What `rank_blocks` returned.
+        item_vectors: Shape ``(N, d_teacher)``.
+        settings: What the confidences are.
+        about: What the manifest says besides shapes and hashes: dataset, fingerprint, teacher, commit.
+    """
+    parts = [load_file(block) for block in blocks]
+    ranking = np.concatenate([part["items"] for part in parts])
+    log_probs = np.concatenate([part["log_probs"] for part in parts])
+    confidence = {"neg_log_prob": -log_probs, "log_prob": log_probs, "prob": np.exp(log_probs)}[settings.confidence]
+    with replaced_folder(folder) as aside:
+        torch.save(item_vectors.detach().cpu().contiguous(), aside / "all_embeddings.pt")
+        np.save(aside / "myrank_train.npy", ranking)
+        np.save(aside / "confidence_train.npy", confidence)
+        np.savetxt(aside / "myrank_train.txt", ranking, fmt="%d")
+        np.savetxt(aside / "confidence_train.txt", confidence, fmt="%.9g")  # 9 digits give every float32 back
+        manifest = {
+            "format": 1,
+            "confidence": settings.confidence,
+            "top_k": ranking.shape[1],
+            "rows": len(ranking),
+            "n_items": len(item_vectors),
+            "width": item_vectors.shape[1],
+            **about,
+            "sha256": {file.name: sha256_of_file(file) for file in sorted(aside.iterdir())},
+        }
+        write_json(aside / "manifest.json", manifest)
+    logger.info("teacher outputs: %d rows x %d items in %s", *ranking.shape, folder)

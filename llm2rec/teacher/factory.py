@@ -1,0 +1,170 @@
+"""Build a teacher for training, and load a finished one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm2rec.core.checkpoint import save_tensors
+from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.data import RecData
+from llm2rec.ilora import ILoraConfig
+from llm2rec.teacher.gate_cache import model_identity
+from llm2rec.teacher.ilora_model import ILoraRecommender, frozen_title_vectors
+from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
+from llm2rec.teacher.prompts import PromptBuilder
+from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings
+
+__all__ = ["TeacherRecipe", "build_teacher", "load_teacher", "popularity_bias", "save_teacher"]
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """What a finished teacher needs to be put together again, besides its weights; plain values.
+
+    Attributes:
+        source: Folder or Hub id of the language model.
+        precision: Number format of its weights.
+        pooling: How texts are represented.
+        prompt: Arguments of `PromptSettings`.
+        trust_remote_code: Whether the model's own code may run.
+        logit_scale: Factor on the cosine.
+        exclude_history: Whether items of a history are out of the running.
+    """
+
+    source: str
+    precision: str
+    pooling: str
+    prompt: dict[str, Any]
+    trust_remote_code: bool
+    logit_scale: float
+    exclude_history: bool
+
+    @property
+    def identity(self) -> str:
+        """All that decides gate inputs besides the histories."""
+        return json.dumps([model_identity(self.source), self.precision, self.pooling, self.prompt], sort_keys=True)
+
+    @property
+    def llm_settings(self) -> LLMSettings:
+        """The language model's settings."""
+        return LLMSettings("", self.source, self.pooling, PromptSettings(**self.prompt), self.trust_remote_code)
+
+
+def popularity_bias(targets: NDArray[np.int32], n_items: int, weight: float) -> Tensor:
+    """``weight`` times the log of each item's smoothed share of the training targets, shape ``(N,)``, in nats."""
+    counts = np.bincount(targets, minlength=n_items) + 1.0
+    return torch.from_numpy(weight * np.log(counts / counts.sum())).float()
+
+
+def build_teacher(
+    llm: LLMSettings,
+    source: str,
+    settings: TeacherSettings,
+    data: RecData,
+    targets: NDArray[np.int32],
+    device: torch.device,
+) -> tuple[ILoraRecommender, TeacherRecipe]:
+    """Build a teacher with a fresh adapter.
+
+    Args:
+        llm: The language model's settings.
+        source: What `llm2rec.teacher.llm.locate` returned.
+        settings: The teacher's settings.
+        data: The dataset; its titles become item vectors.
+        targets: Training targets, shape ``(M,)``, for the popularity prior.
+        device: Where to build it.
+
+    Returns:
+        The teacher, and the recipe to store beside its weights.
+
+    Raises:
+        ConfigError: If the adapter's settings do not fit the model.
+    """
+    precision = resolve_precision(settings.precision, device)
+    recipe = TeacherRecipe(
+        source=source,
+        precision=precision,
+        pooling=llm.pooling,
+        prompt=vars(llm.prompt).copy(),
+        trust_remote_code=llm.trust_remote_code,
+        logit_scale=settings.logit_scale,
+        exclude_history=settings.exclude_history,
+    )
+    prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain)
+    base = load_model(source, llm, precision, device)
+    vectors = frozen_title_vectors(base, prompts, llm.pooling, device)
+    adapter = settings.adapter
+    targets_modules = (
+        list(adapter.target_modules) if isinstance(adapter.target_modules, list) else adapter.target_modules
+    )
+    try:
+        config = ILoraConfig(
+            r=adapter.r,
+            num_experts=adapter.num_experts,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            scaling=cast(Any, adapter.scaling),
+            gate=cast(Any, adapter.gate),
+            target_modules=targets_modules,
+            task_type=TaskType.FEATURE_EXTRACTION,
+        )
+        peft_model = get_peft_model(base, config)
+    except ValueError as error:
+        raise ConfigError(f"teacher.adapter: {error}") from error
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
+    return _recommender(peft_model, prompts, recipe, vectors, bias).to(device), recipe
+
+
+def _recommender(
+    llm: PeftModel, prompts: PromptBuilder, recipe: TeacherRecipe, vectors: Tensor, bias: Tensor
+) -> ILoraRecommender:
+    return ILoraRecommender(
+        llm,
+        prompts,
+        pooling=recipe.pooling,
+        item_vectors=vectors,
+        logit_scale=recipe.logit_scale,
+        item_bias=bias,
+        exclude_history=recipe.exclude_history,
+    )
+
+
+def save_teacher(folder: Path, model: ILoraRecommender, recipe: TeacherRecipe) -> None:
+    """Write ``adapter/`` (a standard PEFT folder), ``items.safetensors`` and ``config.json``."""
+    with replaced_folder(folder) as aside:
+        model.llm.save_pretrained(aside / "adapter")
+        save_tensors({"vectors": model.item_vectors, "bias": model.item_bias}, aside / "items.safetensors")
+        write_json(aside / "config.json", vars(recipe))
+
+
+def load_teacher(folder: Path, data: RecData, device: torch.device) -> ILoraRecommender:
+    """Load a finished teacher, in evaluation mode.
+
+    Args:
+        folder: What `save_teacher` wrote.
+        data: The dataset it was trained on.
+        device: Where to load it.
+
+    Raises:
+        CheckpointError: If the folder holds no teacher.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
+    recipe = TeacherRecipe(**read_json(folder / "config.json"))
+    llm = recipe.llm_settings
+    prompts = PromptBuilder(load_tokenizer(recipe.source, llm), data.items, llm.prompt, data.domain)
+    base = load_model(recipe.source, llm, recipe.precision, device)
+    items = load_file(folder / "items.safetensors")
+    peft_model = PeftModel.from_pretrained(base, folder / "adapter")
+    return _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"]).to(device).eval()

@@ -1,0 +1,110 @@
+"""Gate inputs of many rows, computed once by the frozen base and kept on disk.
+
+They depend on the language model, the prompts and the data, not on what is trained, so every run with the same three
+shares them. Blocks are written as they are finished: a killed pass goes on at the next block.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.files import replaced_file
+from llm2rec.student.datamodule import SequenceData
+from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.prompts import batches_by_tokens
+
+__all__ = ["GateCache", "TeacherRows", "model_identity"]
+
+
+def model_identity(source: str) -> str:
+    """Tell language models apart without reading gigabytes: configuration, and names, sizes and times of weight files."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".bin", ".txt"))
+    return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Rows of a split with their gate inputs.
+
+    Attributes:
+        data: The split.
+        rows: Row numbers in it, shape ``(M,)``.
+        gate_inputs: Shape ``(M, d)``, float32, in the order of ``rows``.
+        token_counts: Tokens of each row's prompt, shape ``(M,)``.
+    """
+
+    data: SequenceData
+    rows: NDArray[np.int64]
+    gate_inputs: NDArray[np.float32]
+    token_counts: NDArray[np.int64]
+
+
+class GateCache:
+    """Looks gate inputs up on disk, or computes them and writes them there.
+
+    Args:
+        model: Unwrapped teacher.
+        identity: All that decides gate inputs besides rows and histories: model, prompt, number format.
+        engine: Divides blocks among processes.
+        folder: Where caches lie.
+        block_rows: Rows per file.
+        batch_tokens: Tokens per forward pass, padding included.
+    """
+
+    def __init__(
+        self,
+        model: ILoraRecommender,
+        identity: str,
+        engine: Engine,
+        folder: Path,
+        *,
+        block_rows: int = 2048,
+        batch_tokens: int = 8192,
+    ) -> None:
+        self.model, self.identity, self.engine, self.folder = model, identity, engine, folder
+        self.block_rows, self.batch_tokens = block_rows, batch_tokens
+
+    def rows(self, data: SequenceData, rows: NDArray[np.int64]) -> TeacherRows:
+        """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
+        history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+        digest = hashlib.sha256(f"{self.identity}/{self.block_rows}".encode())
+        digest.update(history.tobytes())
+        digest.update(lengths.tobytes())
+        folder = self.folder / digest.hexdigest()[:16]
+        files = [folder / f"block_{number:06d}.npy" for number in range(-(-len(rows) // self.block_rows))]
+        missing = [number for number, file in enumerate(files) if not file.is_file()]
+        self.engine.wait()  # all processes have looked before any writes
+        mine = missing[self.engine.rank :: self.engine.n_processes]
+        for number in self.engine.progress(mine, "gate inputs", len(mine), "block"):
+            part = slice(number * self.block_rows, (number + 1) * self.block_rows)
+            vectors = _compute(self.model, history[part], lengths[part], self.engine, self.batch_tokens)
+            with replaced_file(files[number]) as aside, open(aside, "wb") as file:
+                np.save(file, vectors, allow_pickle=False)
+        self.engine.wait()
+        inputs = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        return TeacherRows(data, rows, inputs, self.model.prompts.token_counts(history, lengths))
+
+
+def _compute(
+    model: ILoraRecommender,
+    history: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    engine: Engine,
+    batch_tokens: int,
+) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] | None = None
+    for rows in batches_by_tokens(model.prompts.token_counts(history, lengths), batch_tokens):
+        tokens = model.prompts.histories(history[rows], lengths[rows]).to(engine.device)
+        computed = model.frozen_vectors(tokens).cpu().numpy()
+        vectors = np.empty((len(history), computed.shape[1]), np.float32) if vectors is None else vectors
+        vectors[rows] = computed
+    assert vectors is not None, "a block holds at least one row"
+    return vectors

@@ -1,0 +1,150 @@
+"""Language models and their tokenizers: from a folder or the Hub, or a tiny random one made on the spot."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.files import replaced_folder
+from llm2rec.core.processes import uses_gpu
+from llm2rec.core.seed import derived_seed
+from llm2rec.teacher.settings import LLMSettings, TinyRandomSettings
+
+__all__ = ["load_model", "load_tokenizer", "locate", "make_tiny_random", "mixed_precision", "resolve_precision"]
+
+logger = logging.getLogger(__name__)
+
+
+def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) -> str:
+    """Find the model before anything expensive starts, or make the tiny one.
+
+    Args:
+        settings: Which model.
+        root: Folder that a relative path counts from.
+        llm_dir: Where tiny models are made.
+        titles: Item titles, for the tiny model's tokenizer.
+
+    Returns:
+        A folder, or an id on the Hub whose configuration could be read.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    if isinstance(settings, TinyRandomSettings):
+        return str(make_tiny_random(settings, llm_dir, titles))
+    local = root / Path(settings.path).expanduser()
+    source = str(local.resolve()) if local.is_dir() else settings.path
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"llm.path is {settings.path!r}, which is neither a folder with a model in Hugging Face's layout nor a "
+            f"model that can be fetched from the Hub now ({str(error).splitlines()[0]}). Give `llm.path=FOLDER`, or "
+            "connect to the network (and log in, for gated models)."
+        ) from error
+    return source
+
+
+def load_tokenizer(source: str, settings: LLMSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a model without padding token pads with its end-of-text token (padding is masked anyway)."""
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Settle ``auto``: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 can be hundreds of times slower."""
+    if precision != "auto":
+        return precision
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
+def mixed_precision(precision: str) -> str:
+    """The engine's autocast for a teacher's precision: ``bf16`` on a GPU unless float32 is asked for, else ``no``."""
+    return "bf16" if uses_gpu() and precision != "float32" else "no"
+
+
+def load_model(source: str, settings: LLMSettings, precision: str, device: torch.device) -> PreTrainedModel:
+    """Load the model without its language-model head, frozen, in evaluation mode.
+
+    Args:
+        source: What `locate` returned.
+        settings: Which model.
+        precision: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (base weights quantised by bitsandbytes).
+        device: Where it belongs.
+    """
+    arguments: dict[str, Any] = {"dtype": torch.float32 if precision == "float32" else torch.bfloat16}
+    if precision in ("int8", "int4"):
+        from transformers import BitsAndBytesConfig  # needs bitsandbytes, which other precisions do without
+
+        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+        arguments = {
+            "dtype": compute,
+            "device_map": {"": device},
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
+            if precision == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute),
+        }
+    model = AutoModel.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **arguments)
+    if precision not in ("int8", "int4"):  # quantised weights are put in place while they load
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def make_tiny_random(settings: TinyRandomSettings, llm_dir: Path, titles: list[str]) -> Path:
+    """Make a small random Llama and a tokenizer trained on the titles, in Hugging Face's layout, once.
+
+    Args:
+        settings: Sizes and seed.
+        llm_dir: Where to make it; the folder's name tells sizes, seed and titles apart.
+        titles: Item titles.
+
+    Returns:
+        The model's folder.
+    """
+    sizes = (settings.width, settings.n_layers, settings.n_heads, settings.vocabulary, settings.seed)
+    folder = llm_dir / f"{settings.name}-{derived_seed(*sizes, *titles):016x}"
+    if folder.is_dir():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f" {title};" for title in titles], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=settings.width,
+        intermediate_size=2 * settings.width,
+        num_hidden_layers=settings.n_layers,
+        num_attention_heads=settings.n_heads,
+        num_key_value_heads=settings.n_heads,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = LlamaModel(config)
+    with replaced_folder(folder) as aside:
+        model.save_pretrained(aside)
+        fast.save_pretrained(aside)
+    logger.info("made a tiny random Llama in %s", folder)
+    return folder
