@@ -306,8 +306,20 @@ def test_failed_install_is_not_taken_for_done(checkout: Checkout) -> None:
     assert run.returncode == 1
     assert "pip could not install the locked packages" in run.stderr
     assert not (checkout.root / ".venv" / ".llm2rec-ready").exists()
+    # The next call goes on from there.
     assert checkout.run("env_shell/setup.sh").returncode == 0
     assert len(checkout.calls("--require-hashes")) == 1
+    assert checkout.calls("-m venv") == []
+
+
+def test_failed_change_and_way_back_is_installed_again(ready: Checkout) -> None:
+    lock = ready.root / "poetry.lock"
+    before = lock.read_text()
+    lock.write_text(before + "# changed\n")
+    assert ready.run("env_shell/setup.sh", PIP_STATUS="1").returncode == 1
+    lock.write_text(before)  # packages of both locks may be there now
+    assert ready.run("env_shell/setup.sh").returncode == 0
+    assert len(ready.calls("--require-hashes")) == 1
 
 
 def test_versions_that_differ_afterwards_fail_the_setup(checkout: Checkout) -> None:
