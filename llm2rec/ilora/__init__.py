@@ -10,7 +10,7 @@ Importing this package registers the method, so PEFT's own functions work::
 """
 
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .gate import GateError, GateSlot, LinearGate
+from .gate import GateError, GateSlot, ILoraError, LinearGate
 from .layer import ILoraLinear, MergeError
 from .model import AdapterKeysError, ILoraModel, frozen_base
 from .registration import register
@@ -21,6 +21,7 @@ __all__ = [
     "GateError",
     "GateSlot",
     "ILoraConfig",
+    "ILoraError",
     "ILoraLinear",
     "ILoraModel",
     "LinearGate",

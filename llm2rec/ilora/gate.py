@@ -13,13 +13,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .config import ILoraConfig
 
-__all__ = ["GateError", "GateSlot", "LinearGate", "RankLayout", "build_gate"]
+__all__ = ["GateError", "GateSlot", "ILoraError", "LinearGate", "RankLayout", "build_gate"]
 
 INITIAL_LOGIT_STD = 0.1
 """Standard deviation of a fresh gate's logits for an input whose entries have mean square 1."""
 
 
-class GateError(RuntimeError):
+class ILoraError(Exception):
+    """Root of the errors that this package raises on purpose."""
+
+
+class GateError(ILoraError, RuntimeError):
     """Gates that are missing, held twice, or do not fit the model or the batch."""
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import ILoraConfig
-from .gate import GateSlot, RankLayout
+from .gate import GateSlot, ILoraError, RankLayout
 
 __all__ = ["ILoraLinear", "MergeError", "refuse_merge"]
 
 
-class MergeError(NotImplementedError):
+class MergeError(ILoraError, NotImplementedError):
     """An attempt to fold a mixture that differs from instance to instance into one weight."""
 
 

@@ -1,0 +1,63 @@
+"""``accelerate launch -m llm2rec.distill``: train a student on its own task and on the teacher's outputs."""
+
+from dataclasses import asdict
+
+from hydra.utils import instantiate
+
+from llm2rec.config import Config
+from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.run import Run
+from llm2rec.distill.data_bridge import read_outputs
+from llm2rec.distill.selection_policy import SelectionPolicy
+from llm2rec.distill.settings import DistillSettings
+from llm2rec.distill.student import DistilledStudent, standardised
+from llm2rec.distill.trainer_distill import train_distilled
+from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.models import build_model
+from llm2rec.student.settings import StudentSettings
+from llm2rec.student.store import save_student
+
+
+@stage("distill")
+def main(cfg: Config, run: Run) -> None:
+    """Distil the teacher into a student and store the weights that validate best."""
+    settings, student_settings = build(cfg.distill, DistillSettings), build(cfg.student, StudentSettings)
+    policy: SelectionPolicy = instantiate(cfg.active)
+    data = open_data(cfg, run)
+    teacher = read_outputs(
+        from_launch_folder(settings.teacher_outputs, cfg.paths.root),
+        n_rows=len(data.splits["train"]),
+        n_items=data.n_items,
+        fingerprint=data.fingerprint,
+        top_k=settings.ranking.top_k,
+    )
+    engine = open_engine(cfg, run, student_settings.training)
+    arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
+    vectors = standardised(teacher.embeddings) if settings.embedding.standardise else teacher.embeddings
+    model = DistilledStudent(
+        build_model(student_settings.name, **arguments),
+        vectors,
+        fusion_scale=settings.embedding.fusion_scale,
+        align=settings.embedding.alignment_weight > 0,
+    )
+    train, validation = (
+        SequenceData.of(data.splits[split], data.n_items, student_settings.model.max_length)
+        for split in ("train", "validation")
+    )
+    seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+    with run.phase("train"):
+        train_distilled(
+            model, train, teacher, validation, policy, engine, settings, select_on=cfg.metrics.select_on, seen=seen
+        )
+    if engine.is_main:
+        save_student(run.folder / "student", model.student, student_settings.name, arguments)
+    engine.drop_checkpoints()
+    served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
+    label = f"{student_settings.name} + {settings.name} ({teacher.manifest.get('teacher', 'unknown teacher')})"
+    run.note(label=label, parameters=served)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Read a teacher's outputs (DESIGN 4.3) and refuse what does not belong to this dataset.
+
+Files without a manifest, such as those of the released DLLM2Rec program, are read as distances.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.errors import TeacherOutputsError
+from llm2rec.core.files import read_json, sha256_of_file
+
+__all__ = ["TeacherBatch", "TeacherOutputs", "read_outputs"]
+
+logger = logging.getLogger(__name__)
+
+EMBEDDINGS, RANKING, CONFIDENCE = "all_embeddings.pt", "myrank_train", "confidence_train"
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """What the teacher says of some training rows.
+
+    Attributes:
+        ranking: Item ids, best first, shape ``(B, K)``, int64.
+        distance: Lower means surer, shape ``(B, K)``, float32.
+    """
+
+    ranking: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """A teacher's outputs, row by row of the training split.
+
+    Attributes:
+        embeddings: Item vectors, shape ``(N, d_teacher)``, float32.
+        ranking: Item ids, best first, shape ``(M, K)``, int32; memory-mapped where the twin file is there.
+        distance: Lower means surer, shape ``(M, K)``, float32.
+        manifest: What the manifest says; empty without one.
+    """
+
+    embeddings: Tensor
+    ranking: NDArray[np.int32]
+    distance: NDArray[np.float32]
+    manifest: dict[str, Any]
+
+    def batch(self, rows: NDArray[np.int64], top_k: int, device: torch.device | str = "cpu") -> TeacherBatch:
+        """Gather the best ``top_k`` candidates of ``rows`` (shape ``(B,)``)."""
+        return TeacherBatch(
+            torch.from_numpy(self.ranking[rows, :top_k].astype(np.int64)).to(device),
+            torch.from_numpy(np.ascontiguousarray(self.distance[rows, :top_k])).to(device),
+        )
+
+
+def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, top_k: int) -> TeacherOutputs:
+    """Read and check a teacher's outputs before anything expensive starts.
+
+    Args:
+        folder: ``data/teacher_outputs/<dataset>/<name>``.
+        n_rows: Training rows of the dataset, M.
+        n_items: Items of the dataset, N.
+        fingerprint: The dataset's fingerprint.
+        top_k: Candidates needed per row.
+
+    Returns:
+        The outputs; scores of any kind are turned into distances.
+
+    Raises:
+        TeacherOutputsError: If files are missing, damaged, or of another dataset, or too few candidates are there.
+    """
+    if not folder.is_dir():
+        raise TeacherOutputsError(
+            f"there are no teacher outputs in {folder}; run `python -m llm2rec.teacher` with the same dataset, llm and "
+            "teacher first, or name a folder with `distill.teacher_outputs=FOLDER`."
+        )
+    manifest = _manifest(folder, fingerprint)
+    ranking = _table(folder, RANKING, manifest, np.int32)
+    confidence = _table(folder, CONFIDENCE, manifest, np.float32)
+    embeddings = _embeddings(folder, n_items)
+    if ranking.shape != confidence.shape:
+        raise _refused(folder, f"{RANKING} has shape {ranking.shape} but {CONFIDENCE} has {confidence.shape}")
+    if len(ranking) != n_rows:
+        raise _refused(folder, f"they hold {len(ranking)} rows, the training split has {n_rows}")
+    if ranking.shape[1] < top_k:
+        raise _refused(
+            folder, f"they hold {ranking.shape[1]} candidates per row, `distill.ranking.top_k` asks for {top_k}; "
+            "lower it or export more with `teacher.export.top_k`"
+        )  # fmt: skip
+    lowest, highest = int(ranking.min()), int(ranking.max())
+    if lowest < 0 or highest >= n_items:
+        row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
+        raise _refused(folder, f"row {row} of {RANKING} names an item outside 0..{n_items - 1} ({lowest}..{highest})")
+    if not np.isfinite(confidence).all():
+        row = int(np.argmax(~np.isfinite(confidence).all(axis=1)))
+        raise _refused(folder, f"row {row} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
+    distance = _as_distance(confidence, manifest.get("confidence", "distance"), folder)
+    return TeacherOutputs(embeddings, ranking, distance, manifest)
+
+
+def _refused(folder: Path, why: str) -> TeacherOutputsError:
+    return TeacherOutputsError(f"teacher outputs in {folder} do not fit: {why}.")
+
+
+def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        logger.warning("%s has no manifest.json: scores are read as distances, rows are trusted to be in order", folder)
+        return {}
+    manifest: dict[str, Any] = read_json(path)
+    if manifest.get("fingerprint") != fingerprint:
+        raise _refused(
+            folder, f"they were made for dataset {manifest.get('dataset')!r} with fingerprint "
+            f"{str(manifest.get('fingerprint'))[:12]}, this one has {fingerprint[:12]}; run the teacher on this dataset"
+        )  # fmt: skip
+    for name, expected in manifest.get("sha256", {}).items():
+        if not (folder / name).is_file():
+            raise _refused(folder, f"{name} is missing although the manifest lists it")
+        if sha256_of_file(folder / name) != expected:
+            raise _refused(folder, f"{name} has changed since it was written (its hash is not the manifest's)")
+    return manifest
+
+
+def _embeddings(folder: Path, n_items: int) -> Tensor:
+    path = folder / EMBEDDINGS
+    if not path.is_file():
+        raise _refused(folder, f"{EMBEDDINGS} is missing")
+    embeddings = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != n_items:
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise _refused(folder, f"{EMBEDDINGS} is {shape}, expected ({n_items}, width)")
+    if not bool(torch.isfinite(embeddings).all()):
+        raise _refused(folder, f"{EMBEDDINGS} holds values that are not finite")
+    return embeddings.float()
+
+
+def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> NDArray[Any]:
+    """The memory-mapped twin where the manifest vouches for it, else the text file."""
+    twin, text = folder / f"{name}.npy", folder / f"{name}.txt"
+    if twin.name in manifest.get("sha256", {}):
+        return np.load(twin, mmap_mode="r", allow_pickle=False)
+    if not text.is_file():
+        raise _refused(folder, f"{text.name} is missing")
+    try:
+        values = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.float64, na_filter=True).to_numpy()
+    except (ValueError, pd.errors.ParserError) as error:
+        raise _refused(folder, f"{text.name} is not a table of numbers ({error})") from error
+    short = np.isnan(values).any(axis=1)
+    if short.any():
+        raise _refused(folder, f"line {int(np.argmax(short)) + 1} of {text.name} is shorter than others, or holds NaN")
+    if dtype is np.int32 and not (values == np.round(values)).all():
+        line = int(np.argmax((values != np.round(values)).any(axis=1))) + 1
+        raise _refused(folder, f"line {line} of {text.name} holds a number that is no item id")
+    return values.astype(dtype)
+
+
+def _as_distance(confidence: NDArray[np.float32], kind: str, folder: Path) -> NDArray[np.float32]:
+    """Turn scores into values of which the lower is the surer."""
+    if kind in ("neg_log_prob", "distance"):
+        return confidence
+    if kind == "log_prob":
+        return -confidence
+    if kind == "prob":
+        if confidence.min() <= 0:
+            raise _refused(folder, "confidences are said to be probabilities but some are not positive")
+        return -np.log(confidence)
+    raise _refused(folder, f"confidences of kind {kind!r} are not known")

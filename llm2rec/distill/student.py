@@ -1,0 +1,56 @@
+"""A student prepared for embedding distillation."""
+
+from torch import Tensor, nn
+
+from llm2rec.student.items import FusedItemTable
+from llm2rec.student.models import SequentialRecommender
+
+__all__ = ["DistilledStudent", "standardised"]
+
+
+def standardised(vectors: Tensor) -> Tensor:
+    """Centre vectors ``(N, d)`` over the catalogue and give each unit length (a zero vector stays zero)."""
+    centred = vectors - vectors.mean(dim=0)
+    return nn.functional.normalize(centred, dim=1)
+
+
+class DistilledStudent(nn.Module):
+    """A student whose item vectors are tied to the teacher's, by fusion, by alignment, or both.
+
+    Args:
+        student: Freshly initialised student; its item tables are replaced where fusion is asked for.
+        teacher_vectors: Shape ``(N, d_teacher)``.
+        fusion_scale: Weight of the projected teacher vectors in the item vectors; 0 leaves the tables alone.
+        align: Whether alignment losses will be asked for.
+    """
+
+    teacher_vectors: Tensor
+
+    def __init__(
+        self, student: SequentialRecommender, teacher_vectors: Tensor, *, fusion_scale: float, align: bool
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("teacher_vectors", teacher_vectors, persistent=False)
+        if fusion_scale:
+            student.input_items = FusedItemTable(teacher_vectors, student.width, fusion_scale)
+            # The paper's item vector serves both sides; untied tables each get their own projection.
+            student.output_items = (
+                student.input_items
+                if student.tie_items
+                else FusedItemTable(teacher_vectors, student.width, fusion_scale)
+            )
+        self.to_teacher = nn.Linear(student.width, teacher_vectors.shape[1]) if align else None
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """User vectors; see the student's own ``forward``."""
+        return self.student(history, lengths)
+
+    def score(self, users: Tensor) -> Tensor:
+        """Logits over all items, shape ``(B, N)``."""
+        return self.student.score(users)
+
+    def projected(self, item_ids: Tensor) -> Tensor:
+        """Student's vectors of ``item_ids`` (shape ``(B,)``) in the teacher's space, shape ``(B, d_teacher)``."""
+        assert self.to_teacher is not None, "built without alignment"
+        return self.to_teacher(self.student.input_items(item_ids.unsqueeze(1)).squeeze(1))
