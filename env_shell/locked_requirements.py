@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 try:
     from packaging.markers import Marker
 except ImportError:  # A fresh virtual environment has only the copy inside pip.
