@@ -268,6 +268,12 @@ def test_frozen_base_is_deterministic_without_gradients_and_leaves_no_trace():
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(GateError, match="without gates"):
         outputs(model, **batch())  # adapters are on again
+    with model.disable_adapter():
+        with frozen_base(model), frozen_base(model):
+            assert torch.equal(outputs(model, **batch()), expected)
+        outputs(model, **batch())  # and still off where they were off
+    with pytest.raises(TypeError, match="got BertModel; unwrap the model first"), frozen_base(tiny("bert")):
+        pass
 
 
 def test_disabling_does_not_thaw_an_adapter_loaded_for_inference(tmp_path):
