@@ -281,8 +281,8 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
     tuner = getattr(peft_model, "base_model", None)
     if not isinstance(tuner, ILoraModel):
         raise TypeError(
-            f"`frozen_base` takes a PeftModel with an iLoRA adapter, got {type(peft_model).__name__}; unwrap the model first "
-            "(`accelerator.unwrap_model(model)`)."
+            f"`frozen_base` takes a PeftModel with an iLoRA adapter, got {type(peft_model).__name__}; "
+            "unwrap the model first (`accelerator.unwrap_model(model)`)."
         )
     # Not `peft_model.disable_adapter()`: it also gathers the status of every layer and parameter, which takes 80 ms for
     # a model of 32 blocks (one CPU core), against 20 ms here: too much for once a step.
