@@ -90,7 +90,8 @@ class SASRec(SequentialRecommender):
             )
         self.positions = nn.Parameter(torch.empty(max_length, width))
         nn.init.normal_(self.positions, std=0.02)
-        self.blocks = nn.ModuleList(_Block(width, n_heads, dropout) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(_Block(width, n_heads, dropout) for _ in range(n_blocks - 1))
+        self.last_block = _Block(width, n_heads, dropout)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
@@ -106,9 +107,9 @@ class SASRec(SequentialRecommender):
         steps = torch.arange(history.shape[1], device=history.device)
         age = (lengths.unsqueeze(1) - 1 - steps).clamp(min=0)  # (B, L); 0 is the most recent item
         x = self.dropout(self.input_items(history) + self.positions[age])
-        for block in self.blocks[:-1]:
+        for block in self.blocks:
             x = block(x)
-        return self.norm(self.blocks[-1].last(x, lengths))
+        return self.norm(self.last_block.last(x, lengths))
 
 
 class _Block(nn.Module):

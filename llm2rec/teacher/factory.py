@@ -114,7 +114,7 @@ def build_teacher(
             dropout=adapter.dropout,
             scaling=cast(Any, adapter.scaling),
             gate=cast(Any, adapter.gate),
-            target_modules=targets_modules,
+            target_modules=adapter.target_modules,
             task_type=TaskType.FEATURE_EXTRACTION,
         )
         peft_model = get_peft_model(base, config)
@@ -143,7 +143,7 @@ def _recommender(
 def save_teacher(folder: Path, model: ILoraRecommender, recipe: TeacherRecipe) -> None:
     """Write ``adapter/`` (a standard PEFT folder), ``items.safetensors`` and ``config.json``."""
     with replaced_folder(folder) as aside:
-        model.llm.save_pretrained(aside / "adapter")
+        model.llm.save_pretrained(str(aside / "adapter"))
         save_tensors({"vectors": model.item_vectors, "bias": model.item_bias}, aside / "items.safetensors")
         write_json(aside / "config.json", vars(recipe))
 
@@ -166,5 +166,5 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> ILoraReco
     prompts = PromptBuilder(load_tokenizer(recipe.source, llm), data.items, llm.prompt, data.domain)
     base = load_model(recipe.source, llm, recipe.precision, device)
     items = load_file(folder / "items.safetensors")
-    peft_model = PeftModel.from_pretrained(base, folder / "adapter")
+    peft_model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     return _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"]).to(device).eval()

@@ -22,7 +22,7 @@ __all__ = ["GateCache", "TeacherRows", "model_identity"]
 
 
 def model_identity(source: str) -> str:
-    """Tell language models apart without reading gigabytes: configuration, and names, sizes and times of weight files."""
+    """Tell language models apart without reading gigabytes: by names, sizes and times of their files."""
     folder = Path(source)
     if not folder.is_dir():
         return source
