@@ -103,9 +103,6 @@ def build_teacher(
     base = load_model(source, llm, precision, device)
     vectors = frozen_title_vectors(base, prompts, llm.pooling, device)
     adapter = settings.adapter
-    targets_modules = (
-        list(adapter.target_modules) if isinstance(adapter.target_modules, list) else adapter.target_modules
-    )
     try:
         config = ILoraConfig(
             r=adapter.r,
