@@ -101,5 +101,6 @@ class SeenItems:
         within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
         own = scores.gather(1, targets.unsqueeze(1))
-        masked = scores.index_put((torch.from_numpy(row), torch.from_numpy(seen)), scores.new_tensor(-torch.inf))
+        where = torch.from_numpy(row).to(scores.device), torch.from_numpy(seen).to(scores.device)
+        masked = scores.index_put(where, scores.new_tensor(-torch.inf))
         return masked.scatter(1, targets.unsqueeze(1), own)

@@ -9,6 +9,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
+from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender
@@ -70,13 +71,21 @@ def train_teacher(
     return model.eval()
 
 
-def rank_targets(model: ILoraRecommender, rows: TeacherRows, engine: Engine, batch_tokens: int = 8192) -> Tensor:
+def rank_targets(
+    model: ILoraRecommender,
+    rows: TeacherRows,
+    engine: Engine,
+    *,
+    seen: SeenItems | None = None,
+    batch_tokens: int = 8192,
+) -> Tensor:
     """Rank the targets of all rows among the whole catalogue, divided among processes; no row is dropped.
 
     Args:
         model: Unwrapped model; put into evaluation mode and back.
         rows: Rows to rank, M of them.
         engine: Divides the rows and gathers the ranks.
+        seen: Items to leave out of each row's ranking, besides those the model leaves out itself; None for none.
         batch_tokens: Tokens per forward pass, padding included.
 
     Returns:
@@ -94,7 +103,10 @@ def rank_targets(model: ILoraRecommender, rows: TeacherRows, engine: Engine, bat
             tokens = model.prompts.histories(history, lengths).to(engine.device)
             with model.mixing(torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)):
                 users = model(tokens.input_ids, tokens.attention_mask)
-            ranks[torch.from_numpy(part)] = target_ranks(model.score(users, batch.history), batch.targets).cpu()
+            scores = model.score(users, batch.history)
+            if seen is not None:
+                scores = seen.mask(scores, numbers, batch.targets)
+            ranks[torch.from_numpy(part)] = target_ranks(scores, batch.targets).cpu()
     model.train(was_training)
     return engine.gather_rows(ranks, len(rows.rows))
 
