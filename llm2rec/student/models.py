@@ -162,7 +162,7 @@ class GRU4Rec(SequentialRecommender):
         n_items: Number of items, N.
         width: Width of item and user vectors, D.
         max_length: Longest history, L.
-        hiddewidth: Width of the recurrent state.
+        hidden_width: Width of the recurrent state.
         n_layers: Recurrent layers.
         dropout: Dropout probability on embeddings and between layers.
         tie_items: Whether one item table serves input and output.
@@ -173,15 +173,15 @@ class GRU4Rec(SequentialRecommender):
         n_items: int,
         width: int = 64,
         max_length: int = 10,
-        hiddewidth: int = 128,
+        hidden_width: int = 128,
         n_layers: int = 1,
         dropout: float = 0.3,
         tie_items: bool = True,
     ) -> None:
         super().__init__(n_items, width, max_length, dropout, tie_items)
         between = dropout if n_layers > 1 else 0.0  # torch warns of dropout after a single layer
-        self.gru = nn.GRU(width, hiddewidth, n_layers, batch_first=True, dropout=between)
-        self.out = nn.Linear(hiddewidth, width)
+        self.gru = nn.GRU(width, hidden_width, n_layers, batch_first=True, dropout=between)
+        self.out = nn.Linear(hidden_width, width)
 
     def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
         """Represent users; shapes as in `SASRec.forward`."""

@@ -46,6 +46,7 @@ class GRU4RecSettings(ModelSettings):
         n_layers: Recurrent layers.
     """
 
+    dropout: float = 0.3
     hidden_width: int = 128
     n_layers: int = 1
 
