@@ -234,7 +234,9 @@ class Engine:
 
     def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of this process's and all others' ``values``; a collective."""
-        totals = self.accelerator.reduce(torch.tensor(list(values.values()), device=self.device), reduction="sum")
+        # In double precision, as Python adds, so that sums stored in a checkpoint go on exactly.
+        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        totals = self.accelerator.reduce(mine, reduction="sum")
         return dict(zip(values, cast(Tensor, totals).tolist(), strict=True))
 
     def progress(
