@@ -10,7 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from llm2rec.core.metrics import CUTOFFS
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.metrics import CUTOFFS, metric_names
 from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
@@ -18,7 +19,7 @@ from llm2rec.distill.settings import DistillSettings
 from llm2rec.student.settings import GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
-__all__ = ["Config", "register"]
+__all__ = ["Config", "MetricsConfig", "register"]
 
 
 @dataclass
@@ -68,6 +69,13 @@ class MetricsConfig:
     ks: list[int] = field(default_factory=lambda: list(CUTOFFS))
     select_on: str = "ndcg@10"
     mask_seen: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse metrics that no evaluation will give."""
+        if not self.ks or min(self.ks) < 1:
+            raise ConfigError(f"metrics.ks is {self.ks}, expected cut-offs of at least 1.")
+        if self.select_on not in metric_names():
+            raise ConfigError(f"metrics.select_on is {self.select_on!r}, expected one of {', '.join(metric_names())}.")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm2rec.config import Config, register
+from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, Llm2RecError
 from llm2rec.core.paths import conf_folder, from_launch_folder
@@ -45,6 +45,7 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
             try:
                 run = Run.start(folder, name, _plain(cfg))
                 logger.info("%s: %s", name, _shown(folder))
+                build(cfg.metrics, MetricsConfig)  # a metric that is not there would show after an epoch only
                 function(cast(Config, cfg), run)
                 run.note(status="finished")
                 logger.info("%s: done, see %s", name, _shown(folder))

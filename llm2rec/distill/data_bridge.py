@@ -6,6 +6,7 @@ Files without a manifest, such as those of the released DLLM2Rec program, are re
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,10 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
 
 
 def _refused(folder: Path, why: str) -> TeacherOutputsError:
-    return TeacherOutputsError(f"teacher outputs in {folder} do not fit: {why}.")
+    return TeacherOutputsError(
+        f"teacher outputs in {folder} do not fit: {why}. Write them again with `python -m llm2rec.teacher`, or name a "
+        "folder with `distill.teacher_outputs=FOLDER`."
+    )
 
 
 def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -115,11 +119,14 @@ def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
     if not path.is_file():
         logger.warning("%s has no manifest.json: scores are read as distances, rows are trusted to be in order", folder)
         return {}
-    manifest: dict[str, Any] = read_json(path)
+    try:
+        manifest: dict[str, Any] = read_json(path)
+    except ValueError as error:
+        raise _refused(folder, f"manifest.json is not JSON ({error})") from error
     if manifest.get("fingerprint") != fingerprint:
         raise _refused(
             folder, f"they were made for dataset {manifest.get('dataset')!r} with fingerprint "
-            f"{str(manifest.get('fingerprint'))[:12]}, this one has {fingerprint[:12]}; run the teacher on this dataset"
+            f"{str(manifest.get('fingerprint'))[:12]}, this one has {fingerprint[:12]}"
         )  # fmt: skip
     for name, expected in manifest.get("sha256", {}).items():
         if not (folder / name).is_file():
@@ -133,7 +140,11 @@ def _embeddings(folder: Path, n_items: int) -> Tensor:
     path = folder / EMBEDDINGS
     if not path.is_file():
         raise _refused(folder, f"{EMBEDDINGS} is missing")
-    embeddings = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        embeddings = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # torch's own words advise to unpickle the file, which nobody should.
+        raise _refused(folder, f"{EMBEDDINGS} is damaged, or no tensor saved by torch.save") from error
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != n_items:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise _refused(folder, f"{EMBEDDINGS} is {shape}, expected ({n_items}, width)")
@@ -152,12 +163,13 @@ def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> ND
     try:
         values = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.float64, na_filter=True).to_numpy()
     except (ValueError, pd.errors.ParserError) as error:
-        raise _refused(folder, f"{text.name} is not a table of numbers ({error})") from error
+        raise _refused(folder, f"{text.name} is not a table of numbers ({str(error).strip()})") from error
     short = np.isnan(values).any(axis=1)
     if short.any():
         raise _refused(folder, f"line {int(np.argmax(short)) + 1} of {text.name} is shorter than others, or holds NaN")
-    if dtype is np.int32 and not (values == np.round(values)).all():
-        line = int(np.argmax((values != np.round(values)).any(axis=1))) + 1
+    is_id = (values == np.round(values)) & (np.abs(values) < 2**31)
+    if dtype is np.int32 and not is_id.all():
+        line = int(np.argmax(~is_id.all(axis=1))) + 1
         raise _refused(folder, f"line {line} of {text.name} holds a number that is no item id")
     return values.astype(dtype)
 

@@ -147,11 +147,10 @@ def _score_student(
 def _score_teacher(
     folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path
 ) -> tuple[Tensor, float]:
-    model = load_teacher(folder / "teacher", data, engine.device)
+    model, recipe = load_teacher(folder / "teacher", data, engine.device)
     split = data.splits["test"]
     test = SequenceData.of(split, data.n_items, data.history_length)
-    identity = read_json(folder / "teacher" / "config.json")
-    cache = GateCache(model, repr(sorted(identity.items())), engine, gate_dir)
+    cache = GateCache(model, recipe.identity, engine, gate_dir)
     seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
     ranks = rank_teacher_targets(model, cache.rows(test, np.arange(len(test))), engine, seen=seen)
     history, lengths = test.history[:1].numpy(), test.lengths[:1].numpy()
@@ -179,10 +178,9 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
         protocol: How to measure.
     """
     train = SequenceData.of(data.splits["train"], data.n_items, 1)
+    first = data.splits["train"].with_format("numpy")["position"][:] == 1  # a user's very first item is nobody's target
     counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
-    first_items = data.splits["train"].with_format("numpy")
-    starts = np.asarray(first_items["position"]) == 1  # a user's very first item is nobody's target
-    counts += np.bincount(train.history.numpy()[starts, 0], minlength=data.n_items)
+    counts += np.bincount(train.history.numpy()[first, 0], minlength=data.n_items)
     split = data.splits["test"]
     test = SequenceData.of(split, data.n_items, data.history_length)
     scores = torch.from_numpy(counts).expand(len(test), -1).clone()

@@ -31,11 +31,17 @@ def load_student(folder: Path) -> SequentialRecommender:
     """Load a student, in evaluation mode.
 
     Raises:
-        CheckpointError: If the folder holds no student.
+        CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no student (no config.json); name the folder of a finished student run.")
     config = read_json(folder / "config.json")
     model = build_model(config["model"], **config["arguments"])
-    model.load_served(load_file(folder / "model.safetensors"))
+    try:
+        model.load_served(load_file(folder / "model.safetensors"))
+    except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} does not hold the weights of a {config['model']} of this version; train it "
+            f"again, or load it with the version that wrote it ({str(error).splitlines()[0]})."
+        ) from error
     return model.eval()

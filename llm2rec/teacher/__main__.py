@@ -54,16 +54,17 @@ def main(cfg: Config, run: Run) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     run.note(label=f"{settings.name} {llm.name}", parameters=model_size(model), trained_parameters=trained)
 
-    name = f"{settings.name}-{llm.name}"
-    with run.phase("export_gate_inputs"):
-        rows = cache.rows(train, np.arange(len(train)))
-    with run.phase("export"):
-        blocks = rank_blocks(model.eval(), rows, engine, run.folder / "export", export)
-        if engine.is_main:
-            about = {"dataset": data.name, "fingerprint": data.fingerprint, "teacher": name, **git_state()}
-            folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
-            write_outputs(folder, blocks, model.item_vectors, export, {**about, "run": run.folder.name})
-            shutil.rmtree(run.folder / "export")
+    if export.enabled:
+        name = f"{settings.name}-{llm.name}"
+        with run.phase("export_gate_inputs"):
+            rows = cache.rows(train, np.arange(len(train)))
+        with run.phase("export"):
+            blocks = rank_blocks(model.eval(), rows, engine, run.folder / "export", export)
+            if engine.is_main:
+                about = {"dataset": data.name, "fingerprint": data.fingerprint, "teacher": name, **git_state()}
+                folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
+                write_outputs(folder, blocks, model.item_vectors, export, {**about, "run": run.folder.name})
+                shutil.rmtree(run.folder / "export")
     engine.drop_checkpoints()
     engine.close()
 

@@ -145,13 +145,16 @@ def save_teacher(folder: Path, model: ILoraRecommender, recipe: TeacherRecipe) -
         write_json(aside / "config.json", vars(recipe))
 
 
-def load_teacher(folder: Path, data: RecData, device: torch.device) -> ILoraRecommender:
+def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILoraRecommender, TeacherRecipe]:
     """Load a finished teacher, in evaluation mode.
 
     Args:
         folder: What `save_teacher` wrote.
         data: The dataset it was trained on.
         device: Where to load it.
+
+    Returns:
+        The teacher, and the recipe it was put together by.
 
     Raises:
         CheckpointError: If the folder holds no teacher.
@@ -164,4 +167,5 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> ILoraReco
     base = load_model(recipe.source, llm, recipe.precision, device)
     items = load_file(folder / "items.safetensors")
     peft_model = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    return _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"]).to(device).eval()
+    model = _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"])
+    return model.to(device).eval(), recipe

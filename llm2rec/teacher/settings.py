@@ -117,12 +117,14 @@ class ExportSettings:
     """What the teacher writes down.
 
     Attributes:
+        enabled: Whether anything is written down; a teacher that is only to be compared needs no outputs.
         top_k: Items per training row.
         block_rows: Rows per resumable block.
         batch_tokens: Tokens per forward pass, padding included.
         confidence: What the confidences are: ``neg_log_prob``, ``log_prob`` or ``prob``.
     """
 
+    enabled: bool = True
     top_k: int = 20
     block_rows: int = 2048
     batch_tokens: int = 8192
