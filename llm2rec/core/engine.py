@@ -197,21 +197,23 @@ class Engine:
         """Context of one micro-batch: gradients are synchronised after the last one of a step only."""
         return self.accelerator.accumulate(model)
 
-    def backward(self, loss_sum: Tensor, n_rows: int, step: int) -> None:
+    def backward(self, loss_sum: Tensor, n_rows: int, step: int, rows: NDArray[np.int64]) -> None:
         """Back-propagate the part that one micro-batch adds to the mean loss of its step.
 
         Args:
             loss_sum: Sum of the losses of this micro-batch's rows.
             n_rows: Rows of the step over all ranks and micro-batches; the mean is over these.
             step: Global step, for the error.
+            rows: Training rows of this micro-batch (their example ids), shape ``(B,)``, for the error.
 
         Raises:
             NonFiniteError: If the loss is not finite; no gradient has been applied.
         """
         if not torch.isfinite(loss_sum):
             raise NonFiniteError(
-                f"the loss is {loss_sum.item()} at step {step}; lower `learning_rate`, set `max_grad_norm`, or train "
-                "in a wider number format. The last checkpoint is untouched."
+                f"the loss is {loss_sum.item()} at step {step}, over the training examples "
+                f"{', '.join(map(str, rows.tolist()))}; lower `learning_rate`, set `max_grad_norm`, or train in a "
+                "wider number format. The last checkpoint is untouched."
             )
         # Accelerate and DeepSpeed divide by the number of micro-batches and average over ranks: undo both.
         self.accelerator.backward(loss_sum * (self.n_processes * self.n_micro_batches / n_rows))

@@ -80,7 +80,7 @@ def train_distilled(
                 losses = distillation_losses(model, users, batch, told, distilled, settings)  # each (B,)
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step)
+                engine.backward(sums["loss"], share.n_rows, step, micro_rows)
                 engine.step(wrapped, optimizer)
             record.add_losses(sums)
         record.finish_step(step, share.n_rows)

@@ -54,7 +54,7 @@ def train_baseline(
                 users = wrapped(batch.history, batch.lengths)  # (B, D)
                 losses = cross_entropy(model.score(users), batch.targets)  # (B,)
                 loss = (losses * torch.from_numpy(weights).to(losses)).sum()
-                engine.backward(loss, share.n_rows, step)
+                engine.backward(loss, share.n_rows, step, micro_rows)
                 engine.step(wrapped, optimizer)
             record.add_losses({"loss": loss})
         record.finish_step(step, share.n_rows)

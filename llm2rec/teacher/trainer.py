@@ -56,7 +56,7 @@ def train_teacher(
                 logits = model.score(users, batch.history, keep=batch.targets)  # (B, N)
                 losses = cross_entropy(logits, batch.targets)  # (B,)
                 loss = (losses * torch.from_numpy(weights).to(losses)).sum()
-                engine.backward(loss, share.n_rows, step)
+                engine.backward(loss, share.n_rows, step, train.rows[micro])
                 engine.step(wrapped, optimizer)
             record.add_losses({"loss": loss})
         record.finish_step(step, share.n_rows)
