@@ -41,7 +41,7 @@ def load_student(folder: Path) -> SequentialRecommender:
         model.load_served(load_file(folder / "model.safetensors"))
     except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
         raise CheckpointError(
-            f"{folder / 'model.safetensors'} does not hold the weights of a {config['model']} of this version; train it "
+            f"{folder / 'model.safetensors'} holds other weights than a {config['model']} of this version; train it "
             f"again, or load it with the version that wrote it ({str(error).splitlines()[0]})."
         ) from error
     return model.eval()
