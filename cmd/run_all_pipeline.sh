@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From raw interactions to the comparison table: data, student (the baseline), teacher, distill, evaluate.
+# From raw interactions to the comparison table: data, student (the baseline), teacher (untrained and trained), distill,
+# evaluate.
 #
 #   bash cmd/run_all_pipeline.sh [hydra overrides]
 #   bash cmd/run_all_pipeline.sh dataset=movielens dataset.raw_dir=/data/ml-100k llm=minilm seed=1
@@ -15,6 +16,8 @@ ensure_environment
 SECONDS=0
 launch data "$@"
 launch student "$@"
+# What the language model knows without any training, for the table; it writes no outputs.
+launch teacher "$@" teacher.name=untrained teacher.training.epochs=0 teacher.export.enabled=false
 launch teacher "$@"
 launch distill "$@"
 launch evaluate "$@"
