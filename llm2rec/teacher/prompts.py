@@ -61,18 +61,17 @@ class PromptBuilder:
         self.n_items, self.settings = len(items), settings
         self.pad_id = int(tokenizer.pad_token_id)
         begin, end = _special_tokens(tokenizer)
-        before, after = (
-            _tokens(tokenizer, text.replace("{domain}", domain)) for text in (settings.prefix, settings.suffix)
+        space = _separating_space(
+            tokenizer, [items[i]["title"] for i in range(min(8, self.n_items))], settings.separator
         )
+        prefix, suffix = (text.replace("{domain}", domain) for text in (settings.prefix, settings.suffix))
+        before, after = _tokens(tokenizer, prefix), _tokens(tokenizer, f"{space}{suffix}" if suffix else "")
         self.budget = settings.max_tokens - len(begin) - len(before) - len(after) - len(end)
         if self.budget < 4:
             raise ConfigError(
                 f"prompt: {settings.max_tokens} tokens leave {self.budget} for titles beside prefix and suffix; raise "
                 "`llm.prompt.max_tokens` or shorten the texts."
             )
-        space = _separating_space(
-            tokenizer, [items[i]["title"] for i in range(min(8, self.n_items))], settings.separator
-        )
         tokenised = items.map(
             _tokenise_titles,
             batched=True,
