@@ -1,0 +1,28 @@
+"""One small dataset for all tests of the teacher."""
+
+import os
+
+import pytest
+from teacher_helpers import engine_in
+
+from llm2rec.data import RecData, prepare
+from llm2rec.data.toy import Toy
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> RecData:
+    return prepare(
+        Toy(n_users=30, n_items=48, n_worlds=4, min_length=5, max_length=9), tmp_path_factory.mktemp("processed")
+    )
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory):
+    return tmp_path_factory.mktemp("llm")
+
+
+@pytest.fixture
+def engine(tmp_path):
+    return engine_in(tmp_path / "run")

@@ -1,0 +1,147 @@
+"""Prompts put together with array operations equal the text tokenised whole."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from teacher_helpers import ODD_TITLES, bpe_tokenizer, item_table, padded, wordpiece_tokenizer
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.teacher.prompts import PromptBuilder, batches_by_tokens
+from llm2rec.teacher.settings import PromptSettings
+
+TOKENIZERS = {"bpe": bpe_tokenizer, "wordpiece": wordpiece_tokenizer}
+TEXTS = {"prefix": "A user chose these {domain}s:", "suffix": "The {domain} chosen next:"}
+SHORT_TITLES = [title for title in ODD_TITLES if len(title) < 100]
+SEPARATOR = ";"
+
+
+@pytest.fixture(scope="module", params=sorted(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]([*ODD_TITLES, "A user chose these games:", "The game chosen next:"])
+
+
+def build(tokenizer, titles=ODD_TITLES, **settings):
+    return PromptBuilder(tokenizer, item_table(titles), PromptSettings(**settings), "game")
+
+
+def texts_of(settings):
+    return [settings.get(name, "").replace("{domain}", "game") for name in ("prefix", "suffix")]
+
+
+def slow_prompt(tokenizer, titles, **settings):
+    """Token by token: as many of the newest titles as fit, oldest first. A first title comes in part if it must."""
+    bare = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    prefix, suffix = texts_of(settings)
+    before, after = bare(prefix), bare(f" {suffix}") if suffix else []
+    special = list(tokenizer("")["input_ids"])
+    budget = settings["max_tokens"] - len(special) - len(before) - len(after)
+    kept = []
+    for age, title in enumerate(reversed(titles)):
+        piece = bare(f" {title}{SEPARATOR}")[:budget]
+        if sum(map(len, kept)) + len(piece) > budget or age == settings.get("max_items"):
+            break
+        kept.insert(0, piece)
+    inner = before + [token for piece in kept for token in piece] + after
+    return [special[0], *inner, *special[1:]], len(kept)
+
+
+def real_tokens(batch):
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+
+
+def random_histories(n_items, n_rows=40, width=8, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, n_items, generator.integers(1, width + 1)).tolist() for _ in range(n_rows)]
+
+
+@pytest.mark.parametrize("texts", [{}, TEXTS], ids=["titles only", "prefix and suffix"])
+def test_prompts_equal_the_whole_text_tokenised_at_once(tokenizer, texts):
+    prompts = build(tokenizer, SHORT_TITLES, max_tokens=4096, **texts)
+    histories = random_histories(len(SHORT_TITLES))
+    prefix, suffix = texts_of(texts)
+    batch = prompts.histories(*padded(histories, len(SHORT_TITLES), 8))
+    for ids, history in zip(real_tokens(batch), histories, strict=True):
+        titles = "".join(f" {SHORT_TITLES[item]}{SEPARATOR}" for item in history)
+        assert ids == tokenizer(f"{prefix}{titles} {suffix}".rstrip())["input_ids"]
+
+
+@pytest.mark.parametrize("max_items", [None, 1, 3])
+@pytest.mark.parametrize("max_tokens", [40, 64, 4096])
+def test_prompts_equal_a_slow_concatenation(tokenizer, max_tokens, max_items):
+    settings = {"max_tokens": max_tokens, "max_items": max_items, **TEXTS}
+    prompts = build(tokenizer, **settings)
+    histories = random_histories(len(ODD_TITLES))
+    arrays = padded(histories, len(ODD_TITLES), 8)
+    expected = [slow_prompt(tokenizer, [ODD_TITLES[i] for i in history], **settings) for history in histories]
+    batch = prompts.histories(*arrays)
+    assert real_tokens(batch) == [ids for ids, _ in expected]
+    assert prompts.n_shown(*arrays).tolist() == [shown for _, shown in expected]
+    assert prompts.token_counts(*arrays).tolist() == [len(ids) for ids, _ in expected]
+    assert batch.input_ids.shape[1] == max(len(ids) for ids, _ in expected) <= max_tokens
+
+
+def test_padding_is_on_the_right_and_masked(tokenizer):
+    prompts = build(tokenizer, max_tokens=200)
+    batch = prompts.histories(*padded([[0], [0, 1, 2]], len(ODD_TITLES), 4))
+    mask = batch.attention_mask
+    assert mask[1].all()
+    assert (mask[0].diff() <= 0).all()
+    assert (batch.input_ids[0][~mask[0].bool()] == tokenizer.pad_token_id).all()
+
+
+def test_one_more_token_lets_one_more_title_in(tokenizer):
+    titles = ["one two three", "four five six", "seven eight"]
+    costs = [len(tokenizer(f" {title};", add_special_tokens=False)["input_ids"]) for title in titles]
+    special = len(tokenizer("")["input_ids"])
+    history = padded([[0, 1, 2]], 3, 3)
+    for shown in (1, 2, 3):
+        exact = special + sum(costs[3 - shown :])
+        assert build(tokenizer, titles, max_tokens=exact).n_shown(*history) == [shown]
+        assert build(tokenizer, titles, max_tokens=exact - 1).n_shown(*history) == [max(1, shown - 1)]
+
+
+def test_a_title_longer_than_the_budget_is_cut_when_newest_and_hides_the_older_ones(tokenizer):
+    longest = ODD_TITLES.index(max(ODD_TITLES, key=len))
+    settings = {"max_tokens": 24}
+    prompts = build(tokenizer, **settings)
+    batch = prompts.histories(*padded([[0, longest], [longest, 0]], len(ODD_TITLES), 2))
+    whole, without = real_tokens(batch)
+    assert len(whole) == 24
+    assert without == slow_prompt(tokenizer, [ODD_TITLES[0]], **settings)[0]
+
+
+def test_titles_alone_carry_their_special_tokens(tokenizer):
+    prompts = build(tokenizer, SHORT_TITLES, max_tokens=300, **TEXTS)
+    order = np.array([3, 0, 3, 5])
+    expected = [tokenizer(f" {SHORT_TITLES[item]}{SEPARATOR}")["input_ids"] for item in order]
+    assert real_tokens(prompts.titles(order)) == expected
+
+
+def test_prefix_and_suffix_without_room_for_titles_are_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"12 tokens leave .* raise `llm.prompt.max_tokens`"):
+        build(tokenizer, max_tokens=12, prefix="many words " * 5)
+
+
+def test_ids_of_a_row_do_not_depend_on_the_other_rows(tokenizer):
+    prompts = build(tokenizer, max_tokens=64)
+    histories = random_histories(len(ODD_TITLES), n_rows=9)
+    together = real_tokens(prompts.histories(*padded(histories, len(ODD_TITLES), 8)))
+    alone = [real_tokens(prompts.histories(*padded([history], len(ODD_TITLES), 8)))[0] for history in histories]
+    assert together == alone
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
+def test_batches_by_tokens_hold_each_row_once_and_keep_the_bound(counts, bound):
+    counts = np.array(counts, np.int64)
+    batches = batches_by_tokens(counts, bound)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(counts)))
+    assert all(len(batch) == 1 or len(batch) * counts[batch].max() <= bound for batch in batches)
+    longest = [counts[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_token_batches_are_integers_that_embeddings_take(tokenizer):
+    batch = build(tokenizer, max_tokens=64).histories(*padded([[0]], len(ODD_TITLES), 2))
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
