@@ -1,0 +1,117 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llm2rec.core.checkpoint import (
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_tensors,
+    trainable_weights,
+)
+from llm2rec.core.errors import CheckpointError
+from llm2rec.core.optimizer import adamw
+
+
+def model_of(seed=0, width=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 2))
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def train(model, optimizer, n_steps, seed=0):
+    torch.manual_seed(seed)
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+
+
+def test_adamw_decays_matrices_only_and_takes_trained_parameters_only():
+    model = model_of()
+    groups = adamw(model, lr=0.1, weight_decay=0.5).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [sorted(p.ndim for p in group["params"]) for group in groups] == [[2, 2], [1, 1, 1]]
+    assert all(p is not model[2].bias for group in groups for p in group["params"])
+
+
+def test_an_optimizer_goes_on_bit_for_bit(tmp_path):
+    model = model_of()
+    optimizer = adamw(model, 0.05, 0.1)
+    train(model, optimizer, 3)
+    save_tensors(trainable_weights(model), tmp_path / "model.safetensors")
+    save_tensors(optimizer_tensors(model, optimizer), tmp_path / "optimizer.safetensors")
+
+    other = model_of(seed=1)
+    other[2].bias.data.copy_(model[2].bias)  # frozen, so not in the checkpoint
+    restored = adamw(other, 0.05, 0.1)
+    load_weights(other, tmp_path / "model.safetensors")
+    load_optimizer(other, restored, tmp_path / "optimizer.safetensors")
+    saved, loaded = optimizer_tensors(model, optimizer), optimizer_tensors(other, restored)
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert {name.rsplit("/", 1)[1] for name in saved} == {"step", "exp_avg", "exp_avg_sq"}
+    assert saved["0.weight/step"] == 3
+
+    for each, its in ((model, optimizer), (other, restored)):
+        train(each, its, 2, seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_frozen_weights_are_not_stored(tmp_path):
+    weights = trainable_weights(model_of())
+    assert "2.bias" not in weights
+    assert "2.weight" in weights
+
+
+def test_stored_weights_do_not_change_with_the_model():
+    model = model_of()
+    weights = trainable_weights(model)
+    before = weights["0.weight"].clone()
+    model[0].weight.data.add_(1)
+    assert torch.equal(weights["0.weight"], before)
+
+
+def test_tied_and_transposed_tensors_are_written(tmp_path):
+    table = torch.arange(6.0).view(2, 3)
+    save_tensors({"a": table, "b": table, "c": table.T}, tmp_path / "x.safetensors")
+    stored = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(stored["a"], stored["b"])
+    assert torch.equal(stored["c"], table.T)
+
+
+def damaged(tmp_path, change):
+    weights = trainable_weights(model_of())
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("0.bias"), r"missing 0\.bias"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "unknown extra"),
+        (lambda weights: weights.update({"0.bias": torch.zeros(7)}), r"0\.bias has shape \(7,\), expected \(3,\)"),
+        # Would be broadcast by a plain copy.
+        (lambda weights: weights.update({"0.weight": torch.zeros(1, 4)}), r"0\.weight has shape \(1, 4\), expected"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path, change, message):
+    model = model_of(seed=3)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=rf"does not fit the model: .*{message}"):
+        load_weights(model, damaged(tmp_path, change))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_optimizer_state_of_another_model_is_refused(tmp_path):
+    model = model_of()
+    optimizer = adamw(model, 0.05, 0.1)
+    train(model, optimizer, 1)
+    tensors = optimizer_tensors(model, optimizer) | {"other.weight/exp_avg": torch.zeros(1)}
+    save_tensors(tensors, tmp_path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"unknown parameters: other\.weight"):
+        load_optimizer(model, optimizer, tmp_path / "optimizer.safetensors")

@@ -1,0 +1,264 @@
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import engine_in
+from torch import nn
+
+from llm2rec.core.errors import CheckpointError, NonFiniteError
+from llm2rec.core.optimizer import adamw
+from llm2rec.core.record import TrainingRecord
+from llm2rec.core.seed import derived_seed, seed_everything
+
+N_ROWS = 11  # batches of 8 and 3 rows
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return model, torch.randn(N_ROWS, 5).double(), torch.randint(0, 3, (N_ROWS,))
+
+
+def losses_of(model, inputs, targets):
+    return nn.functional.cross_entropy(model(inputs), targets, reduction="none")
+
+
+def steps_taken(engine, *, epochs=1):
+    """Run the engine's loop; return rows, gradients and weights of each optimizer step."""
+    model, inputs, targets = problem()
+    wrapped, optimizer = engine.prepare(model, adamw(model, 0.1, 0.0))
+    taken = []
+
+    def note(*_):
+        taken.append({"gradients": [p.grad.clone() for p in model.parameters()]})
+
+    optimizer.optimizer.register_step_pre_hook(note)
+    max_steps = engine.max_steps(N_ROWS)
+    for step, share in engine.steps(np.arange(N_ROWS)):
+        before = [p.detach().clone() for p in model.parameters()]
+        engine.begin_step(step, max_steps, optimizer)
+        seen = []
+        for rows, weights in zip(share.micro_batches, share.weights, strict=True):
+            with engine.accumulate(wrapped):
+                losses = losses_of(wrapped, inputs[rows], targets[rows])
+                engine.backward((losses * torch.from_numpy(weights)).sum(), share.n_rows, step, rows)
+                engine.step(wrapped, optimizer)
+            seen.extend(rows[weights == 1])
+        taken[-1] |= {"rows": np.array(seen), "before": before}
+    return taken
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 5, 4, 1])
+def test_a_step_follows_the_gradient_of_the_mean_over_its_rows(tmp_path, micro_batch_size):
+    engine = engine_in(tmp_path, epochs=1, batch_size=8, micro_batch_size=micro_batch_size)
+    taken = steps_taken(engine)
+    assert [len(step["rows"]) for step in taken] == [8, 3]
+    model, inputs, targets = problem()
+    for step in taken:
+        for parameter, value in zip(model.parameters(), step["before"], strict=True):
+            parameter.data.copy_(value)
+        losses = losses_of(model, inputs[step["rows"]], targets[step["rows"]])
+        expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
+        torch.testing.assert_close(step["gradients"], list(expected), rtol=1e-12, atol=1e-14)
+
+
+def test_micro_batches_train_the_same_model(tmp_path):
+    ends = []
+    for micro in (8, 1):
+        engine = engine_in(tmp_path / str(micro), epochs=3, batch_size=8, micro_batch_size=micro)
+        ends.append(steps_taken(engine)[-1]["before"])
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_clipped_over_the_whole_step(tmp_path):
+    engine = engine_in(tmp_path, epochs=1, batch_size=8, micro_batch_size=2, max_grad_norm=1e-3)
+    for step in steps_taken(engine):
+        norm = torch.cat([gradient.flatten() for gradient in step["gradients"]]).norm()
+        assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_accumulation_is_the_engines_and_not_the_launchers(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    engine = engine_in(tmp_path, epochs=1, batch_size=8, micro_batch_size=4)
+    assert len(steps_taken(engine)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_any_gradient(tmp_path, value):
+    engine = engine_in(tmp_path)
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(
+        NonFiniteError, match=rf"the loss is {value} at step 12, over the training examples 3, 40;.*lower"
+    ):
+        engine.backward((weight * value).sum(), 2, 12, np.array([3, 40]))
+    assert weight.grad is None
+
+
+def test_one_process_has_all_rows(tmp_path):
+    engine = engine_in(tmp_path)
+    assert engine.my_rows(5).tolist() == [0, 1, 2, 3, 4]
+    rows = torch.randn(5, 2)
+    assert engine.gather_rows(rows, 5) is rows
+    assert engine.gather_rows(torch.zeros(0, 2), 0).shape == (0, 2)
+    assert engine.is_main
+
+
+@pytest.mark.parametrize(("n_rows", "n_processes"), [(5, 2), (7, 3), (2, 4), (0, 2), (8, 4)])
+def test_blocks_of_all_processes_hold_every_row_once(n_rows, n_processes):
+    from llm2rec.core.engine import Engine
+
+    blocks = [
+        Engine.my_rows(SimpleNamespace(rank=rank, n_processes=n_processes), n_rows) for rank in range(n_processes)
+    ]
+    assert np.concatenate(blocks).tolist() == list(range(n_rows))
+
+
+def test_sums_are_exact(tmp_path):
+    values = {"loss": 1e9 + 0.25, "other": 0.1}
+    assert engine_in(tmp_path).sum_over_processes(values) == values
+
+
+def drawn():
+    return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+
+def test_each_step_draws_its_own_numbers_whatever_came_before(tmp_path):
+    engine = engine_in(tmp_path, seed=4)
+    optimizer = SimpleNamespace(param_groups=[])
+    engine.begin_step(7, 10, optimizer)
+    first = drawn()
+    engine.begin_step(8, 10, optimizer)
+    other = drawn()
+    engine.begin_step(7, 10, optimizer)
+    assert drawn() == first
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    again = engine_in(tmp_path / "again", seed=5)
+    again.begin_step(7, 10, optimizer)
+    assert drawn() != first
+
+
+def test_seeds_depend_on_all_parts():
+    seeds = {derived_seed(*parts) for parts in [(1,), (2,), (1, 2), (12,), (1, "step", 2), (1, "step", 3)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_engine_seeds_the_initial_weights(tmp_path):
+    engine_in(tmp_path / "a", seed=3)
+    first = torch.rand(4)
+    torch.rand(10)
+    engine_in(tmp_path / "b", seed=3)
+    assert torch.equal(torch.rand(4), first)
+    seed_everything(3)
+    assert torch.equal(torch.rand(4), first)
+
+
+def test_rates_follow_the_schedule_and_a_groups_own_ratio(tmp_path):
+    engine = engine_in(tmp_path, learning_rate=0.2, warmup_ratio=0.5, min_learning_rate_ratio=0.1)
+    optimizer = SimpleNamespace(param_groups=[{}, {"lr_ratio": 0.5}])
+    rates = []
+    for step in (0, 2, 5, 10):
+        assert engine.begin_step(step, 10, optimizer) == optimizer.param_groups[0]["lr"]
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert np.array(rates) == pytest.approx(np.array([[0, 0], [0.08, 0.04], [0.2, 0.1], [0.02, 0.01]]))
+
+
+def test_steps_go_on_in_the_middle_of_an_epoch(tmp_path):
+    engine = engine_in(tmp_path, epochs=3, batch_size=4)
+    rows = np.arange(10)
+    whole = [(number, share.micro_batches[0].tolist()) for number, share in engine.steps(rows)]
+    assert [number for number, _ in whole] == list(range(engine.max_steps(10))) == list(range(9))
+    for start in (0, 2, 3, 8, 9):
+        rest = [(number, share.micro_batches[0].tolist()) for number, share in engine.steps(rows, start)]
+        assert rest == whole[start:]
+
+
+def trained(engine, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    wrapped, optimizer = engine.prepare(model, adamw(model, 0.1, 0.0))
+    wrapped(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_only_the_newest_checkpoint_is_kept_and_loaded(tmp_path):
+    engine = engine_in(tmp_path)
+    model, optimizer = trained(engine)
+    for step in (9, 10, 200):
+        model.bias.data.fill_(step)
+        engine.save_checkpoint(model, optimizer, {"step": step})
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000200"]
+    other, fresh = trained(engine, seed=1)
+    assert engine.load_checkpoint(other, fresh) == {"step": 200}
+    assert other.bias.tolist() == [200, 200]
+    engine.save_checkpoint(model, optimizer, {"step": 200, "again": True})
+    assert engine.load_checkpoint(other, fresh) == {"step": 200, "again": True}
+    engine.drop_checkpoints()
+    assert engine.load_checkpoint(other, fresh) is None
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path):
+    engine = engine_in(tmp_path)
+    model, optimizer = trained(engine)
+    engine.save_checkpoint(model, optimizer, {"step": 1})
+    for name in (".step_000000002.abc.partial", ".step_000000001.77.old"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    assert engine.load_checkpoint(model, optimizer) == {"step": 1}
+
+
+def test_a_failed_writer_leaves_the_older_checkpoint(tmp_path):
+    engine = engine_in(tmp_path)
+    model, optimizer = trained(engine)
+    engine.save_checkpoint(model, optimizer, {"step": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        engine.save_checkpoint(model, optimizer, {"step": 2, "value": float("nan")})
+    assert engine.load_checkpoint(model, optimizer) == {"step": 1}
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    engine = engine_in(tmp_path)
+    engine.save_checkpoint(*trained(engine), {"step": 1})
+    other = nn.Linear(4, 2)
+    _, optimizer = engine.prepare(other, adamw(other, 0.1, 0.0))
+    with pytest.raises(CheckpointError, match=r"weight has shape \(2, 3\), expected \(2, 4\)"):
+        engine.load_checkpoint(other, optimizer)
+
+
+def test_a_record_tells_means_over_rows_and_goes_on_where_it_was(tmp_path):
+    engine = engine_in(tmp_path, patience=2)
+    model = nn.Linear(1, 1)
+    record = TrainingRecord(engine, "ndcg@10")
+    record.add_losses({"loss": torch.tensor(3.0)})
+    record.add_losses({"loss": torch.tensor(1.0)})
+    record.finish_step(0, 8)
+    resumed = TrainingRecord(engine, "ndcg@10")
+    resumed.restore(record.state())
+    resumed.add_losses({"loss": torch.tensor(2.0)})
+    resumed.finish_step(1, 4)
+    resumed.evaluated(model, {"ndcg@10": 0.5}, learning_rate=0.1)
+    assert resumed.state()["history"] == [
+        {"step": 2, "train/loss": 0.5, "train/learning_rate": 0.1, "val/ndcg@10": 0.5}
+    ]
+    best = model.weight.item()
+    model.weight.data.add_(1)
+    resumed.add_losses({"loss": torch.tensor(2.0)})
+    resumed.finish_step(2, 4)
+    resumed.evaluated(model, {"ndcg@10": 0.4})
+    resumed.finish(model)
+    assert model.weight.item() == best  # the best weights come back
+    assert not resumed.stopping.should_stop
+    assert resumed.state()["history"][1]["train/loss"] == 0.5  # counted from the last evaluation
+
+
+def test_a_record_without_evaluation_leaves_the_model(tmp_path):
+    engine = engine_in(tmp_path)
+    model = nn.Linear(1, 1)
+    before = model.weight.item()
+    TrainingRecord(engine, "ndcg@10").finish(model)
+    assert model.weight.item() == before

@@ -1,0 +1,98 @@
+import math
+
+import pytest
+
+from llm2rec.core.early_stopping import EarlyStopping
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.schedule import warmup_cosine
+from llm2rec.core.training import TrainingSettings
+
+
+def test_warm_up_is_a_line_and_decay_half_a_cosine():
+    rates = [warmup_cosine(step, max_steps=10, warmup_steps=4, lr=1.0, min_lr=0.1) for step in range(11)]
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert rates[7] == pytest.approx(0.55)  # half-way down
+    assert rates[10] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 6)))
+
+
+def test_after_the_last_step_the_rate_stays():
+    assert warmup_cosine(99, max_steps=10, warmup_steps=0, lr=1.0, min_lr=0.2) == pytest.approx(0.2)
+
+
+def test_warm_up_may_start_above_zero_and_be_all_there_is():
+    rates = [warmup_cosine(s, max_steps=2, warmup_steps=2, lr=1.0, warmup_start_lr=0.5) for s in range(3)]
+    assert rates == pytest.approx([0.5, 0.75, 1.0])
+
+
+def test_equal_rates_stay_constant():
+    assert {warmup_cosine(s, max_steps=7, warmup_steps=0, lr=0.3, min_lr=0.3) for s in range(9)} == {0.3}
+
+
+def test_stopping_waits_for_patience_evaluations_without_gain():
+    stopping = EarlyStopping(patience=2)
+    told = [(stopping.update(value, step), stopping.should_stop) for step, value in enumerate([0.1, 0.3, 0.3, 0.2])]
+    assert told == [(True, False), (True, False), (False, False), (False, True)]  # equal is no gain
+    assert (stopping.best, stopping.best_step) == (0.3, 1)
+
+
+def test_a_gain_starts_the_wait_again():
+    stopping = EarlyStopping(patience=2)
+    for step, value in enumerate([0.1, 0.0, 0.2, 0.0]):
+        stopping.update(value, step)
+    assert (stopping.waited, stopping.should_stop) == (1, False)
+
+
+def test_nan_is_never_the_best():
+    stopping = EarlyStopping(patience=1)
+    assert not stopping.update(math.nan, 1)
+    assert stopping.best is None
+    assert stopping.should_stop
+
+
+def test_stopping_goes_on_from_its_state():
+    first, second = EarlyStopping(patience=3), EarlyStopping(patience=3)
+    for step, value in enumerate([0.5, 0.4, 0.3]):
+        first.update(value, step)
+    second.restore(first.state())
+    assert second == first
+    assert second.update(0.4, 9) is False
+    assert second.should_stop
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("micro_batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("min_learning_rate_ratio", 1.5),
+        ("warmup_ratio", -0.1),
+        ("weight_decay", -1.0),
+        ("max_grad_norm", -1.0),
+        ("patience", 0),
+        ("evaluate_every_steps", -1),
+        ("checkpoint_every_steps", -1),
+    ],
+)
+def test_training_settings_that_cannot_train_are_named_with_their_value(name, value):
+    with pytest.raises(ConfigError, match=rf"`{name}` is {value}, expected "):
+        TrainingSettings(**{name: value})
+
+
+def test_training_settings_name_all_problems_at_once():
+    with pytest.raises(ConfigError, match=r"`batch_size` is 0.*`patience` is 0"):
+        TrainingSettings(batch_size=0, patience=0)
+
+
+def test_evaluations_and_checkpoints_fall_where_the_settings_say():
+    settings = TrainingSettings(epochs=2, batch_size=4, evaluate_every_steps=0, checkpoint_every_steps=2)
+    steps = range(1, 7)  # 10 rows make 3 steps an epoch
+    assert settings.steps_per_epoch(10) == 3
+    assert [step for step in steps if settings.evaluation_is_due(step, 10)] == [3, 6]
+    assert [step for step in steps if settings.checkpoint_is_due(step, 10)] == [2, 3, 4, 6]
+    often = TrainingSettings(epochs=2, batch_size=4, evaluate_every_steps=4)
+    assert [step for step in steps if often.evaluation_is_due(step, 10)] == [4, 6]  # and after the very last step
+    assert [step for step in steps if often.checkpoint_is_due(step, 10)] == [4, 6]

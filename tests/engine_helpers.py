@@ -1,0 +1,89 @@
+"""A real engine in a run folder, rows made by hand, and ways to stop a run in the middle."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.run import Run
+from llm2rec.core.training import TrainingSettings
+from llm2rec.student.datamodule import SequenceData
+
+
+@pytest.fixture
+def fresh_processes():
+    """Forget the state that Accelerate keeps per process, so that each test opens its engines like a new launch."""
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def engine_in(folder, *, kind=Engine, seed=0, **training):
+    """Open an engine the way a stage does, without TensorBoard and progress lines."""
+    run = Run.start(folder, "student", {"seed": seed})
+    return kind(run, seed=seed, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
+
+
+class Killed(Exception):
+    """What takes the place of SIGKILL; nothing catches it."""
+
+
+def killed_at(step):
+    """An engine whose process ends just before global step ``step``."""
+
+    class KilledEngine(Engine):
+        def begin_step(self, number, max_steps, optimizer):
+            if number == step:
+                raise Killed
+            return super().begin_step(number, max_steps, optimizer)
+
+    return KilledEngine
+
+
+def sequence_data(rows, n_items, max_length):
+    """Rows ``(history, target)`` as tensors, by a plain loop."""
+    history = np.full((len(rows), max_length), n_items, np.int32)
+    for row, (items, _) in enumerate(rows):
+        kept = items[-max_length:]
+        history[row, : len(kept)] = kept
+    lengths = np.array([min(len(items), max_length) for items, _ in rows], np.int32)
+    targets = np.array([target for _, target in rows], np.int32)
+    return SequenceData(torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(targets), n_items)
+
+
+def counting_rows(n_rows, n_items, max_length, seed=0):
+    """Rows in which each item is followed by the next number: learnt in a few steps."""
+    generator, rows = np.random.default_rng(seed), []
+    for _ in range(n_rows):
+        start, length = generator.integers(n_items), generator.integers(1, max_length + 1)
+        items = [int(start + i) % n_items for i in range(length + 1)]
+        rows.append((items[:-1], items[-1]))
+    return sequence_data(rows, n_items, max_length)
+
+
+def random_rows(n_rows, n_items, max_length, seed=0):
+    """Rows without any pattern, so that validation goes up and down."""
+    generator = np.random.default_rng(seed)
+    rows = [
+        (
+            generator.integers(n_items, size=generator.integers(1, max_length + 1)).tolist(),
+            int(generator.integers(n_items)),
+        )
+        for _ in range(n_rows)
+    ]
+    return sequence_data(rows, n_items, max_length)
+
+
+def written(folder, name):
+    """A run's ``metrics/<name>.json``."""
+    return json.loads((folder / "metrics" / f"{name}.json").read_text())
+
+
+def assert_same_weights(ours, theirs):
+    """Compare two state dicts bit for bit."""
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from engine_helpers import engine_in, random_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm2rec.core.metrics import target_ranks
+from llm2rec.data import Toy, prepare
+from llm2rec.data.recdata import SEQUENCE_FEATURES
+from llm2rec.data.splitting import EXAMPLE_FEATURES
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.evaluator import rank_targets
+from llm2rec.student.models import build_model
+
+N = 9
+ITEMS = st.integers(0, N - 1)
+SEQUENCES = st.lists(st.lists(ITEMS, min_size=2, max_size=8), min_size=1, max_size=6)
+
+
+def examples_of(sequences, history_length):
+    """All prefixes of all users, as `llm2rec.data` would write them."""
+    rows = [
+        {
+            "example_id": 0,
+            "user_id": str(user),
+            "user_index": user,
+            "position": position,
+            "history": items[max(0, position - history_length) : position],
+            "target": items[position],
+            "timestamp": position,
+        }
+        for user, items in enumerate(sequences)
+        for position in range(1, len(items))
+    ]
+    rows = [row | {"example_id": number} for number, row in enumerate(rows)]
+    return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
+
+
+def sequences_of(sequences):
+    rows = [
+        {"user_index": user, "user_id": str(user), "items": items, "timestamps": list(range(len(items)))}
+        for user, items in enumerate(sequences)
+    ]
+    return Dataset.from_list(rows, features=SEQUENCE_FEATURES)
+
+
+def slow_tensors(split, max_length):
+    history, lengths, targets = [], [], []
+    for row in split.to_list():
+        kept = row["history"][-max_length:]
+        history.append(kept + [N] * (max_length - len(kept)))
+        lengths.append(len(kept))
+        targets.append(row["target"])
+    return history, lengths, targets
+
+
+def assert_read(split, max_length):
+    data = SequenceData.of(split, N, max_length)
+    history, lengths, targets = slow_tensors(split, max_length)
+    assert data.history.tolist() == history
+    assert data.lengths.tolist() == lengths
+    assert data.targets.tolist() == targets
+    assert {data.history.dtype, data.lengths.dtype, data.targets.dtype} == {torch.int32}
+    assert len(data) == len(split)
+
+
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@quick
+@given(SEQUENCES, st.integers(1, 8), st.integers(1, 8))
+def test_histories_are_padded_as_a_loop_would(sequences, history_length, max_length):
+    assert_read(examples_of(sequences, history_length), max_length)
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 10])
+def test_split_and_chosen_tables_read_the_same(max_length):
+    parts = [examples_of([[1, 2, 3, 4, 5], [6, 7]], 4), examples_of([[8, 0, 1], [4, 4, 4, 4]], 4)]
+    several = concatenate_datasets(parts)
+    assert_read(several, max_length)
+    assert_read(several.select([5, 1, 6]), max_length)
+    assert_read(several.select(range(3, 8)), max_length)  # a slice shares the offsets of the whole
+
+
+def test_a_prepared_dataset_reads_the_same(tmp_path):
+    data = prepare(Toy(n_users=20, n_items=60, n_worlds=5), tmp_path)
+    read = SequenceData.of(data.splits["validation"], data.n_items, 4)
+    for row, example in enumerate(data.splits["validation"].to_list()):
+        kept = example["history"][-4:]
+        assert read.history[row].tolist() == kept + [60] * (4 - len(kept))
+        assert read.targets[row] == example["target"]
+
+
+def test_a_batch_holds_the_rows_that_were_asked_for():
+    data = random_rows(6, N, 3)
+    batch = data.batch(np.array([4, 0, 4]))
+    for name in ("history", "lengths", "targets"):
+        values = getattr(batch, name)
+        assert values.dtype == torch.int64
+        assert values.tolist() == [getattr(data, name)[row].tolist() for row in (4, 0, 4)]
+
+
+def slow_mask(scores, split, sequences, rows):
+    masked = scores.clone()
+    examples, lists = split.to_list(), sequences.to_list()
+    for number, row in enumerate(rows):
+        example = examples[row]
+        for item in lists[example["user_index"]]["items"][: example["position"]]:
+            if item != example["target"]:
+                masked[number, item] = -torch.inf
+    return masked
+
+
+@quick
+@given(SEQUENCES, st.randoms(use_true_random=False))
+def test_seen_items_are_masked_as_a_loop_would(sequences, random):
+    split, lists = examples_of(sequences, 3), sequences_of(sequences)
+    rows = np.array([random.randrange(len(split)) for _ in range(5)])
+    scores = torch.arange(5 * N, dtype=torch.float32).view(5, N)
+    targets = torch.tensor(split["target"])[torch.from_numpy(rows)]
+    before = scores.clone()
+    masked = SeenItems.of(split, lists).mask(scores, rows, targets)
+    assert torch.equal(masked, slow_mask(scores, split, lists, rows))
+    assert torch.equal(scores, before)  # the scores handed in are not changed
+
+
+def test_all_that_was_seen_is_masked_not_only_the_history_shown():
+    split, lists = examples_of([[0, 1, 2, 3, 4, 5]], history_length=1), sequences_of([[0, 1, 2, 3, 4, 5]])
+    masked = SeenItems.of(split, lists).mask(torch.zeros(1, N), np.array([4]), torch.tensor([5]))
+    assert torch.isinf(masked)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("mask_seen", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch_size):
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(N, size=generator.integers(2, 7)).tolist() for _ in range(12)]
+    split, lists = examples_of(sequences, 4), sequences_of(sequences)
+    data = SequenceData.of(split, N, 4)
+    torch.manual_seed(0)
+    model = build_model("gru4rec", n_items=N, width=6, max_length=4, hidden_width=5, dropout=0.5)
+    seen = SeenItems.of(split, lists) if mask_seen else None
+    ranks = rank_targets(model.train(), data, engine_in(tmp_path), seen=seen, batch_size=batch_size)
+    assert model.training  # put back
+
+    model.eval()  # without dropout
+    expected = []
+    for row in range(len(data)):
+        history = data.history[row : row + 1, : data.lengths[row]].long()
+        scores = model.score(model(history, data.lengths[row : row + 1].long())).detach()
+        if mask_seen:
+            scores = slow_mask(scores, split, lists, [row])
+        expected.append(target_ranks(scores, data.targets[row : row + 1].long()).item())
+    assert ranks.tolist() == expected
+    assert ranks.dtype == torch.int64
+    assert len(ranks) == len(split)
+    assert not rank_targets(model, data, engine_in(tmp_path), seen=seen).is_inference()
+
+
+def test_masking_seen_items_never_lowers_a_target(tmp_path):
+    sequences = [[0, 1, 2, 0, 3], [4, 5, 6, 7, 8]]
+    split, lists = examples_of(sequences, 4), sequences_of(sequences)
+    data, engine = SequenceData.of(split, N, 4), engine_in(tmp_path)
+    torch.manual_seed(0)
+    model = build_model("sasrec", n_items=N, width=4, max_length=4)
+    masked = rank_targets(model, data, engine, seen=SeenItems.of(split, lists))
+    assert (masked <= rank_targets(model, data, engine)).all()
+    assert (masked < rank_targets(model, data, engine)).any()

@@ -1,0 +1,215 @@
+import pytest
+import torch
+
+from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.student.items import FusedItemTable, ItemTable
+from llm2rec.student.losses import cross_entropy
+from llm2rec.student.models import MODELS, build_model
+from llm2rec.student.store import load_student, save_student
+
+N, L, D = 11, 6, 8
+BUILD = {"sasrec": {"n_blocks": 2, "n_heads": 2}, "gru4rec": {"hidden_width": 12, "n_layers": 2}}
+LENGTHS = torch.tensor([1, 3, 6, 4])
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def built(name, *, seed=0, tie_items=True, dropout=0.2):
+    torch.manual_seed(seed)
+    model = build_model(name, n_items=N, width=D, max_length=L, dropout=dropout, tie_items=tie_items, **BUILD[name])
+    with torch.no_grad():  # away from the small initial values, so that differences show
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for table in {model.input_items, model.output_items}:
+            table.weight[N] = 0
+    return model.eval()
+
+
+def histories(seed=0, length=L):
+    torch.manual_seed(seed)
+    items = torch.randint(0, N, (len(LENGTHS), length))
+    return items.masked_fill(torch.arange(length) >= LENGTHS.unsqueeze(1), N)
+
+
+def test_every_model_is_tested():
+    assert BUILD.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestEveryModel:
+    def test_shapes(self, name):
+        model = built(name)
+        users = model(histories(), LENGTHS)
+        assert users.shape == (4, D)
+        assert model.score(users).shape == (4, N)  # padding is never scored
+
+    def test_padding_is_never_read(self, name):
+        model, history = built(name), histories()
+        junk = history.masked_fill(history == N, 5)
+        torch.testing.assert_close(model(junk, LENGTHS), model(history, LENGTHS))
+
+    def test_longer_padding_changes_nothing(self, name):
+        model, lengths = built(name), torch.tensor([1, 3, 2, 3])
+        short = histories()[:, :3]
+        longer = torch.cat([short, torch.full((4, 3), N)], dim=1)
+        torch.testing.assert_close(model(longer, lengths), model(short, lengths))
+
+    def test_rows_do_not_see_each_other_and_a_batch_may_hold_one(self, name):
+        model, history = built(name), histories()
+        together = model(history, LENGTHS)
+        alone = torch.cat([model(history[i : i + 1], LENGTHS[i : i + 1]) for i in range(4)])
+        torch.testing.assert_close(alone, together)
+        order = torch.tensor([2, 0, 3, 1])
+        torch.testing.assert_close(model(history[order], LENGTHS[order]), together[order])
+
+    def test_every_item_of_the_history_counts(self, name):
+        model, history = built(name), histories()
+        before = model(history, LENGTHS)
+        for position in range(L):
+            changed = history.clone()
+            changed[2, position] = (changed[2, position] + 1) % N
+            after = model(changed, LENGTHS)
+            assert not torch.allclose(after[2], before[2], atol=1e-6)
+            torch.testing.assert_close(after[[0, 1, 3]], before[[0, 1, 3]])
+
+    def test_order_counts(self, name):
+        model, history = built(name), torch.tensor([[1, 2, 3, 4, 5, 6]])
+        swapped = torch.tensor([[2, 1, 3, 4, 5, 6]])
+        six = torch.tensor([6])
+        assert not torch.allclose(model(history, six), model(swapped, six), atol=1e-6)
+
+    def test_scores_are_inner_products_with_the_output_items(self, name):
+        model = built(name, tie_items=False)
+        users = torch.randn(3, D)
+        expected = torch.stack([(model.output_items.weight[item] * users).sum(dim=1) for item in range(N)], dim=1)
+        torch.testing.assert_close(model.score(users), expected)
+
+    @pytest.mark.parametrize("tie_items", [True, False])
+    def test_tied_tables_are_one(self, name, tie_items):
+        model = built(name, tie_items=tie_items)
+        assert (model.output_items is model.input_items) == tie_items
+        names = [key for key, _ in model.named_parameters() if "items" in key]
+        assert names == ["input_items.weight", "output_items.weight"][: 1 if tie_items else 2]
+
+    def test_dropout_is_for_training_only(self, name):
+        model, history = built(name), histories()
+        assert torch.equal(model(history, LENGTHS), model(history, LENGTHS))
+        model.train()
+        assert not torch.equal(model(history, LENGTHS), model(history, LENGTHS))
+
+    def test_padding_gets_no_gradient_and_every_parameter_one(self, name):
+        model, history = built(name).train(), histories()
+        cross_entropy(model.score(model(history, LENGTHS)), torch.tensor([0, 1, 2, 3])).sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        assert model.input_items.weight.grad[N].abs().sum() == 0
+
+    @pytest.mark.parametrize("tie_items", [True, False])
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_stored_student_answers_like_the_trained_one(self, name, tie_items, fused, tmp_path):
+        model = built(name, tie_items=tie_items)
+        if fused:
+            model.input_items = fused_table()
+            model.output_items = model.input_items if tie_items else fused_table(seed=1)
+        arguments = {"n_items": N, "width": D, "max_length": L, "dropout": 0.2, "tie_items": tie_items, **BUILD[name]}
+        save_student(tmp_path / "student", model, name, arguments)
+        served = load_student(tmp_path / "student")
+        assert not served.training
+        assert type(served.input_items) is ItemTable
+        assert served.input_items.weight.shape == (N + 1, D)
+        history = histories()
+        ours, theirs = served.score(served(history, LENGTHS)), model.score(model(history, LENGTHS))
+        if fused:
+            torch.testing.assert_close(ours, theirs)  # the served table adds before it is looked up
+        else:
+            assert torch.equal(ours, theirs)
+        assert sum(p.numel() for p in served.parameters()) == sum(v.numel() for v in model.weights_to_serve().values())
+
+    @pytest.mark.parametrize("dropout", [-0.1, 1.0])
+    def test_dropout_out_of_range_is_refused(self, name, dropout):
+        with pytest.raises(ConfigError, match=rf"`dropout` is {dropout}, expected 0 to below 1"):
+            built(name, dropout=dropout)
+
+
+def fused_table(seed=0, width=5, scale=0.7):
+    torch.manual_seed(seed)
+    return FusedItemTable(torch.randn(N, width), D, scale)
+
+
+def test_a_fused_vector_is_offset_plus_scaled_projection():
+    table = fused_table()
+    ids = torch.tensor([[0, 7, N]])
+    expected = table.weight[ids] + 0.7 * (table.teacher_vectors[ids] @ table.projection.weight.T)
+    torch.testing.assert_close(table(ids), expected)
+    torch.testing.assert_close(table.vectors(), table(torch.arange(N)[None])[0])
+    assert table.projection.bias is None
+    assert "teacher_vectors" not in table.state_dict()
+
+
+def test_padding_of_a_fused_table_stays_zero_through_training():
+    table = fused_table()
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1)
+    before = table.teacher_vectors.clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        table(torch.tensor([[1, 2, N]])).square().sum().backward()
+        optimizer.step()
+    assert table(torch.tensor([[N]])).abs().sum() == 0
+    assert torch.equal(table.teacher_vectors, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_short_way_through_the_last_block_is_the_long_one(training):
+    model = built("sasrec", dropout=0.0).train(training)
+    block, x = model.last_block, torch.randn(4, L, D)
+    torch.testing.assert_close(block.last(x, LENGTHS), block(x)[torch.arange(4), LENGTHS - 1])
+
+
+def test_no_position_of_a_block_sees_a_later_one():
+    block, x = built("sasrec").blocks[0], torch.randn(2, L, D)
+    before = block(x)
+    x = x.clone()
+    x[:, 4] = torch.randn(2, D)
+    after = block(x)
+    torch.testing.assert_close(after[:, :4], before[:, :4])
+    assert (after[:, 4:] - before[:, 4:]).abs().amax(dim=2).min() > 1e-4
+
+
+def test_positions_are_counted_from_the_most_recent_item():
+    """Histories that end alike agree where attention has no other reason to differ."""
+    model = built("sasrec")
+    ages = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: ages.append(inputs[0]))
+    model(torch.tensor([[3, 4, N]]), torch.tensor([2]))
+    model(torch.tensor([[9, 3, 4]]), torch.tensor([3]))
+    torch.testing.assert_close(ages[0][0, :2], ages[1][0, 1:])
+
+
+@pytest.mark.parametrize("settings", [{"n_heads": 3}, {"n_blocks": 0}])
+def test_sasrec_that_cannot_be_built_is_refused(settings):
+    with pytest.raises(ConfigError, match="`n_blocks` >= 1 and `n_heads` that divide `width`"):
+        build_model("sasrec", n_items=N, **settings)
+
+
+def test_an_unknown_student_is_refused():
+    with pytest.raises(ConfigError, match="unknown student 'bert'; expected one of sasrec, gru4rec"):
+        build_model("bert", n_items=N)
+
+
+def test_a_folder_without_a_student_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no student.*name the folder of a finished student run"):
+        load_student(tmp_path)
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 3.0, -torch.inf, -torch.inf]]).requires_grad_()
+    losses = cross_entropy(logits, torch.tensor([2, 1]))
+    torch.testing.assert_close(losses, torch.tensor([4.0, 1 + torch.tensor(-3.0).exp().item()]).log())
+    losses[0].backward()
+    torch.testing.assert_close(logits.grad[0], torch.tensor([0.25, 0.25, -0.75, 0.25]))
+
+
+def test_cross_entropy_stays_finite_and_in_float32():
+    losses = cross_entropy(torch.tensor([[1e4, -1e4], [-1e4, 1e4]], dtype=torch.bfloat16), torch.tensor([0, 0]))
+    assert losses.dtype == torch.float32
+    assert losses[0] == 0
+    assert losses[1] == pytest.approx(2e4, rel=1e-2)
