@@ -20,6 +20,8 @@ from llm2rec.teacher.prompts import batches_by_tokens
 
 __all__ = ["GateCache", "TeacherRows", "model_identity"]
 
+_VERSION = 2  # counts up when the same model, prompts and rows would give other gate inputs
+
 
 def model_identity(source: str) -> str:
     """Tell language models apart without reading gigabytes: by names, sizes and times of their files."""
@@ -75,7 +77,8 @@ class GateCache:
     def rows(self, data: SequenceData, rows: NDArray[np.int64]) -> TeacherRows:
         """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
         history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
-        digest = hashlib.sha256(f"{self.identity}/{self.block_rows}".encode())
+        # The prompts' own identity: other titles may hide behind the same item ids.
+        digest = hashlib.sha256(f"{_VERSION}/{self.identity}/{self.model.prompts.identity}/{self.block_rows}".encode())
         digest.update(history.tobytes())
         digest.update(lengths.tobytes())
         folder = self.folder / digest.hexdigest()[:16]

@@ -4,8 +4,10 @@ Each title is tokenised once; a prompt is then a concatenation of pieces, put to
 operations. No prompt is stored, and no loop runs over rows or tokens.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -86,6 +88,14 @@ class PromptBuilder:
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._tokens = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
         self._title_only = (begin, end)
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells apart builders that would make other tokens of the same histories: other titles, texts or limits."""
+        digest = hashlib.sha256(f"{self.budget}/{self.settings.max_items}".encode())
+        digest.update(self._lengths.tobytes())
+        digest.update(self._tokens.tobytes())
+        return digest.hexdigest()
 
     def n_shown(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
         """How many of each history's most recent items fit into the token budget.
