@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llm2rec.core.checkpoint import save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.data import RecData
-from llm2rec.ilora import ILoraConfig
+from llm2rec.ilora import ILoraConfig, frozen_base
 from llm2rec.teacher.gate_cache import model_identity
 from llm2rec.teacher.ilora_model import ILoraRecommender, frozen_title_vectors
 from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
-from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings
+from llm2rec.teacher.settings import AdapterSettings, LLMSettings, PromptSettings, TeacherSettings
 
 __all__ = ["TeacherRecipe", "build_teacher", "load_teacher", "popularity_bias", "save_teacher"]
 
@@ -87,7 +88,7 @@ def build_teacher(
         The teacher, and the recipe to store beside its weights.
 
     Raises:
-        ConfigError: If the adapter's settings do not fit the model.
+        ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model.
     """
     precision = resolve_precision(settings.precision, device)
     recipe = TeacherRecipe(
@@ -99,12 +100,25 @@ def build_teacher(
         logit_scale=settings.logit_scale,
         exclude_history=settings.exclude_history,
     )
+    config = _adapter_config(settings.adapter)  # checked before the model is loaded
     prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain)
     base = load_model(source, llm, precision, device)
-    vectors = frozen_title_vectors(base, prompts, llm.pooling, device)
-    adapter = settings.adapter
+    _check_positions(base, llm.prompt)
     try:
-        config = ILoraConfig(
+        peft_model = get_peft_model(base, config)
+    except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
+        raise ConfigError(f"teacher.adapter: {error}") from error
+    with frozen_base(peft_model):
+        vectors = frozen_title_vectors(peft_model, prompts, llm.pooling, device)
+    if settings.gradient_checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
+    return _recommender(peft_model, prompts, recipe, vectors, bias).to(device), recipe
+
+
+def _adapter_config(adapter: AdapterSettings) -> ILoraConfig:
+    try:
+        return ILoraConfig(
             r=adapter.r,
             num_experts=adapter.num_experts,
             alpha=adapter.alpha,
@@ -114,13 +128,19 @@ def build_teacher(
             target_modules=adapter.target_modules,
             task_type=TaskType.FEATURE_EXTRACTION,
         )
-        peft_model = get_peft_model(base, config)
     except ValueError as error:
         raise ConfigError(f"teacher.adapter: {error}") from error
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
-    return _recommender(peft_model, prompts, recipe, vectors, bias).to(device), recipe
+
+
+def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
+    """Refuse prompts longer than the model's table of positions, whose look-up would fail in the middle of a run."""
+    config = base.config.get_text_config()
+    n_positions = getattr(config, "max_position_embeddings", None)
+    if n_positions is not None and prompt.max_tokens > n_positions:
+        raise ConfigError(
+            f"`llm.prompt.max_tokens` is {prompt.max_tokens} but the model has {n_positions} positions; lower it to "
+            f"{n_positions} or less."
+        )
 
 
 def _recommender(
