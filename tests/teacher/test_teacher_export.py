@@ -40,7 +40,7 @@ def contents(folder):
 
 
 def test_outputs_equal_a_plain_ranking_of_each_row(teacher, data, engine, tmp_path):
-    model, rows = teacher
+    model = teacher[0]
     folder = export(teacher, engine, tmp_path)
     ranking = np.loadtxt(folder / "myrank_train.txt", dtype=int)
     confidence = np.loadtxt(folder / "confidence_train.txt")
