@@ -134,17 +134,17 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         return logits - penalty[:, :-1]
 
     def frozen_vectors(self, tokens: TokenBatch) -> Tensor:
-        """Gate inputs z of a batch: pooled states of the model without adapter, scaled to unit mean square.
+        """Gate inputs z of a batch: pooled states of the model without adapter, scaled to unit length.
 
-        The scaling keeps a softmax over ``W z`` from saturating where hidden states are large.
+        Hidden states grow with the width of the model, and so does what one step of Adam does to ``W z``: with inputs
+        of unit mean square the gates of MiniLM had collapsed onto single experts after 50 steps.
 
         Returns:
             Shape ``(B, d)``, float32.
         """
         with frozen_base(self.llm):
             hidden = self.llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        vectors = pool(hidden, tokens.attention_mask, self.pooling)
-        return vectors / vectors.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        return nn.functional.normalize(pool(hidden, tokens.attention_mask, self.pooling), dim=1)
 
     @torch.no_grad()
     def log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
@@ -162,7 +162,7 @@ def frozen_title_vectors(
     """What the language model, before any adapter, makes of each title.
 
     Args:
-        llm: Language model without adapter, in evaluation mode.
+        llm: Language model without adapter, or inside `frozen_base`, in evaluation mode.
         prompts: Holds the titles' tokens.
         pooling: ``last``, ``mean`` or ``cls``.
         device: Where the model is.
