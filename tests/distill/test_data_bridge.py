@@ -1,0 +1,205 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from distill_helpers import FINGERPRINT, teacher_for, write_manifest, write_teacher
+
+from llm2rec.core.errors import TeacherOutputsError
+from llm2rec.distill.data_bridge import read_outputs
+
+ROWS, ITEMS, K = 6, 9, 4
+REMEDY = r".*distill\.teacher_outputs=FOLDER"
+
+
+def read(folder, **changes):
+    return read_outputs(
+        folder, **({"n_rows": ROWS, "n_items": ITEMS, "fingerprint": FINGERPRINT, "top_k": 3} | changes)
+    )
+
+
+@pytest.fixture
+def teacher():
+    return teacher_for(ROWS, ITEMS, K)
+
+
+def line_of(file, number, text):
+    """Put ``text`` in place of line ``number``, from 1."""
+    lines = file.read_text().splitlines()
+    lines[number - 1] = text
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("twin", [True, False])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_was_written_is_read(tmp_path, teacher, twin, manifest):
+    outputs = read(write_teacher(tmp_path, teacher, twin=twin, manifest=manifest))
+    assert outputs.ranking.tolist() == teacher.ranking.tolist()
+    assert outputs.distance.tolist() == teacher.distance.tolist()  # nine digits give every float32 back
+    assert torch.equal(outputs.embeddings, teacher.embeddings)
+    assert (outputs.ranking.dtype, outputs.distance.dtype) == (np.int32, np.float32)
+    assert isinstance(outputs.ranking, np.memmap) == (twin and manifest)  # a twin nobody vouches for is not trusted
+    batch = outputs.batch(np.array([5, 0]), top_k=2)
+    assert batch.ranking.tolist() == teacher.ranking[[5, 0], :2].tolist()
+    assert batch.distance.tolist() == teacher.distance[[5, 0], :2].tolist()
+    assert (batch.ranking.dtype, batch.distance.dtype) == (torch.int64, torch.float32)
+
+
+def test_outputs_of_the_released_program_are_read_as_distances(tmp_path, teacher, caplog):
+    write_teacher(tmp_path, teacher, manifest=False)
+    assert read(tmp_path, fingerprint="another").distance.tolist() == teacher.distance.tolist()
+    assert "no manifest.json: scores are read as distances" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores"),
+    [
+        ("neg_log_prob", lambda p: -np.log(p)),
+        ("distance", lambda p: -np.log(p)),
+        ("log_prob", np.log),
+        ("prob", lambda p: p),
+    ],
+)
+def test_scores_of_every_kind_become_the_same_distances(tmp_path, teacher, kind, scores):
+    probs = np.sort(np.random.default_rng(0).random((ROWS, K)).astype(np.float32))[:, ::-1]
+    write_teacher(tmp_path, type(teacher)(teacher.embeddings, teacher.ranking, scores(probs), {}), kind=kind)
+    outputs = read(tmp_path)
+    np.testing.assert_allclose(outputs.distance, -np.log(probs), rtol=1e-5)
+    assert (np.diff(outputs.distance, axis=1) >= 0).all()  # best first
+
+
+def change_text(name, number, text):
+    return lambda folder: line_of(folder / f"{name}_train.txt", number, text)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "all_embeddings.pt").unlink(), r"all_embeddings\.pt is missing"),
+        (lambda f: (f / "myrank_train.txt").unlink(), r"myrank_train\.txt is missing"),
+        (lambda f: (f / "confidence_train.txt").unlink(), r"confidence_train\.txt is missing"),
+        (lambda f: (f / "all_embeddings.pt").write_bytes(b""), r"all_embeddings\.pt is damaged"),
+        (lambda f: (f / "all_embeddings.pt").write_bytes(b"no tensor"), r"all_embeddings\.pt is damaged"),
+        (lambda f: torch.save([1], f / "all_embeddings.pt"), r"is list, expected \(9, width\)"),
+        (lambda f: torch.save(torch.zeros(8, 2), f / "all_embeddings.pt"), r"is \(8, 2\), expected \(9, width\)"),
+        (lambda f: torch.save(torch.zeros(9), f / "all_embeddings.pt"), r"is \(9,\), expected \(9, width\)"),
+        (lambda f: torch.save(torch.full((9, 2), torch.nan), f / "all_embeddings.pt"), "values that are not finite"),
+        (change_text("myrank", 3, "0 1 2 9"), r"row 2 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"),
+        (change_text("myrank", 3, "0 1 2 -1"), r"row 2 of myrank_train names an item outside 0\.\.8 \(-1\.\.8\)"),
+        (change_text("myrank", 2, "0 1 2.5 3"), r"line 2 of myrank_train\.txt holds a number that is no item id"),
+        (
+            change_text("myrank", 2, "0 1 4294967297 3"),
+            r"line 2 of myrank_train\.txt holds a number that is no item id",
+        ),
+        (change_text("myrank", 4, "0 1 2"), r"line 4 of myrank_train\.txt is shorter than others"),
+        (change_text("myrank", 4, "0 1 2 3 4"), r"myrank_train\.txt is not a table of numbers"),
+        (change_text("myrank", 4, "0 1 2 three"), r"myrank_train\.txt is not a table of numbers"),
+        (lambda f: (f / "myrank_train.txt").write_text(""), r"myrank_train\.txt is not a table of numbers"),
+        (
+            change_text("confidence", 5, "0 1 nan 3"),
+            r"line 5 of confidence_train\.txt is shorter than others, or holds NaN",
+        ),
+        (
+            change_text("confidence", 5, "0 1 inf 3"),
+            r"row 4 of confidence_train is not finite: \[0\.0, 1\.0, inf, 3\.0\]",
+        ),
+    ],
+)
+def test_damage_is_refused_with_its_own_message(tmp_path, teacher, manifest, damage, message):
+    write_teacher(tmp_path, teacher, manifest=False)
+    damage(tmp_path)
+    if manifest:  # made by whoever made the damage, so that the hashes are right
+        write_manifest(tmp_path, confidence="neg_log_prob", fingerprint=FINGERPRINT)
+    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(str(tmp_path))} do not fit: .*{message}{REMEDY}"):
+        read(tmp_path)
+
+
+def test_a_missing_folder_says_what_makes_it(tmp_path):
+    with pytest.raises(
+        TeacherOutputsError, match=rf"no teacher outputs in .*nowhere; run `python -m llm2rec\.teacher`{REMEDY}"
+    ):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_rows": 7}, "they hold 6 rows, the training split has 7"),
+        ({"n_rows": 5}, "they hold 6 rows, the training split has 5"),
+        ({"n_items": 10}, r"all_embeddings\.pt is \(9, 5\), expected \(10, width\)"),
+        (
+            {"top_k": 5},
+            r"they hold 4 candidates per row, `distill\.ranking\.top_k` asks for 5; lower it or export more",
+        ),
+        (
+            {"fingerprint": "0123456789abcdef"},
+            "made for dataset 'toy' with fingerprint f{12}, this one has 0123456789ab",
+        ),
+    ],
+)
+@pytest.mark.parametrize("twin", [True, False])
+def test_outputs_of_another_dataset_are_refused(tmp_path, teacher, changes, message, twin):
+    write_teacher(tmp_path, teacher, twin=twin)
+    with pytest.raises(TeacherOutputsError, match=message + REMEDY):
+        read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["all_embeddings.pt", "myrank_train.txt", "confidence_train.txt", "myrank_train.npy"])
+def test_a_file_changed_after_it_was_written_is_refused(tmp_path, teacher, name):
+    write_teacher(tmp_path, teacher, twin=True)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(name)} has changed since it was written{REMEDY}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["myrank_train.npy", "all_embeddings.pt"])
+def test_a_file_the_manifest_lists_must_be_there(tmp_path, teacher, name):
+    write_teacher(tmp_path, teacher, twin=True)
+    (tmp_path / name).unlink()
+    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(name)} is missing although the manifest lists it"):
+        read(tmp_path)
+
+
+def test_tables_of_unequal_shape_are_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher, manifest=False)
+    np.savetxt(tmp_path / "confidence_train.txt", teacher.distance[:, :3])
+    with pytest.raises(TeacherOutputsError, match=r"myrank_train has shape \(6, 4\) but confidence_train has \(6, 3\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_values_are_checked_in_the_twin_too(tmp_path, teacher, twin):
+    teacher.ranking[4, 1] = ITEMS
+    write_teacher(tmp_path, teacher, twin=twin)
+    with pytest.raises(TeacherOutputsError, match=r"row 4 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"):
+        read(tmp_path)
+
+
+def test_a_broken_manifest_is_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(TeacherOutputsError, match=r"manifest\.json is not JSON"):
+        read(tmp_path)
+
+
+def test_a_manifest_without_a_fingerprint_is_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher)
+    write_manifest(tmp_path, confidence="neg_log_prob")
+    with pytest.raises(TeacherOutputsError, match="with fingerprint None, this one has"):
+        read(tmp_path)
+
+
+def test_probabilities_must_be_positive(tmp_path, teacher):
+    teacher.distance[2, 1] = 0
+    write_teacher(tmp_path, teacher, kind="prob")
+    with pytest.raises(TeacherOutputsError, match="said to be probabilities but some are not positive"):
+        read(tmp_path)
+
+
+def test_an_unknown_kind_of_score_is_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher, kind="logits")
+    with pytest.raises(TeacherOutputsError, match="confidences of kind 'logits' are not known"):
+        read(tmp_path)

@@ -1,0 +1,249 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from distill_helpers import teacher_for
+from engine_helpers import Killed, assert_same_weights, counting_rows, engine_in, killed_at, random_rows, written
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.distill.data_bridge import TeacherOutputs
+from llm2rec.distill.kd_losses import alignment_loss, ranking_loss
+from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
+from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
+from llm2rec.distill.student import DistilledStudent
+from llm2rec.distill.trainer_distill import distillation_losses, train_distilled
+from llm2rec.student.evaluator import rank_targets
+from llm2rec.student.losses import cross_entropy
+from llm2rec.student.models import build_model
+from llm2rec.student.trainer_baseline import train_baseline
+
+N, L, K = 12, 4, 5
+TRAIN, VALIDATION = random_rows(37, N, L), random_rows(20, N, L, seed=1)
+TEACHER = teacher_for(len(TRAIN), N, K)
+TRAINING = {"epochs": 2, "batch_size": 8, "micro_batch_size": 3, "learning_rate": 0.01}
+
+
+def settings_of(*, ranking=0.5, fusion=0.3, alignment=0.0, kind="cosine", top_k=4):
+    return DistillSettings(
+        teacher_outputs="unused",
+        ranking=RankingSettings(weight=ranking, top_k=top_k),
+        embedding=EmbeddingSettings(fusion_scale=fusion, alignment_weight=alignment, alignment=kind),
+    )
+
+
+def plain(seed=0):
+    torch.manual_seed(seed)
+    return build_model("sasrec", n_items=N, width=16, max_length=L, n_blocks=1, dropout=0.2)
+
+
+def distilled(settings, seed=0, teacher=TEACHER):
+    return DistilledStudent(
+        plain(seed),
+        teacher.embeddings,
+        fusion_scale=settings.embedding.fusion_scale,
+        align=settings.embedding.alignment_weight > 0,
+    )
+
+
+def train_in(folder, settings, *, kind=Engine, seed=0, policy=None, teacher=TEACHER, **changes):
+    engine = engine_in(folder, kind=kind, **{**TRAINING, **changes})
+    model = distilled(settings, seed, teacher)
+    return train_distilled(model, TRAIN, teacher, VALIDATION, policy or SelectionPolicyAll(), engine, settings)
+
+
+BOTH_WAYS = [
+    settings_of(),
+    settings_of(ranking=0.0),
+    settings_of(fusion=0.0),
+    settings_of(ranking=0.0, fusion=0.0, alignment=0.4),
+    settings_of(alignment=0.4, kind="mse"),
+]
+
+
+@pytest.mark.parametrize("settings", BOTH_WAYS)
+def test_each_loss_is_logged_by_name_and_adds_up(tmp_path, settings):
+    train_in(tmp_path, settings)
+    ranking, alignment = settings.ranking.weight, settings.embedding.alignment_weight
+    for entry in written(tmp_path, "validation")["history"]:
+        parts = {"train/loss_student": 1.0}
+        parts |= {"train/loss_ranking": ranking} if ranking else {}
+        parts |= {"train/loss_alignment": alignment} if alignment else {}
+        assert {name for name in entry if name.startswith("train/loss_")} == set(parts)
+        total = sum(weight * entry[name] for name, weight in parts.items())
+        assert entry["train/loss"] == pytest.approx(total, rel=1e-5)
+        assert all(entry[name] > 0 for name in parts)
+
+
+def test_without_any_distillation_it_is_the_baseline_bit_for_bit(tmp_path):
+    settings = settings_of(ranking=0.0, fusion=0.0)
+    model = train_in(tmp_path / "distilled", settings, max_grad_norm=0.5)
+    baseline = train_baseline(plain(), TRAIN, VALIDATION, engine_in(tmp_path / "plain", **TRAINING, max_grad_norm=0.5))
+    assert_same_weights(model.student.state_dict(), baseline.state_dict())
+    ours, theirs = (written(tmp_path / folder, "validation") for folder in ("distilled", "plain"))
+    for entry in ours["history"]:
+        assert entry.pop("train/loss_student") == entry["train/loss"]
+    assert ours == theirs
+
+
+def losses_of(settings, weights=None, teacher=TEACHER, model=None):
+    model = model or distilled(settings, teacher=teacher)
+    model.eval()
+    rows = np.arange(6)
+    batch = TRAIN.batch(rows)
+    counted = torch.ones(6) if weights is None else torch.tensor(weights)
+    users = model(batch.history, batch.lengths)
+    told = teacher.batch(rows, settings.ranking.top_k)
+    return distillation_losses(model, users, batch, told, counted, settings), model, batch
+
+
+def test_weights_zero_leave_the_students_own_loss_exactly():
+    losses, model, batch = losses_of(settings_of(ranking=0.0, alignment=0.0))
+    own = cross_entropy(model.score(model(batch.history, batch.lengths)), batch.targets)
+    assert torch.equal(losses["loss"], own)
+    assert losses.keys() == {"loss", "loss_student"}
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_losses_of_a_row_by_hand(kind):
+    settings = settings_of(ranking=0.5, alignment=0.25, kind=kind, top_k=3)
+    with torch.no_grad():
+        losses, model, batch = losses_of(settings)
+        logits = model.score(model(batch.history, batch.lengths))
+        for row in range(6):
+            best = logits[row].topk(3).indices.tolist()
+            ranking, distance = TEACHER.ranking[row, :3].tolist(), TEACHER.distance[row, :3].tolist()
+            shares = [
+                0.3 * math.exp(-rank) / sum(math.exp(-r) for r in range(3))
+                + 0.5 * math.exp(-distance[rank]) / sum(math.exp(-d) for d in distance)
+                + 0.1 * (item in best)
+                for rank, item in enumerate(ranking)
+            ]
+            told = sum(
+                share / sum(shares) * -math.log(1 / (1 + math.exp(-logits[row, item].item())))
+                for share, item in zip(shares, ranking, strict=True)
+            )
+            target = batch.targets[row : row + 1]
+            aligned = alignment_loss(model.projected(target), TEACHER.embeddings[target], kind).item()
+            own = -logits[row].log_softmax(0)[target].item()
+            assert losses["loss_ranking"][row].item() == pytest.approx(told, rel=1e-5)
+            assert losses["loss_alignment"][row].item() == pytest.approx(aligned, rel=1e-5)
+            assert losses["loss_student"][row].item() == pytest.approx(own, rel=1e-5)
+            assert losses["loss"][row].item() == pytest.approx(own + 0.5 * told + 0.25 * aligned, rel=1e-5)
+
+
+def test_only_top_k_candidates_count():
+    settings = settings_of(top_k=2)
+    changed = TEACHER.ranking.copy()
+    changed[:, 2:] = changed[:, 2:][:, ::-1]
+    other = TeacherOutputs(TEACHER.embeddings, changed, TEACHER.distance, {})
+    model = distilled(settings)
+    first, second = (losses_of(settings, teacher=t, model=model)[0]["loss"] for t in (TEACHER, other))
+    assert torch.equal(first, second)
+    other.ranking[:, :2] = other.ranking[:, :2][:, ::-1].copy()
+    assert not torch.equal(losses_of(settings, teacher=other, model=model)[0]["loss"], first)
+
+
+def test_rows_of_weight_zero_tell_nothing():
+    settings = settings_of(alignment=0.4)
+    weights = [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
+    whole, model, _ = losses_of(settings)
+    chosen, _, _ = losses_of(settings, weights, model=model)
+    for name in ("loss_ranking", "loss_alignment"):
+        torch.testing.assert_close(chosen[name], torch.tensor(weights) * whole[name])
+    own = torch.tensor(weights) == 0
+    assert torch.equal(chosen["loss"][own], chosen["loss_student"][own])
+
+    def gradients(teacher):
+        losses, _, _ = losses_of(settings, weights, teacher=teacher, model=model)
+        return torch.autograd.grad(losses["loss"].sum(), list(model.parameters()), allow_unused=True)
+
+    ranking, distance = TEACHER.ranking.copy(), TEACHER.distance.copy()
+    for row in (1, 3, 5):  # whatever the teacher says of them
+        ranking[row], distance[row] = ranking[row, ::-1].copy(), distance[row, ::-1].copy() * 50
+    other = TeacherOutputs(TEACHER.embeddings, ranking, distance, {})
+    for ours, theirs in zip(gradients(TEACHER), gradients(other), strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+class Nobody(SelectionPolicy):
+    def weights(self, n_rows, epoch):
+        return np.zeros(n_rows, np.float32)
+
+
+def test_a_policy_that_chooses_nobody_trains_the_plain_student(tmp_path):
+    model = train_in(tmp_path / "nobody", settings_of(fusion=0.0), policy=Nobody())
+    same = train_in(tmp_path / "plain", settings_of(ranking=0.0, fusion=0.0))
+    other = train_in(tmp_path / "all", settings_of(fusion=0.0))
+    assert_same_weights(model.state_dict(), same.state_dict())
+    assert not torch.equal(other.student.input_items.weight, same.student.input_items.weight)
+    assert {entry["train/loss_ranking"] for entry in written(tmp_path / "nobody", "validation")["history"]} == {0}
+
+
+def test_rows_are_chosen_by_the_policy_and_not_by_their_place_in_a_batch(tmp_path):
+    """What the teacher says of rows outside the budget changes nothing in a whole training."""
+    policy = SelectionPolicyRandom(0.3, seed=5)
+    left_out = policy.weights(len(TRAIN), 0) == 0
+    ranking = TEACHER.ranking.copy()
+    ranking[left_out] = ranking[left_out][:, ::-1]
+    other = TeacherOutputs(TEACHER.embeddings, ranking, TEACHER.distance, {})
+    ends = [
+        train_in(tmp_path / str(i), settings_of(), policy=policy, teacher=teacher).state_dict()
+        for i, teacher in enumerate((TEACHER, other))
+    ]
+    assert_same_weights(*ends)
+
+
+class ByEpoch(SelectionPolicy):
+    """Other rows in every epoch; remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def weights(self, n_rows, epoch):
+        self.asked.append((n_rows, epoch))
+        return (np.arange(n_rows) % 3 == epoch % 3).astype(np.float32)
+
+
+def test_a_policy_is_asked_once_an_epoch(tmp_path):
+    policy = ByEpoch()
+    train_in(tmp_path, settings_of(), policy=policy, epochs=3)
+    assert policy.asked == [(37, 0), (37, 1), (37, 2)]
+
+
+@pytest.mark.parametrize("settings", [settings_of(), settings_of(ranking=0.3, fusion=0.2, alignment=0.4, kind="mse")])
+@pytest.mark.parametrize(("killed_before", "every"), [(2, 0), (8, 3), (5, 1)])
+def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, settings, killed_before, every):
+    changes = {"checkpoint_every_steps": every, "max_grad_norm": 0.5}
+    whole = train_in(tmp_path / "whole", settings, policy=ByEpoch(), **changes)
+    broken = tmp_path / "broken"
+    with pytest.raises(Killed):
+        train_in(broken, settings, kind=killed_at(killed_before), policy=ByEpoch(), **changes)
+    resumed = train_in(broken, settings, seed=7 if every else 0, policy=ByEpoch(), **changes)
+    assert_same_weights(resumed.state_dict(), whole.state_dict())
+    assert written(broken, "validation") == written(tmp_path / "whole", "validation")
+
+
+def test_a_good_teacher_helps_where_targets_are_noise(tmp_path):
+    """Targets say nothing, the teacher knows what comes next."""
+    train, test = counting_rows(150, N, L), counting_rows(60, N, L, seed=3)
+    right = train.targets.clone()
+    train.targets[:] = torch.from_numpy(np.random.default_rng(0).integers(N, size=150).astype(np.int32))
+    ranking = np.stack([np.roll(np.arange(N), -int(item))[:K] for item in right]).astype(np.int32)
+    distance = np.tile(np.arange(K, dtype=np.float32) * 3, (150, 1))
+    teacher = TeacherOutputs(TEACHER.embeddings, ranking, distance, {})
+    found = {}
+    for weight in (0.0, 5.0):
+        settings = settings_of(ranking=weight, fusion=0.0, top_k=1)
+        engine = engine_in(tmp_path / str(weight), epochs=15, batch_size=50, micro_batch_size=50, learning_rate=0.02)
+        model = distilled(settings, teacher=teacher)
+        train_distilled(model, train, teacher, test, SelectionPolicyAll(), engine, settings)
+        found[weight] = ranking_metrics(rank_targets(model.student, test, engine))["ndcg@10"]
+    assert found[5.0] > found[0.0] + 0.15
+
+
+def test_the_ranking_loss_raises_the_candidates_only():
+    logits = torch.zeros(1, N, requires_grad=True)
+    ranking_loss(logits, torch.tensor([[2, 7]]), torch.tensor([[0.5, 0.5]])).sum().backward()
+    assert (logits.grad < 0).nonzero()[:, 1].tolist() == [2, 7]
