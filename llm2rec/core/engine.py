@@ -295,8 +295,12 @@ class Engine:
         return cast(dict[str, Any], read_json(folder / "state.json"))
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints of a finished loop, whose best weights are kept elsewhere."""
+        """Delete the checkpoints of a finished run, whose best weights are kept elsewhere; the last thing a stage does.
+
+        The run is marked first: killed in between, it would otherwise begin anew when resumed.
+        """
         if self.is_main:
+            self.run.note(status="finished")
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
 
     def close(self) -> None:

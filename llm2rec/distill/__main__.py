@@ -52,10 +52,10 @@ def main(cfg: Config, run: Run) -> None:
         )
     if engine.is_main:
         save_student(run.folder / "student", model.student, student_settings.name, arguments)
-    engine.drop_checkpoints()
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     label = f"{student_settings.name} + {settings.name} ({teacher.manifest.get('teacher', 'unknown teacher')})"
     run.note(label=label, parameters=served)
+    engine.drop_checkpoints()
     engine.close()
 
 
