@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, Llm2RecError
-from llm2rec.core.paths import conf_folder, from_launch_folder
-from llm2rec.core.processes import agree, is_first_process
+from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
+from llm2rec.core.processes import agree, is_first_process, uses_gpu
 from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
@@ -25,6 +27,7 @@ from llm2rec.data import DatasetSpec, RecData, prepare
 __all__ = ["build", "open_data", "open_engine", "stage"]
 
 logger = logging.getLogger("llm2rec")
+_SECONDS_FOR_FIRST_PROCESS = 3.0
 Settings = TypeVar("Settings")
 
 
@@ -46,6 +49,9 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
                 run = Run.start(folder, name, _plain(cfg))
                 logger.info("%s: %s", name, _shown(folder))
                 build(cfg.metrics, MetricsConfig)  # a metric that is not there would show after an epoch only
+                if agree(run.record["status"] if is_first_process() else None) == "finished":
+                    logger.info("%s: finished already; nothing to resume", name)
+                    return
                 function(cast(Config, cfg), run)
                 run.note(status="finished")
                 logger.info("%s: done, see %s", name, _shown(folder))
@@ -55,6 +61,7 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
 
         def main() -> None:
             register()
+            OmegaConf.register_new_resolver("run_folder", _or_exit(run_folder), use_cache=True, replace=True)
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
@@ -90,10 +97,9 @@ def open_data(cfg: Config, run: Run) -> RecData:
     spec = build(cfg.dataset, DatasetSpec).with_base(Path(root))
     folders = from_launch_folder(cfg.paths.processed_dir, root), from_launch_folder(cfg.paths.raw_dir, root)
     with run.phase("data"):
-        if is_first_process():
-            prepare(spec, *folders)
+        data = prepare(spec, *folders) if is_first_process() else None
         agree(None)  # wait for the first process
-        data = prepare(spec, *folders)
+        data = data or prepare(spec, *folders)
     run.note(dataset={"name": data.name, "fingerprint": data.fingerprint})
     return data
 
@@ -126,17 +132,47 @@ def _tell(error: Exception) -> None:
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
     logger.debug("the error in full", exc_info=error)
-    if is_first_process():
-        logger.error("%s: %s", type(cause).__name__, cause)
+    if not is_first_process():
+        # What the first process meets too it tells itself, and the launcher ends us meanwhile. What is left is ours
+        # alone, such as a loss that is not finite.
+        time.sleep(_SECONDS_FOR_FIRST_PROCESS)
+    logger.error("%s: %s", type(cause).__name__, cause)
+
+
+def _or_exit(function: Callable[..., str]) -> Callable[..., str]:
+    """Tell an error of the run folder in one line: Hydra resolves it outside of what it guards, with a traceback."""
+
+    def guarded(*arguments: Any) -> str:
+        try:
+            return function(*arguments)
+        except (Llm2RecError, OSError) as error:
+            logger.error("%s: %s", type(error).__name__, error)  # to the console: there is no file for it yet
+            sys.exit(1)
+
+    return guarded
 
 
 def _quiet_libraries() -> None:
     """Silence chatter that tells the user nothing, library by library."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own warning about forks, once per worker
-    for noisy in ("httpx", "httpcore", "matplotlib", "datasets", "fsspec", "deepspeed", "DeepSpeed", "absl"):
+    if not uses_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it looked for a GPU and found none
+    for noisy in ("httpx", "httpcore", "matplotlib", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import datasets
 
     datasets.disable_progress_bars()  # ours tells one line per phase
+    if "transformers" in sys.modules:  # a second to import, which only the teacher pays
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for each of "Loading weights" and "Writing model shards"
+        enable_progress_bars()  # the line above also hides downloads, which may take an hour
+    for message in (
+        ".*is_gradient_checkpointing. is deprecated",  # PEFT 0.21 asks transformers 5 under the old name
+        ".*torch.distributed.all_gather_into_tensor. is deprecated",  # Accelerate 1.15 and DeepSpeed 0.19 gather so
+    ):
+        warnings.filterwarnings("ignore", message, FutureWarning)
     if not is_first_process():
-        logging.getLogger().setLevel(logging.WARNING)
+        for handler in logging.getLogger().handlers:  # warnings and errors, and their tracebacks for the file
+            handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.exc_info is not None)
