@@ -1,0 +1,257 @@
+"""Every file under conf/ composes and becomes the settings it stands for; misspelt keys and wrong types do not."""
+
+import copy
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from llm2rec.config import Config, MetricsConfig, register
+from llm2rec.core.errors import ConfigError
+from llm2rec.data import SCHEMAS
+from llm2rec.distill.selection_policy import SelectionPolicy
+from llm2rec.stage import build
+
+REPOSITORY = Path(__file__).parents[1]
+CONF = REPOSITORY / "conf"
+FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
+# One option of a group is a file of a folder; anything else is covered by a test of its own, below.
+OPTIONS = [(str(file.parent), file.stem) for file in FILES if len(file.parts) == 2 and file.parts[0] != "hydra"]
+NOT_OPTIONS = {Path("config.yaml"), Path("hydra/default.yaml")}
+INSTANTIATED = {"active": SelectionPolicy}
+PATHS = ["paths.root=/somewhere"]  # stands for the folder of the launch, which only a launch knows
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@functools.cache
+def _composed(*overrides):
+    return compose("config", overrides=[*overrides, *PATHS])
+
+
+def composed(*overrides):
+    return copy.deepcopy(_composed(*overrides))
+
+
+def required(group, name):
+    """Overrides that give a file's required values."""
+    given = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    return [f"{group}.{key}=given" for key, value in given.items() if value == "???"]
+
+
+def kinds():
+    """The schema of each group that has one, by group."""
+    return {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
+
+
+def test_every_file_is_covered():
+    options = {Path(group) / f"{name}.yaml" for group, name in OPTIONS}
+    assert options | NOT_OPTIONS == set(FILES)
+    assert {group for group, _ in OPTIONS} == kinds().keys()
+    assert len(OPTIONS) >= 17
+
+
+def built(group, cfg):
+    if group in INSTANTIATED:
+        return instantiate(cfg[group])
+    return instantiate(cfg[group]) if "_target_" in cfg[group] else build(cfg[group], kinds()[group])
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+class TestEveryOption:
+    def test_it_becomes_the_settings_it_stands_for(self, group, name):
+        cfg = composed(f"{group}={name}", *required(group, name))
+        OmegaConf.resolve(cfg)
+        assert not OmegaConf.missing_keys(cfg[group])
+        settings = built(group, cfg)
+        assert isinstance(settings, INSTANTIATED.get(group, kinds()[group]))
+
+    def test_a_misspelt_key_is_refused(self, group, name):
+        with pytest.raises(HydraException, match="mispelt"):
+            composed(f"{group}={name}", f"{group}.mispelt=1")
+
+    def test_no_file_of_a_group_is_without_a_schema(self, group, name):
+        """Otherwise a misspelt key in the file itself would pass."""
+        defaults = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())["defaults"]
+        assert defaults[0].startswith("base_")
+        assert defaults[1:] == ["_self_"]
+
+    def test_numbers_and_switches_take_nothing_else(self, group, name):
+        cfg = composed(f"{group}={name}", *required(group, name))
+        typed = [key for key, value in leaves(cfg[group]) if isinstance(value, bool | int | float)]
+        for key in typed:
+            with pytest.raises(ValidationError):
+                OmegaConf.update(cfg[group], key, "wrong")
+        for key in typed[:1]:  # and so at composition; one of them, since each composition takes a while
+            with pytest.raises(HydraException, match=key.rsplit(".", 1)[-1]):
+                composed(f"{group}={name}", f"{group}.{key}=wrong")
+        assert typed or group in ("active", "paths")
+
+
+def leaves(node, prefix=""):
+    """Dotted names and values of a configuration, interpolations and lists left out."""
+    for key in node:
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if OmegaConf.is_dict(value):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif not OmegaConf.is_list(value):
+            yield f"{prefix}{key}", value
+
+
+def test_main_composes_with_its_defaults():
+    cfg = composed()
+    OmegaConf.resolve(cfg)
+    assert OmegaConf.missing_keys(cfg) == set()
+    assert (cfg.seed, cfg.resume, cfg.runs) == (42, None, "latest")
+    assert cfg.distill.teacher_outputs == "data/teacher_outputs/toy/ilora-tiny_random"
+
+
+@pytest.mark.parametrize("override", ["sead=1", "student.training.epoch=3", "teacher.adapter.rank=4"])
+def test_unknown_keys_are_refused_at_every_depth(override):
+    with pytest.raises(
+        (HydraException, OmegaConfBaseException), match=override.strip("+").split("=")[0].rsplit(".", 1)[-1]
+    ):
+        composed(override)
+
+
+@pytest.mark.parametrize("override", ["seed=many", "student.training.batch_size=8.5", "metrics.ks=[1,x]", "dataset=no"])
+def test_wrong_types_are_refused_at_every_depth(override):
+    with pytest.raises((HydraException, OmegaConfBaseException)):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.training.batch_size=0", "`batch_size` is 0"),
+        ("distill.ranking.beta=0", "beta > 0"),
+        ("llm.pooling=max", "llm.pooling is 'max'"),
+        ("llm=minilm llm.path=???", "path"),
+        ("teacher.precision=float8", "teacher.precision is 'float8'"),
+        ("metrics.select_on=ndcg@7", r"metrics.select_on is 'ndcg@7', expected one of hr@1, ndcg@1"),
+        ("metrics.ks=[0]", r"metrics.ks is \[0\], expected cut-offs of at least 1"),
+        ("metrics.ks=[]", r"metrics.ks is \[\]"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_when_the_settings_are_built(override, message):
+    cfg = composed(*override.split())
+    group = re.split(r"[.=]", override)[0]
+    with pytest.raises(ConfigError, match=message):
+        build(cfg[group], kinds()[group])
+
+
+# What a file sets on purpose other than the class that it configures.
+MEANT = {"dataset": {"k_core"}}  # the usual 5-core of the Amazon data
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [option for option in OPTIONS if option[0] not in ("llm", "active", "paths")]
+)
+def test_a_file_says_what_its_class_says(group, name):
+    """Whoever uses the library without Hydra gets the same numbers."""
+    cfg = composed(f"{group}={name}")
+    schema = OmegaConf.structured(SCHEMAS[name] if group == "dataset" else OmegaConf.get_type(cfg[group]))
+    defaults = dict(leaves(schema))
+    differing = {key for key, value in leaves(cfg[group]) if key in defaults and defaults[key] != value}
+    differing = {key for key in differing if not key.startswith("training.")}  # tuned for each model
+    assert differing <= MEANT.get(group, set())
+
+
+def test_sizes_that_must_agree_are_written_once():
+    assert composed("dataset.history_length=7").student.model.max_length == 7
+    assert composed("student=gru4rec", "dataset.history_length=7").student.model.max_length == 7
+    assert composed("seed=9", "active=random").active.seed == 9
+
+
+def test_build_tells_what_is_missing():
+    with pytest.raises(ConfigError, match="interactions"):
+        build(composed("dataset=csv").dataset, kinds()["dataset"])
+
+
+def test_registering_again_changes_nothing():
+    register()
+    register()
+    assert "base_config.yaml" in ConfigStore.instance().list("")
+    assert composed().metrics.select_on == MetricsConfig().select_on
+
+
+def command(*arguments, cwd, path, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_an_installed_package_carries_its_configuration(tmp_path):
+    """As pyproject.toml lays the wheel out: conf/ inside the package, and no checkout around it."""
+    site = tmp_path / "site"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "llm2rec", site / "llm2rec", ignore=ignored)
+    shutil.copytree(CONF, site / "llm2rec" / "conf", ignore=ignored)
+    work = tmp_path / "anywhere"
+    work.mkdir()
+    shown = command("llm2rec.data", "--cfg", "job", "dataset=movielens", cwd=work, path=site)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["dataset"]["_target_"] == "llm2rec.data.movielens.MovieLens100K"
+    assert "result" not in os.listdir(work)  # showing a configuration makes no run
+
+    where = "import llm2rec.core.paths as p; print(p.__file__); print(p.conf_folder())"
+    found = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [str(site / "llm2rec/core/paths.py"), str(site / "llm2rec/conf")]
+
+    toy = ["dataset.n_users=20", "dataset.n_items=60", "dataset.n_worlds=5"]
+    made = command("llm2rec.data", *toy, cwd=work, path=site)
+    assert made.returncode == 0, made.stderr
+    (run,) = (work / "result").iterdir()
+    assert (run / "metrics" / "statistics.json").is_file()
+    assert [folder.name.split("-")[0] for folder in (work / "data" / "processed").iterdir()] == ["toy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["student.trainig.epochs=3"], "trainig"),
+        (["resume=result/never"], "`resume` is 'result/never', which holds no run.json"),
+        (["metrics.select_on=ndcg@7"], "metrics.select_on is 'ndcg@7'"),
+        (["dataset=csv", "dataset.interactions=gone.csv", "dataset.items=gone.csv"], "gone.csv"),
+    ],
+)
+def test_a_command_tells_what_is_wrong_and_fails(tmp_path, arguments, message):
+    told = command("llm2rec.student", *arguments, cwd=tmp_path, path=REPOSITORY)
+    assert told.returncode == 1
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
