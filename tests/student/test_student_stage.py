@@ -1,0 +1,94 @@
+"""The command, in this process: what it writes, and what it never looks at."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+from engine_helpers import assert_same_weights
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+from llm2rec.student.__main__ import main
+from llm2rec.student.store import load_student
+
+SMALL = [
+    *("dataset.n_users=40", "dataset.n_items=60", "dataset.n_worlds=5", "student.model.width=16"),
+    *("student.training.epochs=2", "student.training.batch_size=64", "logging.tensorboard=false"),
+]
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Run the command in ``tmp_path`` and put back what Hydra changes for the whole process."""
+    root, cwd = logging.getLogger(), os.getcwd()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides):
+        before = set(runs(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["llm2rec.student", *SMALL, *overrides])
+        main()
+        (folder,) = [run for run in runs(tmp_path) if run not in before] or [None]
+        return folder
+
+    yield run
+    GlobalHydra.instance().clear()
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:], root.level = handlers, level
+    logging.getLogger("llm2rec").setLevel(logging.NOTSET)
+    os.chdir(cwd)
+
+
+def runs(folder):
+    return sorted((folder / "result").glob("result_*"))
+
+
+def test_the_test_split_is_never_looked_at(tmp_path, launch):
+    """A run on the same data with other test targets ends with the same weights and the same numbers."""
+    first = launch("metrics.mask_seen=true")
+    (prepared,) = (tmp_path / "data" / "processed").iterdir()
+    table = load_from_disk(str(prepared / "test"))
+    features = table.features
+    wrong = table.map(lambda row: {"target": (row["target"] + 1) % 60, "history": [0]}, features=features)
+    wrong.save_to_disk(str(tmp_path / "other"))
+    for file in prepared.joinpath("test").iterdir():
+        file.unlink()
+    for file in (tmp_path / "other").iterdir():
+        file.rename(prepared / "test" / file.name)
+
+    second = launch("metrics.mask_seen=true")
+    assert_same_weights(*(load_file(run / "student" / "model.safetensors") for run in (first, second)))
+    ours, theirs = (json.loads((run / "metrics" / "validation.json").read_text()) for run in (first, second))
+    assert ours == theirs
+    assert {name.split("/")[0] for entry in ours["history"] for name in entry} == {"step", "train", "val"}
+    assert not list(first.glob("metrics/test*"))
+
+
+def test_a_finished_run_holds_what_the_design_says(launch):
+    run = launch("student=gru4rec")
+    record = json.loads((run / "run.json").read_text())
+    assert (record["stage"], record["status"], record["label"]) == ("student", "finished", "gru4rec")
+    model = load_student(run / "student")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert json.loads((run / "config.json").read_text())["student"]["model"]["width"] == 16
+    assert {"data", "train"} <= json.loads((run / "metrics" / "time.json").read_text()).keys()
+    assert not (run / "checkpoints").exists()
+    assert len(record["dataset"]["fingerprint"]) == 64
+    assert {file.suffix for file in run.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt", ".yaml"}
+
+
+def test_resuming_with_other_settings_fails_before_training(launch, caplog):
+    run = launch()
+    weights = (run / "student" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as ended:
+        launch(f"resume={run}", "student.training.learning_rate=0.5")
+    assert ended.value.code == 1
+    assert r"student.training.learning_rate (was" in (run / "log.txt").read_text()
+    assert (run / "student" / "model.safetensors").stat().st_mtime_ns == weights
+    assert Path.cwd() == run.parent.parent  # Hydra has gone back
