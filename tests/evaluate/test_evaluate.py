@@ -1,0 +1,144 @@
+"""Finished runs side by side: found, refused, scored once on the test split, and shown."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import engine_in
+from PIL import Image
+
+from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import write_json
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.data import Toy, prepare
+from llm2rec.evaluate.__main__ import _folders
+from llm2rec.evaluate.report import format_table, write_report
+from llm2rec.evaluate.scoring import Protocol, Scored, find_runs, score_popularity, score_run
+from llm2rec.student.models import build_model
+from llm2rec.student.store import save_student
+
+PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare(Toy(n_users=30, n_items=60, n_worlds=5), tmp_path_factory.mktemp("processed"))
+
+
+def student_run(results, data, name, *, label="sasrec", seed=1, **changes):
+    """A run folder as the student's stage leaves it, with random weights."""
+    folder = results / name
+    arguments = {"n_items": data.n_items, "width": 16, "max_length": data.history_length}
+    torch.manual_seed(seed)
+    model = build_model("sasrec", **arguments)
+    save_student(folder / "student", model, "sasrec", arguments)
+    dataset = {"name": data.name, "fingerprint": data.fingerprint}
+    record = {"stage": "student", "status": "finished", "seed": seed, "label": label, "parameters": 5}
+    write_json(folder / "run.json", {**record, "dataset": dataset, **changes})
+    return folder, model.eval()
+
+
+def plain_ranks(model, data, mask_seen):
+    """Rank every test target, user by user, as one would by hand."""
+    ranks = []
+    for row in data.splits["test"]:
+        history = torch.tensor([row["history"]])
+        scores = model.score(model(history, torch.tensor([history.shape[1]])))[0].detach()
+        seen = set(data.sequences[row["user_index"]]["items"][: row["position"]]) if mask_seen else set()
+        own = scores[row["target"]]
+        ranks.append(sum(bool(scores[i] >= own) for i in range(data.n_items) if i != row["target"] and i not in seen))
+    return torch.tensor(ranks)
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_scores_equal_ranking_every_user_by_hand(tmp_path, data, mask_seen):
+    folder, model = student_run(tmp_path, data, "result_20260101_000000")
+    scored = score_run(folder, data, engine_in(tmp_path / "e"), Protocol((1, 5, 10), mask_seen), tmp_path)
+    expected = plain_ranks(model, data, mask_seen)
+    assert scored.metrics == pytest.approx(ranking_metrics(expected, (1, 5, 10)))
+    assert np.array_equal(np.load(folder / "metrics" / "test_ranks.npy"), expected.numpy())
+    assert scored.milliseconds > 0
+
+
+def test_the_test_split_is_scored_once_per_protocol(tmp_path, data):
+    folder, _ = student_run(tmp_path, data, "result_20260101_000000")
+    engine = engine_in(tmp_path / "e")
+    first = score_run(folder, data, engine, PROTOCOL, tmp_path)
+    (folder / "student" / "model.safetensors").unlink()  # a second scoring would need it
+    assert score_run(folder, data, engine, PROTOCOL, tmp_path) == first
+    with pytest.raises(FileNotFoundError):
+        score_run(folder, data, engine, Protocol(PROTOCOL.ks, mask_seen=True), tmp_path)
+
+
+def test_popularity_counts_all_training_interactions(data):
+    counts = np.zeros(data.n_items)
+    for row in data.sequences:
+        np.add.at(counts, row["items"][:-2], 1)  # leave-one-out: the last two validate and test
+    targets = data.splits["test"]["target"][:]
+    ranks = torch.tensor([(counts >= counts[target]).sum() - 1 for target in targets])
+    assert score_popularity(data, PROTOCOL).metrics == ranking_metrics(ranks, PROTOCOL.ks)
+
+
+def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data):
+    student_run(tmp_path, data, "result_20260101_000000")
+    newer, _ = student_run(tmp_path, data, "result_20260102_000000")
+    other_seed, _ = student_run(tmp_path, data, "result_20260101_000001", seed=2)
+    student_run(tmp_path, data, "result_20260103_000000", status="running")
+    student_run(tmp_path, data, "result_20260103_000001", dataset={"name": "x", "fingerprint": "other"})
+    student_run(tmp_path, data, "result_20260103_000002", stage="evaluate")
+    (tmp_path / "result_20260104_000000").mkdir()
+    assert find_runs(tmp_path, data.fingerprint) == [other_seed, newer]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "running"}, "is a running run of stage 'student'"),
+        ({"stage": "data"}, "is a finished run of stage 'data'"),
+        ({"dataset": {"name": "games", "fingerprint": "0" * 64}}, "was trained on dataset 'games'"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, data, changes, message):
+    folder, _ = student_run(tmp_path, data, "result_20260101_000000", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
+
+
+def test_a_folder_without_run_and_a_student_of_another_shape_are_refused(tmp_path, data):
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        score_run(tmp_path, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
+    folder, _ = student_run(tmp_path, data, "result_20260101_000000")
+    config = json.loads((folder / "student" / "config.json").read_text())
+    config["arguments"]["n_blocks"] = 5
+    write_json(folder / "student" / "config.json", config)
+    with pytest.raises(CheckpointError, match="holds other weights than a sasrec"):
+        score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
+
+
+def test_what_to_evaluate(tmp_path, data):
+    folder, _ = student_run(tmp_path / "result", data, "result_20260101_000000")
+    result = tmp_path / "result"
+    assert _folders("latest", tmp_path, result, data.fingerprint) == [folder]
+    assert _folders(["result/result_20260101_000000"], tmp_path, result, data.fingerprint) == [folder]
+    with pytest.raises(ConfigError, match="no finished run on this dataset"):
+        _folders("latest", tmp_path, result, "another")
+    with pytest.raises(ConfigError, match="expected `latest` or a list"):
+        _folders("newest", tmp_path, result, data.fingerprint)
+
+
+def test_the_report_is_a_table_a_json_file_and_a_picture(tmp_path):
+    metrics = ranking_metrics(torch.tensor([0, 3, 30]), (1, 5))
+    rows = [Scored("popularity", "", metrics, 7, None), Scored("sasrec", "result_x", metrics, 12345, 0.25, 3)]
+    about = {"dataset": "toy", "fingerprint": "f", "n_items": 50, "rows": 3, "mask_seen": False}
+    table = write_report(tmp_path, rows, (1, 5), about)
+    assert table == (tmp_path / "comparison.txt").read_text()
+    header, _, first, second = format_table(rows, (1, 5)).splitlines()
+    assert header.split() == ["run", "HR@1", "HR@5", "NDCG@5", "MRR@5", "parameters", "ms/user"]
+    assert first.split()[:3] == ["popularity", "33.33", "66.67"]
+    assert second.split() == ["sasrec", "[3]", "33.33", "66.67", "47.69", "41.67", "12,345", "0.25"]
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["rows_scored"][1]["metrics"] == metrics
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # bars and text, not a blank page
