@@ -10,7 +10,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.kd_losses import alignment_loss, ranking_loss
-from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
+from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import distillation_losses, train_distilled
@@ -181,18 +181,25 @@ def test_a_policy_that_chooses_nobody_trains_the_plain_student(tmp_path):
     assert {entry["train/loss_ranking"] for entry in written(tmp_path / "nobody", "validation")["history"]} == {0}
 
 
+class Odd(SelectionPolicy):
+    def weights(self, n_rows, epoch):
+        return (np.arange(n_rows) % 2).astype(np.float32)
+
+
 def test_rows_are_chosen_by_the_policy_and_not_by_their_place_in_a_batch(tmp_path):
-    """What the teacher says of rows outside the budget changes nothing in a whole training."""
-    policy = SelectionPolicyRandom(0.3, seed=5)
-    left_out = policy.weights(len(TRAIN), 0) == 0
-    ranking = TEACHER.ranking.copy()
-    ranking[left_out] = ranking[left_out][:, ::-1]
-    other = TeacherOutputs(TEACHER.embeddings, ranking, TEACHER.distance, {})
-    ends = [
-        train_in(tmp_path / str(i), settings_of(), policy=policy, teacher=teacher).state_dict()
-        for i, teacher in enumerate((TEACHER, other))
-    ]
-    assert_same_weights(*ends)
+    """What the teacher says of rows that are not chosen changes nothing in a whole training, the rest does."""
+
+    def trained(name, changed):
+        ranking = TEACHER.ranking.copy()
+        ranking[changed] = ranking[changed][:, ::-1]
+        teacher = TeacherOutputs(TEACHER.embeddings, ranking, TEACHER.distance, {})
+        return train_in(tmp_path / name, settings_of(), policy=Odd(), teacher=teacher).state_dict()
+
+    odd = np.arange(len(TRAIN)) % 2 == 1
+    nothing = trained("nothing", np.zeros(len(TRAIN), bool))
+    assert_same_weights(trained("left_out", ~odd), nothing)
+    chosen = trained("chosen", odd)
+    assert any(not torch.equal(chosen[name], nothing[name]) for name in nothing)
 
 
 class ByEpoch(SelectionPolicy):
