@@ -146,7 +146,7 @@ def _or_exit(function: Callable[..., str]) -> Callable[..., str]:
         try:
             return function(*arguments)
         except (Llm2RecError, OSError) as error:
-            logger.error("%s: %s", type(error).__name__, error)  # to the console: there is no file for it yet
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")  # no log is open yet
             sys.exit(1)
 
     return guarded
