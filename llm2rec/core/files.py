@@ -20,8 +20,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -38,6 +37,9 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; results are for everybody in the group
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _flush(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
@@ -47,6 +49,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

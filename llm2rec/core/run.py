@@ -66,7 +66,7 @@ class Run:
         changed = [
             f"{key} (was {old!r}, now {new!r})"
             for key, old, new in _differences(saved, self.config)
-            if not key.startswith(("resume", "logging."))
+            if not key.startswith(("resume", "logging.", "paths.root"))  # none of these changes a result
         ]
         if changed:
             raise CheckpointError(

@@ -78,7 +78,7 @@ class SASRec(SequentialRecommender):
         n_items: int,
         width: int = 64,
         max_length: int = 10,
-        n_blocks: int = 2,
+        n_blocks: int = 1,
         n_heads: int = 2,
         dropout: float = 0.2,
         tie_items: bool = True,

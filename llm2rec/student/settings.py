@@ -33,7 +33,7 @@ class SASRecSettings(ModelSettings):
         n_heads: Attention heads.
     """
 
-    n_blocks: int = 2
+    n_blocks: int = 1
     n_heads: int = 2
 
 
