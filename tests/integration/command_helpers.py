@@ -1,0 +1,131 @@
+"""Stages run as a user runs them: commands in a folder of their own, on a tiny toy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TOY = ["dataset.n_users=60", "dataset.n_items=60", "dataset.n_worlds=5"]
+# No dropout, so that runs may be compared; sizes that do not divide: 424 rows, 36 a step, the last step has 28.
+TEACHER = [
+    *TOY,
+    "teacher.training.epochs=2",
+    "teacher.training.batch_size=36",
+    "teacher.training.micro_batch_size=7",
+    "teacher.adapter.dropout=0",
+    "teacher.export.block_rows=50",
+    "llm.width=32",
+]
+STUDENT = [*TOY, "student.training.epochs=3", "student.training.batch_size=37", "student.model.dropout=0"]
+
+PLAIN = [sys.executable, "-m"]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m"]
+
+
+def environment() -> dict[str, str]:
+    """What every command gets: this checkout, no network, one thread a process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA_", "PYTEST_"))}
+    inherited.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate would not look at DeepSpeed
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, check: bool = True):
+    """Run a stage to its end and return the finished process, output as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*launcher, f"llm2rec.{stage}", *overrides]
+    # Files, not pipes: a grandchild that outlives a launcher would keep a pipe open.
+    with open(folder / "stdout.txt", "w") as out, open(folder / "stderr.txt", "w") as err:
+        done = subprocess.run(command, cwd=folder, env=environment(), stdout=out, stderr=err, timeout=400)
+    done.stdout, done.stderr = (folder / "stdout.txt").read_text(), (folder / "stderr.txt").read_text()
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def run_until(folder: Path, stage: str, *overrides: str, reached: Callable[[], bool], launcher: list[str] = PLAIN):
+    """Run a stage and send SIGKILL to all its processes as soon as ``reached`` says so."""
+    with open(folder / "killed.txt", "w") as log:
+        process = subprocess.Popen(
+            [*launcher, f"llm2rec.{stage}", *overrides],
+            cwd=folder,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        limit = time.monotonic() + 300
+        while process.poll() is None and not reached() and time.monotonic() < limit:
+            time.sleep(0.005)
+        assert process.poll() is None, f"ended before it could be killed: {(folder / 'killed.txt').read_text()}"
+        for pid in _session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session: torchrun gives each worker a group of its own."""
+    found = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True).stdout.split()
+    return [int(pid) for pid, session in zip(found[::2], found[1::2], strict=True) if int(session) == leader]
+
+
+def runs(folder: Path) -> list[Path]:
+    """Run folders, oldest first."""
+    return sorted((folder / "result").glob("result_*"))
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Step of the newest checkpoint of the newest run, 0 without one."""
+    steps = [int(path.name.split("_")[1]) for each in runs(folder)[-1:] for path in each.glob("checkpoints/step_*")]
+    return max(steps, default=0)
+
+
+def history(run_folder: Path) -> list[dict[str, float]]:
+    """Losses and validation metrics, evaluation by evaluation."""
+    return json.loads((run_folder / "metrics" / "validation.json").read_text())["history"]
+
+
+def close_histories(first: list[dict[str, float]], second: list[dict[str, float]], tolerance: float) -> bool:
+    """Whether two histories have the same entries up to rounding."""
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    return True
+
+
+def weights(file: Path) -> dict[str, np.ndarray]:
+    return load_file(file)
+
+
+def adapter(run_folder: Path) -> dict[str, np.ndarray]:
+    return weights(run_folder / "teacher" / "adapter" / "adapter_model.safetensors")
+
+
+def student(run_folder: Path) -> dict[str, np.ndarray]:
+    return weights(run_folder / "student" / "model.safetensors")
+
+
+def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    """Whether two sets of weights are the same bit by bit."""
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def outputs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Exported rankings and confidences."""
+    found = folder / "data" / "teacher_outputs" / "toy" / "ilora-tiny_random"
+    return np.load(found / "myrank_train.npy"), np.load(found / "confidence_train.npy")

@@ -1,0 +1,141 @@
+"""The chain by its commands, what lies in a run folder, and what bad input gets."""
+
+import json
+
+import pytest
+from command_helpers import STUDENT, TEACHER, TOY, run, runs
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Data, student, teacher, distilled student, in one folder."""
+    folder = tmp_path_factory.mktemp("chain")
+    done = {}
+    for stage, overrides in (("data", TOY), ("student", STUDENT), ("teacher", TEACHER), ("distill", STUDENT)):
+        # The distilled student's outputs are those of the teacher above.
+        done[stage] = run(folder, stage, *overrides)
+    found = {json.loads((each / "run.json").read_text())["stage"]: each for each in runs(folder)}
+    assert list(found) == ["data", "student", "teacher", "distill"]
+    return folder, found, done
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_a_finished_run(chain):
+    _, found, _ = chain
+    for stage, folder in found.items():
+        record = json.loads((folder / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert record["seed"] == 42
+        assert len(record["git"]["commit"]) == 40
+        assert isinstance(record["git"]["dirty"], bool)
+        assert {"torch", "transformers", "peft", "accelerate"} <= record["versions"].keys()
+        assert record["dataset"]["name"] == "toy"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["dataset"]["n_users"] == 60
+        seconds = json.loads((folder / "metrics" / "time.json").read_text())
+        assert seconds["data"] >= 0
+        if stage != "data":
+            assert seconds["train"] > 0
+            assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+            validation = json.loads((folder / "metrics" / "validation.json").read_text())
+            assert validation["select_on"] == "ndcg@10"
+            assert "train/loss" in validation["history"][0]
+        assert not (folder / "checkpoints").exists()
+        assert not [name for name in files_of(folder) if ".partial" in name or name.endswith((".pkl", ".pt", ".bin"))]
+    fingerprints = {
+        json.loads((folder / "run.json").read_text())["dataset"]["fingerprint"] for folder in found.values()
+    }
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.slow
+def test_weights_lie_where_the_design_says(chain):
+    folder, found, _ = chain
+    for stage in ("student", "distill"):
+        assert {"student/config.json", "student/model.safetensors"} <= files_of(found[stage])
+    teacher = files_of(found["teacher"])
+    assert {"teacher/adapter/adapter_config.json", "teacher/adapter/adapter_model.safetensors"} <= teacher
+    assert not [name for name in teacher if name.startswith("export/")]
+    outputs = files_of(folder / "data" / "teacher_outputs" / "toy" / "ilora-tiny_random")
+    assert {"all_embeddings.pt", "myrank_train.txt", "confidence_train.txt", "manifest.json"} <= outputs
+
+
+@pytest.mark.slow
+def test_every_loss_of_distillation_is_logged(chain):
+    _, found, _ = chain
+    history = json.loads((found["distill"] / "metrics" / "validation.json").read_text())["history"]
+    assert {"train/loss", "train/loss_student", "train/loss_ranking"} <= history[0].keys()
+
+
+@pytest.mark.slow
+def test_stages_say_little_and_say_it_once(chain):
+    _, _, done = chain
+    for stage, process in done.items():
+        assert process.stdout == ""
+        lines = process.stderr.splitlines()
+        assert len(lines) == len(set(lines))
+        # "17:31:24 teacher: ..." and the statistics of the data stage; no library speaks.
+        foreign = [line for line in lines if not line[:8].replace(":", "").isdigit()]
+        assert stage == "data" or not foreign, foreign
+        assert f"{stage}: done, see result/result_" in lines[-1] or stage == "data"
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_does_nothing(chain):
+    folder, found, _ = chain
+    before = (found["teacher"] / "metrics" / "time.json").read_bytes()
+    done = run(folder, "teacher", *TEACHER, f"resume={found['teacher'].relative_to(folder)}")
+    assert "finished already" in done.stderr
+    assert (found["teacher"] / "metrics" / "time.json").read_bytes() == before
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown key": ("student", [*TOY, "student.training.epoch=3"], "Key 'epoch' not in 'TrainingSettings'"),
+    "wrong type": ("student", [*TOY, "student.training.epochs=many"], "Value 'many' of type 'str'"),
+    "bad value": ("student", [*TOY, "student.training.batch_size=0"], "`batch_size` is 0, expected at least 1"),
+    "unknown student": ("student", [*TOY, "student=transformer9"], "Could not find 'student/transformer9'"),
+    "unknown metric": ("student", [*TOY, "metrics.select_on=ndcg@7"], "metrics.select_on is 'ndcg@7'"),
+    "missing raw data": ("data", ["dataset=movielens", "dataset.raw_dir=nowhere"], "`dataset.raw_dir` does not exist"),
+    "no llm": ("teacher", [*TOY, "llm=minilm", "llm.path=nowhere"], "llm.path is 'nowhere'"),
+    "no such layers": ("teacher", [*TOY, "teacher.adapter.target_modules=[nix]"], "teacher.adapter: "),
+    "no teacher outputs": ("distill", TOY, "there are no teacher outputs in"),
+    "nothing to resume": ("student", [*TOY, "resume=result/never"], "`resume` is 'result/never'"),
+}
+QUICK = ("bad value", "nothing to resume")
+
+
+def check_refused(done, cause):
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if cause in line]) == 1, done.stderr
+    assert len(done.stderr.splitlines()) <= 16
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "cause"),
+    [pytest.param(*BAD[name], id=name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in BAD],
+)
+def test_bad_input_gets_one_clear_line(stage, overrides, cause, tmp_path):
+    check_refused(run(tmp_path, stage, *overrides, check=False), cause)
+
+
+@pytest.mark.slow
+def test_outputs_of_another_dataset_are_refused(chain):
+    folder, _, _ = chain
+    done = run(folder, "distill", *STUDENT, "dataset.seed=5", check=False)
+    check_refused(done, "they were made for dataset 'toy' with fingerprint")
+
+
+@pytest.mark.slow
+def test_a_run_cannot_be_resumed_as_another_stage_or_with_other_settings(chain):
+    folder, found, _ = chain
+    student = f"resume={found['student'].relative_to(folder)}"
+    check_refused(run(folder, "distill", *STUDENT, student, check=False), "is a run of stage 'student'")
+    done = run(folder, "student", *STUDENT, "student.training.learning_rate=0.5", student, check=False)
+    check_refused(done, "student.training.learning_rate (was")

@@ -1,0 +1,84 @@
+"""SIGKILL at any moment costs the work since the last checkpoint, and nothing else."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from command_helpers import STUDENT, TEACHER, adapter, checkpoint_step, equal, history, outputs, run, run_until, runs
+from command_helpers import student as student_weights
+
+pytestmark = pytest.mark.slow
+# Dropout on: its draws must come back too. Blocks of 5 rows, so that an export is still under way when it is killed.
+TEACHER_RUN = [
+    *TEACHER,
+    "teacher.adapter.dropout=0.1",
+    "teacher.training.checkpoint_every_steps=1",
+    "teacher.export.block_rows=5",
+]
+STUDENT_RUN = [
+    *STUDENT,
+    "student.model.dropout=0.2",
+    "student.training.epochs=20",
+    "student.training.checkpoint_every_steps=5",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Teacher and student that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, "teacher", *TEACHER_RUN)
+    run(folder, "student", *STUDENT_RUN)
+    return folder, *runs(folder)
+
+
+def resumed(folder, stage, overrides):
+    (killed,) = runs(folder)
+    assert json.loads((killed / "run.json").read_text())["status"] == "running"
+    done = run(folder, stage, *overrides, f"resume={killed.relative_to(folder)}")
+    assert runs(folder) == [killed]
+    assert json.loads((killed / "run.json").read_text())["status"] == "finished"
+    return killed, done
+
+
+def check_teacher(killed, folder, whole):
+    unbroken, expected, _ = whole
+    assert history(killed) == history(expected)
+    assert equal(adapter(killed), adapter(expected))
+    for ours, theirs in zip(outputs(folder), outputs(unbroken), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert not (killed / "export").exists()
+
+
+@pytest.mark.parametrize("step", [1, 13])
+def test_a_teacher_killed_in_training_ends_the_same(step, whole, tmp_path):
+    run_until(tmp_path, "teacher", *TEACHER_RUN, reached=lambda: checkpoint_step(tmp_path) >= step)
+    killed, done = resumed(tmp_path, "teacher", TEACHER_RUN)
+    assert "resuming at step_" in done.stderr
+    check_teacher(killed, tmp_path, whole)
+
+
+def test_a_teacher_killed_in_its_export_ends_the_same(whole, tmp_path):
+    def blocks():
+        return [block for each in runs(tmp_path) for block in each.glob("export/block_*")]
+
+    run_until(tmp_path, "teacher", *TEACHER_RUN, reached=lambda: len(blocks()) >= 2)
+    assert not (tmp_path / "data" / "teacher_outputs").exists()
+    first = sorted(blocks())[0]
+    written = first.stat().st_mtime_ns
+    os.link(first, tmp_path / "kept.safetensors")  # tells whether it is replaced, after the run's own clean-up
+    killed, done = resumed(tmp_path, "teacher", TEACHER_RUN)
+    assert (tmp_path / "kept.safetensors").stat().st_mtime_ns == written
+    assert "resuming at step_000000024" in done.stderr
+    assert "step 24: loss" not in done.stderr
+    check_teacher(killed, tmp_path, whole)
+
+
+def test_a_student_killed_in_training_ends_the_same(whole, tmp_path):
+    run_until(tmp_path, "student", *STUDENT_RUN, reached=lambda: checkpoint_step(tmp_path) >= 40)
+    killed, done = resumed(tmp_path, "student", STUDENT_RUN)
+    assert "resuming at step_" in done.stderr
+    expected = whole[2]
+    assert history(killed) == history(expected)
+    assert equal(student_weights(killed), student_weights(expected))
