@@ -1,5 +1,7 @@
 """Train a student on its own task and on what the teacher wrote down (DLLM2Rec)."""
 
+from functools import lru_cache, partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,19 +64,16 @@ def train_distilled(
 
     rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
     per_epoch = training.steps_per_epoch(len(train))
-    chosen, chosen_for = policy.weights(len(train), 0), 0
+    weights_in = lru_cache(maxsize=1)(partial(policy.weights, len(train)))  # asked once an epoch
     wrapped.train()
     for step, share in engine.progress(engine.steps(rows, record.step), "distil", max_steps, initial=record.step):
         if record.stopping.should_stop:
             break
-        if step // per_epoch != chosen_for:
-            chosen_for = step // per_epoch
-            chosen = policy.weights(len(train), chosen_for)
         lr = engine.begin_step(step, max_steps, optimizer)
         for micro_rows, weights in zip(share.micro_batches, share.weights, strict=True):
             batch = train.batch(micro_rows, engine.device)
             told = teacher.batch(micro_rows, settings.ranking.top_k, engine.device)
-            distilled = torch.from_numpy(chosen[micro_rows]).to(engine.device)
+            distilled = torch.from_numpy(weights_in(step // per_epoch)[micro_rows]).to(engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(batch.history, batch.lengths)  # (B, D)
                 losses = distillation_losses(model, users, batch, told, distilled, settings)  # each (B,)
