@@ -7,6 +7,8 @@ told. This needs the process group, so it is joined here, once, the same way for
 import os
 from typing import Any
 
+from llm2rec.core.errors import ConfigError
+
 __all__ = ["agree", "is_first_process", "join_processes", "n_processes", "process_arguments", "uses_gpu"]
 
 
@@ -37,10 +39,18 @@ def process_arguments() -> tuple[bool, dict[str, Any]]:
     Returns:
         Whether to stay on the CPU, and the keywords of the process group. Without an accelerator the backend must be
         named: left to itself, Accelerate then believes in a single process.
+
+    Raises:
+        ConfigError: If the launch asks for DeepSpeed and, by ``ACCELERATE_USE_CPU``, for Accelerate's plain CPU mode.
     """
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if use_deepspeed and _asked_for_cpu():
+        raise ConfigError(
+            "the launch uses DeepSpeed, and ACCELERATE_USE_CPU is set, under which Accelerate cannot start it; unset "
+            "that variable (DeepSpeed finds the CPU by itself), or use a launch configuration without DeepSpeed."
+        )
     if n_processes() == 1 or uses_gpu():
         return _asked_for_cpu(), {}
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     return not use_deepspeed, {"backend": "gloo"}  # with cpu=True Accelerate would not look at DeepSpeed at all
 
 

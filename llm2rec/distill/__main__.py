@@ -30,7 +30,7 @@ def main(cfg: Config, run: Run) -> None:
         n_rows=len(data.splits["train"]),
         n_items=data.n_items,
         fingerprint=data.fingerprint,
-        top_k=settings.ranking.top_k,
+        top_k=settings.ranking.top_k if settings.ranking.weight > 0 else 1,
     )
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}

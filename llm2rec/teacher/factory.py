@@ -177,14 +177,21 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILo
         The teacher, and the recipe it was put together by.
 
     Raises:
-        CheckpointError: If the folder holds no teacher.
+        CheckpointError: If the folder holds no teacher, or its language model is no longer where it was.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
     recipe = TeacherRecipe(**read_json(folder / "config.json"))
     llm = recipe.llm_settings
-    prompts = PromptBuilder(load_tokenizer(recipe.source, llm), data.items, llm.prompt, data.domain)
-    base = load_model(recipe.source, llm, recipe.precision, device)
+    try:
+        tokenizer = load_tokenizer(recipe.source, llm)
+        base = load_model(recipe.source, llm, recipe.precision, device)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the language model of {folder} cannot be loaded from {recipe.source!r}, where it was in training "
+            f"({str(error).splitlines()[0]}); put it back, or write its new place into `source` of config.json there."
+        ) from error
+    prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain)
     items = load_file(folder / "items.safetensors")
     peft_model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     model = _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"])

@@ -125,7 +125,7 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         Returns:
             Logits of shape ``(B, N)``, float32.
         """
-        logits = self.logit_scale * users.float() @ self._item_vectors.T + self.item_bias
+        logits = self.logit_scale * users.float() @ self._item_vectors.float().T + self.item_bias.float()
         if history is None or not self.exclude_history:
             return logits
         penalty = logits.new_zeros(len(logits), logits.shape[1] + 1).scatter(1, history, _EXCLUDED)

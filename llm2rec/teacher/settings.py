@@ -97,7 +97,8 @@ class AdapterSettings:
         r: Total rank over all experts.
         num_experts: Experts, E.
         alpha: Numerator of the scale.
-        dropout: Dropout on the adapter's input.
+        dropout: Dropout on the adapter's input. A base with dropout of its own (BERT and its kin) has it on in training
+            besides, as everywhere in PEFT.
         scaling: ``total`` (alpha/R, the paper) or ``per_expert`` (alpha/(R/E), the released program).
         target_modules: Names of the layers to adapt; None takes the defaults for the model's type.
         gate: Kind of gate network.

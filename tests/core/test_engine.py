@@ -7,7 +7,7 @@ import torch
 from engine_helpers import engine_in
 from torch import nn
 
-from llm2rec.core.errors import CheckpointError, NonFiniteError
+from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
 from llm2rec.core.seed import derived_seed, seed_everything
@@ -262,3 +262,10 @@ def test_a_record_without_evaluation_leaves_the_model(tmp_path):
     before = model.weight.item()
     TrainingRecord(engine, "ndcg@10").finish(model)
     assert model.weight.item() == before
+
+
+def test_deepspeed_with_the_plain_cpu_mode_is_refused_before_accelerate_breaks(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ConfigError, match="unset that variable"):
+        engine_in(tmp_path)

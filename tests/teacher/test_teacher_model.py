@@ -1,5 +1,7 @@
 """The recommender: pooling, scores, what is trained, and saving."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -197,6 +199,13 @@ def test_the_adapter_is_a_standard_peft_folder(data, llm_folder, tmp_path):
 def test_a_folder_without_a_teacher_is_refused(data, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no teacher \(no config.json\)"):
         load_teacher(tmp_path, data, CPU)
+
+
+def test_a_language_model_that_has_moved_is_told_with_its_old_place(data, llm_folder, tmp_path):
+    model, recipe = build("llama", llm_folder, data)
+    save_teacher(tmp_path / "teacher", model, replace(recipe, source=str(tmp_path / "moved")))
+    with pytest.raises(CheckpointError, match=r"cannot be loaded from '.*moved'.*put it back"):
+        load_teacher(tmp_path / "teacher", data, CPU)
 
 
 # ---- what cannot work ------------------------------------------------------------------------------------------------
