@@ -2,7 +2,7 @@
 
 ``peft.utils.register_peft_method`` takes only names of the closed enum ``PeftType``. PEFT looks methods up in three
 dictionaries, though, and a plain string in them saves and loads like any other; a process that has not registered it
-fails with ``KeyError: 'ILORA'``. ``tests/ilora/test_registration.py`` fails when these internals move.
+fails with ``KeyError: 'ILORA'``. ``tests/ilora/test_ilora_registration.py`` fails when these internals move.
 """
 
 from __future__ import annotations
