@@ -211,7 +211,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
         return gradients(model)
 
     plain = run()
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     runs, layer = [], layers(model)[0]
     hook = layer.register_forward_hook(lambda *_: runs.append(1))
     torch.testing.assert_close(run(), plain, rtol=0, atol=0)
@@ -221,7 +221,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 
 def test_checkpointed_backward_outside_hold_says_so():
     model = adapt(tiny("llama")).train()
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     with model.base_model.instance(gate_inputs()):
         loss = loss_of(model, **batch())
     with pytest.raises(GateError, match="With gradient checkpointing the backward pass needs them too"):
