@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.engine import Engine
@@ -79,6 +79,9 @@ def build(node: Any, kind: type[Settings]) -> Settings:
     """
     try:
         settings = OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        missing = ", ".join(f"`{key}`" for key in sorted(OmegaConf.missing_keys(node)))
+        raise ConfigError(f"{missing} must be given: add `{error.full_key}=VALUE` to the command.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     if not isinstance(settings, kind):

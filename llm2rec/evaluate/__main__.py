@@ -4,8 +4,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
 from llm2rec.evaluate.report import write_report
@@ -34,6 +37,9 @@ def main(cfg: Config, run: Run) -> None:
             "n_items": data.n_items,
             "rows": len(data.splits["test"]),
             "mask_seen": protocol.mask_seen,
+            "overrides": list(HydraConfig.get().overrides.task),
+            "git": git_state(),
+            "versions": library_versions(),
         }
         logger.info("\n%s", write_report(run.folder, rows, protocol.ks, about))
     engine.close()
