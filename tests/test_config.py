@@ -186,7 +186,7 @@ def test_sizes_that_must_agree_are_written_once():
 
 
 def test_build_tells_what_is_missing():
-    with pytest.raises(ConfigError, match="`dataset.interactions`, `dataset.items` must be given: add"):
+    with pytest.raises(ConfigError, match=r"`dataset\.interactions`, `dataset\.items` must be given: add"):
         build(composed("dataset=csv").dataset, kinds()["dataset"])
 
 

@@ -63,8 +63,7 @@ def train_distilled(
         record.restore(state)
 
     rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
-    per_epoch = training.steps_per_epoch(len(train))
-    weights_in = lru_cache(maxsize=1)(partial(policy.weights, len(train)))  # asked once an epoch
+    per_epoch, weights_in = training.steps_per_epoch(len(train)), lru_cache(1)(partial(policy.weights, len(train)))
     wrapped.train()
     for step, share in engine.progress(engine.steps(rows, record.step), "distil", max_steps, initial=record.step):
         if record.stopping.should_stop:

@@ -72,10 +72,9 @@ def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
         Run folders of students, teachers and distilled students.
     """
     newest: dict[tuple[str, Any], Path] = {}
-    for folder in sorted(result_dir.glob("result_*")):
-        if not (folder / "run.json").is_file():
-            continue
-        record = read_json(folder / "run.json")
+    # A multirun keeps its runs one folder deeper.
+    for file in sorted([*result_dir.glob("result_*/run.json"), *result_dir.glob("result_*/*/run.json")]):
+        folder, record = file.parent, read_json(file)
         same = record.get("dataset", {}).get("fingerprint") == fingerprint
         if same and record["status"] == "finished" and record["stage"] in ("student", "teacher", "distill"):
             newest[(record["label"], record["seed"])] = folder

@@ -84,11 +84,12 @@ def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data
     student_run(tmp_path, data, "result_20260101_000000")
     newer, _ = student_run(tmp_path, data, "result_20260102_000000")
     other_seed, _ = student_run(tmp_path, data, "result_20260101_000001", seed=2)
+    of_multirun, _ = student_run(tmp_path, data, "result_20260101_000002/0", seed=3)
     student_run(tmp_path, data, "result_20260103_000000", status="running")
     student_run(tmp_path, data, "result_20260103_000001", dataset={"name": "x", "fingerprint": "other"})
     student_run(tmp_path, data, "result_20260103_000002", stage="evaluate")
     (tmp_path / "result_20260104_000000").mkdir()
-    assert find_runs(tmp_path, data.fingerprint) == [other_seed, newer]
+    assert find_runs(tmp_path, data.fingerprint) == [other_seed, of_multirun, newer]
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,14 @@ def test_a_run_cannot_be_resumed_as_another_stage_or_with_other_settings(chain):
     check_refused(run(folder, "distill", *STUDENT, student, check=False), "is a run of stage 'student'")
     done = run(folder, "student", *STUDENT, "student.training.learning_rate=0.5", student, check=False)
     check_refused(done, "student.training.learning_rate (was")
+
+
+@pytest.mark.slow
+def test_a_multirun_trains_each_seed_in_a_folder_of_its_own(tmp_path):
+    run(tmp_path, "student", "-m", "seed=1,2", *STUDENT, "student.training.epochs=1")
+    (sweep,) = (tmp_path / "result").iterdir()
+    records = [json.loads((sweep / job / "run.json").read_text()) for job in ("0", "1")]
+    assert [(record["seed"], record["status"]) for record in records] == [(1, "finished"), (2, "finished")]
+    evaluated = run(tmp_path, "evaluate", *TOY)
+    assert "sasrec [1]" in evaluated.stderr
+    assert "sasrec [2]" in evaluated.stderr
