@@ -135,10 +135,11 @@ def _score_student(
     test = SequenceData.of(split, data.n_items, model.max_length)
     seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
     ranks = rank_targets(model, test, engine, seen=seen)
+    k = min(max(protocol.ks), data.n_items)
 
     def answer() -> None:
         batch = test.batch(np.zeros(1, np.int64), engine.device)
-        model.score(model(batch.history, batch.lengths)).topk(max(protocol.ks))
+        model.score(model(batch.history, batch.lengths)).topk(k)
 
     return ranks, _milliseconds(answer, engine.device)
 
@@ -152,8 +153,8 @@ def _score_teacher(
     cache = GateCache(model, recipe.identity, engine, gate_dir)
     seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
     ranks = rank_teacher_targets(model, cache.rows(test, np.arange(len(test))), engine, seen=seen)
-    history, lengths = test.history[:1].numpy(), test.lengths[:1].numpy()
-    return ranks, _milliseconds(lambda: model.log_probs(history, lengths).topk(max(protocol.ks)), engine.device)
+    history, lengths, k = test.history[:1].numpy(), test.lengths[:1].numpy(), min(max(protocol.ks), data.n_items)
+    return ranks, _milliseconds(lambda: model.log_probs(history, lengths).topk(k), engine.device)
 
 
 def _milliseconds(answer: Callable[[], object], device: torch.device) -> float:

@@ -71,6 +71,12 @@ def test_the_test_split_is_scored_once_per_protocol(tmp_path, data):
         score_run(folder, data, engine, Protocol(PROTOCOL.ks, mask_seen=True), tmp_path)
 
 
+def test_a_cut_off_beyond_the_catalogue_counts_every_row(tmp_path, data):
+    folder, _ = student_run(tmp_path, data, "result_20260101_000000")
+    scored = score_run(folder, data, engine_in(tmp_path / "e"), Protocol((data.n_items + 5,), False), tmp_path)
+    assert scored.metrics[f"hr@{data.n_items + 5}"] == 1
+
+
 def test_popularity_counts_all_training_interactions(data):
     counts = np.zeros(data.n_items)
     for row in data.sequences:
