@@ -4,6 +4,7 @@ Every group of `conf/` has a schema here, so a misspelt key or a wrong type fail
 stages' ``__main__`` modules read a `Config`; everything below takes plain values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,9 +128,13 @@ class Config:
     runs: Any = "latest"
 
 
-def register() -> None:
-    """Make the schemas and the ``run_folder`` resolver known to Hydra; may be called again."""
-    OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+def register(decide: Callable[..., str] = run_folder) -> None:
+    """Make the schemas and the ``run_folder`` resolver known to Hydra; may be called again.
+
+    Args:
+        decide: What decides the run folder.
+    """
+    OmegaConf.register_new_resolver("run_folder", decide, use_cache=True, replace=True)
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     schemas: dict[str, dict[str, Any]] = {

@@ -60,8 +60,7 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
                 sys.exit(1)
 
         def main() -> None:
-            register()
-            OmegaConf.register_new_resolver("run_folder", _or_exit(run_folder), use_cache=True, replace=True)
+            register(_or_exit(run_folder))
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()

@@ -137,6 +137,15 @@ class Engine:
         gathered = self.accelerator.gather(torch.cat([mine, padding]).to(self.device))
         return cast(Tensor, gathered)[:n_rows].to(mine.device)
 
+    def my_missing(self, files: list[Path]) -> list[int]:
+        """This process's share of the files that are not there yet, as positions in ``files``; a collective.
+
+        Work that is written file by file goes on where it stopped when it is divided like this.
+        """
+        missing = [number for number, file in enumerate(files) if not file.is_file()]
+        self.wait()  # all processes have looked before any writes
+        return missing[self.rank :: self.n_processes]
+
     # One training step ----------------------------------------------------------------------------------------------
 
     def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, Any]:

@@ -7,10 +7,11 @@ from hydra.utils import instantiate
 from llm2rec.config import Config
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
+from llm2rec.core.vectors import standardised
 from llm2rec.distill.data_bridge import read_outputs
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings
-from llm2rec.distill.student import DistilledStudent, standardised
+from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData

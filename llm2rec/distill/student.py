@@ -5,13 +5,7 @@ from torch import Tensor, nn
 from llm2rec.student.items import FusedItemTable
 from llm2rec.student.models import SequentialRecommender
 
-__all__ = ["DistilledStudent", "standardised"]
-
-
-def standardised(vectors: Tensor) -> Tensor:
-    """Centre vectors ``(N, d)`` over the catalogue and give each unit length (a zero vector stays zero)."""
-    centred = vectors - vectors.mean(dim=0)
-    return nn.functional.normalize(centred, dim=1)
+__all__ = ["DistilledStudent"]
 
 
 class DistilledStudent(nn.Module):

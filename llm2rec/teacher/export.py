@@ -48,9 +48,7 @@ def rank_blocks(
     """
     size, n_rows = settings.block_rows, len(rows.rows)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-n_rows // size))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    engine.wait()  # all processes have looked before any writes
-    mine = missing[engine.rank :: engine.n_processes]
+    mine = engine.my_missing(files)
     for number in engine.progress(mine, "export", len(mine), "block"):
         block = slice(number * size, min((number + 1) * size, n_rows))
         items, log_probs = _rank(model, rows, block, engine, settings)

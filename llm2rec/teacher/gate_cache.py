@@ -83,9 +83,7 @@ class GateCache:
         digest.update(lengths.tobytes())
         folder = self.folder / digest.hexdigest()[:16]
         files = [folder / f"block_{number:06d}.npy" for number in range(-(-len(rows) // self.block_rows))]
-        missing = [number for number, file in enumerate(files) if not file.is_file()]
-        self.engine.wait()  # all processes have looked before any writes
-        mine = missing[self.engine.rank :: self.engine.n_processes]
+        mine = self.engine.my_missing(files)
         for number in self.engine.progress(mine, "gate inputs", len(mine), "block"):
             part = slice(number * self.block_rows, (number + 1) * self.block_rows)
             vectors = _compute(self.model, history[part], lengths[part], self.engine, self.batch_tokens)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from llm2rec.core.vectors import standardised
 from llm2rec.ilora import ILoraModel, frozen_base
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
 
-__all__ = ["ILoraRecommender", "frozen_title_vectors", "pool", "standardised"]
+__all__ = ["ILoraRecommender", "frozen_title_vectors", "pool"]
 
 _EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
 
@@ -43,15 +44,6 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         return hidden[rows, attention_mask.sum(dim=1) - 1].float()
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(dim=1).float() / mask.sum(dim=1).float()
-
-
-def standardised(vectors: Tensor) -> Tensor:
-    """Centre vectors ``(N, d)`` over the catalogue and give each unit length.
-
-    Texts of one domain share a large common direction, which says nothing about the item.
-    """
-    centred = vectors.float() - vectors.float().mean(dim=0)
-    return nn.functional.normalize(centred, dim=1)
 
 
 class ILoraRecommender(nn.Module, ITeacherRecommender):

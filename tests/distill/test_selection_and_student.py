@@ -4,8 +4,9 @@ import torch
 from engine_helpers import assert_same_weights
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.vectors import standardised
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
-from llm2rec.distill.student import DistilledStudent, standardised
+from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.items import FusedItemTable
 from llm2rec.student.models import build_model
 

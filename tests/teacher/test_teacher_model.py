@@ -11,9 +11,10 @@ from teacher_helpers import CPU, build, padded, randomise, split, teacher_rows
 from transformers import AutoModel
 
 from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.vectors import standardised
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import load_teacher, popularity_bias, save_teacher
-from llm2rec.teacher.ilora_model import pool, standardised
+from llm2rec.teacher.ilora_model import pool
 from llm2rec.teacher.llm import locate, resolve_precision
 from llm2rec.teacher.settings import LLMSettings
 
