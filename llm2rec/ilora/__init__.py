@@ -10,24 +10,33 @@ Importing this package registers the method, so PEFT's own functions work::
 """
 
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .gate import GateError, GateSlot, ILoraError, LinearGate
-from .layer import ILoraLinear, MergeError
-from .model import AdapterKeysError, ILoraModel, frozen_base
+from .errors import AdapterKeysError, GateError, ILoraError, MergeError
+from .folding import fold
+from .gate import Gate
+from .health import GateCollapseWarning, GateHealth, balance_loss, gate_health
+from .layer import ILoraLinear
+from .model import ILoraModel, frozen_base
 from .registration import register
+from .slot import segments_of
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
     "AdapterKeysError",
+    "Gate",
+    "GateCollapseWarning",
     "GateError",
-    "GateSlot",
+    "GateHealth",
     "ILoraConfig",
     "ILoraError",
     "ILoraLinear",
     "ILoraModel",
-    "LinearGate",
     "MergeError",
+    "balance_loss",
+    "fold",
     "frozen_base",
+    "gate_health",
     "register",
+    "segments_of",
 ]
 
 register()

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
-__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "GateKind", "ILoraConfig", "Scaling"]
+__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling"]
 
 PEFT_TYPE = "ILORA"
 """Name of the method in ``adapter_config.json`` and in PEFT's tables."""
 
-GateKind = Literal["linear"]
+GateKind = Literal["linear", "mlp", "topk", "topk_released", "noisy", "dropout", "conv"]
 Scaling = Literal["total", "per_expert"]
+Bias = Literal["none", "all", "ilora_only"]
+
+_GATE_OPTIONS: dict[str, dict[str, Any]] = {
+    "mlp": {"gate_hidden_size": 128},
+    "topk": {"gate_top_k": 2},
+    "topk_released": {"gate_top_k": 1},
+    "noisy": {"gate_noise": 0.1},
+    "dropout": {"gate_dropout": 0.1},
+}
+"""Options that only one kind of gate reads, and what they are when not given: the released program's values, but for
+`topk`, which cannot learn from a single expert."""
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # "output.dense" also ends the name of the attention's projection; both are spelt out to read as what they are.
@@ -65,9 +78,30 @@ class ILoraConfig(PeftConfig):
         layers_to_transform: Index or indices of the blocks to adapt; None for all. Needs ``target_modules`` as a list.
         layers_pattern: Name of the list that holds the blocks, where it cannot be told from the layer's name.
         modules_to_save: Further modules to train in full and to save with the adapter.
-        bias: Only ``"none"``: the biases of the base stay frozen.
-        gate: Kind of gate network. ``"linear"``: ``softmax(W z)``.
-        gate_input_size: Width d of the gate's input ``z``; None takes the hidden size of the model.
+        bias: Which biases of the base are trained and saved too: ``"none"``, ``"all"``, or ``"ilora_only"``, those of
+            the adapted layers. With trained biases the base is no longer frozen: disabling the adapter does not bring
+            it back, and `frozen_base` refuses.
+        rank_pattern: Total rank of layers that differ from ``r``, by name or regular expression, as in PEFT's LoRA;
+            multiples of ``num_experts``.
+        alpha_pattern: The same for ``alpha``.
+        gate: Kind of gate network on the gate's input z.
+
+            - ``"linear"`` (the paper): ``softmax(W z)``.
+            - ``"mlp"``: two layers with a GELU between them.
+            - ``"topk"``: the k largest of the linear gate, divided by their sum; the others are 0.
+            - ``"topk_released"``: what the released program does for top-k, a second softmax over the k largest
+              probabilities. With its k = 1 the gate is 1 and never learns.
+            - ``"noisy"``: linear, with noise on the logits in training.
+            - ``"dropout"``: linear, with dropout on the logits in training.
+            - ``"conv"``: the released program's router, a 1-D residual network with batch normalisation. The only one
+              in which a row's gate depends on the other rows of its batch (in training).
+        gate_input_size: Width d of the gate's input z; None takes the hidden size of the model.
+        gate_per_layer: Whether every adapted layer has a gate network of its own (kept in the layer); False shares one.
+        gate_temperature: Divides the logits; above 1 evens the mixture out, below 1 sharpens it.
+        gate_top_k: Experts kept, k, of the two top-k gates (2 for ``"topk"``, 1 for ``"topk_released"``).
+        gate_hidden_size: Width between the layers of ``"mlp"`` (128).
+        gate_noise: Standard deviation of the noise of ``"noisy"`` (.1).
+        gate_dropout: Probability of dropping a logit of ``"dropout"`` (.1).
 
     Raises:
         ValueError: If a value is out of its range, or two values contradict each other. The message names them all.
@@ -83,9 +117,17 @@ class ILoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
-    bias: Literal["none"] = field(default="none", metadata={"help": "Biases of the base stay frozen."})
+    bias: Bias = field(default="none", metadata={"help": "Which biases of the base are trained too."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of layers, by name."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of layers, by name."})
     gate: GateKind = field(default="linear", metadata={"help": "Kind of gate network."})
     gate_input_size: int | None = field(default=None, metadata={"help": "Width of the gate's input."})
+    gate_per_layer: bool = field(default=False, metadata={"help": "One gate network per layer instead of one."})
+    gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits."})
+    gate_top_k: int | None = field(default=None, metadata={"help": "Experts kept by the top-k gates."})
+    gate_hidden_size: int | None = field(default=None, metadata={"help": "Inner width of the mlp gate."})
+    gate_noise: float | None = field(default=None, metadata={"help": "Noise on the logits of the noisy gate."})
+    gate_dropout: float | None = field(default=None, metadata={"help": "Dropout on the logits of the dropout gate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,41 +137,85 @@ class ILoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if problems := [*self._number_problems(), *self._choice_problems()]:
+        if problems := [*self._number_problems(), *self._choice_problems(), *self._gate_problems()]:
             raise ValueError("ILoraConfig cannot work: " + " ".join(problems))
+        # Filled in, so that the saved adapter says what it is whatever later versions take for granted.
+        for name, default in _GATE_OPTIONS.get(self.gate, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, min(default, self.num_experts) if name == "gate_top_k" else default)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as JSON takes them, names of layers sorted, so that the same adapter saves the same file."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
 
-    @property
-    def rank_per_expert(self) -> int:
-        """Rank r' = R / E of one expert."""
-        return self.r // self.num_experts
+    def rank_of(self, layer: str) -> int:
+        """Total rank R of a layer, by its full name."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
 
-    @property
-    def scale(self) -> float:
-        """Factor s on the mixture of the experts."""
-        return self.alpha / (self.r if self.scaling == "total" else self.rank_per_expert)
+    def scale_of(self, layer: str) -> float:
+        """Factor s on the mixture of the experts of a layer, by its full name."""
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
+        rank = self.rank_of(layer)
+        return alpha / (rank if self.scaling == "total" else rank // self.num_experts)
+
+    def unmatched_patterns(self, layers: Sequence[str]) -> list[str]:
+        """Entries of ``rank_pattern`` and ``alpha_pattern`` that match none of these full names."""
+        return [
+            f"{name}[{pattern!r}]"
+            for name in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, name)
+            if not any(get_pattern_key([pattern], layer) == pattern for layer in layers)
+        ]
 
     def _number_problems(self) -> list[str]:
         problems = []
-        counts = {"r": self.r, "num_experts": self.num_experts}
-        if self.gate_input_size is not None:
-            counts["gate_input_size"] = self.gate_input_size
-        for name, value in counts.items():
-            if not _is_count(value):
+        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        counts = {"num_experts": self.num_experts, "gate_input_size": self.gate_input_size}
+        for name, value in {**ranks, **counts}.items():
+            if not _is_count(value) and not (name == "gate_input_size" and value is None):
                 problems.append(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        if _is_count(self.r) and _is_count(self.num_experts) and self.r % self.num_experts:
-            nearest = self.num_experts * -(-self.r // self.num_experts)
-            problems.append(
-                f"`r` is the total rank and must be a multiple of `num_experts`, got r={self.r} with "
-                f"{self.num_experts} experts; use r={nearest}."
-            )
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < float("inf"):
-            problems.append(f"`alpha` must be a positive finite number, got {self.alpha!r}.")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        for name, rank in ranks.items():
+            if _is_count(rank) and _is_count(self.num_experts) and rank % self.num_experts:
+                nearest = self.num_experts * -(-rank // self.num_experts)
+                problems.append(
+                    f"`{name}` is the total rank and must be a multiple of `num_experts`, got {name}={rank} with "
+                    f"{self.num_experts} experts; use {name}={nearest}."
+                )
+        positive = {"alpha": self.alpha, "gate_temperature": self.gate_temperature}
+        positive |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, number in positive.items():
+            if not _is_number(number) or not 0 < number < float("inf"):
+                problems.append(f"`{name}` must be a positive finite number, got {number!r}.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout!r}.")
+        return problems
+
+    def _gate_problems(self) -> list[str]:
+        problems = []
+        for option in ("gate_top_k", "gate_hidden_size", "gate_noise", "gate_dropout"):
+            readers = [kind for kind, options in _GATE_OPTIONS.items() if option in options]
+            if getattr(self, option) is not None and self.gate not in readers:
+                problems.append(
+                    f"`{option}` is only read by gate={' or '.join(map(repr, readers))}, not by {self.gate!r}; leave "
+                    "it out or choose that gate."
+                )
+        if self.gate_hidden_size is not None and not _is_count(self.gate_hidden_size):
+            problems.append(f"`gate_hidden_size` must be a whole number of at least 1, got {self.gate_hidden_size!r}.")
+        if self.gate_noise is not None and not (_is_number(self.gate_noise) and 0 <= self.gate_noise < float("inf")):
+            problems.append(f"`gate_noise` must be a finite number of at least 0, got {self.gate_noise!r}.")
+        if self.gate_dropout is not None and not (_is_number(self.gate_dropout) and 0 <= self.gate_dropout < 1):
+            problems.append(f"`gate_dropout` must be in [0, 1), got {self.gate_dropout!r}.")
+        if self.gate_top_k is not None and _is_count(self.num_experts):
+            if not _is_count(self.gate_top_k) or self.gate_top_k > self.num_experts:
+                problems.append(
+                    f"`gate_top_k` must be a whole number from 1 to `num_experts` ({self.num_experts}), got "
+                    f"{self.gate_top_k!r}."
+                )
+            elif self.gate == "topk" and self.gate_top_k == 1 < self.num_experts:
+                problems.append(
+                    "`gate_top_k` is 1: one kept expert always gets the gate 1, so the gate has no gradient and stays "
+                    "random; use 2 or more."
+                )
         return problems
 
     def _choice_problems(self) -> list[str]:
@@ -137,7 +223,7 @@ class ILoraConfig(PeftConfig):
         for name, value, choices in (
             ("scaling", self.scaling, get_args(Scaling)),
             ("gate", self.gate, get_args(GateKind)),
-            ("bias", self.bias, ("none",)),
+            ("bias", self.bias, get_args(Bias)),
         ):
             if value not in choices:
                 problems.append(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -151,6 +237,10 @@ class ILoraConfig(PeftConfig):
                 f"`layers_pattern` ({self.layers_pattern!r}) is only read with `layers_to_transform`; set both or none."
             )
         return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:

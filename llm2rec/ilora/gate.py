@@ -1,58 +1,52 @@
-"""Gates: the network that computes them and the slot in which the layers find them."""
+"""Gate networks: from one vector per instance to the weights of its experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import GateError
 
 if TYPE_CHECKING:
     from .config import ILoraConfig
 
-__all__ = ["GateError", "GateSlot", "ILoraError", "LinearGate", "RankLayout", "build_gate"]
+__all__ = [
+    "ConvGate",
+    "DropoutGate",
+    "Gate",
+    "LinearGate",
+    "MLPGate",
+    "NoisyGate",
+    "ReleasedTopKGate",
+    "TopKGate",
+    "build_gate",
+]
 
 INITIAL_LOGIT_STD = 0.1
 """Standard deviation of a fresh gate's logits for an input whose entries have mean square 1."""
 
 
-class ILoraError(Exception):
-    """Root of the errors that this package raises on purpose."""
+class Gate(nn.Module):
+    """A gate network: ``g = softmax(logits(z) / temperature)``. Kinds differ in their logits or in what follows them.
 
-
-class GateError(ILoraError, RuntimeError):
-    """Gates that are missing, held twice, or do not fit the model or the batch."""
-
-
-class LinearGate(nn.Module):
-    """The paper's gate (arXiv 2408.10159): ``g = softmax(W z)``, without a bias.
-
-    It computes in float32 (float64 if its weight is) whatever the model's dtype and autocast say: a softmax over
+    It computes in float32 (float64 if its weights are) whatever the model's dtype and autocast say: a softmax over
     a few logits costs nothing, and bfloat16 would leave three digits of each gate.
-
-    ``W`` starts from a normal distribution of standard deviation 0.1 / sqrt(d). Logits then have a standard deviation
-    of 0.1 for inputs of unit mean square at any width, so every gate starts within a few hundredths of 1/E and no
-    expert starves. Exact zeros would train too (experts differ by their A), but then all instances would share one
-    mixture until W has grown; small random values tell them apart from the first step.
 
     Args:
         input_size: Width d of the gate's input.
         num_experts: Experts E.
+        temperature: Divides the logits; above 1 evens the mixture out, below 1 sharpens it.
     """
 
-    def __init__(self, input_size: int, num_experts: int) -> None:
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0) -> None:
         super().__init__()
         self.input_size = input_size
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, input_size, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weight anew."""
-        nn.init.normal_(self.weight, std=INITIAL_LOGIT_STD / math.sqrt(self.input_size))
+        self.temperature = temperature
 
     def forward(self, gate_input: Tensor) -> Tensor:
         """Compute the gates of a batch.
@@ -71,17 +65,198 @@ class LinearGate(nn.Module):
                 f"the gate takes one vector of width {self.input_size} per row, shape (B, {self.input_size}), got "
                 f"{tuple(gate_input.shape)}; pool the sequence first, or set `gate_input_size` in ILoraConfig."
             )
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(device_type=self.weight.device.type, enabled=False):
-            gate_input = gate_input.to(device=self.weight.device, dtype=dtype)
-            return torch.softmax(nn.functional.linear(gate_input, self.weight.to(dtype)), dim=-1)
+        weight = next(self.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(device_type=weight.device.type, enabled=False):
+            logits = self.logits(gate_input.to(device=weight.device, dtype=dtype))
+            return self.mix(logits.to(dtype) / self.temperature)
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """Logits of shape ``(B, E)`` for checked input of shape ``(B, d)``."""
+        raise NotImplementedError
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Turn logits of shape ``(B, E)`` into gates of the same shape."""
+        return torch.softmax(logits, dim=-1)
 
     def extra_repr(self) -> str:
         """Describe the sizes in the module's printed form."""
-        return f"input_size={self.input_size}, num_experts={self.num_experts}"
+        return f"input_size={self.input_size}, num_experts={self.num_experts}, temperature={self.temperature}"
 
 
-def build_gate(config: ILoraConfig) -> LinearGate:
+class LinearGate(Gate):
+    """The paper's gate (arXiv 2408.10159): ``g = softmax(W z)``, without a bias.
+
+    ``W`` starts from a normal distribution of standard deviation 0.1 / sqrt(d). Logits then have a standard deviation
+    of 0.1 for inputs of unit mean square at any width, so every gate starts within a few hundredths of 1/E and no
+    expert starves. Exact zeros would train too (experts differ by their A), but then all instances would share one
+    mixture until W has grown; small random values tell them apart from the first step.
+    """
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        self.weight = nn.Parameter(torch.empty(num_experts, input_size, dtype=torch.float32))
+        _start_near_uniform(self.weight)
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """``W z``."""
+        return functional.linear(gate_input, self.weight.to(gate_input.dtype))
+
+
+class NoisyGate(LinearGate):
+    """A linear gate with Gaussian noise on its logits in training, so that experts are tried that it would not choose.
+
+    Args:
+        input_size: Width d of the gate's input.
+        num_experts: Experts E.
+        temperature: Divides the logits, noise included.
+        noise: Standard deviation of the noise.
+    """
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0, noise: float = 0.1) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        self.noise = noise
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """``W z``, plus noise in training."""
+        logits = super().logits(gate_input)
+        return logits + self.noise * torch.randn_like(logits) if self.training else logits
+
+
+class DropoutGate(LinearGate):
+    """A linear gate with dropout on its logits in training.
+
+    Args:
+        input_size: Width d of the gate's input.
+        num_experts: Experts E.
+        temperature: Divides the logits.
+        dropout: Probability of setting a logit to zero, which is the logit of a uniform gate and not of a closed one.
+    """
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0, dropout: float = 0.1) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        self.dropout = dropout
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """``W z``, some of them zero in training."""
+        return functional.dropout(super().logits(gate_input), self.dropout, self.training)
+
+
+class TopKGate(LinearGate):
+    """A linear gate that keeps the k largest probabilities and divides them by their sum; the other gates are 0.
+
+    Args:
+        input_size: Width d of the gate's input.
+        num_experts: Experts E.
+        temperature: Divides the logits.
+        top_k: Experts kept, k.
+    """
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0, top_k: int = 2) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        self.top_k = top_k
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Softmax over the k largest logits, which is the same as dividing their probabilities by their sum."""
+        best, experts = logits.topk(self.top_k, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, experts, torch.softmax(best, dim=-1))
+
+
+class ReleasedTopKGate(TopKGate):
+    """Top-k as the released program has it: a second softmax, over the k largest *probabilities*.
+
+    Probabilities differ by less than 1, so k kept experts always get nearly equal gates. With its default k = 1 the
+    gate is 1 whatever the logits, so W receives no gradient and the routing stays the random one of the start.
+    """
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Softmax over the k largest probabilities."""
+        return super().mix(torch.softmax(logits, dim=-1))
+
+
+class MLPGate(Gate):
+    """Two layers with biases and a GELU between them.
+
+    Args:
+        input_size: Width d of the gate's input.
+        num_experts: Experts E.
+        temperature: Divides the logits.
+        hidden_size: Width of the layer between.
+    """
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0, hidden_size: int = 128) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        self.down = nn.Linear(input_size, hidden_size, dtype=torch.float32)
+        self.up = nn.Linear(hidden_size, num_experts, dtype=torch.float32)
+        _start_near_uniform(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """``W2 gelu(W1 z + b1) + b2``."""
+        return _linear(self.up, functional.gelu(_linear(self.down, gate_input)))
+
+
+class ConvGate(Gate):
+    """The router of the released program: a 1-D residual network that reads the vector as a signal of d samples.
+
+    Nine blocks of two convolutions (16, 32, 64 channels), the mean over positions, one linear layer. It is here for
+    comparison: neighbouring entries of a user vector have nothing to do with each other, and its batch normalisation
+    makes a row's gate depend on the other rows of its batch in training. In evaluation rows are independent.
+    Unlike the other gates it computes in the dtype of its weights.
+    """
+
+    CHANNELS = (16, 32, 64)
+    BLOCKS_PER_STAGE = 3
+
+    def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0) -> None:
+        super().__init__(input_size, num_experts, temperature)
+        first, *_, last = self.CHANNELS
+        self.stem = _convolution(1, first)
+        self.stem_norm = nn.BatchNorm1d(first)
+        blocks, channels = [], first
+        for stage, wider in enumerate(self.CHANNELS):
+            for block in range(self.BLOCKS_PER_STAGE):
+                blocks.append(_ResidualBlock(channels, wider, stride=2 if stage and not block else 1))
+                channels = wider
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(last, num_experts)
+        _start_near_uniform(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def logits(self, gate_input: Tensor) -> Tensor:
+        """The network on one channel of d samples."""
+        signal = gate_input.unsqueeze(1).to(self.stem.weight.dtype)  # (B, 1, d)
+        signal = self.blocks(functional.relu(self.stem_norm(self.stem(signal))))  # (B, 64, d / 4)
+        return cast(Tensor, self.head(signal.mean(dim=-1)))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, wider: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.widening = stride, wider - channels
+        self.conv1, self.norm1 = _convolution(channels, wider, stride), nn.BatchNorm1d(wider)
+        self.conv2, self.norm2 = _convolution(wider, wider), nn.BatchNorm1d(wider)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, S)
+        y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        before = self.widening // 2  # new channels are zero in the short cut, half of them on either side
+        short_cut = functional.pad(x[:, :, :: self.stride], (0, 0, before, self.widening - before))
+        return functional.relu(y + short_cut)
+
+
+def _convolution(channels: int, wider: int, stride: int = 1) -> nn.Conv1d:
+    return nn.Conv1d(channels, wider, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _start_near_uniform(weight: Tensor) -> None:
+    nn.init.normal_(weight, std=INITIAL_LOGIT_STD / math.sqrt(weight.shape[1]))
+
+
+def build_gate(config: ILoraConfig) -> Gate:
     """Build the gate network that a configuration asks for.
 
     Args:
@@ -91,117 +266,19 @@ def build_gate(config: ILoraConfig) -> LinearGate:
         A fresh gate network, on CPU, float32.
     """
     assert config.gate_input_size is not None, "the tuner settles `gate_input_size` before it builds the gate"
-    return LinearGate(config.gate_input_size, config.num_experts)
-
-
-class RankLayout(NamedTuple):
-    """How one layer spreads the E gates over its R ranks."""
-
-    rank_per_expert: int
-    scale: float
-
-    def spread(self, gates: Tensor) -> Tensor:
-        """Repeat each gate for every rank of its expert and fold the scale in.
-
-        Args:
-            gates: Shape ``(B, E)``.
-
-        Returns:
-            Factors of the middle activation, shape ``(B, R)``; expert e owns ranks ``[e*r', (e+1)*r')``.
-        """
-        batch, experts = gates.shape
-        spread = (gates * self.scale).unsqueeze(-1).expand(batch, experts, self.rank_per_expert)
-        return spread.reshape(batch, experts * self.rank_per_expert)
-
-
-class GateSlot:
-    """Gates of the batch in flight, shared by all adapted layers of one model.
-
-    It is no module and holds no parameters: nothing of it is saved.
-    """
-
-    def __init__(self) -> None:
-        self._layouts: dict[str, set[RankLayout]] = {}
-        self._factors: dict[str, dict[RankLayout, Tensor]] | None = None
-
-    @property
-    def held(self) -> bool:
-        """Whether gates are held now."""
-        return self._factors is not None
-
-    def register(self, adapter: str, layout: RankLayout) -> None:
-        """Tell the slot that a layer of this adapter will ask for this layout."""
-        self._layouts.setdefault(adapter, set()).add(layout)
-
-    def forget(self, adapter: str) -> None:
-        """Drop what was registered for an adapter."""
-        self._layouts.pop(adapter, None)
-
-    @contextmanager
-    def hold(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold gates for the forward AND the backward pass of one batch.
-
-        Non-reentrant checkpointing runs blocks again during backward, so the gates must still be there. For the same
-        reason they are spread over the ranks here, once, and not by the first layer that asks: that layer may lie
-        inside a checkpointed block, whose second run would then record other operations than its first.
-
-        Args:
-            gates: For each active adapter, gates of shape ``(B, E)``.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            GateError: If gates are already held.
-        """
-        if self._factors is not None:
-            raise GateError("gates are already held; close the outer `hold` before opening another.")
-        self._factors = {
-            adapter: {layout: layout.spread(held) for layout in self._layouts.get(adapter, ())}
-            for adapter, held in gates.items()
-        }
-        try:
-            yield
-        finally:
-            self._factors = None
-
-    def factors(self, adapter: str, layout: RankLayout, n_rows: int) -> Tensor:
-        """Give a layer the factors of its middle activation.
-
-        Args:
-            adapter: Name of the adapter.
-            layout: The layer's layout, registered before the gates were held.
-            n_rows: Rows of the layer's input (its first dimension).
-
-        Returns:
-            Shape ``(B, R)``, scale included.
-
-        Raises:
-            GateError: If no gates are held, none for this adapter, or for another number of rows.
-        """
-        if self._factors is None:
-            raise GateError(
-                "an adapted layer ran without gates; run forward and backward inside "
-                "`with peft_model.base_model.instance(gate_input):` (or `.hold(gates)`), and the base model alone "
-                "inside `with frozen_base(peft_model):`. With gradient checkpointing the backward pass needs them too."
-            )
-        if adapter not in self._factors:
-            raise GateError(
-                f"adapter {adapter!r} is active but the gates held are for {sorted(self._factors)}; hold gates for "
-                "every active adapter, or open `hold` after `set_adapter`."
-            )
-        factors = self._factors[adapter][layout]
-        if factors.shape[0] != n_rows:
-            raise GateError(_rows_message(factors.shape[0], n_rows))
-        return factors
-
-
-def _rows_message(n_gates: int, n_rows: int) -> str:
-    message = f"gates cover {n_gates} rows but the layer received {n_rows}; "
-    if n_rows % n_gates == 0:
-        times = n_rows // n_gates
-        return message + (
-            f"repeat them once per beam (`gates.repeat_interleave({times}, dim=0)`), or, where the model flattens "
-            "(B, T, d) to (B*T, d) in front of this layer, leave the layer out with `exclude_modules`."
-        )
-    return message + "compute the gates from the same batch."
+    sizes = (config.gate_input_size, config.num_experts, config.gate_temperature)
+    match config.gate:
+        case "linear":
+            return LinearGate(*sizes)
+        case "noisy":
+            return NoisyGate(*sizes, noise=cast(float, config.gate_noise))
+        case "dropout":
+            return DropoutGate(*sizes, dropout=cast(float, config.gate_dropout))
+        case "topk":
+            return TopKGate(*sizes, top_k=cast(int, config.gate_top_k))
+        case "topk_released":
+            return ReleasedTopKGate(*sizes, top_k=cast(int, config.gate_top_k))
+        case "mlp":
+            return MLPGate(*sizes, hidden_size=cast(int, config.gate_hidden_size))
+        case "conv":
+            return ConvGate(*sizes)

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .config import ILoraConfig
-from .gate import GateSlot, ILoraError, RankLayout
+from .errors import refuse_merge
+from .gate import build_gate
+from .slot import GateSlot, RankLayout
 
-__all__ = ["ILoraLinear", "MergeError", "refuse_merge"]
-
-
-class MergeError(ILoraError, NotImplementedError):
-    """An attempt to fold a mixture that differs from instance to instance into one weight."""
-
-
-def refuse_merge() -> NoReturn:
-    """Raise the error that every way of merging ends in.
-
-    Raises:
-        MergeError: Always.
-    """
-    raise MergeError(
-        "iLoRA cannot be merged: the mixture of experts differs from instance to instance, so no single weight equals "
-        "it. Keep the adapter in place, or call `unload()` for the base model without it."
-    )
+__all__ = ["ILoraLinear"]
 
 
 class ILoraLinear(nn.Module, BaseTunerLayer):
@@ -44,6 +31,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: The layer to adapt.
+        name: Its full name in the model.
         adapter_name: Name of the first adapter.
         config: Its configuration.
         slot: Where the layer finds the gates of the batch in flight.
@@ -52,16 +40,20 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         TypeError: If the layer is not linear in the sense above.
     """
 
-    adapter_layer_names = ("ilora_A", "ilora_B")
+    adapter_layer_names = ("ilora_A", "ilora_B", "ilora_gate")
     other_param_names = ("layouts", "ilora_dropout")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ILoraConfig, slot: GateSlot) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, adapter_name: str, config: ILoraConfig, slot: GateSlot
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = _sizes(base_layer)
         self.base_layer = base_layer
+        self.name = name
         _keep_differentiable(base_layer)
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
+        self.ilora_gate = nn.ModuleDict()  # gates of its own, for adapters with `gate_per_layer`
         self.ilora_dropout = nn.ModuleDict()
         self.layouts: dict[str, RankLayout] = {}
         self.merged_adapters: list[str] = []
@@ -73,20 +65,25 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: ILoraConfig) -> None:
         """Add an adapter to this layer, on the device and in the dtype of the base.
 
+        The tuner then completes `layouts` and registers it with the slot.
+
         Args:
             adapter_name: Name of the adapter.
             config: Its configuration.
         """
-        self.layouts[adapter_name] = RankLayout(config.rank_per_expert, config.scale)
-        self._slot.register(adapter_name, self.layouts[adapter_name])
+        rank = config.rank_of(self.name)
+        self.layouts[adapter_name] = RankLayout(rank // config.num_experts, config.scale_of(self.name))
         self.ilora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        down = nn.Linear(self.in_features, config.r, bias=False)
-        up = nn.Linear(config.r, self.out_features, bias=False)
+        down = nn.Linear(self.in_features, rank, bias=False)
+        up = nn.Linear(rank, self.out_features, bias=False)
         # As in LoRA: with B at zero the adapted model starts as the base model, and a random A sets the experts apart.
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         self.ilora_A[adapter_name], self.ilora_B[adapter_name] = down, up
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.gate_per_layer:
+            # Moved by hand: PEFT would cast it to the dtype of the base, and gates are float32.
+            self.ilora_gate[adapter_name] = build_gate(config).to(down.weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,12 +109,13 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         return result
 
     def _mixture(self, x: Tensor, adapter: str) -> Tensor:
-        down, up = self.ilora_A[adapter], self.ilora_B[adapter]
-        factors = self._slot.factors(adapter, self.layouts[adapter], x.shape[0])  # (B, R)
-        x = self.ilora_dropout[adapter](self._cast_input_dtype(x, cast(nn.Linear, down).weight.dtype))
-        hidden = down(x)  # (B, ..., R)
-        factors = factors.to(device=hidden.device, dtype=hidden.dtype)
-        return up(hidden * factors.view(factors.shape[0], *[1] * (hidden.ndim - 2), -1))  # (B, ..., out)
+        down, up = cast(nn.Linear, self.ilora_A[adapter]), cast(nn.Linear, self.ilora_B[adapter])
+        factors = self._slot.factors(adapter, self.layouts[adapter], x.shape[:-1])  # (B, 1, ..., R) or (B, T, R)
+        # In the dtype of x, as under autocast. PEFT's LoRA casts x to float32 instead: in a bfloat16 model a second
+        # copy of every layer's input, kept for backward, and products off the tensor cores.
+        hidden = functional.linear(self.ilora_dropout[adapter](x), down.weight.to(x.dtype))  # (B, ..., R)
+        hidden = hidden * factors.to(device=hidden.device, dtype=hidden.dtype)
+        return functional.linear(hidden, up.weight.to(hidden.dtype))  # (B, ..., out)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off, leaving ``requires_grad`` alone.

@@ -12,25 +12,26 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .gate import GateError, GateSlot, ILoraError, build_gate
-from .layer import ILoraLinear, refuse_merge
+from .errors import AdapterKeysError, GateError, ILoraError, refuse_merge
+from .gate import build_gate
+from .layer import ILoraLinear
+from .slot import GateSlot
 
-__all__ = ["AdapterKeysError", "ILoraModel", "frozen_base"]
-
-
-class AdapterKeysError(ILoraError, ValueError):
-    """An adapter file that lacks tensors of the adapter or holds tensors that are not the adapter's."""
+__all__ = ["ILoraModel", "frozen_base"]
 
 
 class ILoraModel(BaseTuner):
     """A model with iLoRA adapters, as ``get_peft_model(model, ILoraConfig(...)).base_model``.
 
-    One gate network per adapter is shared by all its layers. Gates are computed once per batch and held while the
-    forward and backward passes run::
+    One gate network per adapter is shared by all its layers, or every layer has its own (`gate_per_layer`). Gates are
+    computed once per batch and held while the forward and backward passes run, or while text is generated::
 
         with peft_model.base_model.instance(gate_input):  # gate_input: (B, d)
             loss = peft_model(**batch).loss
             loss.backward()
+
+    Gates of an adapter with ``gate_per_layer`` have shape ``(B, G, E)``, its G layers in the order of the model; all
+    others ``(B, E)``.
     """
 
     prefix = "ilora_"
@@ -41,6 +42,7 @@ class ILoraModel(BaseTuner):
 
     ilora_gate: nn.ModuleDict
     slot: GateSlot
+    _adapted: dict[str, list[ILoraLinear]]  # per adapter its layers, in the order of the model
 
     # ---- gates ---------------------------------------------------------------------------------------------------
 
@@ -52,51 +54,87 @@ class ILoraModel(BaseTuner):
             adapter: Name of the adapter; None for the active one.
 
         Returns:
-            Gates of shape ``(B, E)``, rows summing to 1, float32, differentiable in the network's weights.
+            Gates of shape ``(B, E)`` (``(B, G, E)`` with a gate per layer), rows summing to 1, float32, differentiable
+            in the network's weights.
 
         Raises:
             GateError: If the shape does not fit, or ``adapter`` is None while several adapters are active.
         """
         if adapter is None:
             adapter = self._only_active_adapter()
-        return self.ilora_gate[adapter](gate_input)
+        if not self._has_gate_per_layer(adapter):
+            return cast(Tensor, self.ilora_gate[adapter](gate_input))
+        return torch.stack([layer.ilora_gate[adapter](gate_input) for layer in self._adapted[adapter]], dim=1)
 
     @contextmanager
-    def hold(self, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
+    def hold(self, gates: Tensor | Mapping[str, Tensor], segments: Tensor | None = None) -> Iterator[None]:
         """Hold gates while forward AND backward of one batch run.
 
         Args:
             gates: Shape ``(B, E)`` for the active adapter, or a mapping from adapter names to such tensors where
-                several adapters are active.
+                several adapters are active. With a gate per layer ``(B, G, E)``, or ``(B, E)`` for all layers alike.
+            segments: For rows that pack several instances: which row of ``gates`` each token belongs to, -1 for none,
+                shape ``(B, T)``, int64; see `segments_of`. ``gates`` then has a row per instance, not per row.
 
         Yields:
             Nothing.
 
         Raises:
-            GateError: If gates are already held, or their shape does not fit the adapter.
+            GateError: If gates are already held, or their shape or the segments do not fit.
         """
         named = {self._only_active_adapter(): gates} if isinstance(gates, Tensor) else dict(gates)
         for adapter, held in named.items():
-            self._check_gates(adapter, held)
-        with self.slot.hold(named):
+            self.check_gates(adapter, held)
+            _check_segments(segments, len(held))
+        with self.slot.hold(named, segments):
             yield
 
     @contextmanager
-    def instance(self, gate_input: Tensor) -> Iterator[Tensor | dict[str, Tensor]]:
+    def instance(self, gate_input: Tensor, segments: Tensor | None = None) -> Iterator[Tensor | dict[str, Tensor]]:
         """Compute the gates of a batch and hold them while forward AND backward run.
 
         Args:
             gate_input: One vector per instance, shape ``(B, d)``.
+            segments: Which instance each token belongs to, in rows that pack several; see `hold`.
 
         Yields:
-            The gates held, shape ``(B, E)``; a dictionary of them by adapter where several adapters are active.
+            The gates held, shape ``(B, E)`` or ``(B, G, E)``; a dictionary of them by adapter where several adapters
+            are active.
 
         Raises:
             GateError: If gates are already held, or the shape does not fit.
         """
         gates = {adapter: self.gate(gate_input, adapter) for adapter in self.active_adapters}
-        with self.hold(gates):
+        with self.hold(gates, segments):
             yield next(iter(gates.values())) if len(gates) == 1 else gates
+
+    @property
+    def last_gates(self) -> Tensor:
+        """Gates of the batch held now or, after that, of the last one, without gradient; for looking at.
+
+        Raises:
+            GateError: If several adapters are active (see ``slot.last``), or none were held yet.
+        """
+        adapter = self._only_active_adapter()
+        if adapter not in self.slot.last:
+            raise GateError(f"no gates were held for adapter {adapter!r} yet; run a batch inside `instance` first.")
+        return self.slot.last[adapter]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate text with the gates held, one row of gates per prompt; computed once, whatever is generated.
+
+        Beam search and several returned sequences repeat every prompt; here, and only here, the layers repeat the gates
+        with it.
+
+        Args:
+            *args: Passed to the model's ``generate``.
+            **kwargs: Passed to the model's ``generate``.
+
+        Returns:
+            What the model's ``generate`` returns.
+        """
+        with self.slot.repeating():
+            return cast(Any, self.model).generate(*args, **kwargs)
 
     def _only_active_adapter(self) -> str:
         active = self.active_adapters
@@ -104,21 +142,40 @@ class ILoraModel(BaseTuner):
             raise GateError(f"{len(active)} adapters are active ({active}); name one, or hold gates by adapter name.")
         return active[0]
 
-    def _check_gates(self, adapter: str, gates: Tensor) -> None:
-        if adapter not in self.ilora_gate:
-            raise GateError(f"gates given for adapter {adapter!r}; the adapters are {sorted(self.ilora_gate)}.")
+    def adapted_layers(self, adapter: str) -> list[ILoraLinear]:
+        """Layers that carry an adapter, in the order of the model, which is that of gates per layer."""
+        return self._adapted[adapter]
+
+    def check_gates(self, adapter: str, gates: Tensor) -> None:
+        """Refuse gates that no batch of this adapter could have.
+
+        Raises:
+            GateError: If there is no such adapter, or the gates have another shape or are no floats.
+        """
+        if adapter not in self._adapted:
+            raise GateError(f"gates given for adapter {adapter!r}; the adapters are {sorted(self._adapted)}.")
         experts = cast(ILoraConfig, self.peft_config[adapter]).num_experts
-        if gates.ndim != 2 or gates.shape[1] != experts or not gates.is_floating_point():
+        shapes = [f"(B, {experts})"]
+        fits = gates.ndim == 2 and gates.shape[1] == experts
+        if self._has_gate_per_layer(adapter):
+            n_layers = len(self._adapted[adapter])
+            shapes.append(f"(B, {n_layers}, {experts})")
+            fits = fits or gates.shape[1:] == (n_layers, experts)
+        if not fits or not gates.is_floating_point():
             raise GateError(
-                f"gates of adapter {adapter!r} must be floats of shape (B, {experts}), one row per instance, got "
-                f"{gates.dtype} of shape {tuple(gates.shape)}."
+                f"gates of adapter {adapter!r} must be floats of shape {' or '.join(shapes)}, one row per instance, "
+                f"got {gates.dtype} of shape {tuple(gates.shape)}."
             )
+
+    def _has_gate_per_layer(self, adapter: str) -> bool:
+        return cast(ILoraConfig, self.peft_config[adapter]).gate_per_layer
 
     # ---- building ------------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.slot = GateSlot()
         self.ilora_gate = nn.ModuleDict()
+        self._adapted = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config = cast(ILoraConfig, peft_config)
@@ -158,9 +215,23 @@ class ILoraModel(BaseTuner):
         trained = {name: _is_trained(gate) for name, gate in self.ilora_gate.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config = cast(ILoraConfig, self.peft_config[adapter_name])
-        # Drawn on the CPU, then moved: the same seed gives the same gate on every device.
-        self.ilora_gate[adapter_name] = build_gate(config).to("meta" if low_cpu_mem_usage else _device(self.model))
-        trained[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
+        if unmatched := config.unmatched_patterns(self.targeted_module_names):
+            raise ValueError(
+                f"no adapted layer matches {', '.join(unmatched)}; the adapted layers are "
+                f"{', '.join(self.targeted_module_names[:5])}, ... Correct the pattern, or `target_modules`."
+            )
+        self._adapted[adapter_name] = [
+            module for module in model.modules() if isinstance(module, ILoraLinear) and adapter_name in module.ilora_A
+        ]
+        for number, layer in enumerate(self._adapted[adapter_name]):
+            if config.gate_per_layer:
+                layer.layouts[adapter_name] = layer.layouts[adapter_name]._replace(gate=number)
+            self.slot.register(adapter_name, layer.layouts[adapter_name])
+        if not config.gate_per_layer:
+            device = next(self._adapted[adapter_name][0].ilora_A[adapter_name].parameters()).device
+            # Drawn on the CPU, then moved: the same seed gives the same gate on every device.
+            self.ilora_gate[adapter_name] = build_gate(config).to("meta" if low_cpu_mem_usage else device)
+            trained[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
         for name, requires_grad in trained.items():
             self.ilora_gate[name].requires_grad_(requires_grad)
 
@@ -179,7 +250,7 @@ class ILoraModel(BaseTuner):
             target.update_layer(adapter_name, config)
             return
         try:
-            layer = ILoraLinear(target, adapter_name, config, self.slot)
+            layer = ILoraLinear(target, current_key, adapter_name, config, self.slot)
         except TypeError as error:
             raise TypeError(f"layer {current_key!r}: {error}") from error
         if adapter_name not in self.active_adapters:
@@ -222,7 +293,9 @@ class ILoraModel(BaseTuner):
             ValueError: If there is none of that name.
         """
         super().delete_adapter(adapter_name)
-        del self.ilora_gate[adapter_name]
+        del self._adapted[adapter_name]
+        if adapter_name in self.ilora_gate:
+            del self.ilora_gate[adapter_name]
         self.slot.forget(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -252,7 +325,12 @@ class ILoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         wanted = {key for key in model.state_dict() if _belongs_to(key, adapter_name)}
         missing = sorted(wanted - remapped.keys())
-        foreign = sorted(key for key in remapped.keys() - wanted if not _may_travel(key, model))
+        biases = cast(ILoraConfig, config).bias != "none"
+        foreign = sorted(
+            key
+            for key in remapped.keys() - wanted
+            if not (_may_travel(key, model) or (biases and _is_base_bias(key, model)))
+        )
         if missing or foreign:
             raise AdapterKeysError(
                 f"the file does not hold adapter {adapter_name!r} of this model: {_listing('missing', missing)}; "
@@ -277,6 +355,7 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
 
     Raises:
         TypeError: If the model is wrapped, or has no iLoRA adapter.
+        ILoraError: If an adapter trains biases of the base: what is trained is not frozen.
     """
     tuner = getattr(peft_model, "base_model", None)
     if not isinstance(tuner, ILoraModel):
@@ -284,6 +363,13 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
             f"`frozen_base` takes a PeftModel with an iLoRA adapter, got {type(peft_model).__name__}; "
             "unwrap the model first (`accelerator.unwrap_model(model)`)."
         )
+    for name, config in tuner.peft_config.items():
+        bias = cast(ILoraConfig, config).bias
+        if bias != "none":
+            raise ILoraError(
+                f"adapter {name!r} trains biases of the base (bias={bias!r}), so there is no frozen base to run; use "
+                "bias='none', or take the gate's input from elsewhere."
+            )
     # Not `peft_model.disable_adapter()`: it also gathers the status of every layer and parameter, which takes 80 ms for
     # a model of 32 blocks (one CPU core), against 20 ms here: too much for once a step.
     modules = list(peft_model.modules())
@@ -321,6 +407,10 @@ def _may_travel(key: str, model: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or (callable(head) and head() is module)
 
 
+def _is_base_bias(key: str, model: nn.Module) -> bool:
+    return key.endswith(".bias") and key in model.state_dict()
+
+
 def _listing(name: str, keys: list[str], n_shown: int = 3) -> str:
     shown = ", ".join(keys[:n_shown]) + (", ..." if len(keys) > n_shown else "")
     return f"{len(keys)} {name}" + (f" ({shown})" if keys else "")
@@ -339,9 +429,20 @@ def _hidden_size(model: nn.Module) -> int:
     return size
 
 
-def _device(model: nn.Module) -> torch.device:
-    layer = next(module for module in model.modules() if isinstance(module, ILoraLinear))
-    return next(layer.ilora_A.parameters()).device
+def _check_segments(segments: Tensor | None, n_instances: int) -> None:
+    if segments is None:
+        return
+    if segments.ndim != 2 or segments.dtype != torch.int64:
+        raise GateError(
+            f"`segments` must be int64 of shape (B, T), a number per token, got {segments.dtype} of shape "
+            f"{tuple(segments.shape)}; `segments_of(position_ids)` makes it."
+        )
+    least, most = (int(value) for value in segments.aminmax())
+    if least < -1 or most >= n_instances:
+        raise GateError(
+            f"`segments` must lie in [-1, {n_instances}), the number of rows of the gates, got {least} to {most}; give "
+            "one row of gates per packed sequence."
+        )
 
 
 def _is_trained(module: nn.Module) -> bool:

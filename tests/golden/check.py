@@ -30,7 +30,8 @@ from peft import get_peft_model  # noqa: E402
 
 from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
 from llm2rec.core.schedule import warmup_cosine  # noqa: E402
-from llm2rec.ilora import ILoraConfig, ILoraLinear, LinearGate  # noqa: E402
+from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
+from llm2rec.ilora.gate import LinearGate  # noqa: E402
 
 TOLERANCE = 1e-5
 Result = tuple[str, float | None]  # name of the case, largest relative error (None: not covered)

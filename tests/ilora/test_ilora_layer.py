@@ -4,7 +4,9 @@ from ilora_helpers import LoopOverExperts, gate_inputs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llm2rec.ilora import GateError, GateSlot, ILoraConfig, ILoraLinear, LinearGate, MergeError
+from llm2rec.ilora import GateError, ILoraConfig, ILoraLinear, MergeError
+from llm2rec.ilora.gate import LinearGate
+from llm2rec.ilora.slot import GateSlot
 
 IN, OUT, ROWS = 6, 10, 3
 
@@ -13,7 +15,8 @@ def make_layer(base: nn.Module, dtype=torch.float64, **options) -> tuple[ILoraLi
     torch.manual_seed(0)
     slot = GateSlot()
     base = base.to(dtype).requires_grad_(False)
-    layer = ILoraLinear(base, "default", ILoraConfig(**{"r": 8, "num_experts": 4, **options}), slot)
+    layer = ILoraLinear(base, "layer", "default", ILoraConfig(**{"r": 8, "num_experts": 4, **options}), slot)
+    slot.register("default", layer.layouts["default"])  # what the tuner does
     nn.init.normal_(layer.ilora_B["default"].weight)
     return layer, slot
 

@@ -1,0 +1,200 @@
+"""The slot in which adapted layers find the gates of the batch in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import GateError
+
+__all__ = ["GateSlot", "RankLayout", "segments_of"]
+
+
+class RankLayout(NamedTuple):
+    """How one layer spreads the E gates over its R ranks.
+
+    Attributes:
+        rank_per_expert: Ranks r' of one expert.
+        scale: Factor s on the mixture.
+        gate: Number of the layer's own gate network among the adapter's; None where all layers share one.
+    """
+
+    rank_per_expert: int
+    scale: float
+    gate: int | None = None
+
+    def spread(self, gates: Tensor) -> Tensor:
+        """Repeat each gate for every rank of its expert and fold the scale in.
+
+        Args:
+            gates: Shape ``(B, E)``, or ``(B, G, E)`` with gates of G networks.
+
+        Returns:
+            Factors of the middle activation, shape ``(B, R)``; expert e owns ranks ``[e*r', (e+1)*r')``.
+        """
+        if gates.ndim == 3:
+            assert self.gate is not None, "the tuner refuses gates per layer where the layers share one network"
+            gates = gates[:, self.gate]
+        batch, experts = gates.shape
+        spread = (gates * self.scale).unsqueeze(-1).expand(batch, experts, self.rank_per_expert)
+        return spread.reshape(batch, experts * self.rank_per_expert)
+
+
+class GateSlot:
+    """Gates of the batch in flight, shared by all adapted layers of one model.
+
+    The layers of an adapter want few different layouts, so spreading is done once per layout and not in every layer.
+    It is no module and holds no parameters: nothing of it is saved.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, Tensor] = {}
+        self._layouts: dict[str, set[RankLayout]] = {}
+        self._factors: dict[str, dict[RankLayout, Tensor]] | None = None
+        self._repeated: dict[tuple[str, RankLayout, int], Tensor] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether gates are held now."""
+        return self._factors is not None
+
+    def register(self, adapter: str, layout: RankLayout) -> None:
+        """Tell the slot that a layer of this adapter will ask for this layout."""
+        self._layouts.setdefault(adapter, set()).add(layout)
+
+    def forget(self, adapter: str) -> None:
+        """Drop what was registered for an adapter."""
+        self._layouts.pop(adapter, None)
+        self.last.pop(adapter, None)
+
+    @contextmanager
+    def hold(self, gates: Mapping[str, Tensor], segments: Tensor | None = None) -> Iterator[None]:
+        """Hold gates for the forward AND the backward pass of one batch.
+
+        Non-reentrant checkpointing runs blocks again during backward, so the gates must still be there. For the same
+        reason they are spread over the ranks here, once, and not by the first layer that asks: that layer may lie
+        inside a checkpointed block, whose second run would then record other operations than its first.
+
+        Args:
+            gates: For each active adapter, gates of shape ``(B, E)`` or ``(B, G, E)``; with ``segments`` one row per
+                segment.
+            segments: For each token the row of ``gates`` it belongs to, -1 for none, shape ``(B, T)``.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            GateError: If gates are already held.
+        """
+        if self._factors is not None:
+            raise GateError("gates are already held; close the outer `hold` before opening another.")
+        self.last = {adapter: held.detach() for adapter, held in gates.items()}
+        self._factors = {
+            adapter: {layout: _per_token(layout.spread(held), segments) for layout in self._layouts.get(adapter, ())}
+            for adapter, held in gates.items()
+        }
+        try:
+            yield
+        finally:
+            self._factors = None
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Let layers receive each row several times in a row, as generation repeats rows for beams and samples."""
+        self._repeated = {}
+        try:
+            yield
+        finally:
+            self._repeated = None
+
+    def factors(self, adapter: str, layout: RankLayout, shape: tuple[int, ...]) -> Tensor:
+        """Give a layer the factors of its middle activation.
+
+        Args:
+            adapter: Name of the adapter.
+            layout: The layer's layout, registered before the gates were held.
+            shape: Shape of the layer's input but for its last dimension, ``(B, ...)``.
+
+        Returns:
+            Shape ``(B, 1, ..., R)``, or ``(B, T, R)`` where segments are held, scale included.
+
+        Raises:
+            GateError: If no gates are held, none for this adapter, or for another number of rows or tokens.
+        """
+        if self._factors is None:
+            raise GateError(
+                "an adapted layer ran without gates; run forward and backward inside "
+                "`with peft_model.base_model.instance(gate_input):` (or `.hold(gates)`), and the base model alone "
+                "inside `with frozen_base(peft_model):`. With gradient checkpointing the backward pass needs them too."
+            )
+        if adapter not in self._factors:
+            raise GateError(
+                f"adapter {adapter!r} is active but the gates held are for {sorted(self._factors)}; hold gates for "
+                "every active adapter, or open `hold` after `set_adapter`."
+            )
+        factors = self._factors[adapter][layout]
+        if factors.ndim == 3:
+            if factors.shape[:2] != shape:
+                raise GateError(
+                    f"`segments` covers {tuple(factors.shape[:2])} rows and tokens but the layer received "
+                    f"{tuple(shape)}; give one segment number per token of the batch."
+                )
+            return factors
+        if factors.shape[0] != shape[0]:
+            times, rest = divmod(shape[0], factors.shape[0])
+            if self._repeated is None or rest:
+                raise GateError(_rows_message(factors.shape[0], shape[0]))
+            factors = self._repeat(adapter, layout, factors, times)
+        return factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
+
+    def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:
+        assert self._repeated is not None, "only asked for while repeating"
+        key = (adapter, layout, times)
+        if key not in self._repeated:  # once per generation, not once per token
+            self._repeated[key] = factors.repeat_interleave(times, dim=0)
+        return self._repeated[key]
+
+
+def segments_of(position_ids: Tensor) -> Tensor:
+    """Number the sequences of packed rows by their position ids: each position 0 begins one.
+
+    Args:
+        position_ids: Shape ``(B, T)``; every row begins with position 0.
+
+    Returns:
+        For each token the number of its sequence, counted over the whole batch, shape ``(B, T)``, int64.
+
+    Raises:
+        GateError: If a row begins in the middle of a sequence.
+    """
+    if position_ids.ndim != 2 or not bool((position_ids[:, 0] == 0).all()):
+        raise GateError(
+            f"position ids of packed rows must have shape (B, T) and begin with 0 in every row, got shape "
+            f"{tuple(position_ids.shape)} and first positions {position_ids[..., 0].flatten()[:8].tolist()}; "
+            "begin every row with a new sequence."
+        )
+    return (position_ids.flatten() == 0).cumsum(0).view(position_ids.shape) - 1
+
+
+def _per_token(factors: Tensor, segments: Tensor | None) -> Tensor:
+    """Factors of each token, shape ``(B, T, R)``, from factors of each segment, shape ``(S, R)``."""
+    if segments is None:
+        return factors
+    # Row -1 is the one appended: zeros for tokens that belong to no segment.
+    return torch.cat([factors, factors.new_zeros(1, factors.shape[1])])[segments]
+
+
+def _rows_message(n_gates: int, n_rows: int) -> str:
+    message = f"gates cover {n_gates} rows but the layer received {n_rows}; "
+    if n_rows % n_gates == 0:
+        times = n_rows // n_gates
+        return message + (
+            f"repeat them once per beam (`gates.repeat_interleave({times}, dim=0)`), which a PeftModel made with "
+            "task_type='CAUSAL_LM' does by itself; or, where the model flattens (B, T, d) to (B*T, d) in front of this "
+            "layer, leave the layer out with `exclude_modules`."
+        )
+    return message + "compute the gates from the same batch."
