@@ -12,6 +12,7 @@ To cover another file, write its checker and enter it in CHECKERS.
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from peft import get_peft_model  # noqa: E402
 from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
 from llm2rec.core.schedule import warmup_cosine  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
-from llm2rec.ilora.gate import LinearGate  # noqa: E402
+from llm2rec.ilora.gate import build_gate  # noqa: E402
 
 TOLERANCE = 1e-5
 Result = tuple[str, float | None]  # name of the case, largest relative error (None: not covered)
@@ -93,17 +94,47 @@ def adapted_layer(case: dict[str, Tensor], settings: dict[str, Any]) -> tuple[An
 
 
 def check_gates(path: Path) -> Iterator[Result]:
-    """The gate networks, each on the same user vectors."""
+    """The gate networks in evaluation mode, each on the same user vectors."""
     kinds = cases(load_file(path))
     users = kinds.pop("user_embeds")[""]
     for kind, fields in kinds.items():
-        if kind != "Dense":
+        if kind not in GATES:
             yield kind, None
             continue
-        weight = fields["linear_layer.weight"]
-        gate = LinearGate(weight.shape[1], weight.shape[0])
-        gate.load_state_dict({"weight": weight})
-        yield kind, relative_error(gate(users), fields["out"])
+        name, renamed = GATES[kind]
+        reference = fields.pop("out")
+        weights = {rename(key, renamed): tensor for key, tensor in fields.items()}
+        config = ILoraConfig(
+            r=reference.shape[1], num_experts=reference.shape[1], gate=name, gate_input_size=users.shape[1]
+        )
+        gate = build_gate(config).eval()
+        gate.load_state_dict(weights)
+        yield kind, relative_error(gate(users), reference)
+
+
+# The released program's name of a gate -> ours, and how the names of its weights become ours.
+GATES: dict[str, tuple[Any, dict[str, str]]] = {
+    "Dense": ("linear", {r"linear_layer\.": ""}),
+    "topK": ("topk_released", {r"linear_layer\.": ""}),
+    "Drop": ("dropout", {r"linear_layer\.": ""}),
+    "MLP": ("mlp", {r"linear_layer1\.": "down.", r"linear_layer2\.": "up."}),
+    "conv": (
+        "conv",
+        {
+            r"^conv1\.": "stem.",
+            r"^bn1\.": "stem_norm.",
+            r"\.bn([12])\.": r".norm\1.",
+            r"^layer(\d)\.(\d)\.": lambda match: f"blocks.{3 * (int(match[1]) - 1) + int(match[2])}.",
+            r"^gate\.fc\.": "head.",
+        },
+    ),
+}
+
+
+def rename(key: str, renamed: dict[str, Any]) -> str:
+    for pattern, replacement in renamed.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def check_metrics(path: Path) -> Iterator[Result]:
@@ -157,7 +188,7 @@ def report(path: Path) -> int:
             passed = error <= TOLERANCE  # false for NaN
             failed += not passed
             print(f"{path.name:28} {case:12} {error:.2e}{'' if passed else f'  LARGER THAN {TOLERANCE}'}")
-    except (KeyError, OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         print(f"{path.name:28} BROKEN: {type(error).__name__}: {error}")
         return failed + 1
     return failed

@@ -28,7 +28,8 @@ def test_the_copies_agree(capsys):
         ("ilora_linear.safetensors", "case1.y"),
         ("ilora_linear.safetensors", "case0.grad_gates"),
         ("ilora_linear.safetensors", "case2.grad_lora_A"),
-        ("gates.safetensors", "Dense.out"),
+        *(("gates.safetensors", f"{kind}.out") for kind in check.GATES),
+        ("gates.safetensors", "conv.layer2.1.bn2.running_var"),
     ],
 )
 @pytest.mark.parametrize("damage", [1.001, float("nan")])
