@@ -10,6 +10,8 @@ from llm2rec.ilora import ILoraConfig, ILoraLinear
 VOCABULARY, WIDTH, EXPERTS = 40, 16, 4
 # Per model: adapted layers in its two blocks.
 KINDS = {"llama": 14, "bert": 12, "gpt2": 8}
+QUANTIZED = ("8bit", "4bit")
+QUANTIZED_WIDTH = 64  # the CPU kernels of bitsandbytes want multiples of 32
 
 
 def tiny(kind: str, seed: int = 0, width: int = WIDTH) -> nn.Module:
@@ -40,6 +42,23 @@ def tiny(kind: str, seed: int = 0, width: int = WIDTH) -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, bos_token_id=1)
     ).eval()
+
+
+def quantized(kind: str) -> nn.Module:
+    """A tiny Llama whose block layers hold quantised weights, as `load_in_8bit` and `load_in_4bit` leave it."""
+    import bitsandbytes
+
+    model = tiny("llama", width=QUANTIZED_WIDTH)
+    for name, layer in list(model.model.layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            sizes = (layer.in_features, layer.out_features)
+            if kind == "8bit":
+                swapped = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            else:
+                swapped = bitsandbytes.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            swapped.load_state_dict(layer.state_dict())
+            model.model.layers.set_submodule(name, swapped.to("cpu"))
+    return model.eval()
 
 
 def adapt(model: nn.Module, trained: bool = True, **options) -> PeftModel:

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from ilora_helpers import LoopOverExperts, gate_inputs
+from ilora_helpers import LoopOverExperts
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llm2rec.ilora import GateError, ILoraConfig, ILoraLinear, MergeError
-from llm2rec.ilora.gate import LinearGate
 from llm2rec.ilora.slot import GateSlot
 
 IN, OUT, ROWS = 6, 10, 3
@@ -135,30 +134,3 @@ def test_layer_refuses_to_merge():
 def test_layers_that_are_not_linear_are_refused(base, message):
     with pytest.raises(TypeError, match=message):
         make_layer(base, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("width", [16, 4096])
-def test_a_fresh_gate_is_near_uniform_but_tells_instances_apart(width):
-    torch.manual_seed(0)
-    gate = LinearGate(width, 4)
-    gates = gate(gate_inputs(64, width))
-    assert gates.sub(0.25).abs().max() < 0.15
-    assert gates.std(dim=0).min() > 0.005
-    gates[:, 0].sum().backward()
-    assert gate.weight.grad.abs().max() > 0
-
-
-def test_gate_is_float32_whatever_surrounds_it():
-    gate, gate_input = LinearGate(8, 4), gate_inputs(5, 8)
-    expected = torch.softmax(gate_input @ gate.weight.T, dim=1)
-    torch.testing.assert_close(gate(gate_input), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(gate(gate_input), gate(gate_input.clone()))
-        torch.testing.assert_close(gate(gate_input), expected)
-    assert gate.to(torch.bfloat16)(gate_input).dtype == torch.float32
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (3, 2, 8), (8,)])
-def test_gate_refuses_other_shapes(shape):
-    with pytest.raises(GateError, match="one vector of width 8 per row"):
-        LinearGate(8, 4)(torch.zeros(shape))

@@ -2,31 +2,15 @@
 
 import pytest
 import torch
-from ilora_helpers import LoopOverExperts, adapt, batch, gate_inputs, layers, tiny
+from ilora_helpers import QUANTIZED, LoopOverExperts, adapt, batch, gate_inputs, layers, quantized
+from ilora_helpers import QUANTIZED_WIDTH as WIDTH
 from peft import PeftModel
-from torch import nn
 
 from llm2rec.ilora import frozen_base
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 
-KINDS = ["8bit", "4bit"]
-WIDTH = 64  # the CPU kernels of bitsandbytes want multiples of 32
-
-
-def quantized(kind: str) -> nn.Module:
-    """A tiny Llama whose block layers hold quantised weights, as `load_in_8bit` and `load_in_4bit` leave it."""
-    model = tiny("llama", width=WIDTH)
-    for name, layer in list(model.model.layers.named_modules()):
-        if isinstance(layer, nn.Linear):
-            sizes = (layer.in_features, layer.out_features)
-            if kind == "8bit":
-                swapped = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-            else:
-                swapped = bitsandbytes.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-            swapped.load_state_dict(layer.state_dict())
-            model.model.layers.set_submodule(name, swapped.to("cpu"))
-    return model.eval()
+KINDS = list(QUANTIZED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
