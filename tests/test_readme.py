@@ -1,0 +1,42 @@
+"""The README's program runs as it stands, on a tiny model in the place of the one it names."""
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from llm2rec.teacher.llm import make_tiny_random
+from llm2rec.teacher.settings import TinyRandomSettings
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_of_ilora_runs(tmp_path, monkeypatch, capsys):
+    [program] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(program.splitlines()) <= 45
+    folder = make_tiny_random(TinyRandomSettings(name="tiny"), tmp_path, ["Good morning", "hey", "Dear Sir or Madam"])
+    program, replaced = re.subn(r'^name = ".*"$', f"name = {str(folder)!r}", program, flags=re.MULTILINE)
+    assert replaced == 1
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(program, str(README), "exec"), names)
+
+    printed = capsys.readouterr().out
+    assert "trainable params" in printed
+    assert "gate_entropy" in printed
+    batch, gates = names["batch"], names["gates"]
+    with torch.no_grad(), names["model"].disable_adapter():
+        untrained = names["model"](**batch, labels=names["labels"]).loss
+    assert names["loss"] < untrained - 0.2
+    # What it leaves behind is what it says.
+    with torch.no_grad(), names["tuner"].hold(gates[:1].expand(4, -1)):
+        expected = names["model"](**batch).logits
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.lm_head = names["base"].lm_head  # the tiny model is saved without one
+    folded = PeftModel.from_pretrained(base, tmp_path / "speaker_0").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(folded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
