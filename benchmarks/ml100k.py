@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import relative
 
 from llm2rec.core.files import read_json, write_json
 from llm2rec.core.git_info import git_state, library_versions
@@ -162,12 +163,6 @@ def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
         for label, all_metrics in by_label.items()
         for name in ("ndcg@10", "hr@10")
     }
-
-
-def relative(argument: str) -> str:
-    """An argument without this machine's folders."""
-    path = Path(argument)
-    return path.name if path.is_absolute() else argument
 
 
 if __name__ == "__main__":

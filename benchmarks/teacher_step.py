@@ -183,7 +183,8 @@ def measure(
         "budget_bytes": budget_bytes(base, trained_bytes(ilora), batch, dtype, checkpointing),
         "seconds": seconds,
     }
-    print(f"{precision} checkpointing={checkpointing}: {case['time_vs_lora']}", flush=True)
+    medians = {name: round(ratio["median"], 3) for name, ratio in case["time_vs_lora"].items()}
+    print(f"{precision} checkpointing={checkpointing}: time vs lora {medians}", flush=True)
     return case
 
 
