@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .config import ILoraConfig
 from .errors import refuse_merge
 from .gate import build_gate
+from .mixture import add_mixture
 from .slot import GateSlot, RankLayout
 
 __all__ = ["ILoraLinear"]
@@ -54,7 +54,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
         self.ilora_gate = nn.ModuleDict()  # gates of its own, for adapters with `gate_per_layer`
-        self.ilora_dropout = nn.ModuleDict()
+        self.ilora_dropout: dict[str, float] = {}
         self.layouts: dict[str, RankLayout] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -73,7 +73,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         """
         rank = config.rank_of(self.name)
         self.layouts[adapter_name] = RankLayout(rank // config.num_experts, config.scale_of(self.name))
-        self.ilora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.ilora_dropout[adapter_name] = config.dropout
         down = nn.Linear(self.in_features, rank, bias=False)
         up = nn.Linear(rank, self.out_features, bias=False)
         # As in LoRA: with B at zero the adapted model starts as the base model, and a random A sets the experts apart.
@@ -104,18 +104,12 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return result
         for adapter in self.active_adapters:
-            if adapter in self.ilora_A:
-                result = result + self._mixture(x, adapter).to(result.dtype)
+            if adapter not in self.ilora_A:
+                continue
+            down, up = cast(nn.Linear, self.ilora_A[adapter]).weight, cast(nn.Linear, self.ilora_B[adapter]).weight
+            factors = self._slot.factors(adapter, self.layouts[adapter], x.shape[:-1]).to(x.device)
+            result = add_mixture(result, x, down, up, factors, self.ilora_dropout[adapter] if self.training else 0.0)
         return result
-
-    def _mixture(self, x: Tensor, adapter: str) -> Tensor:
-        down, up = cast(nn.Linear, self.ilora_A[adapter]), cast(nn.Linear, self.ilora_B[adapter])
-        factors = self._slot.factors(adapter, self.layouts[adapter], x.shape[:-1])  # (B, 1, ..., R) or (B, T, R)
-        # In the dtype of x, as under autocast. PEFT's LoRA casts x to float32 instead: in a bfloat16 model a second
-        # copy of every layer's input, kept for backward, and products off the tensor cores.
-        hidden = functional.linear(self.ilora_dropout[adapter](x), down.weight.to(x.dtype))  # (B, ..., R)
-        hidden = hidden * factors.to(device=hidden.device, dtype=hidden.dtype)
-        return functional.linear(hidden, up.weight.to(hidden.dtype))  # (B, ..., out)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off, leaving ``requires_grad`` alone.

@@ -1,0 +1,86 @@
+"""The arithmetic of an adapted layer, with a backward pass that keeps little."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = ["add_mixture"]
+
+
+def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float = 0.0) -> Tensor:
+    """Add the mixture of the experts to the base layer's output: ``result + B (f * (A drop(x)))``.
+
+    Computes in the dtype of ``x`` (of autocast, where that is on) and casts the weights to it. PEFT's LoRA casts ``x``
+    to the dtype of the weights instead: beside a bfloat16 base that is a float32 copy of every layer's input, kept
+    for the backward pass, and products off the tensor cores.
+
+    The backward pass keeps ``x`` as it came (one tensor for all layers that read the same one), ``A x`` and one byte
+    per element for dropout. Left to autograd, ``A drop(x)`` would keep the dropped copy of ``x``, and the product with
+    ``f`` the middle activation a second time.
+
+    Args:
+        result: Output of the base layer, shape ``(B, ..., out)``.
+        x: Its input, shape ``(B, ..., in)``.
+        down: A, shape ``(R, in)``.
+        up: B, shape ``(out, R)``.
+        factors: f, gates spread over the ranks and scaled; broadcasts to ``(B, ..., R)``.
+        dropout: Probability of dropping an element of ``x``.
+
+    Returns:
+        Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable once in all tensors.
+    """
+    return cast(Tensor, _AddMixture.apply(result, x, down, up, factors, dropout))
+
+
+class _AddMixture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dropped, kept = x.to(dtype), None
+        if dropout > 0:
+            dropped, kept = torch.native_dropout(dropped, dropout, True)
+        hidden = linear(dropped, down.to(dtype))  # (B, ..., R)
+        mixed = _rows(hidden * factors.to(dtype))  # (N, R), N = B * ...
+        ctx.save_for_backward(x, kept, hidden, down, up, factors)
+        ctx.dropout = dropout
+        rows, up = _rows(result), up.to(dtype)
+        # One pass over (N, out) where the types allow it, instead of a product, a copy and a sum.
+        rows = torch.addmm(rows, mixed, up.T) if rows.dtype == dtype else rows + linear(mixed, up).to(rows.dtype)
+        return rows.view(result.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, hidden, down, up, factors = ctx.saved_tensors
+        _, needs_x, needs_down, needs_up, needs_factors, _ = ctx.needs_input_grad
+        dtype = hidden.dtype
+        grad_rows, f = grad.to(dtype), factors.to(dtype)
+        grad_mixed = linear(grad_rows, up.to(dtype).T)  # (B, ..., R)
+        grad_hidden = grad_mixed * f
+        if kept is not None:
+            grad_hidden = grad_hidden / (1 - ctx.dropout)  # on the narrow side, for x and A at once
+
+        grad_x = grad_down = grad_up = grad_factors = None
+        if needs_x:
+            grad_x = linear(grad_hidden, down.to(dtype).T)
+            grad_x = (grad_x if kept is None else grad_x * kept).to(x.dtype)
+        if needs_down:
+            dropped = x.to(dtype) if kept is None else x.to(dtype) * kept
+            grad_down = (_rows(grad_hidden).T @ _rows(dropped)).to(down.dtype)
+        if needs_up:
+            grad_up = (_rows(grad_rows).T @ _rows(hidden * f)).to(up.dtype)
+        if needs_factors:
+            # Summed over tokens in the factors' own dtype: bfloat16 would lose small terms of a long sequence.
+            grad_factors = (grad_mixed * hidden).to(factors.dtype).sum_to_size(factors.shape)
+        return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, grad_factors, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
