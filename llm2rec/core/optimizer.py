@@ -1,16 +1,59 @@
-"""AdamW with weight decay on matrices only."""
+"""AdamW with weight decay on matrices only, and learning rates of their own for parts of a model."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from llm2rec.core.errors import ConfigError
+
 __all__ = ["adamw"]
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Optimize the trained parameters of ``model``; vectors (biases, norms) are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+def adamw(
+    model: nn.Module, lr: float, weight_decay: float, lr_ratios: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """Optimize the trained parameters of ``model``; vectors (biases, norms) are not decayed.
+
+    Args:
+        model: The model, before it is wrapped.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay of matrices.
+        lr_ratios: Factors on the learning rate of the parameters that have this component in their dotted name
+            (``"gate"`` means ``layer.gate.weight``, not ``layer.gate_proj.weight``); the first that fits counts.
+
+    Returns:
+        The optimizer. Its groups carry their factor as ``lr_ratio``, which `Engine.begin_step` reads.
+
+    Raises:
+        ConfigError: If a factor is not a positive finite number, or no trained parameter has its component.
+    """
+    ratios = dict(lr_ratios or {})
+    for component, ratio in ratios.items():
+        if not 0 < ratio < float("inf"):
+            raise ConfigError(
+                f"the learning-rate ratio of {component!r} is {ratio}, expected a positive finite number; 1 trains it "
+                "at the rate of the rest."
+            )
+    groups: dict[tuple[bool, str | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            named = next((each for each in ratios if each in name.split(".")), None)
+            groups.setdefault((parameter.ndim >= 2, named), []).append(parameter)
+    if unmatched := ratios.keys() - {named for _, named in groups}:
+        raise ConfigError(
+            f"learning-rate ratios are given for {', '.join(sorted(unmatched))}, which no trained parameter has as a "
+            "part of its name; correct the name, or leave it out."
+        )
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if is_matrix else 0.0,
+                "lr_ratio": 1.0 if named is None else ratios[named],
+            }
+            for (is_matrix, named), parameters in groups.items()
+        ],
+        lr=lr,
+        fused=True,
+    )
