@@ -1,4 +1,4 @@
-"""Trainable weights and optimizer state as safetensors, the same files for one process, DDP and ZeRO-1/2.
+"""Trained weights and optimizer state as safetensors, the same files for one process, DDP and ZeRO-1/2.
 
 Tensors are stored whole under their parameter's name, so a run may continue on another number of processes. Nothing
 is pickled.
@@ -13,34 +13,64 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import CheckpointError
 
-__all__ = ["load_optimizer", "load_weights", "optimizer_tensors", "save_tensors", "trainable_weights"]
+__all__ = [
+    "load_optimizer",
+    "load_weights",
+    "optimizer_tensors",
+    "save_tensors",
+    "trainable_weights",
+    "trained_buffers",
+]
+
+
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers of modules with trained parameters of their own, by name: running statistics.
+
+    Buffers that no trained parameter lies beside belong to the frozen base, or follow from the settings.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for name, buffer in module.named_buffers(recurse=False)
+        # torch has no public way to ask; `state_dict()` of the whole model would copy a quantised base.
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, on the CPU and contiguous. A frozen base model is not among them."""
-    return {name: _to_cpu(p) for name, p in model.named_parameters() if p.requires_grad}
+    """What training changes, by name, on the CPU and contiguous: trained parameters and the buffers beside them.
+
+    A frozen base model is not among them.
+    """
+    return {name: _to_cpu(tensor) for name, tensor in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {**parameters, **trained_buffers(model)}
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Copy stored weights into the trained parameters.
+    """Copy what `trainable_weights` returned into the model.
 
     Raises:
         CheckpointError: If names or shapes differ from those of the model.
     """
     stored = load_file(file)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = _trained(model)
     problems = [f"missing {name}" for name in own.keys() - stored.keys()]
     problems += [f"unknown {name}" for name in stored.keys() - own.keys()]
     problems += [
-        f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(p.shape)}"
-        for name, p in own.items()
-        if name in stored and stored[name].shape != p.shape
+        f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in stored and stored[name].shape != tensor.shape
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit the model: {'; '.join(sorted(problems)[:5])}.")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[name])
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2rec.core.batching import OptimizerStep, epoch_batches, micro_batch_count, optimizer_steps
-from llm2rec.core.checkpoint import load_optimizer, load_weights, optimizer_tensors, save_tensors, trainable_weights
+from llm2rec.core.checkpoint import (
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_tensors,
+    trainable_weights,
+    trained_buffers,
+)
 from llm2rec.core.errors import NonFiniteError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.core.processes import agree, process_arguments
@@ -187,7 +194,7 @@ class Engine:
         """Seed dropout for global step ``step`` and set its learning rate.
 
         Returns:
-            The peak group's learning rate. Groups may carry a ``lr_ratio`` that scales theirs.
+            The learning rate of now, before the ``lr_ratio`` that a group may carry.
         """
         seed_everything(self._seed, "step", step, self.rank)
         settings = self.training
@@ -247,8 +254,20 @@ class Engine:
         """Sums of this process's and all others' ``values``; a collective."""
         # In double precision, as Python adds, so that sums stored in a checkpoint go on exactly.
         mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        totals = self.accelerator.reduce(mine, reduction="sum")
-        return dict(zip(values, cast(Tensor, totals).tolist(), strict=True))
+        return dict(zip(values, self.sum_tensor(mine).tolist(), strict=True))
+
+    def sum_tensor(self, mine: Tensor) -> Tensor:
+        """Sum of this process's and all others' tensor, of the same shape; a collective."""
+        return cast(Tensor, self.accelerator.reduce(mine, reduction="sum"))
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give every process the mean of the running statistics that each has gathered from its own rows; a collective.
+
+        They are linear in what they have seen, so how often this is done changes nothing but rounding.
+        """
+        for buffer in trained_buffers(model).values():
+            if buffer.is_floating_point():  # a count of batches is the same everywhere
+                buffer.copy_(cast(Tensor, self.accelerator.reduce(buffer, reduction="mean")))
 
     def progress(
         self, iterable: Iterable[Item], description: str, total: int, unit: str = "step", initial: int = 0
@@ -273,6 +292,7 @@ class Engine:
             state: Plain values the loop needs to go on from here, ``step`` among them.
         """
         tensors = optimizer_tensors(model, optimizer.optimizer)
+        self.average_buffers(model)  # those of the first process are stored
         if self.is_main:
             older = self._checkpoints
             target = self.run.folder / "checkpoints" / f"step_{state['step']:09d}"

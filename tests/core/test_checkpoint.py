@@ -66,6 +66,45 @@ def test_frozen_weights_are_not_stored(tmp_path):
     assert "2.weight" in weights
 
 
+class Running(nn.Module):
+    """A frozen and a trained module with running statistics, and buffers that no file should hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.BatchNorm1d(3).requires_grad_(False)
+        self.trained = nn.BatchNorm1d(3)
+        self.trained.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.register_buffer("table", torch.arange(3.0))
+
+    def forward(self, x):
+        return self.trained(self.frozen(x))
+
+
+def test_running_statistics_of_trained_modules_are_stored_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = Running()
+    for _ in range(3):
+        model(torch.randn(8, 3) * 2 + 1)
+    stored = trainable_weights(model)
+    assert stored.keys() == {
+        f"trained.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    assert stored["trained.num_batches_tracked"] == 3
+    save_tensors(stored, tmp_path / "model.safetensors")
+    other = Running()
+    load_weights(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in stored.items())
+    assert torch.equal(other.frozen.running_mean, torch.zeros(3))
+
+
+def test_a_file_without_the_running_statistics_is_refused(tmp_path):
+    weights = trainable_weights(Running())
+    del weights["trained.running_var"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing trained\.running_var"):
+        load_weights(Running(), tmp_path / "model.safetensors")
+
+
 def test_stored_weights_do_not_change_with_the_model():
     model = model_of()
     weights = trainable_weights(model)

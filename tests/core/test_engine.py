@@ -4,7 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
 from engine_helpers import engine_in
+from safetensors.torch import load_file
 from torch import nn
 
 from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
@@ -173,6 +175,30 @@ def test_steps_go_on_in_the_middle_of_an_epoch(tmp_path):
     for start in (0, 2, 3, 8, 9):
         rest = [(number, share.micro_batches[0].tolist()) for number, share in engine.steps(rows, start)]
         assert rest == whole[start:]
+
+
+def statistics_of_two(folder):
+    """In each of two processes: running statistics of its own rows, averaged, and what the checkpoint holds."""
+    torch.set_num_threads(1)
+    engine = engine_in(folder)
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("scratch", torch.full((2,), float(engine.rank)), persistent=False)
+    wrapped, optimizer = engine.prepare(model, adamw(model, 0.1, 0.0))
+    rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]]) * (1 + 2 * engine.rank)
+    wrapped(rows).sum().backward()
+    optimizer.step()
+    engine.save_checkpoint(model, optimizer, {"step": 1})
+    stored = load_file(folder / "checkpoints" / "step_000000001" / "model.safetensors")
+    expected = 0.1 * torch.tensor([[2.0, 4.0], [6.0, 12.0]]).mean(dim=0)
+    torch.testing.assert_close([model.running_mean, stored["running_mean"]], [expected, expected])
+    assert model.num_batches_tracked == 1
+    assert model.scratch.tolist() == [engine.rank] * 2
+    assert engine.sum_tensor(torch.tensor([1.0, engine.rank])).tolist() == [2.0, 1.0]
+
+
+@pytest.mark.slow
+def test_processes_agree_on_running_statistics(tmp_path):
+    debug_launcher(statistics_of_two, args=(tmp_path,), num_processes=2)
 
 
 def trained(engine, seed=0):
