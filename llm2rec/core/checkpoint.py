@@ -130,9 +130,26 @@ def _is_zero(optimizer: Any) -> bool:
     return hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "fp16_groups")
 
 
+def _link_zero_states(optimizer: Any) -> None:
+    """Let every parameter find its part of the optimizer's state, which a fresh optimizer gets here.
+
+    DeepSpeed 0.19 does so once, in the first step, right after that of the first parameter group: a fresh optimizer has
+    nothing to restore into, and the other groups have no state yet.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for group, partition in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        state = optimizer.optimizer.state[partition]
+        if not state:  # what AdamW makes in its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
+        lazy_init_hp_params_optimizer_state(group, partition, optimizer.optimizer.state)
+
+
 def _zero_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # only where it is in use
 
+    _link_zero_states(optimizer)
     steps = [state["step"] for state in optimizer.optimizer.state.values() if "step" in state]
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -147,6 +164,7 @@ def _zero_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 def _load_zero(model: nn.Module, optimizer: Any, stored: dict[str, dict[str, Tensor]]) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    _link_zero_states(optimizer)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             state = stored[name]
@@ -156,5 +174,4 @@ def _load_zero(model: nn.Module, optimizer: Any, stored: dict[str, dict[str, Ten
                 safe_set_full_optimizer_state(parameter, state[key], key)
     step = next(iter(stored.values()))["step"]
     for state in optimizer.optimizer.state.values():
-        current = state.get("step")
-        state["step"] = step.to(current.device) if isinstance(current, Tensor) else int(step)
+        state["step"].fill_(step)  # each has a counter of its own

@@ -1,5 +1,6 @@
 """Stages run as a user runs them: commands in a folder of their own, on a tiny toy."""
 
+import contextlib
 import json
 import os
 import signal
@@ -71,15 +72,20 @@ def run_until(folder: Path, stage: str, *overrides: str, reached: Callable[[], b
         while process.poll() is None and not reached() and time.monotonic() < limit:
             time.sleep(0.005)
         assert process.poll() is None, f"ended before it could be killed: {(folder / 'killed.txt').read_text()}"
-        for pid in _session(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        for pid in _family(process.pid):
+            with contextlib.suppress(ProcessLookupError):  # a launcher may end on its own once its workers are gone
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
-def _session(leader: int) -> list[int]:
-    """Processes of a session: torchrun gives each worker a group of its own."""
-    found = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True).stdout.split()
-    return [int(pid) for pid, session in zip(found[::2], found[1::2], strict=True) if int(session) == leader]
+def _family(process: int) -> list[int]:
+    """A process and all that it has started: torchrun gives each worker a session of its own."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = {int(pid): int(parent) for pid, parent in zip(listed[::2], listed[1::2], strict=True)}
+    family = [process]
+    for member in family:  # grows while it is read
+        family += [pid for pid, parent in parents.items() if parent == member]
+    return family
 
 
 def runs(folder: Path) -> list[Path]:

@@ -103,7 +103,8 @@ def test_a_killed_launch_goes_on_in_one_process(one, tmp_path):
     options = [*TEACHER, *CHECKPOINTS, f"paths.llm_dir={one[0] / 'data' / 'llm'}"]
     run_until(tmp_path, "teacher", *options, reached=lambda: checkpoint_step(tmp_path) >= 5, launcher=TORCHRUN)
     (killed,) = runs(tmp_path)
-    run(tmp_path, "teacher", *options, f"resume={killed.relative_to(tmp_path)}")
+    done = run(tmp_path, "teacher", *options, f"resume={killed.relative_to(tmp_path)}")
+    assert "resuming at step_" in done.stderr
     assert runs(tmp_path) == [killed]
     assert close_histories(history(one[1]["teacher"]), history(killed), 1e-4)
 
@@ -135,7 +136,8 @@ def test_zero2_trains_as_one_process_and_resumes(zero2, one, tmp_path):
     folder.mkdir()
     run_until(folder, "teacher", *options, reached=lambda: checkpoint_step(folder) >= 5, launcher=zero2)
     (killed,) = runs(folder)
-    run(folder, "teacher", *options, f"resume={killed.relative_to(folder)}", launcher=zero2)
+    done = run(folder, "teacher", *options, f"resume={killed.relative_to(folder)}", launcher=zero2)
+    assert "resuming at step_" in done.stderr
     assert runs(folder) == [killed]
     assert history(killed) == history(whole)
     assert equal(adapter(killed), adapter(whole))
