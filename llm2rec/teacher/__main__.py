@@ -48,7 +48,15 @@ def main(cfg: Config, run: Run) -> None:
             train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
             validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
         with run.phase("train"):
-            train_teacher(model, train_rows, validation_rows, engine, select_on=cfg.metrics.select_on)
+            train_teacher(
+                model,
+                train_rows,
+                validation_rows,
+                engine,
+                select_on=cfg.metrics.select_on,
+                gate_lr_ratio=settings.gate_learning_rate_ratio,
+                balance_weight=settings.balance_loss,
+            )
     if engine.is_main:
         save_teacher(run.folder / "teacher", model.eval(), recipe)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,16 +118,7 @@ def build_teacher(
 
 def _adapter_config(adapter: AdapterSettings) -> ILoraConfig:
     try:
-        return ILoraConfig(
-            r=adapter.r,
-            num_experts=adapter.num_experts,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            scaling=cast(Any, adapter.scaling),
-            gate=cast(Any, adapter.gate),
-            target_modules=adapter.target_modules,
-            task_type=TaskType.FEATURE_EXTRACTION,
-        )
+        return ILoraConfig(**vars(adapter), task_type=TaskType.FEATURE_EXTRACTION)
     except ValueError as error:
         raise ConfigError(f"teacher.adapter: {error}") from error
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from llm2rec.core.vectors import standardised
-from llm2rec.ilora import ILoraModel, frozen_base
+from llm2rec.ilora import Gate, ILoraModel, frozen_base
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
 
@@ -102,9 +102,31 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         hidden = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
 
-    def mixing(self, gate_input: Tensor) -> AbstractContextManager[object]:
-        """Hold the gates of a batch while its forward AND backward pass run; ``gate_input`` has shape ``(B, d)``."""
-        return self.tuner.instance(gate_input)
+    def mixing(self, gate_input: Tensor) -> AbstractContextManager[Tensor]:
+        """Hold the gates of a batch while its forward AND backward pass run; ``gate_input`` has shape ``(B, d)``.
+
+        The context gives them: ``(B, E)``, or ``(B, G, E)`` for G adapted layers with gates of their own.
+        """
+        return cast(AbstractContextManager[Tensor], self.tuner.instance(gate_input))  # one adapter is active
+
+    @torch.no_grad()
+    def evaluation_gates(self, gate_input: Tensor) -> Tensor:
+        """Gates as evaluation has them, without noise, dropout or statistics of the batch, whatever the mode is.
+
+        Args:
+            gate_input: Shape ``(B, d)``.
+
+        Returns:
+            Shape ``(B, E)`` or ``(B, G, E)``, float32, without gradient.
+        """
+        training = [module for module in self.tuner.modules() if isinstance(module, Gate) and module.training]
+        for network in training:
+            network.eval()
+        try:
+            return self.tuner.gate(gate_input)
+        finally:
+            for network in training:
+                network.train()
 
     def score(self, users: Tensor, history: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Score all items.

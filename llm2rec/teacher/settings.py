@@ -91,7 +91,7 @@ class TinyRandomSettings(LLMSettings):
 
 @dataclass
 class AdapterSettings:
-    """The iLoRA adapter; see `llm2rec.ilora.ILoraConfig`.
+    """The iLoRA adapter: fields of `llm2rec.ilora.ILoraConfig` by the same names, all of them handed to it.
 
     Attributes:
         r: Total rank over all experts.
@@ -100,8 +100,20 @@ class AdapterSettings:
         dropout: Dropout on the adapter's input. A base with dropout of its own (BERT and its kin) has it on in training
             besides, as everywhere in PEFT.
         scaling: ``total`` (alpha/R, the paper) or ``per_expert`` (alpha/(R/E), the released program).
-        target_modules: Names of the layers to adapt; None takes the defaults for the model's type.
-        gate: Kind of gate network.
+        target_modules: Names of the layers to adapt, or a regular expression over their full names (to choose blocks
+            as well); None takes the defaults for the model's type.
+        exclude_modules: Names of layers to leave alone.
+        rank_pattern: Total rank of layers that differ from ``r``, by name.
+        alpha_pattern: The same for ``alpha``.
+        gate: Kind of gate network: ``linear`` (the paper), ``mlp``, ``topk``, ``topk_released``, ``noisy``,
+            ``dropout`` or ``conv``.
+        gate_per_layer: Whether every adapted layer has a gate network of its own.
+        gate_temperature: Divides the gate's logits.
+        gate_top_k: Experts kept by the top-k gates; as with the next three, None takes the kind's own default, and a
+            value is refused where the kind does not read it.
+        gate_hidden_size: Inner width of ``mlp``.
+        gate_noise: Standard deviation of the noise of ``noisy``.
+        gate_dropout: Probability of dropping a logit of ``dropout``.
     """
 
     r: int = 16
@@ -110,7 +122,16 @@ class AdapterSettings:
     dropout: float = 0.05
     scaling: str = "total"
     target_modules: Any = None
+    exclude_modules: Any = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     gate: str = "linear"
+    gate_per_layer: bool = False
+    gate_temperature: float = 1.0
+    gate_top_k: int | None = None
+    gate_hidden_size: int | None = None
+    gate_noise: float | None = None
+    gate_dropout: float | None = None
 
 
 @dataclass
@@ -155,6 +176,9 @@ class TeacherSettings:
         popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
         train_rows: Training rows used, chosen by the seed; None uses all.
         validation_rows: Validation rows used for early stopping, chosen by the seed; None uses all.
+        gate_learning_rate_ratio: Learning rate of the gate networks as a part of ``training.learning_rate``.
+        balance_loss: Weight of the load-balance loss, which evens out how much each expert is used over a step's rows;
+            0 leaves it out.
         adapter: The iLoRA adapter.
         training: Length, batch and rate.
         export: What is written down.
@@ -169,6 +193,8 @@ class TeacherSettings:
     popularity_prior: float = 0.0
     train_rows: int | None = None
     validation_rows: int | None = None
+    gate_learning_rate_ratio: float = 1.0
+    balance_loss: float = 0.0
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
@@ -182,3 +208,12 @@ class TeacherSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"teacher.{name} is {value}, expected at least 1, or null for all rows.")
+        if not 0 < self.gate_learning_rate_ratio < float("inf"):
+            raise ConfigError(
+                f"teacher.gate_learning_rate_ratio is {self.gate_learning_rate_ratio}, expected a positive finite "
+                "number; 1 trains the gate at the rate of the rest."
+            )
+        if not 0 <= self.balance_loss < float("inf"):
+            raise ConfigError(
+                f"teacher.balance_loss is {self.balance_loss}, expected 0 (off) or a positive finite weight."
+            )

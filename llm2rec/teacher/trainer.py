@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
@@ -12,6 +11,7 @@ from llm2rec.core.record import TrainingRecord
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.gate_cache import TeacherRows
+from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ILoraRecommender
 from llm2rec.teacher.prompts import batches_by_tokens
 
@@ -19,7 +19,14 @@ __all__ = ["rank_targets", "train_teacher"]
 
 
 def train_teacher(
-    model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine, *, select_on: str = "ndcg@10"
+    model: ILoraRecommender,
+    train: TeacherRows,
+    validation: TeacherRows,
+    engine: Engine,
+    *,
+    select_on: str = "ndcg@10",
+    gate_lr_ratio: float = 1.0,
+    balance_weight: float = 0.0,
 ) -> ILoraRecommender:
     """Train LoRA experts and gate with full-softmax cross-entropy; keep the weights that validate best.
 
@@ -29,15 +36,19 @@ def train_teacher(
         validation: Rows for early stopping.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
         select_on: Validation metric that decides.
+        gate_lr_ratio: Learning rate of the gate networks as a part of that of the experts.
+        balance_weight: Weight of the load-balance loss; 0 leaves it out.
 
     Returns:
         The unwrapped model with the best weights, in evaluation mode.
     """
     settings, record, n_rows = engine.training, TrainingRecord(engine, select_on), len(train.rows)
-    wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay))
+    ratios = {"ilora_gate": gate_lr_ratio}
+    wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay, ratios))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
+    watch = GateWatch(model, validation.gate_inputs, engine)
     positions, max_steps = np.arange(n_rows), engine.max_steps(n_rows)
     steps = engine.steps(positions, record.step, train.token_counts)
     wrapped.train()
@@ -45,26 +56,31 @@ def train_teacher(
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
+        use = mean_gates(model, train.gate_inputs, share, engine) if balance_weight > 0 else None  # (E,) or (G, E)
         for micro, weights in zip(share.micro_batches, share.weights, strict=True):
             batch = train.data.batch(train.rows[micro], engine.device)
             tokens = model.prompts.histories(
                 train.data.history.numpy()[train.rows[micro]], train.data.lengths.numpy()[train.rows[micro]]
             ).to(engine.device)
             gate_input = torch.from_numpy(train.gate_inputs[micro]).to(engine.device)
-            with engine.accumulate(wrapped), model.mixing(gate_input):  # the gates must outlive the backward pass
+            with engine.accumulate(wrapped), model.mixing(gate_input) as gates:  # they must outlive backward
                 users = wrapped(tokens.input_ids, tokens.attention_mask)  # (B, d)
                 logits = model.score(users, batch.history, keep=batch.targets)  # (B, N)
-                losses = cross_entropy(logits, batch.targets)  # (B,)
-                loss = (losses * torch.from_numpy(weights).to(losses)).sum()
-                engine.backward(loss, share.n_rows, step, train.rows[micro])
+                losses = {"loss": cross_entropy(logits, batch.targets)}  # each (B,)
+                if use is not None:
+                    losses |= {"loss_item": losses["loss"], "loss_balance": balance_losses(gates, use)}
+                    losses["loss"] = losses["loss_item"] + balance_weight * losses["loss_balance"]
+                counted = torch.from_numpy(weights).to(engine.device)
+                sums = {name: (values * counted).sum() for name, values in losses.items()}
+                engine.backward(sums["loss"], share.n_rows, step, train.rows[micro])
                 engine.step(wrapped, optimizer)
-            record.add_losses({"loss": loss})
+            record.add_losses(sums)
         record.finish_step(step, share.n_rows)
 
         if settings.evaluation_is_due(record.step, n_rows):
+            engine.average_buffers(model)
             metrics = ranking_metrics(rank_targets(model, validation, engine))
-            entropy, use = gate_health(model, validation.gate_inputs)
-            record.evaluated(model, metrics, learning_rate=lr, gate_entropy=entropy, **use)
+            record.evaluated(model, metrics, learning_rate=lr, **watch.look(record.step))
         if settings.checkpoint_is_due(record.step, n_rows):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
@@ -109,11 +125,3 @@ def rank_targets(
             ranks[torch.from_numpy(part)] = target_ranks(scores, batch.targets).cpu()
     model.train(was_training)
     return engine.gather_rows(ranks, len(rows.rows))
-
-
-def gate_health(model: ILoraRecommender, gate_inputs: NDArray[np.float32]) -> tuple[float, dict[str, float]]:
-    """Mean entropy of the gates in nats (log E when all experts are used alike), and each expert's mean gate."""
-    with torch.no_grad():
-        gates = model.tuner.gate(torch.from_numpy(gate_inputs).to(model.item_vectors.device)).float()
-    entropy = -(gates * gates.clamp(min=1e-12).log()).sum(dim=1).mean().item()
-    return entropy, {f"gate_use_{expert}": use for expert, use in enumerate(gates.mean(dim=0).tolist())}

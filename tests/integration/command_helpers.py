@@ -23,6 +23,9 @@ TEACHER = [
     "teacher.training.batch_size=36",
     "teacher.training.micro_batch_size=7",
     "teacher.adapter.dropout=0",
+    # What is about a whole step, or a part of the parameters, has to survive any division of the work.
+    "teacher.balance_loss=0.5",
+    "teacher.gate_learning_rate_ratio=3",
     "teacher.export.block_rows=50",
     "llm.width=32",
 ]

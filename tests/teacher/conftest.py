@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from engine_helpers import fresh_processes  # noqa: F401
 from teacher_helpers import engine_in
 
 from llm2rec.data import RecData, prepare
