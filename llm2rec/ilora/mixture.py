@@ -33,6 +33,8 @@ def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Te
     Returns:
         Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable once in all tensors.
     """
+    if dropout > 0:  # what is kept counts for what is dropped; here that is B * R numbers, and not those of x
+        factors = factors / (1 - dropout)
     return cast(Tensor, _AddMixture.apply(result, x, down, up, factors, dropout))
 
 
@@ -43,13 +45,10 @@ class _AddMixture(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        dropped, kept = x.to(dtype), None
-        if dropout > 0:
-            dropped, kept = torch.native_dropout(dropped, dropout, True)
-        hidden = linear(dropped, down.to(dtype))  # (B, ..., R)
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
+        hidden = linear(_drop(x.to(dtype), kept), down.to(dtype))  # (B, ..., R)
         mixed = _rows(hidden * factors.to(dtype))  # (N, R), N = B * ...
         ctx.save_for_backward(x, kept, hidden, down, up, factors)
-        ctx.dropout = dropout
         rows, up = _rows(result), up.to(dtype)
         # One pass over (N, out) where the types allow it, instead of a product, a copy and a sum.
         rows = torch.addmm(rows, mixed, up.T) if rows.dtype == dtype else rows + linear(mixed, up).to(rows.dtype)
@@ -64,22 +63,22 @@ class _AddMixture(torch.autograd.Function):
         grad_rows, f = grad.to(dtype), factors.to(dtype)
         grad_mixed = linear(grad_rows, up.to(dtype).T)  # (B, ..., R)
         grad_hidden = grad_mixed * f
-        if kept is not None:
-            grad_hidden = grad_hidden / (1 - ctx.dropout)  # on the narrow side, for x and A at once
 
         grad_x = grad_down = grad_up = grad_factors = None
         if needs_x:
-            grad_x = linear(grad_hidden, down.to(dtype).T)
-            grad_x = (grad_x if kept is None else grad_x * kept).to(x.dtype)
+            grad_x = _drop(linear(grad_hidden, down.to(dtype).T), kept).to(x.dtype)
         if needs_down:
-            dropped = x.to(dtype) if kept is None else x.to(dtype) * kept
-            grad_down = (_rows(grad_hidden).T @ _rows(dropped)).to(down.dtype)
+            grad_down = (_rows(grad_hidden).T @ _rows(_drop(x.to(dtype), kept))).to(down.dtype)
         if needs_up:
             grad_up = (_rows(grad_rows).T @ _rows(hidden * f)).to(up.dtype)
         if needs_factors:
             # Summed over tokens in the factors' own dtype: bfloat16 would lose small terms of a long sequence.
             grad_factors = (grad_mixed * hidden).to(factors.dtype).sum_to_size(factors.shape)
         return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, grad_factors, None
+
+
+def _drop(x: Tensor, kept: Tensor | None) -> Tensor:
+    return x if kept is None else x * kept
 
 
 def _rows(x: Tensor) -> Tensor:

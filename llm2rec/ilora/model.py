@@ -132,8 +132,13 @@ class ILoraModel(BaseTuner):
 
         Returns:
             What the model's ``generate`` returns.
+
+        Raises:
+            GateError: If the gates held are not those of as many prompts.
         """
-        with self.slot.repeating():
+        given = (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds")))
+        n_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)  # 1: from the begin token
+        with self.slot.repeating(n_prompts):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def _only_active_adapter(self) -> str:
@@ -437,11 +442,12 @@ def _check_segments(segments: Tensor | None, n_instances: int) -> None:
             f"`segments` must be int64 of shape (B, T), a number per token, got {segments.dtype} of shape "
             f"{tuple(segments.shape)}; `segments_of(position_ids)` makes it."
         )
-    least, most = (int(value) for value in segments.aminmax())
-    if least < -1 or most >= n_instances:
+    least, most = torch.stack(segments.aminmax()).tolist()
+    # Gates that no token has show that gates and segments were counted differently: a neighbour's may be in use then.
+    if least < -1 or most != n_instances - 1:
         raise GateError(
-            f"`segments` must lie in [-1, {n_instances}), the number of rows of the gates, got {least} to {most}; give "
-            "one row of gates per packed sequence."
+            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got numbers from "
+            f"{least} to {most} for gates of {n_instances} instances; give one row of gates per packed sequence."
         )
 
 

@@ -55,7 +55,8 @@ class GateSlot:
         self.last: dict[str, Tensor] = {}
         self._layouts: dict[str, set[RankLayout]] = {}
         self._factors: dict[str, dict[RankLayout, Tensor]] | None = None
-        self._repeated: dict[tuple[str, RankLayout, int], Tensor] | None = None
+        self._repeated: dict[tuple[str, RankLayout, int], Tensor] = {}
+        self._n_prompts: int | None = None
 
     @property
     def held(self) -> bool:
@@ -103,13 +104,22 @@ class GateSlot:
             self._factors = None
 
     @contextmanager
-    def repeating(self) -> Iterator[None]:
-        """Let layers receive each row several times in a row, as generation repeats rows for beams and samples."""
-        self._repeated = {}
+    def repeating(self, n_prompts: int) -> Iterator[None]:
+        """Let layers receive each row several times in a row, as generation repeats prompts for beams and samples.
+
+        Args:
+            n_prompts: Rows before they are repeated. Gates must be held for as many: for fewer, an instance's gates
+                would silently go to its neighbours.
+
+        Yields:
+            Nothing.
+        """
+        self._n_prompts = n_prompts
         try:
             yield
         finally:
-            self._repeated = None
+            self._n_prompts = None
+            self._repeated = {}
 
     def factors(self, adapter: str, layout: RankLayout, shape: tuple[int, ...]) -> Tensor:
         """Give a layer the factors of its middle activation.
@@ -146,13 +156,12 @@ class GateSlot:
             return factors
         if factors.shape[0] != shape[0]:
             times, rest = divmod(shape[0], factors.shape[0])
-            if self._repeated is None or rest:
-                raise GateError(_rows_message(factors.shape[0], shape[0]))
+            if rest or self._n_prompts != factors.shape[0]:
+                raise GateError(_rows_message(factors.shape[0], shape[0], self._n_prompts))
             factors = self._repeat(adapter, layout, factors, times)
         return factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
 
     def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:
-        assert self._repeated is not None, "only asked for while repeating"
         key = (adapter, layout, times)
         if key not in self._repeated:  # once per generation, not once per token
             self._repeated[key] = factors.repeat_interleave(times, dim=0)
@@ -185,11 +194,13 @@ def _per_token(factors: Tensor, segments: Tensor | None) -> Tensor:
     if segments is None:
         return factors
     # Row -1 is the one appended: zeros for tokens that belong to no segment.
-    return torch.cat([factors, factors.new_zeros(1, factors.shape[1])])[segments]
+    return torch.cat([factors, factors.new_zeros(1, factors.shape[1])])[segments.to(factors.device)]
 
 
-def _rows_message(n_gates: int, n_rows: int) -> str:
+def _rows_message(n_gates: int, n_rows: int, n_prompts: int | None) -> str:
     message = f"gates cover {n_gates} rows but the layer received {n_rows}; "
+    if n_prompts is not None:
+        return message + f"hold one row of gates per prompt, {n_prompts} in all, which are repeated once per beam."
     if n_rows % n_gates == 0:
         times = n_rows // n_gates
         return message + (
