@@ -141,10 +141,10 @@ def synchronize() -> None:
 
 def write_result(options: argparse.Namespace, headline: dict[str, Any], samples: Any) -> None:
     """Write the JSON file and print the headline."""
-    device = torch.device(options.device)
+    on_gpu = str(getattr(options, "device", "cpu")).startswith("cuda")
     environment = {
         **library_versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(options.device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }

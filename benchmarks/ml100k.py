@@ -42,7 +42,7 @@ STUDENT = ["student.training.patience=5"]
 
 def main() -> None:
     """Run the job and write the JSON file."""
-    options = parse()
+    options = parse(__doc__)
     stages = Stages(options)
     plan = Plan(options)
     students = [
@@ -64,16 +64,16 @@ def main() -> None:
         "commit": git_state(),
         "environment": {**library_versions(), "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
     }
-    write_json(Path(options.json), result)
+    write_json(options.json, result)
     print(json.dumps(result["headline"], indent=2))
 
 
-def parse() -> argparse.Namespace:
+def parse(description: str) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
     parser.add_argument("--llm-path", help="folder with all-MiniLM-L6-v2")
-    parser.add_argument("--json", required=True, help="where to write the result")
+    parser.add_argument("--json", required=True, type=Path, help="where to write the result")
     parser.add_argument("--work", default="result/ml100k", help="folder for data and runs; finished stages are kept")
     parser.add_argument("--jobs", type=int, default=1, help="students trained at once, each on its share of processors")
     parser.add_argument("--quick", action="store_true", help="generated data and a tiny model: about a minute")
