@@ -26,7 +26,6 @@ from llm2rec.core.git_info import git_state, library_versions
 
 __all__ = [
     "command_line",
-    "geometric_mean",
     "matmul",
     "peak_bytes",
     "relative",
@@ -70,11 +69,6 @@ def spread(over: Iterable[float], under: Iterable[float]) -> dict[str, float]:
     """Median and quartiles of the ratios taken round by round."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4, method="inclusive")
     return {"median": median, "lower_quartile": low, "upper_quartile": high}
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """Mean of ratios: the same whichever of the two sides is on top."""
-    return statistics.geometric_mean(ratios)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

@@ -1,6 +1,6 @@
-"""One linear layer with iLoRA, forward and backward, beside LoRA, X-LoRA and a product per expert.
+"""The linear layers of a block with iLoRA, forward and backward, beside LoRA, X-LoRA and a product per expert.
 
-    .venv/bin/python benchmarks/ilora_layer.py --json benchmarks/results/ilora_layer.json
+    .venv/bin/python benchmarks/ilora_layer.py --threads 1 --json benchmarks/results/ilora_layer.json
 
 All variants hold the same weights, the same total rank and the same gates, run in turn in one process, and are checked
 to give the same output before they are timed. A step is the forward pass and the gradients of the input, of both
@@ -12,9 +12,11 @@ factors and of the gates (all experts of X-LoRA are trained).
     xlora       PEFT's X-LoRA: one LoRA per expert, gates for every token
     per_expert  iLoRA as its authors' program has it: an output per expert, multiplied by the gates, summed
 
-The headline is for 4 experts, the paper's best. Times are the geometric mean over the sizes of the medians of ratios
-taken round by round; memory is that of the worst size. Memory is the peak of a step beyond what was there before it,
-with the input there and the output not. `..._e16_vs_e2` is the peak with 16 experts divided by that with 2.
+Layers are those of all-MiniLM-L6-v2 on a CPU (float32), of Llama-2-7B on a GPU (bfloat16). Each kind is timed by itself
+and counts as often as a block has it; the headline's times are ratios of whole blocks taken round by round, and its
+memory is that of the worst layer, both for 4 experts, the paper's best. Memory is the peak of a step beyond what was
+there before it, with the input there and the output not. `..._e16_vs_e2` is the peak with 16 experts divided by that
+with 2. How much a product per expert costs beside the frozen layer depends on the layer's width: `samples` has each.
 """
 
 import argparse
@@ -44,21 +46,26 @@ def main() -> None:
     harness.write_result(options, headline(cases), cases)
 
 
-def plan(options: argparse.Namespace) -> Iterable[tuple[tuple[int, int], tuple[int, int], int, float]]:
-    """List the cases: sizes (in, out) of the layer and (B, T) of the batch, experts, dropout."""
+def plan(options: argparse.Namespace) -> Iterable[tuple[tuple[int, int], int, tuple[int, int], int, float]]:
+    """List the cases: size (in, out) of a layer, how many of it a block has, (B, T) of the batch, experts, dropout."""
     if options.quick:
-        sizes, batch, experts = [(64, 64), (64, 176)], (4, 16), [2, 4, 16]
-    elif options.device == "cpu":
-        sizes, batch, experts = [(1024, 1024), (1024, 2816), (2816, 1024)], (16, 128), [2, 4, 8, 16]
-    else:  # Llama-2-7B
-        sizes, batch, experts = [(4096, 4096), (4096, 11008), (11008, 4096)], (4, 512), [2, 4, 8, 16]
-    for size in sizes:
-        yield from ((size, batch, number, 0.0) for number in experts)
-        yield size, batch, HEADLINE_EXPERTS, 0.05
+        sizes, batch, experts = {(64, 64): 4, (64, 176): 1}, (4, 16), [2, 4, 16]
+    elif options.device == "cpu":  # all-MiniLM-L6-v2: queries, keys, values and output; feed-forward up and down
+        sizes, batch, experts = {(384, 384): 4, (384, 1536): 1, (1536, 384): 1}, (32, 80), [2, 4, 8, 16]
+    else:  # Llama-2-7B: the same four; gate and up; down
+        sizes, batch, experts = {(4096, 4096): 4, (4096, 11008): 2, (11008, 4096): 1}, (4, 512), [2, 4, 8, 16]
+    for size, count in sizes.items():
+        yield from ((size, count, batch, number, 0.0) for number in experts)
+        yield size, count, batch, HEADLINE_EXPERTS, 0.05
 
 
 def measure(
-    size: tuple[int, int], batch: tuple[int, int], experts: int, dropout: float, options: argparse.Namespace
+    size: tuple[int, int],
+    count: int,
+    batch: tuple[int, int],
+    experts: int,
+    dropout: float,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Time one case and count its memory."""
     device = torch.device(options.device)
@@ -86,6 +93,7 @@ def measure(
     case = {
         "in": size[0],
         "out": size[1],
+        "in_a_block": count,
         "batch": batch,
         "experts": experts,
         "rank": RANK,
@@ -200,13 +208,13 @@ def check_equal(forwards: dict[str, Forward], x: Tensor, gates: Tensor, toleranc
 
 
 def headline(cases: list[dict[str, Any]]) -> dict[str, float]:
-    """Combine the sizes as the text at the top says."""
+    """Combine the layers as the text at the top says."""
     plain = [case for case in cases if not case["dropout"]]
     four = [case for case in plain if case["experts"] == HEADLINE_EXPERTS]
     dropout = [case for case in cases if case["dropout"]]
 
     def time(cases: list[dict[str, Any]], other: str) -> float:
-        return harness.geometric_mean(case["time_of_ilora_vs"][other]["median"] for case in cases)
+        return harness.spread(block_seconds(cases, "ilora"), block_seconds(cases, other))["median"]
 
     def memory(cases: list[dict[str, Any]], kind: str, other: str) -> float:
         return max(case[kind]["ilora"] / case[kind][other] for case in cases)
@@ -231,6 +239,14 @@ def headline(cases: list[dict[str, Any]]) -> dict[str, float]:
         "dropout_memory_vs_lora": memory(dropout, "peak_bytes", "lora"),
         "dropout_saved_vs_lora": memory(dropout, "saved_bytes", "lora"),
     }
+
+
+def block_seconds(cases: list[dict[str, Any]], name: str) -> list[float]:
+    """Seconds of all layers of a block, round by round."""
+    return [
+        sum(case["in_a_block"] * seconds for case, seconds in zip(cases, of_round, strict=True))
+        for of_round in zip(*(case["seconds"][name] for case in cases), strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What the gates do for a teacher: one plain LoRA against mixtures with several gates and rates, on MovieLens 100K.
+r"""What the gates do for a teacher: one plain LoRA against mixtures with several gates and rates, on MovieLens 100K.
 
-    .venv/bin/python benchmarks/teacher_gates.py --jobs 2 --raw-dir FOLDER --llm-path FOLDER \\
+    .venv/bin/python benchmarks/teacher_gates.py --jobs 2 --raw-dir FOLDER --llm-path FOLDER \
         --json benchmarks/results/teacher_gates.json
 
-Each variant trains all-MiniLM-L6-v2 on the same 10,000 rows once, with everything but the adapter's mixture the
-same, and is scored on the 943 validation rows; the test split stays closed. `information` is the mutual information of instance and expert
-in nats (0: all instances share one mixture, which is a plain LoRA; log 4 = 1.386 at most). Finished variants in
-``--work`` are not run again. ``--quick`` shows the same on generated data and a tiny random model.
+Each variant trains all-MiniLM-L6-v2 on the same 10,000 rows once, with everything but the adapter's mixture the same,
+and is scored on the 943 validation rows; the test split stays closed. `information` is the mutual information of
+instance and expert in nats (0: all instances share one mixture, which is a plain LoRA; log 4 = 1.386 at most). Finished
+variants in ``--work`` are not run again. ``--quick`` shows the same on generated data and a tiny random model.
 """
 
 import statistics

@@ -44,7 +44,7 @@ def tiny(kind: str, seed: int = 0, width: int = WIDTH) -> nn.Module:
     ).eval()
 
 
-def quantized(kind: str) -> nn.Module:
+def quantized(kind: str, device: str = "cpu") -> nn.Module:
     """A tiny Llama whose block layers hold quantised weights, as `load_in_8bit` and `load_in_4bit` leave it."""
     import bitsandbytes
 
@@ -57,8 +57,8 @@ def quantized(kind: str) -> nn.Module:
             else:
                 swapped = bitsandbytes.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32)
             swapped.load_state_dict(layer.state_dict())
-            model.model.layers.set_submodule(name, swapped.to("cpu"))
-    return model.eval()
+            model.model.layers.set_submodule(name, swapped.to(device))
+    return model.to(device).eval()
 
 
 def adapt(model: nn.Module, trained: bool = True, **options) -> PeftModel:

@@ -97,35 +97,6 @@ def test_inputs_embeds(kind):
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_cached_greedy_generation_equals_uncached(kind):
-    model = adapt(tiny(kind))
-    ids = batch()["input_ids"]
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    mask = torch.ones_like(ids)
-    with model.base_model.instance(gate_inputs()):
-        cached = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)
-        uncached = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-    assert cached.shape == (3, 11)
-    assert torch.equal(cached, uncached)
-
-
-def test_beams_need_the_gates_repeated():
-    model = adapt(tiny("llama"))
-    ids = batch()["input_ids"]
-    options = {"max_new_tokens": 4, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
-    options["attention_mask"] = torch.ones_like(ids)
-    gates = model.base_model.gate(gate_inputs())
-    with model.base_model.hold(gates), pytest.raises(GateError, match=r"repeat_interleave\(2, dim=0\)"):
-        model.generate(input_ids=ids, **options)
-    with model.base_model.hold(gates.repeat_interleave(2, dim=0)):
-        together = model.generate(input_ids=ids, **options)
-    for row in range(3):
-        options["attention_mask"] = torch.ones_like(ids[:1])
-        with model.base_model.hold(gates[row : row + 1].repeat_interleave(2, dim=0)):
-            assert torch.equal(model.generate(input_ids=ids[row : row + 1], **options)[0], together[row])
-
-
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bfloat16(autocast_adapter_dtype):
     reference = adapt(tiny("llama"))
