@@ -42,7 +42,7 @@ def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
     """Give the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds: under a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: under a minute")
     parser.add_argument("--rounds", type=int, default=rounds, help="how often each variant is timed")
     parser.add_argument("--threads", type=int, help="processor threads; torch's own choice by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

@@ -14,13 +14,14 @@ __all__ = ["add_mixture"]
 def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float = 0.0) -> Tensor:
     """Add the mixture of the experts to the base layer's output: ``result + B (f * (A drop(x)))``.
 
-    Computes in the dtype of ``x`` (of autocast, where that is on) and casts the weights to it. PEFT's LoRA casts ``x``
-    to the dtype of the weights instead: beside a bfloat16 base that is a float32 copy of every layer's input, kept
-    for the backward pass, and products off the tensor cores.
+    It computes in the dtype of ``x`` (of autocast, where that is on) and casts the weights to it. PEFT's LoRA casts
+    ``x`` to the dtype of the weights instead: beside a bfloat16 base that is a float32 copy of every layer's input,
+    kept for the backward pass, and products off the tensor cores.
 
-    The backward pass keeps ``x`` as it came (one tensor for all layers that read the same one), ``A x`` and one byte
-    per element for dropout. Left to autograd, ``A drop(x)`` would keep the dropped copy of ``x``, and the product with
-    ``f`` the middle activation a second time.
+    With dropout the backward pass is written by hand. It keeps ``x`` as it came (one tensor for all layers that read
+    the same one) and one byte per element for what was dropped, where autograd would keep a dropped copy of ``x`` for
+    every layer: a third of all that a training step keeps. Without dropout there is no copy to save, and autograd's own
+    functions cost the processor less than ours.
 
     Args:
         result: Output of the base layer, shape ``(B, ..., out)``.
@@ -33,20 +34,22 @@ def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Te
     Returns:
         Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable once in all tensors.
     """
-    if dropout > 0:  # what is kept counts for what is dropped; here that is B * R numbers, and not those of x
-        factors = factors / (1 - dropout)
-    return cast(Tensor, _AddMixture.apply(result, x, down, up, factors, dropout))
+    if dropout > 0:
+        # What is kept stands in for what is dropped: on the few factors, not on all of x.
+        return cast(Tensor, _AddMixtureOfDropped.apply(result, x, down, up, factors / (1 - dropout), dropout))
+    dtype = _compute_dtype(x)
+    hidden = linear(x, down.to(dtype)) * factors.to(dtype)  # (B, ..., R)
+    return result + linear(hidden, up.to(dtype)).to(result.dtype)
 
 
-class _AddMixture(torch.autograd.Function):
+class _AddMixtureOfDropped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float
     ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
-        hidden = linear(_drop(x.to(dtype), kept), down.to(dtype))  # (B, ..., R)
+        dtype = _compute_dtype(x)
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+        hidden = linear(x.to(dtype) * kept, down.to(dtype))  # (B, ..., R)
         mixed = _rows(hidden * factors.to(dtype))  # (N, R), N = B * ...
         ctx.save_for_backward(x, kept, hidden, down, up, factors)
         rows, up = _rows(result), up.to(dtype)
@@ -65,10 +68,10 @@ class _AddMixture(torch.autograd.Function):
         grad_hidden = grad_mixed * f
 
         grad_x = grad_down = grad_up = grad_factors = None
-        if needs_x:
-            grad_x = _drop(linear(grad_hidden, down.to(dtype).T), kept).to(x.dtype)
         if needs_down:
-            grad_down = (_rows(grad_hidden).T @ _rows(_drop(x.to(dtype), kept))).to(down.dtype)
+            grad_down = (_rows(grad_hidden).T @ _rows(x.to(dtype) * kept)).to(down.dtype)
+        if needs_x:
+            grad_x = linear(grad_hidden, down.to(dtype).T).mul_(kept).to(x.dtype)
         if needs_up:
             grad_up = (_rows(grad_rows).T @ _rows(hidden * f)).to(up.dtype)
         if needs_factors:
@@ -77,8 +80,9 @@ class _AddMixture(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, grad_factors, None
 
 
-def _drop(x: Tensor, kept: Tensor | None) -> Tensor:
-    return x if kept is None else x * kept
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class GateSlot:
         self.last: dict[str, Tensor] = {}
         self._layouts: dict[str, set[RankLayout]] = {}
         self._factors: dict[str, dict[RankLayout, Tensor]] | None = None
+        self._packed = False
         self._repeated: dict[tuple[str, RankLayout, int], Tensor] = {}
         self._n_prompts: int | None = None
 
@@ -94,6 +95,7 @@ class GateSlot:
         if self._factors is not None:
             raise GateError("gates are already held; close the outer `hold` before opening another.")
         self.last = {adapter: held.detach() for adapter, held in gates.items()}
+        self._packed = segments is not None
         self._factors = {
             adapter: {layout: _per_token(layout.spread(held), segments) for layout in self._layouts.get(adapter, ())}
             for adapter, held in gates.items()
@@ -147,19 +149,18 @@ class GateSlot:
                 "every active adapter, or open `hold` after `set_adapter`."
             )
         factors = self._factors[adapter][layout]
-        if factors.ndim == 3:
+        if self._packed:
             if factors.shape[:2] != shape:
                 raise GateError(
                     f"`segments` covers {tuple(factors.shape[:2])} rows and tokens but the layer received "
                     f"{tuple(shape)}; give one segment number per token of the batch."
                 )
-            return factors
-        if factors.shape[0] != shape[0]:
+        elif factors.shape[0] != shape[0]:
             times, rest = divmod(shape[0], factors.shape[0])
             if rest or self._n_prompts != factors.shape[0]:
                 raise GateError(_rows_message(factors.shape[0], shape[0], self._n_prompts))
             factors = self._repeat(adapter, layout, factors, times)
-        return factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
+        return factors if len(shape) == 2 else factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
 
     def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:
         key = (adapter, layout, times)
@@ -190,9 +191,9 @@ def segments_of(position_ids: Tensor) -> Tensor:
 
 
 def _per_token(factors: Tensor, segments: Tensor | None) -> Tensor:
-    """Factors of each token, shape ``(B, T, R)``, from factors of each segment, shape ``(S, R)``."""
+    """Factors of shape ``(B, 1, R)``, or of each token, ``(B, T, R)``, from those of each segment, ``(S, R)``."""
     if segments is None:
-        return factors
+        return factors.unsqueeze(1)  # as most layers want them, once and not in every layer
     # Row -1 is the one appended: zeros for tokens that belong to no segment.
     return torch.cat([factors, factors.new_zeros(1, factors.shape[1])])[segments.to(factors.device)]
 

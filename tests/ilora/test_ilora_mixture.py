@@ -1,4 +1,4 @@
-"""The hand-written backward pass against autograd's own on the formula as it reads."""
+"""Both ways of adding the mixture against the formula as it reads."""
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ def tensors(shape=(3, 7), dtype=torch.float64, factors=(3, 1, RANK), seed=0) -> 
         ((0, 7), (0, 1, 4)),
     ],
 )
-def test_values_and_gradients_equal_the_formula(shape, factors):
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # the second by the other way, with nothing dropped
+def test_values_and_gradients_equal_the_formula(shape, factors, dropout):
     given = tensors(shape, factors=factors)
     cotangent = torch.randn(*shape, OUT, dtype=torch.float64)
-    results = [function(*given) for function in (plain, add_mixture)]
+    results = [plain(*given), add_mixture(*given, dropout)]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(result, given, cotangent) for result in results))
 
@@ -56,8 +57,7 @@ def test_dropout_drops_elements_of_the_input_and_the_gradients_follow():
     assert not torch.equal(add_mixture(*given, dropout), add_mixture(*given, dropout))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_only_the_input_the_middle_and_the_mask_are_kept(dropout):
+def test_with_dropout_only_the_input_the_middle_and_a_mask_are_kept():
     given, kept = tensors((3, 200), torch.float32), {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -65,41 +65,48 @@ def test_only_the_input_the_middle_and_the_mask_are_kept(dropout):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = add_mixture(*given, dropout)
-    result_bytes = sum(kept.values()) - sum(tensor.nbytes for tensor in given[1:])
-    assert result_bytes == 600 * RANK * 4 + (600 * IN if dropout else 0)
+        result = add_mixture(*given, dropout=0.5)
+    factors = given[4].nbytes  # divided by 1/2
+    assert sum(kept.values()) == sum(each.nbytes for each in given[1:4]) + factors + 600 * RANK * 4 + 600 * IN
     assert given[1].data_ptr() in kept
     result.sum().backward()
 
 
 @pytest.mark.parametrize("wanted", range(5))
-def test_each_gradient_can_be_asked_for_alone(wanted):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_each_gradient_can_be_asked_for_alone(wanted, dropout):
+    def loss(given: list[Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        return add_mixture(*given, dropout).sin().sum()
+
     given = tensors()
-    everything = torch.autograd.grad(add_mixture(*given).sin().sum(), given)
+    everything = torch.autograd.grad(loss(given), given)
     alone = [tensor.detach().requires_grad_(number == wanted) for number, tensor in enumerate(given)]
-    [gradient] = torch.autograd.grad(add_mixture(*alone).sin().sum(), [alone[wanted]])
+    [gradient] = torch.autograd.grad(loss(alone), [alone[wanted]])
     torch.testing.assert_close(gradient, everything[wanted])
 
 
-def test_strided_input_and_expanded_gradients():
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_strided_input_and_expanded_gradients(dropout):
     given = tensors()
     given[0] = torch.randn(7, 3, OUT, dtype=torch.float64).transpose(0, 1).requires_grad_()
     given[1] = torch.randn(7, 3, IN, dtype=torch.float64).transpose(0, 1).requires_grad_()
     cotangent = torch.ones(1, 1, OUT, dtype=torch.float64).expand(3, 7, OUT)
-    results = [function(*given) for function in (plain, add_mixture)]
+    results = [plain(*given), add_mixture(*given, dropout)]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(result, given, cotangent) for result in results))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second by the other way, with nothing dropped
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_input_with_float32_weights(autocast):
+def test_bfloat16_input_with_float32_weights(autocast, dropout):
     """Products in bfloat16, gradients of the weights in their own dtype."""
     exact = tensors((3, 50))
     given = [tensor.detach().float().requires_grad_() for tensor in exact]
     if not autocast:
         given[:2] = [tensor.detach().bfloat16().requires_grad_() for tensor in given[:2]]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result = add_mixture(*given)
+        result = add_mixture(*given, dropout)
     assert result.dtype == given[0].dtype
     expected = plain(*exact)
     assert (result.double() - expected).norm() < 0.01 * expected.norm()
@@ -110,8 +117,8 @@ def test_bfloat16_input_with_float32_weights(autocast):
         assert (grad.double() - reference).norm() < 0.015 * reference.norm()
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_through_dropout_is_refused():
     given = tensors()
-    gradient = torch.autograd.grad(add_mixture(*given).sin().sum(), given[2], create_graph=True)
+    gradient = torch.autograd.grad(add_mixture(*given, 0.5).sin().sum(), given[2], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient[0].sum().backward()
