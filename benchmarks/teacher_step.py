@@ -10,6 +10,9 @@ Adapters have one total rank and sit on all seven linear layers. All variants sh
     lora             PEFT's LoRA
     gate_cached      iLoRA, the gate's inputs read from a cache, as the trainer does
     gate_computed    iLoRA, the gate's inputs computed in the step by the frozen base: one more forward pass
+    xlora            PEFT's X-LoRA layers, with iLoRA's gate and its cached inputs (on a CPU: what they keep for the
+                     backward pass grows with the experts, and with a 7B model no GPU has room for it)
+    per_expert       iLoRA as its authors' program has it, likewise
     matmul           a large product of matrices, for the rate that the machine reaches at that moment
 
 The headline's times are medians of ratios taken round by round, for the first case (bfloat16 on a GPU, float32 on a
@@ -20,12 +23,13 @@ weight has no gradient), and the causal half of attention. `budget` is what the 
 import argparse
 import copy
 import gc
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import harness  # first of all: it silences the profiler, which reads its settings once
+import ilora_layer
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -33,10 +37,12 @@ from transformers import LlamaConfig, LlamaModel
 
 from llm2rec.core.optimizer import adamw
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig, frozen_base
+from llm2rec.ilora.gate import LinearGate
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.ilora_model import pool
 
-RANK, EXPERTS, ALPHA = 16, 4, 32
+RANK, EXPERTS = ilora_layer.RANK, ilora_layer.HEADLINE_EXPERTS
+ALPHA = ilora_layer.SCALE * RANK
 LOGIT_SCALE, MAX_NORM, N_ITEMS = 20.0, 1.0, 4000
 TARGETS = DEFAULT_TARGET_MODULES["llama"]
 GIB = 2**30
@@ -55,11 +61,11 @@ def llama(width: int, inner: int, layers: int, heads: int) -> LlamaConfig:
 
 
 SIZES = {
-    "quick": llama(64, 176, 2, 2),
+    "quick": llama(256, 704, 4, 4),
     "cpu": llama(512, 1408, 8, 8),
     "cuda": llama(4096, 11008, 32, 32),  # Llama-2-7B
 }
-BATCHES = {"quick": (4, 16), "cpu": (8, 128), "cuda": (4, 512)}  # B, T
+BATCHES = {"quick": (4, 64), "cpu": (8, 128), "cuda": (4, 512)}  # B, T
 
 
 def main() -> None:
@@ -150,15 +156,23 @@ def measure(
         "gate_cached": training_step(ilora, batch, cached),
         "gate_computed": training_step(ilora, batch, computed),
     }
+    trained = {"lora": lora, "gate_cached": ilora, "gate_computed": ilora}
+    if device.type == "cpu":
+        lora_options = {"target_modules": ["linear"], "lora_dropout": options.dropout}
+        others = {
+            "xlora": lambda linear: ilora_layer.xlora_layer(linear, EXPERTS, lora_options),
+            "per_expert": lambda linear: per_expert_layer(linear, options.dropout),
+        }
+        for name, make in others.items():
+            trained[name], mixing = mixture_of(base, batch, checkpointing, make)
+            steps[name] = training_step(trained[name], batch, mixing)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     side = 256 if options.quick else 2048 if device.type == "cpu" else 8192
     product, product_flops = harness.matmul(side, dtype, device)
     seconds = harness.seconds_by_round({**steps, "matmul": product}, 3 if options.quick else options.rounds)
     peaks = {name: harness.peak_bytes(step, device) for name, step in steps.items()}
     # Weights, adapter, Adam's two averages; gradients are freed by a step and so are part of its peak.
-    held = {name: n_bytes(base) for name in steps}
-    for name, model in (("lora", lora), ("gate_cached", ilora), ("gate_computed", ilora)):
-        held[name] += 3 * trained_bytes(model)
+    held = {name: n_bytes(base) + (3 * trained_bytes(trained[name]) if name in trained else 0) for name in steps}
     flops, tokens = step_flops(base.config, batch), batch.ids.numel()
     case = {
         "precision": precision,
@@ -189,9 +203,55 @@ def measure(
 
 
 def adapted(base: LlamaModel, config: Any, checkpointing: bool) -> PeftModel:
-    """Put an adapter on a copy of the model that shares everything with the original but the containers."""
+    """Put an adapter on a copy of the model."""
+    return get_peft_model(with_checkpointing(twin(base), checkpointing), config).train()
+
+
+def twin(base: LlamaModel) -> LlamaModel:
+    """Copy the model's containers; all that holds weights is shared with the original."""
     leaves = {id(module): module for module in base.modules() if not any(module.children())}
-    return get_peft_model(with_checkpointing(copy.deepcopy(base, leaves), checkpointing), config).train()
+    return copy.deepcopy(base, leaves)
+
+
+def mixture_of(
+    base: LlamaModel, batch: Batch, checkpointing: bool, make: Callable[[nn.Linear], tuple[nn.Module, Any]]
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
+    """Put other layers that mix experts by gates in the place of the linear ones; `ilora_layer` has them.
+
+    Returns:
+        The model, and the context in which its gates are there.
+    """
+    model, held = with_checkpointing(twin(base), checkpointing), list[Tensor]()
+    for name, linear in [each for each in model.named_modules() if each[0].endswith(tuple(TARGETS))]:
+        model.set_submodule(name, Mixing(*make(linear), held))
+    model.gate = LinearGate(base.config.hidden_size, EXPERTS).to(base.device)
+
+    @contextmanager
+    def mixing() -> Iterator[None]:
+        held.append(model.gate(batch.gate_inputs))
+        yield
+        held.clear()
+
+    return model, mixing
+
+
+class Mixing(nn.Module):
+    """A layer that takes the gates from where they are held; ``forward`` maps input and gates to output."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor, Tensor], Tensor], held: list[Tensor]) -> None:
+        super().__init__()
+        self.module, self.function, self.held = module, function, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, T, in)`` to ``(B, T, out)``."""
+        return self.function(x, self.held[0])
+
+
+def per_expert_layer(linear: nn.Linear, dropout: float) -> tuple[nn.Module, Any]:
+    """Make the layer with an output for every expert."""
+    down, up = torch.randn(RANK, linear.in_features) / linear.in_features**0.5, torch.zeros(linear.out_features, RANK)
+    layer = ilora_layer.PerExpert(linear, down, up, EXPERTS, dropout)
+    return layer, layer
 
 
 def with_checkpointing(base: LlamaModel, checkpointing: bool) -> LlamaModel:
@@ -292,6 +352,10 @@ def headline(cases: Iterable[dict[str, Any]]) -> dict[str, float | bool]:
         "share_of_matmul_rate": first["share_of_matmul_rate"]["gate_cached"]["median"],
         "share_of_matmul_rate_bare": first["share_of_matmul_rate"]["bare"]["median"],
     }
+    for other in {"xlora", "per_expert"} & first["seconds"].keys():
+        seconds = first["seconds"]
+        result[f"time_vs_{other}"] = harness.spread(seconds["gate_cached"], seconds[other])["median"]
+        result[f"memory_vs_{other}"] = first["step_bytes"]["gate_cached"] / first["step_bytes"][other]
     for case in cases:
         label = case["precision"] + ("_checkpointing" if case["checkpointing"] else "")
         peak = case["peak_bytes"]["gate_cached"]
