@@ -8,7 +8,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SeenItems", "SequenceBatch", "SequenceData"]
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.seed import derived_seed
+
+__all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,44 @@ class SeenItems:
         where = torch.from_numpy(row).to(scores.device), torch.from_numpy(seen).to(scores.device)
         masked = scores.index_put(where, scores.new_tensor(-torch.inf))
         return masked.scatter(1, targets.unsqueeze(1), own)
+
+
+class NegativeSampler:
+    """One item per row and epoch that the row shows nowhere: neither in its history nor as its target.
+
+    Uniform over those items, as in the released DLLM2Rec program. A negative is a function of seed, epoch and example,
+    so neither batches, processes nor a resumed run change it.
+
+    Args:
+        data: Training rows.
+        seed: Seed of the run.
+
+    Raises:
+        ConfigError: If a row could show the whole catalogue.
+    """
+
+    def __init__(self, data: SequenceData, seed: int) -> None:
+        shown = data.history.shape[1] + 1
+        if data.n_items <= shown:
+            raise ConfigError(
+                f"the catalogue has {data.n_items} items and a row may show {shown} of them, so that no negative may "
+                "be left; shorten histories with `dataset.history_length`, or use a loss without negatives."
+            )
+        self._data, self._seed = data, seed
+        self._epoch, self._uniform = -1, np.empty(0)
+
+    def draw(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        """Draw the negatives of ``rows`` (shape ``(B,)``) for ``epoch``; returns item ids of shape ``(B,)``, int64."""
+        if epoch != self._epoch:
+            generator = np.random.default_rng(derived_seed(self._seed, "negatives", epoch))
+            self._epoch, self._uniform = epoch, generator.random(len(self._data))
+        n_items, index = self._data.n_items, torch.from_numpy(rows)
+        shown = torch.cat([self._data.history[index], self._data.targets[index].unsqueeze(1)], dim=1).numpy()
+        shown = np.sort(shown, axis=1).astype(np.int64)  # (B, L + 1), padding last
+        shown[:, 1:][shown[:, 1:] == shown[:, :-1]] = n_items  # each item once
+        shown.sort(axis=1)
+        n_left = n_items - (shown < n_items).sum(axis=1)
+        nth = np.minimum((self._uniform[rows] * n_left).astype(np.int64), n_left - 1)
+        # The n-th item that is not shown comes after every shown item with at most n unshown ones before it.
+        unshown_before = np.where(shown < n_items, shown - np.arange(shown.shape[1]), n_items)
+        return torch.from_numpy(nth + (unshown_before <= nth[:, None]).sum(axis=1))

@@ -2,8 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["cross_entropy"]
+__all__ = ["at_least_float32", "cross_entropy", "dros", "popularity_propensity", "sampled_bce"]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Narrow formats as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -16,4 +22,72 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Losses of shape ``(B,)``, in nats.
     """
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def sampled_bce(logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Binary cross-entropy of the target and one sampled negative: ``-½ (log σ(s⁺) + log(1 - σ(s⁻)))``.
+
+    The halves make the mean over rows the mean over all 2B scores, as in the released DLLM2Rec program (``main.py``,
+    "bce loss"); other papers sum the two.
+
+    Args:
+        logits: Shape ``(B, N)``.
+        targets: Item ids of shape ``(B,)``.
+        negatives: Item ids of shape ``(B,)``, one per row; see `NegativeSampler`.
+
+    Returns:
+        Losses of shape ``(B,)``, in nats.
+    """
+    scores = at_least_float32(logits.gather(1, torch.stack([targets, negatives], dim=1)))
+    return -0.5 * (functional.logsigmoid(scores[:, 0]) + functional.logsigmoid(-scores[:, 1]))
+
+
+def popularity_propensity(targets: Tensor, n_items: int, power: float) -> Tensor:
+    """How likely each item is to be seen at all: ``p_j = ((c_j + 1) / Σ_i (c_i + 1)) ^ power``.
+
+    The released programs of DROS and DLLM2Rec (``calcu_propensity_score``) count training targets and use 0.05, which
+    brings all items close together.
+
+    Args:
+        targets: Targets of all training rows, shape ``(M,)``; c_j counts item j.
+        n_items: Number of items, N.
+        power: 0 makes all items equal.
+
+    Returns:
+        Shape ``(N,)``, float64, in (0, 1].
+    """
+    counts = torch.bincount(targets.long(), minlength=n_items).double() + 1
+    return (counts / counts.sum()) ** power
+
+
+def dros(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tensor:
+    """Distributionally robust loss of each item as if it were its row's target (DROS, Yang et al., SIGIR 2023).
+
+    ``log( Σ_{j ≠ i} exp(p_j s_j² / β) + exp(p_i (s_i - 1)² / β) )``: scores are asked to be 1 for item i and 0 for all
+    others, and the exponential puts the weight on the items that are worst off (doi 10.1145/3539618.3591624).
+
+    The released program subtracts the item's own term from the sum over the catalogue and adds 1e-24, which no float
+    can hold beside a sum of at least N; we leave the term out, so that nothing cancels, and nothing overflows below
+    ``|s| = 1e19``.
+
+    Args:
+        logits: s, shape ``(B, N)``.
+        items: i, shape ``(B, K)``; an item may occur twice.
+        propensity: p, shape ``(N,)``.
+        beta: Robust radius β; smaller looks at the worst items more.
+
+    Returns:
+        Losses of shape ``(B, K)``, in nats. The sum over the catalogue is done once, not K times.
+    """
+    scores = at_least_float32(logits)
+    propensity = propensity.to(scores)
+    exponents = propensity * scores.square() / beta  # (B, N)
+    rest = exponents.scatter(1, items, -torch.inf).logsumexp(dim=1, keepdim=True)  # (B, 1): items not asked about
+    as_target = propensity[items] * (scores.gather(1, items) - 1).square() / beta  # (B, K)
+    as_other = exponents.gather(1, items).unsqueeze(1)  # (B, 1, K)
+    same = items.unsqueeze(2) == items.unsqueeze(1)  # (B, K, K)
+    # Of the items asked about, column j counts towards row i unless it is item i, or was counted in an earlier column.
+    repeated = same.tril(-1).any(dim=2)  # (B, K)
+    others = as_other.masked_fill(same | repeated.unsqueeze(1), -torch.inf)  # (B, K, K)
+    return torch.cat([others, rest.unsqueeze(2).expand(-1, items.shape[1], 1), as_target.unsqueeze(2)], 2).logsumexp(2)
