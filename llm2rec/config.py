@@ -16,7 +16,7 @@ from llm2rec.core.metrics import CUTOFFS, metric_names
 from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
-from llm2rec.distill.settings import DistillSettings
+from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
 from llm2rec.student.settings import GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
@@ -142,7 +142,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
         "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
         "teacher": {"ilora": TeacherSettings},
         "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent},
-        "distill": {"dllm2rec": DistillSettings},
+        "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
         "active": {"all": ActiveConfig, "random": RandomActiveConfig},
         "metrics": {"recsys": MetricsConfig},
         "logging": {"default": LoggingConfig},

@@ -179,6 +179,22 @@ def test_a_file_says_what_its_class_says(group, name):
     assert differing <= MEANT.get(group, set())
 
 
+def test_the_released_program_differs_from_the_paper_in_named_switches_only():
+    paper, program = (dict(leaves(composed(f"distill={name}").distill)) for name in ("dllm2rec", "dllm2rec_code"))
+    assert paper.keys() == program.keys()
+    assert {key: value for key, value in program.items() if paper[key] != value} == {
+        "name": "dllm2rec_code",
+        "own_loss": "sampled_bce",
+        "dros.weight": 0.5,
+        "dros.in_ranking": "broadcast",
+        "ranking.weight": 0.7,
+        "ranking.weight_floor": 1e-8,
+        "ranking.negative": "one_minus_score",
+        "embedding.fusion_sides": "input",
+        "embedding.standardise": False,
+    }
+
+
 def test_sizes_that_must_agree_are_written_once():
     assert composed("dataset.history_length=7").student.model.max_length == 7
     assert composed("student=gru4rec", "dataset.history_length=7").student.model.max_length == 7

@@ -82,7 +82,7 @@ class Engine:
         )
         # Set here, not in the constructor above, where the launcher's environment would win.
         self.accelerator.gradient_accumulation_steps = self.n_micro_batches
-        self._seed = seed
+        self.seed = seed
         self._show_progress = show_progress
         self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
         seed_everything(seed)  # the same initial weights on every process
@@ -184,7 +184,7 @@ class Engine:
         settings = self.training
         per_epoch = settings.steps_per_epoch(len(rows))
         for epoch in range(start // per_epoch, settings.epochs):
-            batches = epoch_batches(rows, settings.batch_size, self._seed, epoch, lengths)
+            batches = epoch_batches(rows, settings.batch_size, self.seed, epoch, lengths)
             shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes)
             for number, share in enumerate(shares, epoch * per_epoch):
                 if number >= start:
@@ -196,7 +196,7 @@ class Engine:
         Returns:
             The learning rate of now, before the ``lr_ratio`` that a group may carry.
         """
-        seed_everything(self._seed, "step", step, self.rank)
+        seed_everything(self.seed, "step", step, self.rank)
         settings = self.training
         lr = warmup_cosine(
             step,

@@ -1,5 +1,6 @@
 """``accelerate launch -m llm2rec.distill``: train a student on its own task and on the teacher's outputs."""
 
+import logging
 from dataclasses import asdict
 
 from hydra.utils import instantiate
@@ -19,6 +20,8 @@ from llm2rec.student.models import build_model
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
 
+logger = logging.getLogger(__name__)
+
 
 @stage("distill")
 def main(cfg: Config, run: Run) -> None:
@@ -35,12 +38,16 @@ def main(cfg: Config, run: Run) -> None:
     )
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
+    if settings.embedding.unties and arguments["tie_items"]:
+        logger.info("items are scored with vectors of their own: the teacher is fused on the input side only")
+        arguments["tie_items"] = False
     vectors = standardised(teacher.embeddings) if settings.embedding.standardise else teacher.embeddings
     model = DistilledStudent(
         build_model(student_settings.name, **arguments),
         vectors,
         fusion_scale=settings.embedding.fusion_scale,
         align=settings.embedding.alignment_weight > 0,
+        fusion_sides=settings.embedding.fusion_sides,
     )
     train, validation = (
         SequenceData.of(data.splits[split], data.n_items, student_settings.model.max_length)

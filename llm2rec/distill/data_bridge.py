@@ -4,7 +4,7 @@ Files without a manifest, such as those of the released DLLM2Rec program, are re
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,10 +32,13 @@ class TeacherBatch:
     Attributes:
         ranking: Item ids, best first, shape ``(B, K)``, int64.
         distance: Lower means surer, shape ``(B, K)``, float32.
+        target_distance: The same of each row's target, shape ``(B,)``, float32; that of the last stored item where the
+            target is not among those stored. None unless it was asked for.
     """
 
     ranking: Tensor
     distance: Tensor
+    target_distance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,23 @@ class TeacherOutputs:
     distance: NDArray[np.float32]
     manifest: dict[str, Any]
 
-    def batch(self, rows: NDArray[np.int64], top_k: int, device: torch.device | str = "cpu") -> TeacherBatch:
-        """Gather the best ``top_k`` candidates of ``rows`` (shape ``(B,)``)."""
-        return TeacherBatch(
+    def batch(
+        self,
+        rows: NDArray[np.int64],
+        top_k: int,
+        device: torch.device | str = "cpu",
+        targets: NDArray[np.int64] | None = None,
+    ) -> TeacherBatch:
+        """Gather the best ``top_k`` candidates of ``rows``, and the distances of ``targets``; both ``(B,)``."""
+        told = TeacherBatch(
             torch.from_numpy(self.ranking[rows, :top_k].astype(np.int64)).to(device),
             torch.from_numpy(np.ascontiguousarray(self.distance[rows, :top_k])).to(device),
         )
+        if targets is None:
+            return told
+        is_target = self.ranking[rows] == targets[:, None]  # (B, all stored)
+        place = np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
+        return replace(told, target_distance=torch.from_numpy(self.distance[rows, place]).to(device))
 
 
 def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, top_k: int) -> TeacherOutputs:

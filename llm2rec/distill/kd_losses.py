@@ -1,19 +1,27 @@
 """The distillation losses of DLLM2Rec (arXiv 2405.00338, section 4). Pure functions, one value per row, in nats.
 
-Symbols: B rows, K teacher candidates, N items, D width.
+Where the paper and its released program (github.com/istarryn/DLLM2Rec, ``main.py``) differ, an argument chooses, and
+its text says which is which. Symbols: B rows, K teacher candidates, N items, D width.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from llm2rec.student.losses import at_least_float32
 
 __all__ = [
     "alignment_loss",
     "confidence_weights",
     "consistency_weights",
     "importance_weights",
+    "negative_term",
     "position_weights",
     "ranking_loss",
+    "robust_term",
+    "row_confidence_weights",
 ]
 
 
@@ -22,7 +30,7 @@ def position_weights(n_candidates: int, beta: float) -> Tensor:
 
     Args:
         n_candidates: Candidates per row, K.
-        beta: Ranks over which the weight falls by a factor e.
+        beta: Ranks over which the weight falls by a factor e. The program's is 1, whatever its ``--beta2`` says.
 
     Returns:
         Shape ``(K,)``, float32.
@@ -30,36 +38,62 @@ def position_weights(n_candidates: int, beta: float) -> Tensor:
     return torch.softmax(-torch.arange(n_candidates, dtype=torch.float32) / beta, dim=0)
 
 
-def confidence_weights(distance: Tensor) -> Tensor:
-    """Weigh candidates by the teacher's confidence: ``w_c ∝ exp(-distance)``, summing to 1 over K.
+def confidence_weights(distance: Tensor, floor: float = 0.0) -> Tensor:
+    """Weigh candidates by the teacher's confidence: ``w_c ∝ exp(-distance) + floor``, summing to 1 over K.
 
-    The paper has one distance per row (from the generated text to the true item); the released program reads one per
-    candidate, and so do we. With negative log-probabilities as distances this is the teacher's distribution over its
-    own top K.
+    This is the released program's form: it reads one distance per candidate; `row_confidence_weights` has the paper's.
+    With negative log-probabilities as distances this is the teacher's distribution over its own top K.
 
     Args:
         distance: Lower means surer, shape ``(B, K)``.
+        floor: The program adds 1e-8, which makes candidates alike where all distances are above 18 or so.
 
     Returns:
-        Shape ``(B, K)``, float32.
+        Shape ``(B, K)``, float32 at least.
     """
-    return torch.softmax(-distance.float(), dim=1)
+    scores = -at_least_float32(distance)
+    if floor > 0:
+        scores = torch.logaddexp(scores, scores.new_tensor(math.log(floor)))
+    return torch.softmax(scores, dim=1)
 
 
-def consistency_weights(student_logits: Tensor, ranking: Tensor, top_k: int) -> Tensor:
+def row_confidence_weights(target_distance: Tensor, n_candidates: int) -> Tensor:
+    """Weigh all candidates of a row by how near the teacher came to the true item: ``w_c = exp(-distance)``.
+
+    This is the paper's form: one value per row, the same for each candidate, so that a sure teacher's weights are
+    flatter where weights are renormalised over K, and larger where they are not.
+
+    Args:
+        target_distance: From what the teacher said to the row's target, shape ``(B,)``; below 0 counts as 0.
+        n_candidates: Candidates per row, K.
+
+    Returns:
+        Shape ``(B, K)``, float32 at least, in 0 to 1.
+    """
+    weights = torch.exp(-at_least_float32(target_distance).clamp(min=0))
+    return weights.unsqueeze(1).expand(-1, n_candidates)
+
+
+def consistency_weights(
+    student_logits: Tensor, ranking: Tensor, top_k: int, *, floor: float = 0.0, normalise: bool = False
+) -> Tensor:
     """Weigh candidates on which student and teacher agree: ``w_o = 1`` in the student's top K too, else 0.
 
     Args:
         student_logits: Shape ``(B, N)``; no gradient flows through the choice.
         ranking: Teacher's candidates, shape ``(B, K)``.
-        top_k: Length of the student's own list.
+        top_k: Length of the student's own list; items that tie with its last one are in it.
+        floor: Added to each weight; the program adds 1e-8.
+        normalise: Whether a row's weights sum to 1 over K, as the other two kinds do (a row without any weight stays
+            0). Neither paper nor program does.
 
     Returns:
-        Shape ``(B, K)``, float32, 0 or 1.
+        Shape ``(B, K)``, float32.
     """
     logits = student_logits.detach()
     threshold = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]  # the worst score that is still in
-    return (logits.gather(1, ranking) >= threshold).float()
+    weights = (logits.gather(1, ranking) >= threshold).float() + floor
+    return _over_sum(weights) if normalise else weights
 
 
 def importance_weights(
@@ -70,8 +104,9 @@ def importance_weights(
     gamma_position: float,
     gamma_confidence: float,
     gamma_consistency: float,
+    renormalise: bool = True,
 ) -> Tensor:
-    """Mix the three weights and renormalise over K, so that each row's candidates weigh 1 together.
+    """Mix the three weights: ``w = γ_p w_p + γ_c w_c + γ_o w_o``, over their sum over K.
 
     Args:
         position: Shape ``(K,)``.
@@ -80,12 +115,20 @@ def importance_weights(
         gamma_position: γ_p.
         gamma_confidence: γ_c.
         gamma_consistency: γ_o.
+        renormalise: Whether each row's candidates weigh 1 together, as in the program; the paper's text leaves the
+            mixture as it is.
 
     Returns:
-        Shape ``(B, K)``, rows summing to 1.
+        Shape ``(B, K)``.
     """
     mixed = gamma_position * position + gamma_confidence * confidence + gamma_consistency * consistency
-    return mixed / mixed.sum(dim=1, keepdim=True)
+    return _over_sum(mixed) if renormalise else mixed
+
+
+def _over_sum(weights: Tensor) -> Tensor:
+    """Divide each row ``(B, K)`` by its sum; rows of zeros stay zero."""
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
 
 
 def ranking_loss(student_logits: Tensor, ranking: Tensor, weights: Tensor) -> Tensor:
@@ -99,8 +142,57 @@ def ranking_loss(student_logits: Tensor, ranking: Tensor, weights: Tensor) -> Te
     Returns:
         Shape ``(B,)``, nats.
     """
-    scores = student_logits.gather(1, ranking).float()
+    scores = at_least_float32(student_logits.gather(1, ranking))
     return -(weights * functional.logsigmoid(scores)).sum(dim=1)
+
+
+def negative_term(student_logits: Tensor, negatives: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """Push one sampled negative down beside every candidate; it is the same one for all K, so their weights add up.
+
+    ``(Σ_i w_i) · n`` with n = ``-log σ(1 - ŷ⁻)`` for ``one_minus_score``, which is what the released program computes,
+    or ``-log(1 - σ(ŷ⁻))`` for ``one_minus_probability``, binary cross-entropy, which it seems to mean. The paper's loss
+    has no such term.
+
+    Args:
+        student_logits: ŷ, shape ``(B, N)``.
+        negatives: Item ids of shape ``(B,)``, one per row.
+        weights: w, shape ``(B, K)``.
+        kind: ``one_minus_score`` or ``one_minus_probability``.
+
+    Returns:
+        Shape ``(B,)``, nats.
+    """
+    if kind not in ("one_minus_score", "one_minus_probability"):
+        raise ValueError(f"`kind` is {kind!r}, expected 'one_minus_score' or 'one_minus_probability'.")
+    scores = at_least_float32(student_logits.gather(1, negatives.unsqueeze(1)).squeeze(1))
+    inverted = 1 - scores if kind == "one_minus_score" else -scores
+    return -weights.sum(dim=1) * functional.logsigmoid(inverted)
+
+
+def robust_term(robust: Tensor, weights: Tensor, kind: str, rows: Tensor | None = None) -> Tensor:
+    """The DROS losses of the candidates inside the ranking loss.
+
+    ``per_row`` is ``Σ_i w_i · L_i``. ``broadcast`` is what the released program computes: it multiplies weights
+    ``(B, 1)`` by losses ``(B,)``, and the mean of that table is mean(w) times mean(L), so that a candidate's loss is
+    weighed by the batch's mean weight at its rank, ``Σ_i w̄_i · L_i``. The mean over rows of these values is the
+    program's number.
+
+    Args:
+        robust: L, the DROS loss of each candidate, shape ``(B, K)``; see `llm2rec.student.losses.dros`.
+        weights: w, shape ``(B, K)``.
+        kind: ``per_row`` or ``broadcast``.
+        rows: Weight of each row in the mean w̄, shape ``(B,)``; all alike if None.
+
+    Returns:
+        Shape ``(B,)``, nats.
+    """
+    if kind == "per_row":
+        return (weights * robust).sum(dim=1)
+    if kind == "broadcast":
+        rows = torch.ones_like(weights[:, 0]) if rows is None else rows.to(weights)
+        mean = rows @ weights / rows.sum().clamp(min=torch.finfo(weights.dtype).tiny)  # (K,)
+        return robust @ mean.to(robust)
+    raise ValueError(f"`kind` is {kind!r}, expected 'per_row' or 'broadcast'.")
 
 
 def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Tensor:
@@ -115,7 +207,7 @@ def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Ten
         Shape ``(B,)``, 0 where both agree.
     """
     if kind == "mse":
-        return (projected.float() - teacher_vectors).square().mean(dim=1)
+        return (at_least_float32(projected) - teacher_vectors).square().mean(dim=1)
     if kind == "cosine":
-        return 1 - functional.cosine_similarity(projected.float(), teacher_vectors, dim=1)
+        return 1 - functional.cosine_similarity(at_least_float32(projected), teacher_vectors, dim=1)
     raise ValueError(f"`kind` is {kind!r}, expected 'mse' or 'cosine'.")

@@ -1,15 +1,20 @@
-"""What distillation can be told; Hydra schemas and plain values at once."""
+"""What distillation can be told; Hydra schemas and plain values at once.
+
+Defaults are DLLM2Rec as its paper describes it (arXiv 2405.00338); `DLLM2RecCodeSettings` is what its released program
+(github.com/istarryn/DLLM2Rec) computes. They differ in named settings only.
+"""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["DistillSettings", "EmbeddingSettings", "RankingSettings"]
+__all__ = ["DLLM2RecCodeSettings", "DistillSettings", "DrosSettings", "EmbeddingSettings", "RankingSettings"]
 
 
 @dataclass
 class RankingSettings:
-    """Ranking distillation (DLLM2Rec, arXiv 2405.00338).
+    """Ranking distillation; formulas in `llm2rec.distill.kd_losses`.
 
     Attributes:
         weight: Weight of the ranking loss in the total, λ_d; 0 leaves it out.
@@ -18,6 +23,17 @@ class RankingSettings:
         gamma_position: Share of the position weight.
         gamma_confidence: Share of the confidence weight.
         gamma_consistency: Share of the consistency weight.
+        confidence: ``per_candidate`` (program): each candidate's own distance, normalised over K. ``per_row`` (paper):
+            the distance of the row's target, the same for all candidates; a target outside the teacher's stored list
+            gets the distance of the last item in it, since files hold no more.
+        normalise_consistency: Whether consistency weights sum to 1 over K as the others do; neither paper nor program.
+        weight_floor: Added to confidence before it is normalised, and to consistency: 1e-8 in the program, 0 in the
+            paper.
+        renormalise: Whether a row's mixed weights sum to 1 over K (program), or stay as mixed (paper's text).
+        consistency_dropout: Whether the student's own top K is read off its training pass, dropout and all (program);
+            otherwise off a second pass without dropout.
+        negative: What one sampled negative adds per candidate: ``none`` (paper), ``one_minus_score`` (-log σ(1 - s),
+            program), or ``one_minus_probability`` (-log(1 - σ(s)), binary cross-entropy).
     """
 
     weight: float = 0.5
@@ -26,6 +42,12 @@ class RankingSettings:
     gamma_position: float = 0.3
     gamma_confidence: float = 0.5
     gamma_consistency: float = 0.1
+    confidence: str = "per_candidate"
+    normalise_consistency: bool = False
+    weight_floor: float = 0.0
+    renormalise: bool = True
+    consistency_dropout: bool = True
+    negative: str = "none"
 
     def __post_init__(self) -> None:
         gammas = (self.gamma_position, self.gamma_confidence, self.gamma_consistency)
@@ -33,13 +55,45 @@ class RankingSettings:
             raise ConfigError(
                 f"distill.ranking: weights must not be negative, got weight={self.weight}, gammas={gammas}."
             )
-        if self.weight > 0 and self.gamma_position + self.gamma_confidence <= 0:
+        if not 0 <= self.weight_floor < float("inf"):
+            raise ConfigError(f"distill.ranking.weight_floor is {self.weight_floor}, expected 0 (none) or more.")
+        if self.weight > 0 and self.gamma_position + self.gamma_confidence + self.weight_floor <= 0:
             raise ConfigError(
                 "distill.ranking: `gamma_position` and `gamma_confidence` are both 0, so a row without any consistent "
                 "candidate would have no weight; set one of them, or `weight: 0` to leave ranking distillation out."
             )
         if self.top_k < 1 or self.beta <= 0:
             raise ConfigError(f"distill.ranking: expected top_k >= 1 and beta > 0, got {self.top_k} and {self.beta}.")
+        _one_of("distill.ranking.confidence", self.confidence, "per_candidate", "per_row")
+        _one_of("distill.ranking.negative", self.negative, "none", "one_minus_score", "one_minus_probability")
+
+
+@dataclass
+class DrosSettings:
+    """Distributionally robust optimisation (DROS, SIGIR 2023); formula in `llm2rec.student.losses.dros`.
+
+    Attributes:
+        weight: Weight of the DROS losses, α, beside the student's own loss and inside the ranking loss alike; 0 leaves
+            them out.
+        beta: Robust radius.
+        propensity_power: Exponent on the popularity of items, which weighs them; 0 weighs all alike.
+        in_ranking: DROS of the teacher's candidates inside the ranking loss: ``none`` (paper), ``per_row``, or
+            ``broadcast`` (program: a candidate's loss is weighed by the batch's mean weight at its rank; needs each
+            optimizer step to be one micro-batch on one process).
+    """
+
+    weight: float = 0.0
+    beta: float = 1.0
+    propensity_power: float = 0.05
+    in_ranking: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.propensity_power < 0 or self.beta <= 0:
+            raise ConfigError(
+                "distill.dros: expected weight >= 0, propensity_power >= 0 and beta > 0, got "
+                f"{self.weight}, {self.propensity_power} and {self.beta}."
+            )
+        _one_of("distill.dros.in_ranking", self.in_ranking, "none", "per_row", "broadcast")
 
 
 @dataclass
@@ -48,22 +102,30 @@ class EmbeddingSettings:
 
     Attributes:
         fusion_scale: Item vector = offset + fusion_scale · projected teacher vector (the paper); 0 leaves it out.
+        fusion_sides: ``both`` (paper): items are read and scored with fused vectors. ``input`` (program): items are
+            scored with plain vectors of their own, whatever `student.model.tie_items` says.
         alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out.
         alignment: ``mse`` or ``cosine``.
         standardise: Centre the teacher's vectors and give each unit length first, so that `fusion_scale` means the
-            same for every teacher.
+            same for every teacher; the program takes them as they are.
     """
 
     fusion_scale: float = 0.3
+    fusion_sides: str = "both"
     alignment_weight: float = 0.0
     alignment: str = "cosine"
     standardise: bool = True
 
     def __post_init__(self) -> None:
-        if self.alignment not in ("mse", "cosine"):
-            raise ConfigError(f"distill.embedding.alignment is {self.alignment!r}, expected 'mse' or 'cosine'.")
+        _one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input")
+        _one_of("distill.embedding.alignment", self.alignment, "mse", "cosine")
         if self.alignment_weight < 0:
             raise ConfigError(f"distill.embedding.alignment_weight is {self.alignment_weight}, expected 0 or more.")
+
+    @property
+    def unties(self) -> bool:
+        """Whether items must be scored with vectors of their own."""
+        return self.fusion_scale != 0 and self.fusion_sides == "input"
 
 
 @dataclass
@@ -73,11 +135,50 @@ class DistillSettings:
     Attributes:
         name: Name of the recipe.
         teacher_outputs: Folder of the teacher's outputs.
+        own_loss: The student's own task: ``cross_entropy`` over the catalogue, or ``sampled_bce`` (program): binary
+            cross-entropy of the target and one sampled negative.
+        dros: Robust losses.
         ranking: Ranking distillation.
         embedding: Embedding distillation.
     """
 
     name: str = "dllm2rec"
     teacher_outputs: str = "???"
+    own_loss: str = "cross_entropy"
+    dros: DrosSettings = field(default_factory=DrosSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+
+    def __post_init__(self) -> None:
+        _one_of("distill.own_loss", self.own_loss, "cross_entropy", "sampled_bce")
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether any loss is about a sampled negative."""
+        return self.own_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
+
+    @property
+    def robust_ranking(self) -> bool:
+        """Whether DROS is part of the ranking loss."""
+        return self.ranking.weight > 0 and self.dros.weight > 0 and self.dros.in_ranking != "none"
+
+
+@dataclass
+class DLLM2RecCodeSettings(DistillSettings):
+    """Schema of ``conf/distill/dllm2rec_code.yaml``: the released program's objective, its README's weights."""
+
+    name: str = "dllm2rec_code"
+    own_loss: str = "sampled_bce"
+    dros: DrosSettings = field(default_factory=partial(DrosSettings, weight=0.5, in_ranking="broadcast"))
+    ranking: RankingSettings = field(
+        default_factory=partial(RankingSettings, weight=0.7, weight_floor=1e-8, negative="one_minus_score")
+    )
+    embedding: EmbeddingSettings = field(
+        default_factory=partial(EmbeddingSettings, fusion_sides="input", standardise=False)
+    )
+
+
+def _one_of(name: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ConfigError(f"{name} is {value!r}, expected {', '.join(others)} or {last}.")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
+from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
@@ -16,17 +17,20 @@ from llm2rec.distill.kd_losses import (
     confidence_weights,
     consistency_weights,
     importance_weights,
+    negative_term,
     position_weights,
     ranking_loss,
+    robust_term,
+    row_confidence_weights,
 )
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData
+from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData
 from llm2rec.student.evaluator import rank_targets
-from llm2rec.student.losses import cross_entropy
+from llm2rec.student.losses import cross_entropy, dros, popularity_propensity, sampled_bce
 
-__all__ = ["distillation_losses", "train_distilled"]
+__all__ = ["distillation_losses", "objective", "train_distilled"]
 
 
 def train_distilled(
@@ -41,7 +45,7 @@ def train_distilled(
     select_on: str = "ndcg@10",
     seen: SeenItems | None = None,
 ) -> DistilledStudent:
-    """Train with ``L = L_student + weight · L_ranking + alignment_weight · L_alignment``; keep the best weights.
+    """Train with ``L = L_student + α L_dros + λ_d L_ranking + alignment_weight · L_alignment``; keep the best weights.
 
     Args:
         model: Freshly initialised student.
@@ -56,8 +60,17 @@ def train_distilled(
 
     Returns:
         The unwrapped model with the best weights, in evaluation mode.
+
+    Raises:
+        ConfigError: If losses about a whole optimizer step are asked for and a step is divided, or if a catalogue is
+            too small for the negatives that are asked for.
     """
+    if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
+        _refuse_divided_steps(engine)
     training, record = engine.training, TrainingRecord(engine, select_on)
+    sampler = NegativeSampler(train, engine.seed) if settings.needs_negatives else None
+    propensity = popularity_propensity(train.targets, train.n_items, settings.dros.propensity_power)  # (N,)
+    propensity = propensity.to(engine.device, torch.float32)
     wrapped, optimizer = engine.prepare(model, adamw(model, training.learning_rate, training.weight_decay))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
@@ -69,13 +82,18 @@ def train_distilled(
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
+        epoch = step // per_epoch
         for micro_rows, weights in zip(share.micro_batches, share.weights, strict=True):
             batch = train.batch(micro_rows, engine.device)
-            told = teacher.batch(micro_rows, settings.ranking.top_k, engine.device)
-            distilled = torch.from_numpy(weights_in(step // per_epoch)[micro_rows]).to(engine.device)
+            targets = train.targets.numpy()[micro_rows] if settings.ranking.confidence == "per_row" else None
+            told = teacher.batch(micro_rows, settings.ranking.top_k, engine.device, targets)
+            negatives = sampler.draw(micro_rows, epoch).to(engine.device) if sampler else None  # (B,)
+            distilled = torch.from_numpy(weights_in(epoch)[micro_rows]).to(engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(batch.history, batch.lengths)  # (B, D)
-                losses = distillation_losses(model, users, batch, told, distilled, settings)  # each (B,)
+                losses = distillation_losses(  # each (B,)
+                    model, users, batch, told, distilled, settings, negatives=negatives, propensity=propensity
+                )
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
                 engine.backward(sums["loss"], share.n_rows, step, micro_rows)
@@ -92,6 +110,16 @@ def train_distilled(
     return model.eval()
 
 
+def _refuse_divided_steps(engine: Engine) -> None:
+    if engine.n_processes * engine.n_micro_batches > 1:
+        raise ConfigError(
+            "distill.dros.in_ranking is 'broadcast', whose mean over a whole batch needs each optimizer step on one "
+            f"process in one piece, but {engine.n_processes} processes take {engine.n_micro_batches} micro-batches "
+            "each; raise `student.training.micro_batch_size` to the batch size on one process, or use "
+            "`distill.dros.in_ranking=per_row`."
+        )
+
+
 def distillation_losses(
     model: DistilledStudent,
     users: Tensor,
@@ -99,6 +127,9 @@ def distillation_losses(
     told: TeacherBatch,
     distilled: Tensor,
     settings: DistillSettings,
+    *,
+    negatives: Tensor | None = None,
+    propensity: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Losses of some rows, by name; ``loss`` is their weighted total.
 
@@ -109,33 +140,96 @@ def distillation_losses(
         told: What the teacher says of them.
         distilled: Weight of each row's distillation losses, shape ``(B,)``.
         settings: Weights of the losses.
+        negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
+        propensity: Of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
 
     Returns:
-        ``loss`` and ``loss_student``, and ``loss_ranking`` and ``loss_alignment`` where they are asked for, each of
-        shape ``(B,)``.
+        ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` where they are asked
+        for, each of shape ``(B,)``.
     """
-    logits = model.score(users)  # (B, N)
-    losses = {"loss_student": cross_entropy(logits, batch.targets)}
-    total = losses["loss_student"]
-    if settings.ranking.weight > 0:
-        weights = _candidate_weights(logits, told, settings.ranking)
-        losses["loss_ranking"] = distilled * ranking_loss(logits, told.ranking, weights)
-        total = total + settings.ranking.weight * losses["loss_ranking"]
+    logits, ranking = model.score(users), settings.ranking  # (B, N)
+    again = ranking.weight > 0 and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
+    compared = model.logits_without_dropout(batch.history, batch.lengths) if again else logits
+    losses = objective(
+        logits, batch.targets, told, distilled, settings, negatives=negatives, propensity=propensity, compared=compared
+    )
     if settings.embedding.alignment_weight > 0:
         aligned = alignment_loss(
             model.projected(batch.targets), model.teacher_vectors[batch.targets], settings.embedding.alignment
         )
         losses["loss_alignment"] = distilled * aligned
-        total = total + settings.embedding.alignment_weight * losses["loss_alignment"]
+        losses["loss"] = losses["loss"] + settings.embedding.alignment_weight * losses["loss_alignment"]
+    return losses
+
+
+def objective(
+    logits: Tensor,
+    targets: Tensor,
+    told: TeacherBatch,
+    distilled: Tensor,
+    settings: DistillSettings,
+    *,
+    negatives: Tensor | None = None,
+    propensity: Tensor | None = None,
+    compared: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What of `distillation_losses` is a function of the logits: ``L_student + α L_dros + λ_d L_ranking``.
+
+    Args:
+        logits: Shape ``(B, N)``.
+        targets: Shape ``(B,)``.
+        told: What the teacher says of the rows.
+        distilled: Weight of each row's ranking loss, shape ``(B,)``.
+        settings: Weights and kinds of the losses.
+        negatives: As in `distillation_losses`.
+        propensity: As in `distillation_losses`.
+        compared: Logits that the student's own top K is read off, shape ``(B, N)``; ``logits`` if None.
+
+    Returns:
+        Losses by name, ``loss`` their total, each of shape ``(B,)``.
+    """
+    ranking, alpha = settings.ranking, settings.dros.weight
+    if settings.own_loss == "sampled_bce":
+        assert negatives is not None
+        losses = {"loss_student": sampled_bce(logits, targets, negatives)}
+    else:
+        losses = {"loss_student": cross_entropy(logits, targets)}
+    total = losses["loss_student"]
+    if alpha > 0:
+        assert propensity is not None
+        asked = torch.cat([targets.unsqueeze(1), *([told.ranking] if settings.robust_ranking else [])], dim=1)
+        robust = dros(logits, asked, propensity, settings.dros.beta)  # (B, 1 or 1 + K), the target's first
+        losses["loss_dros"] = robust[:, 0]
+        total = total + alpha * losses["loss_dros"]
+    if ranking.weight > 0:
+        weights = candidate_weights(logits if compared is None else compared, told, ranking)  # (B, K)
+        raised = ranking_loss(logits, told.ranking, weights)  # (B,)
+        if ranking.negative != "none":
+            assert negatives is not None
+            raised = raised + negative_term(logits, negatives, weights, ranking.negative)
+        if settings.robust_ranking:
+            raised = raised + alpha * robust_term(robust[:, 1:], weights, settings.dros.in_ranking, distilled)
+        losses["loss_ranking"] = distilled * raised
+        total = total + ranking.weight * losses["loss_ranking"]
     return {"loss": total, **losses}
 
 
-def _candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:
+def candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:
+    """Weigh the teacher's candidates as the settings say; returns shape ``(B, K)``."""
+    n_candidates, floor = told.ranking.shape[1], settings.weight_floor
+    if settings.confidence == "per_row":
+        assert told.target_distance is not None
+        confidence = row_confidence_weights(told.target_distance, n_candidates)
+    else:
+        confidence = confidence_weights(told.distance, floor)
     return importance_weights(
-        position_weights(told.ranking.shape[1], settings.beta).to(logits.device),
-        confidence_weights(told.distance),
-        consistency_weights(logits, told.ranking, settings.top_k),
+        position_weights(n_candidates, settings.beta).to(logits.device),
+        confidence,
+        consistency_weights(
+            logits, told.ranking, settings.top_k, floor=floor, normalise=settings.normalise_consistency
+        ),
         gamma_position=settings.gamma_position,
         gamma_confidence=settings.gamma_confidence,
         gamma_consistency=settings.gamma_consistency,
+        renormalise=settings.renormalise,
     )

@@ -45,6 +45,17 @@ def test_what_was_written_is_read(tmp_path, teacher, twin, manifest):
     assert (batch.ranking.dtype, batch.distance.dtype) == (torch.int64, torch.float32)
 
 
+def test_distances_of_targets_are_those_of_the_list_or_its_end(teacher):
+    targets = teacher.ranking[:, 2].astype(np.int64)
+    targets[1] = next(item for item in range(ITEMS) if item not in teacher.ranking[1])
+    rows = np.array([4, 1, 0])
+    told = teacher.batch(rows, 2, targets=targets[rows])  # found beyond the two candidates that are used
+    expected = [teacher.distance[4, 2], teacher.distance[1, -1], teacher.distance[0, 2]]
+    assert told.target_distance.tolist() == pytest.approx(expected)
+    assert told.ranking.shape == (3, 2)
+    assert teacher.batch(rows, 2).target_distance is None
+
+
 def test_outputs_of_the_released_program_are_read_as_distances(tmp_path, teacher, caplog):
     write_teacher(tmp_path, teacher, manifest=False)
     assert read(tmp_path, fingerprint="another").distance.tolist() == teacher.distance.tolist()

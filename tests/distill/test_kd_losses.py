@@ -13,14 +13,15 @@ from llm2rec.distill.kd_losses import (
     confidence_weights,
     consistency_weights,
     importance_weights,
+    negative_term,
     position_weights,
     ranking_loss,
+    robust_term,
+    row_confidence_weights,
 )
-from llm2rec.distill.settings import EmbeddingSettings, RankingSettings
+from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSettings, RankingSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# The losses compute in float32, which resolves differences of a thousandth and not of a millionth.
-LOOSE = {"eps": 1e-2, "atol": 1e-3, "rtol": 1e-2}
 
 
 def test_position_weights_by_hand():
@@ -40,9 +41,25 @@ def test_confidence_weights_by_hand():
     torch.testing.assert_close(confidence_weights(distance), torch.tensor([[2 / 3, 1 / 3], [0.5, 0.5]]))
 
 
+def test_a_floor_makes_far_candidates_alike():
+    distance = torch.tensor([[0.5, 2.0], [40.0, 60.0]])
+    floored = torch.exp(-distance.double()) + 1e-8
+    expected = (floored / floored.sum(dim=1, keepdim=True)).float()
+    torch.testing.assert_close(confidence_weights(distance, 1e-8), expected)
+    torch.testing.assert_close(expected[1], torch.tensor([0.5, 0.5]))
+    assert confidence_weights(distance)[1, 0] > 0.999
+
+
+def test_row_confidence_by_hand():
+    weights = row_confidence_weights(torch.tensor([0.0, math.log(4.0), 1e4, -3.0]), 3)
+    assert weights.shape == (4, 3)
+    torch.testing.assert_close(weights, torch.tensor([[1.0], [0.25], [0.0], [1.0]]).expand(-1, 3))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-8])
 @pytest.mark.parametrize("values", [[0.0, 1e4], [-1e4, 1e4], [1e30, 2e30], [3e38, 3e38]])
-def test_confidence_weights_of_extreme_distances(values):
-    weights = confidence_weights(torch.tensor([values]))
+def test_confidence_weights_of_extreme_distances(values, floor):
+    weights = confidence_weights(torch.tensor([values]), floor)
     assert torch.isfinite(weights).all()
     assert weights.sum() == pytest.approx(1)
     assert weights[0, 0] >= weights[0, 1]
@@ -57,6 +74,15 @@ def test_consistency_weights_by_hand():
         [1, 1, 1],
         [1, 1, 1],
     ]  # a list longer than the catalogue
+
+
+def test_consistency_weights_with_a_floor_or_normalised():
+    logits, ranking = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]), torch.tensor([[0, 1, 4]])
+    torch.testing.assert_close(
+        consistency_weights(logits, ranking, 2, floor=1e-8), torch.tensor([[1.0, 1.0, 1e-8]]), rtol=1e-6, atol=0
+    )
+    assert consistency_weights(logits, ranking, 2, normalise=True).tolist() == [[0.5, 0.5, 0]]
+    assert consistency_weights(logits, ranking[:, 2:], 2, normalise=True).tolist() == [[0]]
 
 
 def test_consistency_lets_no_gradient_through():
@@ -74,6 +100,14 @@ def test_importance_weights_by_hand():
         gamma_consistency=0.5,
     )
     torch.testing.assert_close(weights, torch.tensor([[2.3 / 3.5, 1.2 / 3.5], [2.6 / 3, 0.4 / 3]]))
+
+
+def test_importance_weights_may_stay_as_mixed():
+    given = torch.tensor([0.8, 0.2]), torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
+    shares = {"gamma_position": 1.0, "gamma_confidence": 2.0, "gamma_consistency": 0.5}
+    torch.testing.assert_close(importance_weights(*given, **shares, renormalise=False), torch.tensor([[2.3, 1.2]]))
+    nothing = importance_weights(*(0 * each for each in given), **shares)
+    assert nothing.tolist() == [[0, 0]]  # and not 0 / 0
 
 
 def test_a_share_alone_is_its_own_weight():
@@ -96,6 +130,42 @@ def test_ranking_loss_by_hand():
     torch.testing.assert_close(loss, torch.tensor([-(0.75 * math.log(0.75) + 0.25 * math.log(0.5))]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [
+        ("one_minus_score", -math.log(1 / (1 + math.exp(-(1 - 0.3))))),
+        ("one_minus_probability", math.log1p(math.exp(0.3))),
+    ],
+)
+def test_negative_term_by_hand(kind, each):
+    logits = torch.tensor([[0.3, 9.0], [9.0, 0.3]])
+    weights = torch.tensor([[0.5, 0.5], [1.5, 0.5]])  # the sum over candidates of weight times the same term
+    term = negative_term(logits, torch.tensor([0, 1]), weights, kind)
+    torch.testing.assert_close(term, torch.tensor([each, 2 * each]))
+
+
+def test_robust_term_by_hand():
+    robust, weights = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert robust_term(robust, weights, "per_row").tolist() == [1.5, 4.5]
+    # Mean weights .375 and .625.
+    assert robust_term(robust, weights, "broadcast").tolist() == [1.625, 4.25]
+    assert robust_term(robust, weights, "broadcast", torch.tensor([0.0, 2.0])).tolist() == [1.75, 4.5]
+    assert robust_term(robust, weights, "broadcast", torch.zeros(2)).tolist() == [0, 0]
+
+
+def test_the_broadcast_term_is_the_mean_of_the_programs_table():
+    torch.manual_seed(0)
+    robust, weights = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    table = sum((weights[:, k : k + 1] * robust[:, k]).mean() for k in range(3))  # (5, 1) times (5,) is (5, 5)
+    torch.testing.assert_close(robust_term(robust, weights, "broadcast").mean(), table)
+
+
+@pytest.mark.parametrize("term", [negative_term, lambda _, __, w, kind: robust_term(w, w, kind)])
+def test_a_term_of_unknown_kind_is_refused(term):
+    with pytest.raises(ValueError, match="`kind` is 'other', expected"):
+        term(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1, 1), "other")
+
+
 def test_ranking_loss_agrees_with_a_loop():
     torch.manual_seed(0)
     logits, ranking, weights = torch.randn(4, 9), torch.randint(0, 9, (4, 3)), torch.rand(4, 3)
@@ -115,25 +185,55 @@ def test_extreme_logits_give_finite_losses_and_gradients(scale):
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0, -0.5, 0.0]]))
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("kind", ["one_minus_score", "one_minus_probability"])
+def test_extreme_negatives_give_finite_terms_and_gradients(scale, kind):
+    logits = torch.tensor([[scale, -scale], [-scale, scale]], requires_grad=True)
+    term = negative_term(logits, torch.tensor([0, 0]), torch.ones(2, 1), kind)
+    term.sum().backward()
+    assert term[0].item() == pytest.approx(scale, rel=0.02)
+    assert term[1].item() == pytest.approx(0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("kind", ["one_minus_score", "one_minus_probability"])
+def test_negative_term_gradcheck(kind):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    negatives = torch.tensor([0, 6, 3])
+    assert gradcheck(lambda x, w: negative_term(x, negatives, w, kind), (logits, weights))
+
+
+@pytest.mark.parametrize("kind", ["per_row", "broadcast"])
+def test_robust_term_gradcheck(kind):
+    torch.manual_seed(0)
+    robust, weights = (torch.rand(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    rows = torch.tensor([1.0, 0.0, 0.5])
+    assert gradcheck(lambda r, w: robust_term(r, w, kind, rows), (robust, weights))
+
+
 def test_ranking_loss_gradcheck():
     torch.manual_seed(0)
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     ranking = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
-    assert gradcheck(lambda x, w: ranking_loss(x, ranking, w), (logits, weights), **LOOSE)
+    assert gradcheck(lambda x, w: ranking_loss(x, ranking, w), (logits, weights))
 
 
 def test_confidence_gradcheck():
     torch.manual_seed(0)
     distance = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(confidence_weights, (distance,), **LOOSE)
+    assert gradcheck(confidence_weights, (distance,))
+    assert gradcheck(lambda d: confidence_weights(d, 1e-8), (distance,))
+    assert gradcheck(lambda d: row_confidence_weights(d, 3), (distance[:, 0],))
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_alignment_gradcheck(kind):
     torch.manual_seed(0)
     ours, theirs = (torch.randn(3, 4, dtype=torch.float64, requires_grad=r) for r in (True, False))
-    assert gradcheck(lambda x: alignment_loss(x, theirs, kind), (ours,), **LOOSE)
+    assert gradcheck(lambda x: alignment_loss(x, theirs, kind), (ours,))
 
 
 def test_alignment_by_hand():
@@ -177,13 +277,14 @@ def test_weights_are_those_of_the_released_program(number):
     assert case["weight"].shape == (8, top_k)
     exact = {"rtol": 1e-5, "atol": 1e-9}
 
-    position, confidence = position_weights(top_k, settings["beta"]), confidence_weights(distance)
+    position, confidence = position_weights(top_k, 1.0), confidence_weights(distance)  # its beta is of DROS
     torch.testing.assert_close(position.expand(8, -1), case["weight_position"], **exact)
     torch.testing.assert_close(confidence, case["weight_confidence"], **exact)
     consistency = consistency_weights(case["logits"], ranking, top_k)
-    torch.testing.assert_close(consistency + 1e-8, case["weight_consistency"], **exact)  # theirs is never quite 0
+    floored = consistency_weights(case["logits"], ranking, top_k, floor=1e-8)  # theirs is never quite 0
+    torch.testing.assert_close(floored, case["weight_consistency"], **exact)
     gammas = {name: value for name, value in settings.items() if name.startswith("gamma_")}
-    mixed = importance_weights(position, confidence, consistency + 1e-8, **gammas)
+    mixed = importance_weights(position, confidence, floored, **gammas)
     torch.testing.assert_close(mixed, case["weight"], **exact)
     torch.testing.assert_close(importance_weights(position, confidence, consistency, **gammas), case["weight"], **exact)
 
@@ -196,6 +297,13 @@ def test_weights_are_those_of_the_released_program(number):
         ({"gamma_position": 0.0, "gamma_confidence": 0.0}, r"both 0.*set one of them, or `weight: 0`"),
         ({"top_k": 0}, r"expected top_k >= 1 and beta > 0, got 0 and 1\.0"),
         ({"beta": 0.0}, r"expected top_k >= 1 and beta > 0, got 10 and 0\.0"),
+        ({"weight_floor": -1e-8}, r"weight_floor is -1e-08, expected 0 \(none\) or more"),
+        ({"weight_floor": math.nan}, "weight_floor is nan"),
+        ({"confidence": "both"}, r"ranking\.confidence is 'both', expected 'per_candidate' or 'per_row'"),
+        (
+            {"negative": "two"},
+            r"ranking\.negative is 'two', expected 'none', 'one_minus_score' or 'one_minus_probability'",
+        ),
     ],
 )
 def test_ranking_settings_that_cannot_work_are_refused(settings, message):
@@ -203,14 +311,35 @@ def test_ranking_settings_that_cannot_work_are_refused(settings, message):
         RankingSettings(**settings)
 
 
-def test_shares_may_be_zero_where_ranking_is_left_out():
+def test_shares_may_be_zero_where_ranking_is_left_out_or_no_weight_is():
     RankingSettings(weight=0.0, gamma_position=0.0, gamma_confidence=0.0)
+    RankingSettings(weight_floor=1e-8, gamma_position=0.0, gamma_confidence=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -1.0}, r"distill\.dros: expected weight >= 0.*got -1\.0, 0\.05 and 1\.0"),
+        ({"beta": 0.0}, r"beta > 0, got 0\.0, 0\.05 and 0\.0"),
+        ({"propensity_power": -1.0}, "propensity_power >= 0"),
+        ({"in_ranking": "yes"}, r"dros\.in_ranking is 'yes', expected 'none', 'per_row' or 'broadcast'"),
+    ],
+)
+def test_robust_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DrosSettings(**settings)
+
+
+def test_an_unknown_loss_of_the_student_is_refused():
+    with pytest.raises(ConfigError, match=r"own_loss is 'bpr', expected 'cross_entropy' or 'sampled_bce'"):
+        DistillSettings(own_loss="bpr")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"alignment": "l1"}, "alignment is 'l1', expected 'mse' or 'cosine'"),
+        ({"fusion_sides": "output"}, "fusion_sides is 'output', expected 'both' or 'input'"),
         ({"alignment_weight": -1.0}, r"alignment_weight is -1\.0, expected 0 or more"),
     ],
 )

@@ -7,7 +7,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.vectors import standardised
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.student.items import FusedItemTable
+from llm2rec.student.items import FusedItemTable, ItemTable
 from llm2rec.student.models import build_model
 
 N, D, WIDTH = 9, 6, 5
@@ -89,6 +89,40 @@ def test_fusion_adds_the_projected_teacher_to_every_item(name, tie_items):
     padded, alone = torch.tensor([[1, 2, N, N]]), torch.tensor([[1, 2]])
     model.eval()
     torch.testing.assert_close(model(padded, torch.tensor([2])), model(alone, torch.tensor([2])))
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+def test_fusion_on_the_input_side_scores_with_plain_vectors(name):
+    model = DistilledStudent(plain(False, name), vectors(), fusion_scale=0.3, align=False, fusion_sides="input")
+    assert type(model.student.input_items) is FusedItemTable
+    assert type(model.student.output_items) is ItemTable
+    users = torch.randn(2, D)
+    torch.testing.assert_close(model.score(users), users @ model.student.output_items.weight[:N].T)
+    served = plain(False, name).eval()
+    served.load_served(model.student.weights_to_serve())
+    history, lengths = torch.tensor([[1, 2, 3, N], [5, N, N, N]]), torch.tensor([3, 1])
+    model.eval()
+    torch.testing.assert_close(served.score(served(history, lengths)), model.score(model(history, lengths)))
+
+
+def test_fusion_on_the_input_side_of_a_single_table_is_refused():
+    with pytest.raises(ConfigError, match=r"vectors of their own; build it with `tie_items=False`"):
+        DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False, fusion_sides="input")
+    DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=False, fusion_sides="input")
+
+
+def test_a_pass_without_dropout_leaves_mode_and_random_numbers_alone():
+    model = DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False)
+    history, lengths = torch.tensor([[1, 2, 3, N], [5, N, N, N]]), torch.tensor([3, 1])
+    before = torch.get_rng_state()
+    logits = model.logits_without_dropout(history, lengths)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.student.training
+    assert not logits.requires_grad
+    model.eval()
+    assert torch.equal(logits, model.score(model(history, lengths)))
+    model.logits_without_dropout(history, lengths)
+    assert not model.student.training
 
 
 def test_teacher_vectors_are_neither_trained_nor_stored():

@@ -72,6 +72,23 @@ def test_every_loss_of_distillation_is_logged(chain):
 
 
 @pytest.mark.slow
+def test_the_released_programs_objective_is_trained_by_name(chain):
+    folder, _, _ = chain
+    done = run(folder, "distill", *STUDENT, "distill=dllm2rec_code")
+    assert "vectors of their own: the teacher is fused on the input side only" in done.stderr
+    last = runs(folder)[-1]
+    assert json.loads((last / "run.json").read_text())["label"].startswith("sasrec + dllm2rec_code (")
+    assert json.loads((last / "student" / "config.json").read_text())["arguments"]["tie_items"] is False
+    for entry in json.loads((last / "metrics" / "validation.json").read_text())["history"]:
+        student, dros, ranking = (entry[f"train/loss_{name}"] for name in ("student", "dros", "ranking"))
+        assert entry["train/loss"] == pytest.approx(student + 0.5 * dros + 0.7 * ranking, rel=1e-5)
+    divided = run(
+        folder, "distill", *STUDENT, "distill=dllm2rec_code", "student.training.micro_batch_size=9", check=False
+    )
+    check_refused(divided, "distill.dros.in_ranking is 'broadcast'")
+
+
+@pytest.mark.slow
 def test_stages_say_little_and_say_it_once(chain):
     _, _, done = chain
     for stage, process in done.items():
