@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from peft import get_peft_model  # noqa: E402
 
 from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
 from llm2rec.core.schedule import warmup_cosine  # noqa: E402
+from llm2rec.distill import kd_losses  # noqa: E402
+from llm2rec.distill.data_bridge import TeacherBatch  # noqa: E402
+from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
+from llm2rec.distill.trainer_distill import candidate_weights, objective  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
 
@@ -137,6 +142,61 @@ def rename(key: str, renamed: dict[str, Any]) -> str:
     return key
 
 
+def check_dllm2rec_loss(path: Path) -> Iterator[Result]:
+    """The objective of ``distill=dllm2rec_code``: candidate weights, each loss, their total, and its gradient."""
+    given = {f"case{entry['case']}": entry for entry in read_json(path.with_suffix(".json"))}
+    for name, case in cases(load_file(path)).items():
+        settings = dllm2rec_code(given[name])
+        logits, top_k = case["logits"].requires_grad_(), settings.ranking.top_k
+        told = TeacherBatch(case["teacher_ranking"][:, :top_k], case["teacher_distance"][:, :top_k])
+        losses = objective(
+            logits,
+            case["target"],
+            told,
+            torch.ones(len(logits)),
+            settings,
+            negatives=case["negative"],
+            propensity=case["propensity"],
+        )
+        losses["loss"].mean().backward()
+        ours = {
+            "weight_position": kd_losses.position_weights(top_k, settings.ranking.beta).expand(len(logits), -1),
+            "weight_confidence": kd_losses.confidence_weights(told.distance, settings.ranking.weight_floor),
+            "weight_consistency": kd_losses.consistency_weights(
+                logits, told.ranking, top_k, floor=settings.ranking.weight_floor
+            ),
+            "weight": candidate_weights(logits, told, settings.ranking),
+            "grad_logits": logits.grad,
+            **{DLLM2REC_LOSSES[loss]: values.mean() for loss, values in losses.items()},
+        }
+        # A part that a case leaves out (alpha or lam 0) is not in the file.
+        fields = [field for field in case if field.startswith(("weight", "loss", "grad"))]
+        missing = {"loss_bce", "loss_total", "grad_logits"} - set(fields)
+        if missing:
+            raise KeyError(f"{name}.{min(missing)}")
+        yield name, largest(relative_error(ours[field], case[field]) for field in fields)
+
+
+def dllm2rec_code(case: dict[str, Any]) -> DLLM2RecCodeSettings:
+    """The settings of ``distill=dllm2rec_code`` with a case's weights in place of the program's defaults."""
+    settings = DLLM2RecCodeSettings()
+    gammas = {key: value for key, value in case.items() if key.startswith("gamma_")}
+    # The program's beta is the robust radius; that of the position weights is fixed.
+    return replace(
+        settings,
+        dros=replace(settings.dros, weight=case["alpha"], beta=case["beta"]),
+        ranking=replace(settings.ranking, weight=case["lam"], top_k=case["candidate_topk"], **gammas),
+    )
+
+
+DLLM2REC_LOSSES = {
+    "loss_student": "loss_bce",
+    "loss_dros": "loss_dros",
+    "loss_ranking": "loss_ranking",
+    "loss": "loss_total",
+}
+
+
 def check_metrics(path: Path) -> Iterator[Result]:
     """Hit rate and NDCG of scores, all rows counted."""
     tensors, reference = load_file(path), read_json(path.with_suffix(".json"))
@@ -156,6 +216,7 @@ def check_lr_schedule(path: Path) -> Iterator[Result]:
 
 
 CHECKERS: dict[str, Callable[[Path], Iterator[Result]]] = {
+    "dllm2rec_loss.safetensors": check_dllm2rec_loss,
     "gates.safetensors": check_gates,
     "ilora_linear.safetensors": check_ilora_linear,
     "lr_schedule.json": check_lr_schedule,

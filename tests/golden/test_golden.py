@@ -30,6 +30,15 @@ def test_the_copies_agree(capsys):
         ("ilora_linear.safetensors", "case2.grad_lora_A"),
         *(("gates.safetensors", f"{kind}.out") for kind in check.GATES),
         ("gates.safetensors", "conv.layer2.1.bn2.running_var"),
+        ("dllm2rec_loss.safetensors", "case0.loss_bce"),
+        ("dllm2rec_loss.safetensors", "case1.loss_dros"),
+        *(
+            ("dllm2rec_loss.safetensors", f"case3.{name}")
+            for name in ("weight_position", "weight_confidence", "weight_consistency", "weight")
+        ),
+        ("dllm2rec_loss.safetensors", "case2.loss_ranking"),
+        ("dllm2rec_loss.safetensors", "case4.loss_total"),
+        ("dllm2rec_loss.safetensors", "case3.grad_logits"),
     ],
 )
 @pytest.mark.parametrize("damage", [1.001, float("nan")])
