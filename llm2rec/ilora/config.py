@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
@@ -11,7 +12,14 @@ from peft.utils.other import get_pattern_key
 
 __all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling"]
 
-PEFT_TYPE = "ILORA"
+
+class _PeftType(str, Enum):  # noqa: UP042  PEFT reads the name off the `str` of such a class, and a StrEnum has another
+    """A string to whoever looks it up or writes it down, with the ``.value`` that PEFT's messages ask for."""
+
+    ILORA = "ILORA"
+
+
+PEFT_TYPE = _PeftType.ILORA
 """Name of the method in ``adapter_config.json`` and in PEFT's tables."""
 
 GateKind = Literal["linear", "mlp", "topk", "topk_released", "noisy", "dropout", "conv"]
@@ -137,6 +145,7 @@ class ILoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if problems := [*self._number_problems(), *self._choice_problems(), *self._gate_problems()]:
             raise ValueError("ILoraConfig cannot work: " + " ".join(problems))
         # Filled in, so that the saved adapter says what it is whatever later versions take for granted.
@@ -169,6 +178,9 @@ class ILoraConfig(PeftConfig):
 
     def _number_problems(self) -> list[str]:
         problems = []
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                return [f"`{name}` must be a dictionary from names of layers to numbers, got {getattr(self, name)!r}."]
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         counts = {"num_experts": self.num_experts, "gate_input_size": self.gate_input_size}
         for name, value in {**ranks, **counts}.items():
@@ -220,6 +232,14 @@ class ILoraConfig(PeftConfig):
 
     def _choice_problems(self) -> list[str]:
         problems = []
+        blocks = self.layers_to_transform
+        for name, kind, fits in (
+            ("gate_per_layer", "True or False", isinstance(self.gate_per_layer, bool)),
+            ("modules_to_save", "a list of names", not isinstance(self.modules_to_save, str)),
+            ("layers_to_transform", "a number or a list of numbers", not isinstance(blocks, str)),
+        ):
+            if not fits:
+                problems.append(f"`{name}` must be {kind}, got {getattr(self, name)!r}.")
         for name, value, choices in (
             ("scaling", self.scaling, get_args(Scaling)),
             ("gate", self.gate, get_args(GateKind)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mode
 from typing import Any, cast
 
 import torch
@@ -61,33 +62,39 @@ def fold(peft_model: PeftModel, gates: Tensor, adapter: str = "default") -> tupl
 
 def _one_instance(gates: Tensor, tuner: ILoraModel, adapter: str) -> Tensor:
     """Gates of shape ``(1, E)`` or ``(1, G, E)``, checked."""
-    full = 2 if adapter in tuner.ilora_gate else 3
-    gates = gates.unsqueeze(0) if gates.ndim == full - 1 else gates
+    if not isinstance(gates, Tensor) or gates.ndim == 0:
+        raise GateError(f"gates must be a tensor of shape (E,), got {gates!r}.")
+    per_layer = adapter not in tuner.ilora_gate
+    if gates.ndim == 1 or (per_layer and gates.ndim == 2 and len(gates) > 1):
+        gates = gates.unsqueeze(0)
     if len(gates) != 1:
         raise GateError(
             f"a plain LoRA holds the mixture of one instance, got gates of shape {tuple(gates.shape)}; fold one row "
             "of them at a time."
         )
     tuner.check_gates(adapter, gates)
+    if not torch.isfinite(gates).all():
+        raise GateError(f"the gates to fold are not finite: {gates.flatten()[:8].tolist()}.")
     return gates
 
 
 def _lora_config(tuner: ILoraModel, config: ILoraConfig, adapter: str) -> LoraConfig:
-    layers = tuner.adapted_layers(adapter)
-    ranks = {layer.name: config.rank_of(layer.name) for layer in layers}
-    alphas = {layer.name: config.scale_of(layer.name) * ranks[layer.name] for layer in layers}
-    alpha = config.alpha * (config.num_experts if config.scaling == "per_expert" else 1)
+    # Read off the layers, which are what computes, and not off a configuration that may have been edited since.
+    layouts = {layer.name: layer.layouts[adapter] for layer in tuner.adapted_layers(adapter)}
+    ranks = {name: layout.rank_per_expert * config.num_experts for name, layout in layouts.items()}
+    alphas = {name: layout.scale * ranks[name] for name, layout in layouts.items()}
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
-        r=config.r,
+        r=rank,
         lora_alpha=cast(int, alpha),
         lora_dropout=0.0,
-        target_modules=[layer.name for layer in layers],
-        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != config.r},
+        target_modules=list(layouts),
+        rank_pattern={_exactly(name): each for name, each in ranks.items() if each != rank},
         alpha_pattern={_exactly(name): each for name, each in alphas.items() if each != alpha},
-        fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
+        fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in tuner.adapted_layers(adapter)),
         modules_to_save=config.modules_to_save,
         bias={"none": "none", "all": "all", "ilora_only": "lora_only"}[config.bias],  # type: ignore[arg-type]
     )

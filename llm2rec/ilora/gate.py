@@ -58,8 +58,11 @@ class Gate(nn.Module):
             Gates of shape ``(B, E)``, float32 or float64, each row summing to 1.
 
         Raises:
-            GateError: If the input has another number of dimensions or another width.
+            GateError: If the input is no floats, or has another number of dimensions or another width.
         """
+        if not isinstance(gate_input, Tensor) or not gate_input.is_floating_point():
+            got = gate_input.dtype if isinstance(gate_input, Tensor) else type(gate_input)
+            raise GateError(f"the gate's input must be a tensor of floats, got {got}; embed ids and categories first.")
         if gate_input.ndim != 2 or gate_input.shape[1] != self.input_size:
             raise GateError(
                 f"the gate takes one vector of width {self.input_size} per row, shape (B, {self.input_size}), got "

@@ -39,7 +39,10 @@ class GateHealth:
 
     @property
     def collapsed(self) -> bool:
-        """Whether some gate network gives one of its experts more than nine tenths of all instances' gates."""
+        """Whether some gate network gives one of its experts more than nine tenths of all instances' gates.
+
+        Never with fewer than 32 instances: so few may well be alike.
+        """
         return self.n_rows >= COLLAPSE_ROWS and self.use.shape[-1] > 1 and bool((self.use > COLLAPSE_USE).any())
 
     def scalars(self) -> dict[str, float]:
@@ -70,10 +73,12 @@ def gate_health(gates: Tensor) -> GateHealth:
         Figures, means over instances (and layers).
 
     Raises:
-        GateError: If there are no instances.
+        GateError: If there are no instances, or the gates are not finite.
     """
     _check(gates)
     gates = gates.detach().float()
+    if not torch.isfinite(gates).all():
+        raise GateError("gates are not finite; look at the gate's input and at its weights.")
     use = gates.mean(dim=0)
     entropy = _entropy(gates).mean()
     return GateHealth(len(gates), entropy.item(), (_entropy(use).mean() - entropy).item(), use.cpu())

@@ -111,6 +111,10 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
             result = add_mixture(result, x, down, up, factors, self.ilora_dropout[adapter] if self.training else 0.0)
         return result
 
+    def finds_gates_in(self, slot: GateSlot) -> bool:
+        """Whether this is the slot in which the layer looks for gates."""
+        return self._slot is slot
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off, leaving ``requires_grad`` alone.
 

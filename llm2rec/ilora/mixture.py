@@ -32,7 +32,7 @@ def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Te
         dropout: Probability of dropping an element of ``x``.
 
     Returns:
-        Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable once in all tensors.
+        Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable in all tensors; with dropout only once.
     """
     if dropout > 0:
         # What is kept stands in for what is dropped: on the few factors, not on all of x.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -29,6 +30,8 @@ class ILoraModel(BaseTuner):
         with peft_model.base_model.instance(gate_input):  # gate_input: (B, d)
             loss = peft_model(**batch).loss
             loss.backward()
+
+    One batch at a time: threads that share a model take turns.
 
     Gates of an adapter with ``gate_per_layer`` have shape ``(B, G, E)``, its G layers in the order of the model; all
     others ``(B, E)``.
@@ -62,6 +65,8 @@ class ILoraModel(BaseTuner):
         """
         if adapter is None:
             adapter = self._only_active_adapter()
+        if adapter not in self._adapted:
+            raise GateError(f"no adapter {adapter!r} to compute gates with; the adapters are {sorted(self._adapted)}.")
         if not self._has_gate_per_layer(adapter):
             return cast(Tensor, self.ilora_gate[adapter](gate_input))
         return torch.stack([layer.ilora_gate[adapter](gate_input) for layer in self._adapted[adapter]], dim=1)
@@ -76,12 +81,18 @@ class ILoraModel(BaseTuner):
             segments: For rows that pack several instances: which row of ``gates`` each token belongs to, -1 for none,
                 shape ``(B, T)``, int64; see `segments_of`. ``gates`` then has a row per instance, not per row.
 
+        With (non-reentrant) gradient checkpointing, blocks run again in the backward pass and take the gates that are
+        held then. Two batches whose losses are added must therefore be one batch, held once: a backward pass under the
+        second batch's gates would run the first one's blocks with them.
+
         Yields:
             Nothing.
 
         Raises:
             GateError: If gates are already held, or their shape or the segments do not fit.
         """
+        if not isinstance(gates, Tensor | Mapping):
+            raise GateError(f"gates must be a tensor or a mapping from adapter names to tensors, got {type(gates)}.")
         named = {self._only_active_adapter(): gates} if isinstance(gates, Tensor) else dict(gates)
         for adapter, held in named.items():
             self.check_gates(adapter, held)
@@ -104,6 +115,8 @@ class ILoraModel(BaseTuner):
         Raises:
             GateError: If gates are already held, or the shape does not fit.
         """
+        if not self.active_adapters:
+            raise GateError(f"no adapter is active; call `set_adapter` with one of {sorted(self._adapted)}.")
         gates = {adapter: self.gate(gate_input, adapter) for adapter in self.active_adapters}
         with self.hold(gates, segments):
             yield next(iter(gates.values())) if len(gates) == 1 else gates
@@ -136,10 +149,12 @@ class ILoraModel(BaseTuner):
         Raises:
             GateError: If the gates held are not those of as many prompts.
         """
-        given = (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds")))
+        model = cast(Any, self.model)
+        names = ("inputs", model.main_input_name, "input_ids", "inputs_embeds")
+        given = [*args[:1], *map(kwargs.get, names), *(kwargs.get("encoder_outputs") or ())[:1]]
         n_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)  # 1: from the begin token
         with self.slot.repeating(n_prompts):
-            return cast(Any, self.model).generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def _only_active_adapter(self) -> str:
         active = self.active_adapters
@@ -217,28 +232,46 @@ class ILoraModel(BaseTuner):
             TypeError: If a matching layer is not linear.
         """
         # Adding an adapter must not thaw or freeze another one; PEFT sees to that for the layers.
-        trained = {name: _is_trained(gate) for name, gate in self.ilora_gate.items()}
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        trained = {parameter: parameter.requires_grad for parameter in self.ilora_gate.parameters()}
         config = cast(ILoraConfig, self.peft_config[adapter_name])
-        if unmatched := config.unmatched_patterns(self.targeted_module_names):
-            raise ValueError(
-                f"no adapted layer matches {', '.join(unmatched)}; the adapted layers are "
-                f"{', '.join(self.targeted_module_names[:5])}, ... Correct the pattern, or `target_modules`."
-            )
-        self._adapted[adapter_name] = [
-            module for module in model.modules() if isinstance(module, ILoraLinear) and adapter_name in module.ilora_A
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if unmatched := config.unmatched_patterns(self.targeted_module_names):
+                raise ValueError(
+                    f"no adapted layer matches {', '.join(unmatched)}; the adapted layers are "
+                    f"{', '.join(self.targeted_module_names[:5])}, ... Correct the pattern, or `target_modules`."
+                )
+        except (TypeError, ValueError):
+            self._take_out(adapter_name)  # so that the call can be corrected and made again
+            raise
+        layers = [
+            layer for layer in model.modules() if isinstance(layer, ILoraLinear) and adapter_name in layer.ilora_A
         ]
-        for number, layer in enumerate(self._adapted[adapter_name]):
+        self._adapted[adapter_name] = layers
+        for number, layer in enumerate(layers):
             if config.gate_per_layer:
                 layer.layouts[adapter_name] = layer.layouts[adapter_name]._replace(gate=number)
             self.slot.register(adapter_name, layer.layouts[adapter_name])
         if not config.gate_per_layer:
-            device = next(self._adapted[adapter_name][0].ilora_A[adapter_name].parameters()).device
+            device = next(layers[0].ilora_A[adapter_name].parameters()).device
             # Drawn on the CPU, then moved: the same seed gives the same gate on every device.
-            self.ilora_gate[adapter_name] = build_gate(config).to("meta" if low_cpu_mem_usage else device)
-            trained[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
-        for name, requires_grad in trained.items():
-            self.ilora_gate[name].requires_grad_(requires_grad)
+            gate = build_gate(config).to("meta" if low_cpu_mem_usage else device)
+            self.ilora_gate[adapter_name] = gate
+            gate.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+
+    def _take_out(self, adapter: str) -> None:
+        """Undo an injection that failed half way."""
+        for name, layer in [each for each in self.model.named_modules() if isinstance(each[1], ILoraLinear)]:
+            if not layer.finds_gates_in(self.slot):
+                continue  # another PeftModel's
+            if adapter in layer.ilora_A:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the active adapter, which this one never got to be
+                    layer.delete_adapter(adapter)
+            if not layer.ilora_A:
+                self.model.set_submodule(name, layer.base_layer)
 
     def _create_and_replace(
         self,
@@ -252,6 +285,11 @@ class ILoraModel(BaseTuner):
     ) -> None:
         config = cast(ILoraConfig, peft_config)
         if isinstance(target, ILoraLinear):
+            if not target.finds_gates_in(self.slot):
+                raise ValueError(
+                    f"layer {current_key!r} already belongs to another PeftModel with iLoRA; use its `add_adapter` or "
+                    "`load_adapter`, or take its adapters out first with `unload()`."
+                )
             target.update_layer(adapter_name, config)
             return
         try:
@@ -328,14 +366,13 @@ class ILoraModel(BaseTuner):
             AdapterKeysError: If tensors are missing or foreign.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        wanted = {key for key in model.state_dict() if _belongs_to(key, adapter_name)}
+        state = model.state_dict()
+        biases = cls._get_learnable_bias_state_dict(model, state, config)
+        wanted = {key for key in state if _belongs_to(key, adapter_name)}
+        wanted |= {key for key in biases if ".ilora_" not in key and not _is_wrapped(key)}
         missing = sorted(wanted - remapped.keys())
-        biases = cast(ILoraConfig, config).bias != "none"
-        foreign = sorted(
-            key
-            for key in remapped.keys() - wanted
-            if not (_may_travel(key, model) or (biases and _is_base_bias(key, model)))
-        )
+        others = remapped.keys() - wanted - biases.keys()
+        foreign = sorted(key for key in others if key not in state or not _may_travel(key, model, adapter_name))
         if missing or foreign:
             raise AdapterKeysError(
                 f"the file does not hold adapter {adapter_name!r} of this model: {_listing('missing', missing)}; "
@@ -375,21 +412,21 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
                 f"adapter {name!r} trains biases of the base (bias={bias!r}), so there is no frozen base to run; use "
                 "bias='none', or take the gate's input from elsewhere."
             )
-    # Not `peft_model.disable_adapter()`: it also gathers the status of every layer and parameter, which takes 80 ms for
-    # a model of 32 blocks (one CPU core), against 20 ms here: too much for once a step.
+    # Not `peft_model.disable_adapter()`: it gathers the status of every layer and parameter, which is too much for once
+    # a step, and thaws modules to save on the way back.
     modules = list(peft_model.modules())
     training = [module for module in modules if module.training]
-    enabled = any(isinstance(module, ILoraLinear) and not module.disable_adapters for module in modules)
+    enabled = [module for module in modules if getattr(module, "_disable_adapters", None) is False]
     for module in training:
         module.training = False
+    for module in enabled:
+        module._disable_adapters = True  # type: ignore[assignment]
     try:
-        if enabled:
-            tuner.disable_adapter_layers()
         with torch.no_grad():
             yield
     finally:
-        if enabled:
-            tuner.enable_adapter_layers()
+        for module in enabled:
+            module._disable_adapters = False  # type: ignore[assignment]
         for module in training:
             module.training = True
 
@@ -399,21 +436,25 @@ def _belongs_to(key: str, adapter: str) -> bool:
     return any(part.startswith(ILoraModel.prefix) and parts[i + 1 : i + 2] == [adapter] for i, part in enumerate(parts))
 
 
-def _may_travel(key: str, model: nn.Module) -> bool:
-    """Whether PEFT may save this tensor beside an adapter's own: modules to save, and embeddings that were resized."""
-    owner, _, _ = key.rpartition(".")
-    if ".modules_to_save." in key:
+def _may_travel(key: str, model: nn.Module, adapter: str) -> bool:
+    """Whether PEFT may save this tensor beside the adapter's own: modules to save, and embeddings that were resized."""
+    if f".modules_to_save.{adapter}." in key:
         return True
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return False
-    head = getattr(model, "get_output_embeddings", None)
-    return isinstance(module, nn.Embedding) or (callable(head) and head() is module)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        embeddings = getattr(model, name, lambda: None)()
+        embeddings = getattr(embeddings, "base_layer", embeddings)
+        if isinstance(embeddings, nn.Module) and key.rpartition(".")[0] == _name_of(embeddings, model):
+            return True
+    return False
 
 
-def _is_base_bias(key: str, model: nn.Module) -> bool:
-    return key.endswith(".bias") and key in model.state_dict()
+def _name_of(module: nn.Module, model: nn.Module) -> str | None:
+    return next((name for name, each in model.named_modules() if each is module), None)
+
+
+def _is_wrapped(key: str) -> bool:
+    """Whether a tensor is that of a module to save, or of the module it stands for."""
+    return ".modules_to_save." in key or ".original_module." in key
 
 
 def _listing(name: str, keys: list[str], n_shown: int = 3) -> str:
@@ -437,19 +478,20 @@ def _hidden_size(model: nn.Module) -> int:
 def _check_segments(segments: Tensor | None, n_instances: int) -> None:
     if segments is None:
         return
-    if segments.ndim != 2 or segments.dtype != torch.int64:
+    if not isinstance(segments, Tensor) or segments.ndim != 2 or segments.dtype != torch.int64:
+        got = f"{segments.dtype} of shape {tuple(segments.shape)}" if isinstance(segments, Tensor) else type(segments)
         raise GateError(
-            f"`segments` must be int64 of shape (B, T), a number per token, got {segments.dtype} of shape "
-            f"{tuple(segments.shape)}; `segments_of(position_ids)` makes it."
+            f"`segments` must be int64 of shape (B, T), a number per token, got {got}; `segments_of(position_ids)` "
+            "makes it."
         )
-    least, most = torch.stack(segments.aminmax()).tolist()
+    numbers = segments.unique().tolist()
     # Gates that no token has show that gates and segments were counted differently: a neighbour's may be in use then.
-    if least < -1 or most != n_instances - 1:
+    if [number for number in numbers if number != -1] != list(range(n_instances)):
         raise GateError(
-            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got numbers from "
-            f"{least} to {most} for gates of {n_instances} instances; give one row of gates per packed sequence."
+            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got "
+            f"{_some(numbers)} for gates of {n_instances} instances; give one row of gates per packed sequence."
         )
 
 
-def _is_trained(module: nn.Module) -> bool:
-    return all(parameter.requires_grad for parameter in module.parameters())
+def _some(numbers: list[int], n_shown: int = 8) -> str:
+    return ", ".join(map(str, numbers[:n_shown])) + (", ..." if len(numbers) > n_shown else "")

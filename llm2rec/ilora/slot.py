@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class GateSlot:
         self._packed = False
         self._repeated: dict[tuple[str, RankLayout, int], Tensor] = {}
         self._n_prompts: int | None = None
+        self._ran_forward = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle what belongs to the model, and nothing of the batch in flight."""
+        return {**self.__dict__, "last": {}, "_factors": None, "_repeated": {}}
 
     @property
     def held(self) -> bool:
@@ -95,7 +100,7 @@ class GateSlot:
         if self._factors is not None:
             raise GateError("gates are already held; close the outer `hold` before opening another.")
         self.last = {adapter: held.detach() for adapter, held in gates.items()}
-        self._packed = segments is not None
+        self._packed, self._ran_forward = segments is not None, False
         self._factors = {
             adapter: {layout: _per_token(layout.spread(held), segments) for layout in self._layouts.get(adapter, ())}
             for adapter, held in gates.items()
@@ -148,6 +153,8 @@ class GateSlot:
                 f"adapter {adapter!r} is active but the gates held are for {sorted(self._factors)}; hold gates for "
                 "every active adapter, or open `hold` after `set_adapter`."
             )
+        if not torch.compiler.is_compiling():
+            self._check_pass()
         factors = self._factors[adapter][layout]
         if self._packed:
             if factors.shape[:2] != shape:
@@ -156,11 +163,21 @@ class GateSlot:
                     f"{tuple(shape)}; give one segment number per token of the batch."
                 )
         elif factors.shape[0] != shape[0]:
-            times, rest = divmod(shape[0], factors.shape[0])
-            if rest or self._n_prompts != factors.shape[0]:
-                raise GateError(_rows_message(factors.shape[0], shape[0], self._n_prompts))
-            factors = self._repeat(adapter, layout, factors, times)
+            n_gates, n_rows = factors.shape[0], shape[0]
+            if n_gates == 0 or n_rows % n_gates or self._n_prompts != n_gates:
+                raise GateError(_rows_message(n_gates, n_rows, self._n_prompts))
+            factors = self._repeat(adapter, layout, factors, n_rows // n_gates)
         return factors if len(shape) == 2 else factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
+
+    def _check_pass(self) -> None:
+        """Refuse to run a checkpointed block again with gates that were not there when it ran first."""
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self._ran_forward = True
+        elif not self._ran_forward:
+            raise GateError(
+                "the backward pass runs a checkpointed block again, but its forward pass ran under other gates; open "
+                "`hold` (or `instance`) once around the forward AND the backward pass of a batch."
+            )
 
     def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:
         key = (adapter, layout, times)
@@ -172,6 +189,9 @@ class GateSlot:
 def segments_of(position_ids: Tensor) -> Tensor:
     """Number the sequences of packed rows by their position ids: each position 0 begins one.
 
+    Attention is kept within sequences by transformers, and only without a cache: pass the position ids, no attention
+    mask, and ``use_cache=False``. Give padding the segment -1 (position ids of 0 would count it as sequences).
+
     Args:
         position_ids: Shape ``(B, T)``; every row begins with position 0.
 
@@ -181,11 +201,11 @@ def segments_of(position_ids: Tensor) -> Tensor:
     Raises:
         GateError: If a row begins in the middle of a sequence.
     """
-    if position_ids.ndim != 2 or not bool((position_ids[:, 0] == 0).all()):
+    if position_ids.ndim != 2 or position_ids.numel() == 0 or bool(position_ids[:, 0].any()):
+        first = position_ids[:, :1].flatten()[:8].tolist() if position_ids.ndim == 2 else "none"
         raise GateError(
             f"position ids of packed rows must have shape (B, T) and begin with 0 in every row, got shape "
-            f"{tuple(position_ids.shape)} and first positions {position_ids[..., 0].flatten()[:8].tolist()}; "
-            "begin every row with a new sequence."
+            f"{tuple(position_ids.shape)} and first positions {first}; begin every row with a new sequence."
         )
     return (position_ids.flatten() == 0).cumsum(0).view(position_ids.shape) - 1
 
@@ -202,7 +222,7 @@ def _rows_message(n_gates: int, n_rows: int, n_prompts: int | None) -> str:
     message = f"gates cover {n_gates} rows but the layer received {n_rows}; "
     if n_prompts is not None:
         return message + f"hold one row of gates per prompt, {n_prompts} in all, which are repeated once per beam."
-    if n_rows % n_gates == 0:
+    if n_gates and n_rows % n_gates == 0:
         times = n_rows // n_gates
         return message + (
             f"repeat them once per beam (`gates.repeat_interleave({times}, dim=0)`), which a PeftModel made with "

@@ -143,15 +143,16 @@ SEGMENTS = segments_of(packed()["position_ids"])
 @pytest.mark.parametrize(
     ("segments", "n_gates", "message"),
     [
-        (SEGMENTS, N_SEGMENTS - 1, r"from 0 to 4.*gates of 4 instances"),
-        (SEGMENTS, N_SEGMENTS + 1, r"from 0 to 4.*gates of 6 instances"),
-        (SEGMENTS - 2, N_SEGMENTS - 2, r"from -2 to 2.*gates of 3 instances"),
-        (torch.full_like(SEGMENTS, -1), 1, r"from -1 to -1.*gates of 1 instances"),
+        (SEGMENTS, N_SEGMENTS - 1, r"got 0, 1, 2, 3, 4 for gates of 4 instances"),
+        (SEGMENTS, N_SEGMENTS + 1, r"got 0, 1, 2, 3, 4 for gates of 6 instances"),
+        (SEGMENTS.where(SEGMENTS != 1, 0), N_SEGMENTS, r"got 0, 2, 3, 4 for gates of 5 instances"),
+        (SEGMENTS - 2, N_SEGMENTS - 2, r"got -2, -1, 0, 1, 2 for gates of 3 instances"),
+        (torch.full_like(SEGMENTS, -1), 1, r"got -1 for gates of 1 instances"),
         (SEGMENTS.int(), N_SEGMENTS, r"must be int64 of shape \(B, T\).*got torch.int32 of shape \(2, 8\)"),
         (SEGMENTS.double(), N_SEGMENTS, r"must be int64 of shape \(B, T\).*got torch.float64"),
         (SEGMENTS[0], 2, r"must be int64 of shape \(B, T\).*of shape \(8,\)"),
     ],
-    ids=["fewer gates", "more gates", "below -1", "all -1", "int32", "float", "one row"],
+    ids=["fewer gates", "more gates", "an instance without tokens", "below -1", "all -1", "int32", "float", "one row"],
 )
 def test_segments_that_do_not_fit_the_gates_are_refused(segments, n_gates, message):
     model = adapt(tiny("llama"))

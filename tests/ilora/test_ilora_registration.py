@@ -52,11 +52,11 @@ def test_a_name_or_prefix_that_is_taken_is_refused(monkeypatch, kind, prefix, me
         (BaseTuner, "delete_adapter", ["self", "adapter_name"]),
         (BaseTuner, "merge_adapter", ["self", "adapter_names", "safe_merge"]),
         (BaseTuner, "_check_merge_allowed", ["self"]),
+        (BaseTuner, "_get_learnable_bias_state_dict", ["model", "state_dict", "config"]),
         (BaseTuner, "_remap_adapter_state_dict_for_load", ["model", "config", "adapter_name", "state_dict"]),
         (BaseTunerLayer, "enable_adapters", ["self", "enabled"]),
         (BaseTunerLayer, "set_adapter", ["self", "adapter_names", "inference_mode"]),
         (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", ["self", "adapter_name", "device"]),
-        (BaseTunerLayer, "_cast_input_dtype", ["self", "x", "dtype"]),
     ],
 )
 def test_what_we_override_or_call_has_the_same_signature(owner, name, parameters):
@@ -132,8 +132,10 @@ def test_the_package_imports_nothing_else_of_ours():
         "collections",
         "contextlib",
         "dataclasses",
+        "enum",
         "math",
         "peft",
+        "statistics",
         "torch",
         "transformers",
         "typing",
