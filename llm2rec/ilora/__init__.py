@@ -12,10 +12,11 @@ Importing this package registers the method, so PEFT's own functions work::
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
 from .errors import AdapterKeysError, GateError, ILoraError, MergeError
 from .folding import fold
+from .frozen import frozen_base
 from .gate import Gate
 from .health import GateCollapseWarning, GateHealth, balance_loss, gate_health
 from .layer import ILoraLinear
-from .model import ILoraModel, frozen_base
+from .model import ILoraModel
 from .registration import register
 from .slot import segments_of
 

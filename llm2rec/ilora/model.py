@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .errors import AdapterKeysError, GateError, ILoraError, refuse_merge
+from .errors import GateError, refuse_merge
 from .gate import build_gate
+from .keys import PREFIX, check_keys
 from .layer import ILoraLinear
-from .slot import GateSlot
+from .slot import GateSlot, check_segments
 
-__all__ = ["ILoraModel", "frozen_base"]
+__all__ = ["ILoraModel"]
 
 
 class ILoraModel(BaseTuner):
@@ -37,7 +38,7 @@ class ILoraModel(BaseTuner):
     others ``(B, E)``.
     """
 
-    prefix = "ilora_"
+    prefix = PREFIX
     tuner_layer_cls = ILoraLinear
     target_module_mapping = DEFAULT_TARGET_MODULES
     # The gate networks live here, not in the layers, so PEFT must not inject layers into a model it does not wrap.
@@ -96,7 +97,7 @@ class ILoraModel(BaseTuner):
         named = {self._only_active_adapter(): gates} if isinstance(gates, Tensor) else dict(gates)
         for adapter, held in named.items():
             self.check_gates(adapter, held)
-            _check_segments(segments, len(held))
+            check_segments(segments, len(held))
         with self.slot.hold(named, segments):
             yield
 
@@ -366,100 +367,9 @@ class ILoraModel(BaseTuner):
             AdapterKeysError: If tensors are missing or foreign.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        state = model.state_dict()
-        biases = cls._get_learnable_bias_state_dict(model, state, config)
-        wanted = {key for key in state if _belongs_to(key, adapter_name)}
-        wanted |= {key for key in biases if ".ilora_" not in key and not _is_wrapped(key)}
-        missing = sorted(wanted - remapped.keys())
-        others = remapped.keys() - wanted - biases.keys()
-        foreign = sorted(key for key in others if key not in state or not _may_travel(key, model, adapter_name))
-        if missing or foreign:
-            raise AdapterKeysError(
-                f"the file does not hold adapter {adapter_name!r} of this model: {_listing('missing', missing)}; "
-                f"{_listing('foreign', foreign)}. Load it into the base model and with the configuration "
-                "(target modules, blocks) it was saved from."
-            )
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        check_keys(remapped.keys(), model, adapter_name, biases.keys())
         return remapped
-
-
-@contextmanager
-def frozen_base(peft_model: PeftModel) -> Iterator[None]:
-    """Run the base model alone: adapters off, no gradients, evaluation mode; works with and without gates held.
-
-    This is how the gate's input h_seq is computed. It does not depend on what is being trained, so it can be computed
-    once per sequence and kept; evaluation mode makes it so where the base has dropout of its own.
-
-    Args:
-        peft_model: The model, not wrapped for distributed training.
-
-    Yields:
-        Nothing. On leaving, adapters and the mode of every module are as before.
-
-    Raises:
-        TypeError: If the model is wrapped, or has no iLoRA adapter.
-        ILoraError: If an adapter trains biases of the base: what is trained is not frozen.
-    """
-    tuner = getattr(peft_model, "base_model", None)
-    if not isinstance(tuner, ILoraModel):
-        raise TypeError(
-            f"`frozen_base` takes a PeftModel with an iLoRA adapter, got {type(peft_model).__name__}; "
-            "unwrap the model first (`accelerator.unwrap_model(model)`)."
-        )
-    for name, config in tuner.peft_config.items():
-        bias = cast(ILoraConfig, config).bias
-        if bias != "none":
-            raise ILoraError(
-                f"adapter {name!r} trains biases of the base (bias={bias!r}), so there is no frozen base to run; use "
-                "bias='none', or take the gate's input from elsewhere."
-            )
-    # Not `peft_model.disable_adapter()`: it gathers the status of every layer and parameter, which is too much for once
-    # a step, and thaws modules to save on the way back.
-    modules = list(peft_model.modules())
-    training = [module for module in modules if module.training]
-    enabled = [module for module in modules if getattr(module, "_disable_adapters", None) is False]
-    for module in training:
-        module.training = False
-    for module in enabled:
-        module._disable_adapters = True  # type: ignore[assignment]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in enabled:
-            module._disable_adapters = False  # type: ignore[assignment]
-        for module in training:
-            module.training = True
-
-
-def _belongs_to(key: str, adapter: str) -> bool:
-    parts = key.split(".")
-    return any(part.startswith(ILoraModel.prefix) and parts[i + 1 : i + 2] == [adapter] for i, part in enumerate(parts))
-
-
-def _may_travel(key: str, model: nn.Module, adapter: str) -> bool:
-    """Whether PEFT may save this tensor beside the adapter's own: modules to save, and embeddings that were resized."""
-    if f".modules_to_save.{adapter}." in key:
-        return True
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        embeddings = getattr(model, name, lambda: None)()
-        embeddings = getattr(embeddings, "base_layer", embeddings)
-        if isinstance(embeddings, nn.Module) and key.rpartition(".")[0] == _name_of(embeddings, model):
-            return True
-    return False
-
-
-def _name_of(module: nn.Module, model: nn.Module) -> str | None:
-    return next((name for name, each in model.named_modules() if each is module), None)
-
-
-def _is_wrapped(key: str) -> bool:
-    """Whether a tensor is that of a module to save, or of the module it stands for."""
-    return ".modules_to_save." in key or ".original_module." in key
-
-
-def _listing(name: str, keys: list[str], n_shown: int = 3) -> str:
-    shown = ", ".join(keys[:n_shown]) + (", ..." if len(keys) > n_shown else "")
-    return f"{len(keys)} {name}" + (f" ({shown})" if keys else "")
 
 
 def _hidden_size(model: nn.Module) -> int:
@@ -473,25 +383,3 @@ def _hidden_size(model: nn.Module) -> int:
             "width of the vectors that you will pass to `instance` or `gate`."
         )
     return size
-
-
-def _check_segments(segments: Tensor | None, n_instances: int) -> None:
-    if segments is None:
-        return
-    if not isinstance(segments, Tensor) or segments.ndim != 2 or segments.dtype != torch.int64:
-        got = f"{segments.dtype} of shape {tuple(segments.shape)}" if isinstance(segments, Tensor) else type(segments)
-        raise GateError(
-            f"`segments` must be int64 of shape (B, T), a number per token, got {got}; `segments_of(position_ids)` "
-            "makes it."
-        )
-    numbers = segments.unique().tolist()
-    # Gates that no token has show that gates and segments were counted differently: a neighbour's may be in use then.
-    if [number for number in numbers if number != -1] != list(range(n_instances)):
-        raise GateError(
-            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got "
-            f"{_some(numbers)} for gates of {n_instances} instances; give one row of gates per packed sequence."
-        )
-
-
-def _some(numbers: list[int], n_shown: int = 8) -> str:
-    return ", ".join(map(str, numbers[:n_shown])) + (", ..." if len(numbers) > n_shown else "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import GateError
 
-__all__ = ["GateSlot", "RankLayout", "segments_of"]
+__all__ = ["GateSlot", "RankLayout", "check_segments", "segments_of"]
 
 
 class RankLayout(NamedTuple):
@@ -208,6 +208,33 @@ def segments_of(position_ids: Tensor) -> Tensor:
             f"{tuple(position_ids.shape)} and first positions {first}; begin every row with a new sequence."
         )
     return (position_ids.flatten() == 0).cumsum(0).view(position_ids.shape) - 1
+
+
+def check_segments(segments: Tensor | None, n_instances: int) -> None:
+    """Refuse segments that do not fit the gates.
+
+    Raises:
+        GateError: If they are no numbers per token, or do not number the instances of the gates.
+    """
+    if segments is None:
+        return
+    if not isinstance(segments, Tensor) or segments.ndim != 2 or segments.dtype != torch.int64:
+        got = f"{segments.dtype} of shape {tuple(segments.shape)}" if isinstance(segments, Tensor) else type(segments)
+        raise GateError(
+            f"`segments` must be int64 of shape (B, T), a number per token, got {got}; `segments_of(position_ids)` "
+            "makes it."
+        )
+    numbers = segments.unique().tolist()
+    # Gates that no token has show that gates and segments were counted differently: a neighbour's may be in use then.
+    if [number for number in numbers if number != -1] != list(range(n_instances)):
+        raise GateError(
+            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got "
+            f"{_some(numbers)} for gates of {n_instances} instances; give one row of gates per packed sequence."
+        )
+
+
+def _some(numbers: list[int], n_shown: int = 8) -> str:
+    return ", ".join(map(str, numbers[:n_shown])) + (", ..." if len(numbers) > n_shown else "")
 
 
 def _per_token(factors: Tensor, segments: Tensor | None) -> Tensor:
