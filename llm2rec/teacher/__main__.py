@@ -16,6 +16,7 @@ from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
+from llm2rec.teacher.gate_source import open_gate_source
 from llm2rec.teacher.llm import locate, mixed_precision
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
 from llm2rec.teacher.trainer import train_teacher
@@ -28,12 +29,15 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision))
+    gate_run = from_launch_folder(settings.gate_run, cfg.paths.root) if settings.gate_run else None
+    gate_copy = run.folder / "gate"
     with engine.first_process_first():
+        gate_source = open_gate_source(gate_run, gate_copy, data.name, data.fingerprint, engine.device)
         source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
     train, validation = (
         SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
     )
-    model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), engine.device)
+    model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), engine.device, gate_source)
     export = settings.export
     cache = GateCache(
         model,
@@ -60,7 +64,8 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         save_teacher(run.folder / "teacher", model.eval(), recipe)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    run.note(label=f"{settings.name} {llm.name}", parameters=model_size(model), trained_parameters=trained)
+    label, parameters = f"{settings.name} {llm.name}{gate_source.label}", model_size(model) + gate_source.n_parameters
+    run.note(label=label, parameters=parameters, trained_parameters=trained)
 
     if export.enabled:
         name = f"{settings.name}-{llm.name}"
@@ -74,6 +79,8 @@ def main(cfg: Config, run: Run) -> None:
                 write_outputs(folder, blocks, model.item_vectors, export, {**about, "run": run.folder.name})
                 shutil.rmtree(run.folder / "export")
     engine.drop_checkpoints()
+    if engine.is_main:
+        shutil.rmtree(gate_copy, ignore_errors=True)  # the finished teacher holds its own
     engine.close()
 
 

@@ -19,6 +19,7 @@ from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.data import RecData
 from llm2rec.ilora import ILoraConfig, frozen_base
 from llm2rec.teacher.gate_cache import model_identity
+from llm2rec.teacher.gate_source import FrozenBase, GateSource, load_gate_source
 from llm2rec.teacher.ilora_model import ILoraRecommender, frozen_title_vectors
 from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
@@ -39,6 +40,7 @@ class TeacherRecipe:
         trust_remote_code: Whether the model's own code may run.
         logit_scale: Factor on the cosine.
         exclude_history: Whether items of a history are out of the running.
+        gate_input: Name of the `GateSource`.
     """
 
     source: str
@@ -48,10 +50,11 @@ class TeacherRecipe:
     trust_remote_code: bool
     logit_scale: float
     exclude_history: bool
+    gate_input: str = FrozenBase.name
 
     @property
     def identity(self) -> str:
-        """All that decides gate inputs besides the histories."""
+        """All about the language model that decides gate inputs."""
         return json.dumps([model_identity(self.source), self.precision, self.pooling, self.prompt], sort_keys=True)
 
     @property
@@ -73,6 +76,7 @@ def build_teacher(
     data: RecData,
     targets: NDArray[np.int32],
     device: torch.device,
+    gate_source: GateSource | None = None,
 ) -> tuple[ILoraRecommender, TeacherRecipe]:
     """Build a teacher with a fresh adapter.
 
@@ -83,13 +87,21 @@ def build_teacher(
         data: The dataset; its titles become item vectors.
         targets: Training targets, shape ``(M,)``, for the popularity prior.
         device: Where to build it.
+        gate_source: What ``settings.gate_input`` names; None for the language model.
 
     Returns:
         The teacher, and the recipe to store beside its weights.
 
     Raises:
-        ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model.
+        ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model, or the source of the
+            gate's input is another than the settings say.
     """
+    gate_source = gate_source or FrozenBase()
+    if gate_source.name != settings.gate_input:
+        raise ConfigError(
+            f"`teacher.gate_input` is {settings.gate_input!r} but the `gate_source` given is {gate_source.name!r}; "
+            "open it with `open_gate_source`."
+        )
     precision = resolve_precision(settings.precision, device)
     recipe = TeacherRecipe(
         source=source,
@@ -99,8 +111,9 @@ def build_teacher(
         trust_remote_code=llm.trust_remote_code,
         logit_scale=settings.logit_scale,
         exclude_history=settings.exclude_history,
+        gate_input=gate_source.name,
     )
-    config = _adapter_config(settings.adapter)  # checked before the model is loaded
+    config = _adapter_config(settings.adapter, gate_source.width)  # checked before the model is loaded
     prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain)
     base = load_model(source, llm, precision, device)
     _check_positions(base, llm.prompt)
@@ -113,12 +126,12 @@ def build_teacher(
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
-    return _recommender(peft_model, prompts, recipe, vectors, bias).to(device), recipe
+    return _recommender(peft_model, prompts, recipe, vectors, bias, gate_source).to(device), recipe
 
 
-def _adapter_config(adapter: AdapterSettings) -> ILoraConfig:
+def _adapter_config(adapter: AdapterSettings, gate_width: int | None) -> ILoraConfig:
     try:
-        return ILoraConfig(**vars(adapter), task_type=TaskType.FEATURE_EXTRACTION)
+        return ILoraConfig(**vars(adapter), gate_input_size=gate_width, task_type=TaskType.FEATURE_EXTRACTION)
     except ValueError as error:
         raise ConfigError(f"teacher.adapter: {error}") from error
 
@@ -135,7 +148,12 @@ def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
 
 
 def _recommender(
-    llm: PeftModel, prompts: PromptBuilder, recipe: TeacherRecipe, vectors: Tensor, bias: Tensor
+    llm: PeftModel,
+    prompts: PromptBuilder,
+    recipe: TeacherRecipe,
+    vectors: Tensor,
+    bias: Tensor,
+    gate_source: GateSource,
 ) -> ILoraRecommender:
     return ILoraRecommender(
         llm,
@@ -145,14 +163,16 @@ def _recommender(
         logit_scale=recipe.logit_scale,
         item_bias=bias,
         exclude_history=recipe.exclude_history,
+        gate_source=gate_source,
     )
 
 
 def save_teacher(folder: Path, model: ILoraRecommender, recipe: TeacherRecipe) -> None:
-    """Write ``adapter/`` (a standard PEFT folder), ``items.safetensors`` and ``config.json``."""
+    """Write ``adapter/`` (a standard PEFT folder), ``items.safetensors``, ``config.json`` and what the gate reads."""
     with replaced_folder(folder) as aside:
         model.llm.save_pretrained(str(aside / "adapter"))
         save_tensors({"vectors": model.item_vectors, "bias": model.item_bias}, aside / "items.safetensors")
+        model.gate_source.save(aside)
         write_json(aside / "config.json", vars(recipe))
 
 
@@ -168,11 +188,13 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILo
         The teacher, and the recipe it was put together by.
 
     Raises:
-        CheckpointError: If the folder holds no teacher, or its language model is no longer where it was.
+        CheckpointError: If the folder holds no teacher, or a part of one, or its language model is no longer where it
+            was.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
     recipe = TeacherRecipe(**read_json(folder / "config.json"))
+    gate_source = load_gate_source(recipe.gate_input, folder, device)
     llm = recipe.llm_settings
     try:
         tokenizer = load_tokenizer(recipe.source, llm)
@@ -185,5 +207,5 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILo
     prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain)
     items = load_file(folder / "items.safetensors")
     peft_model = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    model = _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"])
+    model = _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"], gate_source)
     return model.to(device).eval(), recipe

@@ -1,7 +1,8 @@
-"""Gate inputs of many rows, computed once by the frozen base and kept on disk.
+"""Gate inputs of many rows, computed once and kept on disk.
 
-They depend on the language model, the prompts and the data, not on what is trained, so every run with the same three
-shares them. Blocks are written as they are finished: a killed pass goes on at the next block.
+They depend on their source (the frozen language model, or a student), the prompts and the data, not on what is trained,
+so every run with the same three shares them. Blocks are written as they are finished: a killed pass goes on at the next
+block.
 """
 
 import hashlib
@@ -78,7 +79,8 @@ class GateCache:
         """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
         history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
         # The prompts' own identity: other titles may hide behind the same item ids.
-        digest = hashlib.sha256(f"{_VERSION}/{self.identity}/{self.model.prompts.identity}/{self.block_rows}".encode())
+        model = f"{self.identity}/{self.model.prompts.identity}"
+        digest = hashlib.sha256(f"{_VERSION}/{model}/{self.block_rows}{self.model.gate_source.identity}".encode())
         digest.update(history.tobytes())
         digest.update(lengths.tobytes())
         folder = self.folder / digest.hexdigest()[:16]
@@ -104,7 +106,7 @@ def _compute(
     vectors: NDArray[np.float32] | None = None
     for rows in batches_by_tokens(model.prompts.token_counts(history, lengths), batch_tokens):
         tokens = model.prompts.histories(history[rows], lengths[rows]).to(engine.device)
-        computed = model.frozen_vectors(tokens).cpu().numpy()
+        computed = model.gate_source.vectors(model, history[rows], lengths[rows], tokens).cpu().numpy()
         vectors = np.empty((len(history), computed.shape[1]), np.float32) if vectors is None else vectors
         vectors[rows] = computed
     assert vectors is not None, "a block holds at least one row"

@@ -1,7 +1,8 @@
 """The iLoRA recommender: a frozen LLM, LoRA experts mixed per sequence, and scores over the whole catalogue.
 
     h    = pool(LLM with adapter, experts mixed by g; prompt)       user vector
-    g    = softmax(W z),  z = pool(LLM without adapter; prompt)     gate, cached: z does not change in training
+    g    = softmax(W z),  z = pool(LLM without adapter; prompt)     gate, cached: z does not change in training;
+                          or a student's user vector                see `llm2rec.teacher.gate_source`
     s_i  = logit_scale · cos(h, v_i) + bias_i                       v_i: what the LLM without adapter makes of a title
 
 Only the LoRA experts and the gate are trained.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.vectors import standardised
 from llm2rec.ilora import Gate, ILoraModel, frozen_base
+from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
 
@@ -57,6 +59,7 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         logit_scale: Factor on the cosine.
         item_bias: Added to each item's score, shape ``(N,)``; not trained.
         exclude_history: Whether the items of a history are out of the running.
+        gate_source: Where the gate's input comes from.
     """
 
     _item_vectors: Tensor
@@ -72,8 +75,10 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         logit_scale: float,
         item_bias: Tensor,
         exclude_history: bool,
+        gate_source: GateSource,
     ) -> None:
         super().__init__()
+        self.gate_source = gate_source
         self.llm, self.prompts, self.pooling = llm, prompts, pooling
         self.logit_scale, self.exclude_history = logit_scale, exclude_history
         self.register_buffer("_item_vectors", item_vectors.float(), persistent=False)
@@ -148,7 +153,7 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         return logits - penalty[:, :-1]
 
     def frozen_vectors(self, tokens: TokenBatch) -> Tensor:
-        """Gate inputs z of a batch: pooled states of the model without adapter, scaled to unit length.
+        """Pooled states of the model without adapter, scaled to unit length: the gate inputs z of `FrozenBase`.
 
         Hidden states grow with the width of the model, and so does what one step of Adam does to ``W z``: with inputs
         of unit mean square the gates of MiniLM had collapsed onto single experts after 50 steps.
@@ -165,7 +170,7 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         """Log-probabilities over the catalogue; see `ITeacherRecommender.log_probs`. Needs evaluation mode."""
         device = self._item_vectors.device
         tokens = self.prompts.histories(history, lengths).to(device)
-        with self.mixing(self.frozen_vectors(tokens)):
+        with self.mixing(self.gate_source.vectors(self, history, lengths, tokens)):
             users = self(tokens.input_ids, tokens.attention_mask)
         return self.score(users, torch.from_numpy(history).to(device, torch.int64)).log_softmax(dim=1)
 

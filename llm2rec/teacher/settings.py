@@ -17,6 +17,7 @@ __all__ = [
 
 POOLINGS = ("last", "mean", "cls")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
+GATE_INPUTS = ("llm", "sequence")
 
 
 @dataclass
@@ -176,6 +177,9 @@ class TeacherSettings:
         popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
         train_rows: Training rows used, chosen by the seed; None uses all.
         validation_rows: Validation rows used for early stopping, chosen by the seed; None uses all.
+        gate_input: What the gate reads: ``llm``, what the language model without adapter makes of the prompt; or
+            ``sequence`` (the paper), the user vector of a trained student.
+        gate_run: Folder of that student's run, of ``llm2rec.student`` or ``llm2rec.distill`` on the same dataset.
         gate_learning_rate_ratio: Learning rate of the gate networks as a part of ``training.learning_rate``.
         balance_loss: Weight of the load-balance loss, which evens out how much each expert is used over a step's rows;
             0 leaves it out.
@@ -193,6 +197,8 @@ class TeacherSettings:
     popularity_prior: float = 0.0
     train_rows: int | None = None
     validation_rows: int | None = None
+    gate_input: str = "llm"
+    gate_run: str | None = None
     gate_learning_rate_ratio: float = 1.0
     balance_loss: float = 0.0
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -208,6 +214,18 @@ class TeacherSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"teacher.{name} is {value}, expected at least 1, or null for all rows.")
+        if self.gate_input not in GATE_INPUTS:
+            raise ConfigError(f"teacher.gate_input is {self.gate_input!r}, expected one of {', '.join(GATE_INPUTS)}.")
+        if self.gate_input == "sequence" and not self.gate_run:
+            raise ConfigError(
+                f"teacher.gate_input is 'sequence' and teacher.gate_run is {self.gate_run!r}, expected the run of the "
+                "student whose user vectors the gate reads; add `teacher.gate_run=result/result_...`."
+            )
+        if self.gate_input != "sequence" and self.gate_run is not None:
+            raise ConfigError(
+                f"teacher.gate_run is {self.gate_run!r} and teacher.gate_input is {self.gate_input!r}, which reads no "
+                "run; add `teacher.gate_input=sequence`, or leave `teacher.gate_run` out."
+            )
         if not 0 < self.gate_learning_rate_ratio < float("inf"):
             raise ConfigError(
                 f"teacher.gate_learning_rate_ratio is {self.gate_learning_rate_ratio}, expected a positive finite "
