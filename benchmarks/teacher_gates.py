@@ -18,19 +18,18 @@ from ml100k import TEACHER, Stages, parse
 from llm2rec.core.files import read_json
 
 PER_EXPERT = "teacher.adapter.scaling=per_expert"
-TEN = "teacher.gate_learning_rate_ratio=10"
+ONE, TEN = "teacher.gate_learning_rate_ratio=1", "teacher.gate_learning_rate_ratio=10"
 VARIANTS = {
     "plain LoRA": ["teacher.adapter.num_experts=1"],
     # With alpha / R the uniform mixture of E experts has an E-th of the scale of a plain LoRA; with alpha / (R / E) it
     # is a plain LoRA.
-    "linear, alpha / R": [],
-    "linear": [PER_EXPERT],
+    "linear, alpha / R": [ONE],
+    "linear": [PER_EXPERT, ONE],
     "linear, rate x10": [PER_EXPERT, TEN],
     "linear, rate x100": [PER_EXPERT, "teacher.gate_learning_rate_ratio=100"],
     "linear per layer, rate x10": [PER_EXPERT, TEN, "teacher.adapter.gate_per_layer=true"],
-    "topk 2, rate x10": [PER_EXPERT, TEN, "teacher.adapter.gate=topk"],
 }
-SEEDS = (1, 2)
+SEEDS = (1,)
 
 
 def main() -> None:
