@@ -17,7 +17,7 @@ from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
-from llm2rec.student.settings import GRU4RecStudent, SASRecStudent, StudentSettings
+from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
 __all__ = ["Config", "MetricsConfig", "register"]
@@ -141,7 +141,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
         "dataset": dict(DATASET_SCHEMAS),
         "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
         "teacher": {"ilora": TeacherSettings},
-        "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent},
+        "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent, "caser": CaserStudent},
         "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
         "active": {"all": ActiveConfig, "random": RandomActiveConfig},
         "metrics": {"recsys": MetricsConfig},

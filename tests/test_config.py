@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.data import SCHEMAS
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.stage import build
+from llm2rec.student.models import MODELS, build_model
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
@@ -196,9 +198,25 @@ def test_the_released_program_differs_from_the_paper_in_named_switches_only():
 
 
 def test_sizes_that_must_agree_are_written_once():
-    assert composed("dataset.history_length=7").student.model.max_length == 7
-    assert composed("student=gru4rec", "dataset.history_length=7").student.model.max_length == 7
+    for name in MODELS:
+        assert composed(f"student={name}", "dataset.history_length=7").student.model.max_length == 7
     assert composed("seed=9", "active=random").active.seed == 9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_student_has_a_file_with_the_numbers_of_its_constructor(name):
+    settings = build(composed(f"student={name}").student, kinds()["student"])
+    assert settings.name == name
+    defaults = {key: value.default for key, value in inspect.signature(MODELS[name]).parameters.items()}
+    assert dataclasses.asdict(settings.model) | {"n_items": inspect.Parameter.empty} == defaults
+
+
+def test_caser_takes_the_heights_of_the_released_program():
+    settings = build(composed("student=caser", "student.model.heights=[2,3,4]").student, kinds()["student"])
+    model = build_model(settings.name, n_items=9, **dataclasses.asdict(settings.model))
+    assert [layer.kernel_size for layer in model.horizontal] == [(2,), (3,), (4,)]
+    with pytest.raises(HydraException, match="heights"):
+        composed("student=caser", "student.model.heights=[two]")
 
 
 def test_build_tells_what_is_missing():

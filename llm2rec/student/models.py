@@ -1,10 +1,10 @@
 """Sequential recommenders: a history of item ids in, one vector per user out.
 
-Histories are padded on the right. Both models are causal, so the vector at the last real item has seen all real items
-and no padding; no attention mask is needed.
+Histories are padded on the right. SASRec and GRU4Rec are causal, so the vector at the last real item has seen all real
+items and no padding; no attention mask is needed. Caser moves the items to the right itself and leaves padding out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2rec.core.errors import ConfigError
 from llm2rec.student.items import ItemTable
 
-__all__ = ["MODELS", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model"]
+__all__ = ["MODELS", "Caser", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model"]
 
 
 class SequentialRecommender(nn.Module):
@@ -189,12 +189,91 @@ class GRU4Rec(SequentialRecommender):
         return self.out(_last(states, lengths))
 
 
+class Caser(SequentialRecommender):
+    """Convolutions over the matrix of recent item vectors (Tang and Wang, WSDM 2018, arXiv 1809.07426).
+
+    Horizontal filters read h items in a row and keep their strongest answer; vertical filters are weighted sums over
+    the history, one weight per age. One linear layer maps both to item space. Departures from the paper:
+
+    - No user embedding: a row is answered from its history alone, so users unseen in training can be served.
+    - Histories shorter than L are not padded with items. A window holds real items only, and a filter higher than the
+      history reads all of it once, behind zeros; full histories see the paper's windows.
+    - The last layer is linear, as inner products with shared item vectors need both signs; the paper scores with
+      weights of its own.
+
+    Only the most recent ``max_length`` items of a longer history are read.
+
+    Args:
+        n_items: Number of items, N.
+        width: Width of item and user vectors, D.
+        max_length: Longest history, L.
+        n_horizontal: Horizontal filters of each height.
+        n_vertical: Vertical filters.
+        heights: Heights of the horizontal filters, within 1 to L; None is all of them.
+        dropout: Dropout probability on what the filters give.
+        tie_items: Whether one item table serves input and output.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        width: int = 64,
+        max_length: int = 10,
+        n_horizontal: int = 16,
+        n_vertical: int = 4,
+        heights: Sequence[int] | None = None,
+        dropout: float = 0.2,
+        tie_items: bool = True,
+    ) -> None:
+        super().__init__(n_items, width, max_length, dropout, tie_items)
+        heights = list(range(1, max_length + 1) if heights is None else heights)
+        if min(n_horizontal, n_vertical) < 1:
+            raise ConfigError(
+                f"expected `n_horizontal` and `n_vertical` of at least 1, got {n_horizontal} and {n_vertical}."
+            )
+        if not heights or len(set(heights)) < len(heights) or min(heights) < 1 or max(heights) > max_length:
+            raise ConfigError(
+                f"`heights` is {heights}, expected different heights from 1 to `max_length`, which is {max_length}."
+            )
+        self.horizontal = nn.ModuleList(nn.Conv1d(width, n_horizontal, height) for height in heights)
+        self.vertical = nn.Linear(max_length, n_vertical, bias=False)  # `out` has a bias for it
+        self.out = nn.Linear(n_horizontal * len(heights) + n_vertical * width, width)
+        for layer in (*self.horizontal, self.out):
+            # Small item vectors would drown in torch's default biases, and all histories would look the same.
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Represent users; shapes as in `SASRec.forward`."""
+        items, n_padding = self._moved_right(history, lengths)
+        x = self.input_items(items).transpose(1, 2)  # (B, D, L); zeros, then the items, the most recent last
+        found = [self._strongest(layer(x), n_padding) for layer in self.horizontal]
+        sums = self.vertical(x).flatten(1)  # (B, D * n_vertical)
+        return self.out(self.dropout(torch.cat([*found, sums], dim=1)))
+
+    def _moved_right(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The last L items with padding ahead, ``(B, L)``, and how much of it there is, ``(B,)``."""
+        age = torch.arange(self.max_length - 1, -1, -1, device=history.device)
+        index = lengths.unsqueeze(1) - 1 - age  # (B, L)
+        items = history.gather(1, index.clamp(min=0)).masked_fill(index < 0, self.n_items)
+        return items, (self.max_length - lengths).clamp(min=0)
+
+    @staticmethod
+    def _strongest(answers: Tensor, n_padding: Tensor) -> Tensor:
+        """Pool answers to all windows ``(B, n_horizontal, W)`` over those without padding, or the last one."""
+        n_windows = answers.shape[2]
+        first = n_padding.clamp(max=n_windows - 1)  # where the first window to count begins
+        ignored = torch.arange(n_windows, device=answers.device) < first.unsqueeze(1)  # (B, W)
+        # A ReLU of the largest is the largest ReLU.
+        return answers.masked_fill(ignored.unsqueeze(1), -torch.inf).amax(dim=2).relu()
+
+
 def _last(states: Tensor, lengths: Tensor) -> Tensor:
     """States ``(B, L, D)`` at each row's last real item, ``(B, D)``."""
     return states[torch.arange(len(states), device=states.device), lengths - 1]
 
 
-MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec}
+MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec, "caser": Caser}
 
 
 def build_model(name: str, **arguments: Any) -> SequentialRecommender:

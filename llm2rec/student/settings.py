@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 from llm2rec.core.training import TrainingSettings
 
-__all__ = ["GRU4RecSettings", "GRU4RecStudent", "ModelSettings", "SASRecSettings", "SASRecStudent", "StudentSettings"]
+__all__ = [
+    "CaserSettings",
+    "CaserStudent",
+    "GRU4RecSettings",
+    "GRU4RecStudent",
+    "ModelSettings",
+    "SASRecSettings",
+    "SASRecStudent",
+    "StudentSettings",
+]
 
 
 @dataclass
@@ -52,6 +61,21 @@ class GRU4RecSettings(ModelSettings):
 
 
 @dataclass
+class CaserSettings(ModelSettings):
+    """Arguments of Caser.
+
+    Attributes:
+        n_horizontal: Horizontal filters of each height.
+        n_vertical: Vertical filters.
+        heights: Heights of the horizontal filters; null is every height up to ``max_length``.
+    """
+
+    n_horizontal: int = 16
+    n_vertical: int = 4
+    heights: list[int] | None = None
+
+
+@dataclass
 class StudentSettings:
     """A student and its training.
 
@@ -80,3 +104,11 @@ class GRU4RecStudent(StudentSettings):
 
     name: str = "gru4rec"
     model: GRU4RecSettings = field(default_factory=GRU4RecSettings)
+
+
+@dataclass
+class CaserStudent(StudentSettings):
+    """Schema of ``conf/student/caser.yaml``."""
+
+    name: str = "caser"
+    model: CaserSettings = field(default_factory=CaserSettings)

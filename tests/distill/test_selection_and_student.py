@@ -8,7 +8,7 @@ from llm2rec.core.vectors import standardised
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.items import FusedItemTable, ItemTable
-from llm2rec.student.models import build_model
+from llm2rec.student.models import MODELS, build_model
 
 N, D, WIDTH = 9, 6, 5
 
@@ -74,7 +74,7 @@ def test_standardised_vectors_are_centred_and_of_unit_length():
 
 
 @pytest.mark.parametrize("tie_items", [True, False])
-@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+@pytest.mark.parametrize("name", MODELS)
 def test_fusion_adds_the_projected_teacher_to_every_item(name, tie_items):
     model = DistilledStudent(plain(tie_items, name), vectors(), fusion_scale=0.3, align=False)
     student = model.student
@@ -91,7 +91,7 @@ def test_fusion_adds_the_projected_teacher_to_every_item(name, tie_items):
     torch.testing.assert_close(model(padded, torch.tensor([2])), model(alone, torch.tensor([2])))
 
 
-@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+@pytest.mark.parametrize("name", MODELS)
 def test_fusion_on_the_input_side_scores_with_plain_vectors(name):
     model = DistilledStudent(plain(False, name), vectors(), fusion_scale=0.3, align=False, fusion_sides="input")
     assert type(model.student.input_items) is FusedItemTable

@@ -24,7 +24,7 @@ from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, sampled_bce
-from llm2rec.student.models import build_model
+from llm2rec.student.models import MODELS, build_model
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L, K = 12, 4, 5
@@ -55,14 +55,14 @@ def code(**changes):
 WHOLE_STEPS = {"batch_size": 8, "micro_batch_size": 8}  # what the program's broadcast needs
 
 
-def plain(seed=0, tie_items=True):
+def plain(seed=0, tie_items=True, name="sasrec"):
     torch.manual_seed(seed)
-    return build_model("sasrec", n_items=N, width=16, max_length=L, n_blocks=1, dropout=0.2, tie_items=tie_items)
+    return build_model(name, n_items=N, width=16, max_length=L, dropout=0.2, tie_items=tie_items)
 
 
-def distilled(settings, seed=0, teacher=TEACHER):
+def distilled(settings, seed=0, teacher=TEACHER, name="sasrec"):
     return DistilledStudent(
-        plain(seed, tie_items=not settings.embedding.unties),
+        plain(seed, not settings.embedding.unties, name),
         teacher.embeddings,
         fusion_scale=settings.embedding.fusion_scale,
         align=settings.embedding.alignment_weight > 0,
@@ -70,9 +70,9 @@ def distilled(settings, seed=0, teacher=TEACHER):
     )
 
 
-def train_in(folder, settings, *, kind=Engine, seed=0, policy=None, teacher=TEACHER, **changes):
+def train_in(folder, settings, *, kind=Engine, seed=0, policy=None, teacher=TEACHER, name="sasrec", **changes):
     engine = engine_in(folder, kind=kind, **{**TRAINING, **changes})
-    model = distilled(settings, seed, teacher)
+    model = distilled(settings, seed, teacher, name)
     return train_distilled(model, TRAIN, teacher, VALIDATION, policy or SelectionPolicyAll(), engine, settings)
 
 
@@ -255,7 +255,22 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, settings, killed_befo
     assert written(broken, "validation") == written(tmp_path / "whole", "validation")
 
 
-def test_a_good_teacher_helps_where_targets_are_noise(tmp_path):
+@pytest.mark.parametrize("settings", [settings_of(alignment=0.4), code()])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_student_can_be_distilled_and_resumed(tmp_path, name, settings):
+    changes = {"name": name, **WHOLE_STEPS, "checkpoint_every_steps": 3}
+    whole = train_in(tmp_path / "whole", settings, **changes)
+    before, after = distilled(settings, name=name).state_dict(), whole.state_dict()
+    assert all(not torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(Killed):
+        train_in(tmp_path / "broken", settings, kind=killed_at(7), **changes)
+    resumed = train_in(tmp_path / "broken", settings, seed=7, **changes)
+    assert_same_weights(resumed.state_dict(), after)
+    assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
+
+
+@pytest.mark.parametrize("name", ["sasrec", "caser"])  # GRU4Rec learns too slowly for so few steps
+def test_a_good_teacher_helps_where_targets_are_noise(tmp_path, name):
     """Targets say nothing, the teacher knows what comes next."""
     train, test = counting_rows(150, N, L), counting_rows(60, N, L, seed=3)
     right = train.targets.clone()
@@ -267,7 +282,7 @@ def test_a_good_teacher_helps_where_targets_are_noise(tmp_path):
     for weight in (0.0, 5.0):
         settings = settings_of(ranking=weight, fusion=0.0, top_k=1)
         engine = engine_in(tmp_path / str(weight), epochs=15, batch_size=50, micro_batch_size=50, learning_rate=0.02)
-        model = distilled(settings, teacher=teacher)
+        model = distilled(settings, teacher=teacher, name=name)
         train_distilled(model, train, teacher, test, SelectionPolicyAll(), engine, settings)
         found[weight] = ranking_metrics(rank_targets(model.student, test, engine))["ndcg@10"]
     assert found[5.0] > found[0.0] + 0.15

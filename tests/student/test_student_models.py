@@ -9,14 +9,15 @@ from llm2rec.student.store import load_student, save_student
 
 N, L, D = 11, 6, 8
 BUILD = {"sasrec": {"n_blocks": 2, "n_heads": 2}, "gru4rec": {"hidden_width": 12, "n_layers": 2}}
+BUILD |= {"caser": {"n_horizontal": 3, "n_vertical": 2}}
 LENGTHS = torch.tensor([1, 3, 6, 4])
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def built(name, *, seed=0, tie_items=True, dropout=0.2):
+def built(name, *, seed=0, **changes):
     torch.manual_seed(seed)
-    model = build_model(name, n_items=N, width=D, max_length=L, dropout=dropout, tie_items=tie_items, **BUILD[name])
+    model = build_model(name, **{"n_items": N, "width": D, "max_length": L, "dropout": 0.2, **BUILD[name], **changes})
     with torch.no_grad():  # away from the small initial values, so that differences show
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -184,6 +185,111 @@ def test_positions_are_counted_from_the_most_recent_item():
     torch.testing.assert_close(ages[0][0, :2], ages[1][0, 1:])
 
 
+def caser_by_loops(model, items):
+    """What Caser answers to one history, a list of ids, as the paper writes it down: no tensors but the weights."""
+    table = model.input_items.weight.tolist()
+    vectors = [table[item] for item in items[-model.max_length :]]
+    found = []
+    for layer in model.horizontal:
+        (height,), weights = layer.kernel_size, layer.weight.tolist()  # (filters, D, height)
+        read = [[0.0] * D] * (height - len(vectors)) + vectors  # a filter higher than the history
+        for filter_, bias in zip(weights, layer.bias.tolist(), strict=True):
+            answers = [
+                sum(filter_[d][row] * read[start + row][d] for row in range(height) for d in range(D)) + bias
+                for start in range(len(read) - height + 1)
+            ]
+            found.append(max(0.0, *answers))
+    latest = vectors[::-1]
+    for d in range(D):  # per width, as `out` has its columns
+        for filter_ in model.vertical.weight.tolist():
+            found.append(sum(filter_[-1 - age] * vector[d] for age, vector in enumerate(latest)))
+    rows = zip(model.out.weight.tolist(), model.out.bias.tolist(), strict=True)
+    return torch.tensor([sum(w * f for w, f in zip(row, found, strict=True)) + bias for row, bias in rows])
+
+
+@pytest.mark.parametrize("heights", [None, [2, 3, 4], [6]])
+def test_caser_agrees_with_loops(heights):
+    model, history = built("caser", heights=heights), histories()
+    expected = [caser_by_loops(model, row[:n].tolist()) for row, n in zip(history, LENGTHS, strict=True)]
+    torch.testing.assert_close(model(history, LENGTHS), torch.stack(expected))
+
+
+def caser_by_hand(**weights):
+    """Caser with vectors of width 2 for items 0, 1, 2 and all weights 0 but those given."""
+    model = build_model("caser", n_items=3, width=2, max_length=3, n_horizontal=1, n_vertical=1, heights=[2]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.input_items.weight[:3] = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-2.0, 4.0]])
+        for name, values in weights.items():
+            model.get_parameter(name.replace("_", ".")).copy_(torch.tensor(values))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0, 1, 2], 6.5),  # windows (0, 1): 1 - (-1) + 0.5 = 2.5 and (1, 2): 3 - 4 + 0.5 < 0; then 2.5 + 4
+        ([1, 0], 5.5),  # one window: 3 - 2 + 0.5 = 1.5
+        ([0], 4.0),  # behind a vector of zeros: 0 - 2 + 0.5 < 0
+        ([1], 5.5),  # behind a vector of zeros: 0 + 1 + 0.5 = 1.5
+        ([2, 2, 0, 1], 6.5),  # the last three: (2, 0): -2 - 2 + 0.5 < 0 and (0, 1): 2.5
+    ],
+)
+def test_horizontal_filters_by_hand(history, expected):
+    """The filter takes the first number of the older item and subtracts the second number of the newer."""
+    weights = {"horizontal_0_weight": [[[1.0, 0.0], [0.0, -1.0]]], "horizontal_0_bias": [0.5]}
+    model = caser_by_hand(**weights, out_weight=[[1.0, 0, 0], [0, 0, 0]], out_bias=[4.0, 7.0])
+    answer = model(torch.tensor([history]), torch.tensor([len(history)]))
+    torch.testing.assert_close(answer, torch.tensor([[expected, 7.0]]))
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0, 1, 2], [1 + 30 - 200, 2 - 10 + 400]),
+        ([0, 1], [10 + 300, 20 - 100]),
+        ([2], [-200, 400]),
+        ([2, 0, 1, 2], [1 + 30 - 200, 2 - 10 + 400]),  # the last three
+    ],
+)
+def test_vertical_filters_by_hand(history, expected):
+    """The filter weighs the most recent item 100, the one before it 10, and the third 1."""
+    model = caser_by_hand(vertical_weight=[[1.0, 10.0, 100.0]], out_weight=[[0, 1.0, 0], [0, 0, 1.0]])
+    answer = model(torch.tensor([history]), torch.tensor([len(history)]))
+    torch.testing.assert_close(answer, torch.tensor([expected]).float())
+
+
+def test_caser_answers_a_short_history_like_a_caser_that_knows_no_longer_ones():
+    long, short = built("caser", heights=[1, 2, 3]), built("caser", heights=[1, 2, 3], max_length=3)
+    short.load_state_dict({**long.state_dict(), "vertical.weight": long.vertical.weight[:, -3:]})
+    lengths = torch.tensor([1, 3, 2, 3])
+    torch.testing.assert_close(long(histories(), lengths), short(histories()[:, :3], lengths))
+
+
+def test_caser_reads_the_most_recent_items_of_a_history_that_is_too_long():
+    model, history = built("caser"), torch.randint(0, N, (2, L + 3))
+    lengths = torch.tensor([L + 3, L + 1])
+    recent = torch.stack([row[n - L : n] for row, n in zip(history, lengths, strict=True)])
+    assert torch.equal(model(history, lengths), model(recent, torch.tensor([L, L])))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_horizontal": 0}, "of at least 1, got 0 and 4"),
+        ({"n_vertical": 0}, "of at least 1, got 16 and 0"),
+        ({"heights": []}, r"`heights` is \[\]"),
+        ({"heights": [0, 1]}, r"`heights` is \[0, 1\], expected different heights from 1 to `max_length`, which is 5"),
+        ({"heights": [2, 6]}, r"`heights` is \[2, 6\]"),
+        ({"heights": [2, 2]}, r"`heights` is \[2, 2\]"),
+    ],
+)
+def test_caser_that_cannot_be_built_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model("caser", n_items=N, max_length=5, **settings)
+
+
 @pytest.mark.parametrize("settings", [{"n_heads": 3}, {"n_blocks": 0}])
 def test_sasrec_that_cannot_be_built_is_refused(settings):
     with pytest.raises(ConfigError, match="`n_blocks` >= 1 and `n_heads` that divide `width`"):
@@ -191,7 +297,7 @@ def test_sasrec_that_cannot_be_built_is_refused(settings):
 
 
 def test_an_unknown_student_is_refused():
-    with pytest.raises(ConfigError, match="unknown student 'bert'; expected one of sasrec, gru4rec"):
+    with pytest.raises(ConfigError, match="unknown student 'bert'; expected one of sasrec, gru4rec, caser"):
         build_model("bert", n_items=N)
 
 

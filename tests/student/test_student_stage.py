@@ -70,10 +70,11 @@ def test_the_test_split_is_never_looked_at(tmp_path, launch):
     assert not list(first.glob("metrics/test*"))
 
 
-def test_a_finished_run_holds_what_the_design_says(launch):
-    run = launch("student=gru4rec")
+@pytest.mark.parametrize("name", ["gru4rec", "caser"])
+def test_a_finished_run_holds_what_the_design_says(launch, name):
+    run = launch(f"student={name}")
     record = json.loads((run / "run.json").read_text())
-    assert (record["stage"], record["status"], record["label"]) == ("student", "finished", "gru4rec")
+    assert (record["stage"], record["status"], record["label"]) == ("student", "finished", name)
     model = load_student(run / "student")
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert json.loads((run / "config.json").read_text())["student"]["model"]["width"] == 16

@@ -21,7 +21,7 @@ from llm2rec.student.models import build_model
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L = 12, 4
-BUILD = {"sasrec": {"n_blocks": 1}, "gru4rec": {"hidden_width": 16}}
+BUILD = {"sasrec": {"n_blocks": 1}, "gru4rec": {"hidden_width": 16}, "caser": {}}
 SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 3, "learning_rate": 0.01, "max_grad_norm": 0.5}
 SETTINGS |= {"min_learning_rate_ratio": 0.1, "warmup_ratio": 0.2, "weight_decay": 0.1}
 TRAIN, VALIDATION = random_rows(37, N, L), random_rows(20, N, L, seed=1)  # 5 steps an epoch, the last with 5 rows
