@@ -180,8 +180,9 @@ class TeacherSettings:
         gate_input: What the gate reads: ``llm``, what the language model without adapter makes of the prompt; or
             ``sequence`` (the paper), the user vector of a trained student.
         gate_run: Folder of that student's run, of ``llm2rec.student`` or ``llm2rec.distill`` on the same dataset.
-        gate_learning_rate_ratio: Learning rate of the gate networks as a part of ``training.learning_rate``. Their inputs
-            have unit length: at 1 gates hardly leave the even mixture, at 100 they collapse (`teacher_gates.json`).
+        gate_learning_rate_ratio: Learning rate of the gate networks as a multiple of ``training.learning_rate``. Their
+            inputs have unit length: at 1 gates hardly leave the even mixture, at 100 they collapse (see
+            ``benchmarks/results/teacher_gates.json``).
         balance_loss: Weight of the load-balance loss, which evens out how much each expert is used over a step's rows;
             0 leaves it out.
         adapter: The iLoRA adapter.
