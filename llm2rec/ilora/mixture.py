@@ -20,8 +20,8 @@ def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Te
 
     With dropout the backward pass is written by hand. It keeps ``x`` as it came (one tensor for all layers that read
     the same one) and one byte per element for what was dropped, where autograd would keep a dropped copy of ``x`` for
-    every layer: a third of all that a training step keeps. Without dropout there is no copy to save, and autograd's own
-    functions cost the processor less than ours.
+    every layer. Without dropout there is no copy to save, and autograd's own functions cost the processor less than
+    ours.
 
     Args:
         result: Output of the base layer, shape ``(B, ..., out)``.

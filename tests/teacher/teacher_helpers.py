@@ -5,14 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from llm2rec.config import register
 from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import RecData
+from llm2rec.stage import build as settings_of
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.factory import TeacherRecipe, build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
@@ -147,3 +151,12 @@ def teacher_rows(model: ILoraRecommender, data: SequenceData, rows: np.ndarray) 
     history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
     inputs = model.frozen_vectors(model.prompts.histories(history, lengths)).numpy()
     return TeacherRows(data, rows, inputs, model.prompts.token_counts(history, lengths))
+
+
+def configured(*overrides: str) -> TeacherSettings:
+    """Teacher settings as a command's overrides make them."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["paths.root=/somewhere", *overrides])
+    return settings_of(cfg.teacher, TeacherSettings)

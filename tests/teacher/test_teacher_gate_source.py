@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import Killed, assert_same_weights, engine_in, killed_at
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from safetensors import safe_open
-from teacher_helpers import CPU, build, llm_of, padded, randomise, split
+from teacher_helpers import CPU, build, configured, llm_of, padded, randomise, split
 
-from llm2rec.config import register
 from llm2rec.core.checkpoint import trainable_weights
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.seed import seed_everything
 from llm2rec.ilora.config import GateKind
-from llm2rec.stage import build as settings_of
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.models import build_model
 from llm2rec.student.store import load_student, save_student
@@ -33,7 +29,6 @@ from llm2rec.teacher.gate_source import FrozenBase, StudentVectors, load_gate_so
 from llm2rec.teacher.settings import AdapterSettings, ExportSettings, TeacherSettings
 from llm2rec.teacher.trainer import train_teacher
 
-CONF = Path(__file__).parents[2] / "conf"
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}
 STUDENTS = [("sasrec", 64, 10), ("gru4rec", 20, 10), ("sasrec", 8, 3), ("gru4rec", 20, 3)]
 
@@ -247,14 +242,6 @@ def test_a_teacher_of_before_reads_the_language_model(data, llm_folder, tmp_path
 
 
 # ---- what cannot work ------------------------------------------------------------------------------------------------
-
-
-def configured(*overrides):
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["paths.root=/somewhere", *overrides])
-    return settings_of(cfg.teacher, TeacherSettings)
 
 
 def test_the_configuration_asks_for_it_by_run():

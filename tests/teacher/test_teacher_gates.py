@@ -2,18 +2,14 @@
 
 import dataclasses
 import warnings
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, written
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from teacher_helpers import CPU, build, llm_of, randomise, split, teacher_rows
+from teacher_helpers import CPU, build, configured, llm_of, randomise, split, teacher_rows
 
-from llm2rec.config import register
 from llm2rec.core.batching import optimizer_steps
 from llm2rec.core.checkpoint import trainable_weights
 from llm2rec.core.engine import Engine
@@ -21,14 +17,12 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import seed_everything
 from llm2rec.ilora import Gate, GateCollapseWarning, ILoraConfig, balance_loss, gate_health
 from llm2rec.ilora.config import GateKind
-from llm2rec.stage import build as settings_of
 from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
-from llm2rec.teacher.settings import AdapterSettings, TeacherSettings
+from llm2rec.teacher.settings import AdapterSettings
 from llm2rec.teacher.trainer import train_teacher
 
-CONF = Path(__file__).parents[2] / "conf"
 KINDS = get_args(GateKind)
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
 
@@ -58,15 +52,6 @@ def trained_of(model):
 
 
 # ---- the configuration -----------------------------------------------------------------------------------------------
-
-
-def configured(*overrides):
-    """Teacher settings as a command's overrides make them."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["paths.root=/somewhere", *overrides])
-    return settings_of(cfg.teacher, TeacherSettings)
 
 
 def built_from(settings, data, llm_folder):
