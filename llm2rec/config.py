@@ -65,11 +65,15 @@ class MetricsConfig:
         ks: Cut-offs.
         select_on: Validation metric for early stopping and the choice of weights.
         mask_seen: Whether items the user had before are taken out of the rankings.
+        n_candidates: Items among which `llm2rec.evaluate` measures HR@1 besides, the target included; 0 for none.
+        candidates_seed: Seed of those candidates.
     """
 
     ks: list[int] = field(default_factory=lambda: list(CUTOFFS))
     select_on: str = "ndcg@10"
     mask_seen: bool = False
+    n_candidates: int = 0
+    candidates_seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse metrics that no evaluation will give."""
@@ -77,6 +81,11 @@ class MetricsConfig:
             raise ConfigError(f"metrics.ks is {self.ks}, expected cut-offs of at least 1.")
         if self.select_on not in metric_names():
             raise ConfigError(f"metrics.select_on is {self.select_on!r}, expected one of {', '.join(metric_names())}.")
+        if self.n_candidates != 0 and self.n_candidates < 2:
+            raise ConfigError(
+                f"metrics.n_candidates is {self.n_candidates}, expected 0 for none, or at least 2: the target and what "
+                "it is picked from."
+            )
 
 
 @dataclass

@@ -21,7 +21,8 @@ logger = logging.getLogger("llm2rec.evaluate")
 @stage("evaluate")
 def main(cfg: Config, run: Run) -> None:
     """Score the runs asked for and write the comparison."""
-    protocol = Protocol(tuple(cfg.metrics.ks), cfg.metrics.mask_seen)
+    metrics = cfg.metrics
+    protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
     engine = open_engine(cfg, run)
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
@@ -37,6 +38,8 @@ def main(cfg: Config, run: Run) -> None:
             "n_items": data.n_items,
             "rows": len(data.splits["test"]),
             "mask_seen": protocol.mask_seen,
+            "n_candidates": protocol.n_candidates,
+            "candidates_seed": protocol.candidates_seed,
             "overrides": list(HydraConfig.get().overrides.task),
             "git": git_state(),
             "versions": library_versions(),

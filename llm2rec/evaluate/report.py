@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec.core.files import replaced_file, write_json
+from llm2rec.evaluate.candidates import CANDIDATES_HR
 from llm2rec.evaluate.scoring import Scored
 
 __all__ = ["draw", "format_table", "write_report"]
 
 
-def format_table(rows: Sequence[Scored], ks: Sequence[int]) -> str:
-    """A table for a terminal: one row per scored run, metrics in percent."""
+def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 0) -> str:
+    """A table for a terminal: one row per scored run, metrics in percent, candidates with their interval if any."""
     names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in ks if (name, k) not in (("ndcg", 1), ("mrr", 1))]
-    header = ["run", *[name.upper() for name in names], "parameters", "ms/user"]
+    among = [f"HR@1 of {n_candidates}", "95 %"] if n_candidates else []
+    header = ["run", *[name.upper() for name in names], *among, "parameters", "ms/user"]
     body = [
         [
             row.label if row.seed is None else f"{row.label} [{row.seed}]",
             *[f"{100 * row.metrics[name]:.2f}" for name in names],
+            *(_among_candidates(row) if n_candidates else []),
             f"{row.parameters:,}",
             "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
         ]
@@ -30,6 +33,11 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int]) -> str:
         return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
 
     return "\n".join([line(header), "-" * len(line(header)), *map(line, body)])
+
+
+def _among_candidates(row: Scored) -> list[str]:
+    low, high = row.intervals[CANDIDATES_HR]
+    return [f"{100 * row.metrics[CANDIDATES_HR]:.2f}", f"{100 * low:.2f}-{100 * high:.2f}"]
 
 
 def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about: dict[str, Any]) -> str:
@@ -49,7 +57,12 @@ def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about:
         + (" without items seen before" if about["mask_seen"] else "")
         + "; metrics in percent, HR@1 = NDCG@1 = MRR@1; [seed]"
     )
-    table = f"{caption}\n{format_table(rows, ks)}\n"
+    if about["n_candidates"]:
+        caption += (
+            f"; HR@1 of {about['n_candidates']}: among the target and {about['n_candidates'] - 1} items that the row "
+            f"does not show (seed {about['candidates_seed']}), with its 95 % bootstrap interval over rows"
+        )
+    table = f"{caption}\n{format_table(rows, ks, about['n_candidates'])}\n"
     with replaced_file(folder / "comparison.txt") as aside:
         aside.write_text(table, encoding="utf-8")
     write_json(folder / "comparison.json", {**about, "rows_scored": [asdict(row) for row in rows]})

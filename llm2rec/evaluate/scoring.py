@@ -1,8 +1,7 @@
 """Score finished runs on the test split: once each, kept in the run's folder."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,17 @@ from torch import Tensor
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json, write_json
+from llm2rec.core.files import read_json, replaced_file, write_json
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.data import RecData
+from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
+from llm2rec.evaluate.finished import FinishedStudent, FinishedTeacher
+from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.student.evaluator import rank_targets
-from llm2rec.student.store import load_student
-from llm2rec.teacher.factory import load_teacher
-from llm2rec.teacher.gate_cache import GateCache
-from llm2rec.teacher.trainer import rank_targets as rank_teacher_targets
 
 __all__ = ["Protocol", "Scored", "find_runs", "score_popularity", "score_run"]
 
-_LATENCY_REPEATS = 50
+_BATCH_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -34,10 +31,14 @@ class Protocol:
     Attributes:
         ks: Cut-offs.
         mask_seen: Whether items the user had before the target are taken out of the ranking.
+        n_candidates: Items among which HR@1 is measured besides, the target included; 0 leaves that out.
+        candidates_seed: Seed of those candidates.
     """
 
     ks: tuple[int, ...]
     mask_seen: bool
+    n_candidates: int = 0
+    candidates_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Scored:
         parameters: Parameters that answering needs.
         milliseconds: Median time to rank the catalogue for one user, on the machine the run was scored on.
         seed: Seed of the run, or None.
+        intervals: 95 % bootstrap intervals over test rows, by metric, of those that have one.
     """
 
     label: str
@@ -59,6 +61,7 @@ class Scored:
     parameters: int
     milliseconds: float | None
     seed: int | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
@@ -84,6 +87,8 @@ def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
 def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path) -> Scored:
     """Score one finished run on the test split, or read the scores it already has.
 
+    The full ranking and the candidates are kept apart, so that asking for candidates ranks nothing again.
+
     Args:
         folder: Run folder.
         data: The dataset.
@@ -93,20 +98,64 @@ def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, g
 
     Raises:
         CheckpointError: If the run is not finished, holds no model, or is of another dataset.
+        ConfigError: If the catalogue is too small for the candidates asked for.
     """
     record = _checked_record(folder, data)
-    stored = folder / "metrics" / "test.json"
-    key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": len(data.splits["test"])}
+    kind = FinishedTeacher if record["stage"] == "teacher" else FinishedStudent
+    model, n_rows = kind(folder, data, engine, gate_dir), len(data.splits["test"])
+
+    def rank() -> tuple[Tensor, dict[str, Any]]:
+        seen = SeenItems.of(data.splits["test"], data.sequences) if protocol.mask_seen else None
+        ranks = model.ranks(seen)
+        milliseconds = model.milliseconds(min(max(protocol.ks), data.n_items))
+        return ranks, {"metrics": ranking_metrics(ranks, protocol.ks), "milliseconds": milliseconds}
+
+    def rank_candidates() -> tuple[Tensor, dict[str, Any]]:
+        ranks = model.candidate_ranks(_candidates(data, protocol))
+        return ranks, _candidate_scores(ranks)
+
+    key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": n_rows}
+    scores = _once(folder / "metrics", "test", key, engine, rank)
+    metrics, intervals = scores["metrics"], {}
+    if protocol.n_candidates:
+        key = {"n_candidates": protocol.n_candidates, "candidates_seed": protocol.candidates_seed, "rows": n_rows}
+        among = _once(folder / "metrics", "test_candidates", key, engine, rank_candidates)
+        metrics, intervals = metrics | among["metrics"], among["intervals"]
+    return Scored(
+        record["label"],
+        folder.name,
+        metrics,
+        record["parameters"],
+        scores["milliseconds"],
+        record["seed"],
+        {name: (low, high) for name, (low, high) in intervals.items()},
+    )
+
+
+def _once(
+    folder: Path, name: str, key: dict[str, Any], engine: Engine, compute: Callable[[], tuple[Tensor, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Read the scores of a protocol, or compute and keep them: ``<name>.json`` and ``<name>_ranks.npy``."""
+    stored = folder / f"{name}.json"
     if stored.is_file() and (scores := read_json(stored))["protocol"] == key:
-        metrics, milliseconds = scores["metrics"], scores["milliseconds"]
-    else:
-        score = _score_teacher if record["stage"] == "teacher" else _score_student
-        ranks, milliseconds = score(folder, data, engine, protocol, gate_dir)
-        metrics = ranking_metrics(ranks, protocol.ks)
-        if engine.is_main:
-            write_json(stored, {"protocol": key, "metrics": metrics, "milliseconds": milliseconds})
-            np.save(folder / "metrics" / "test_ranks.npy", ranks.numpy(), allow_pickle=False)
-    return Scored(record["label"], folder.name, metrics, record["parameters"], milliseconds, record["seed"])
+        return dict(scores)
+    ranks, values = compute()
+    if engine.is_main:
+        with replaced_file(folder / f"{name}_ranks.npy") as aside, open(aside, "wb") as file:
+            np.save(file, ranks.numpy(), allow_pickle=False)
+        write_json(stored, {"protocol": key, **values})  # last: it says that all is there
+    return values
+
+
+def _candidates(data: RecData, protocol: Protocol) -> CandidateSampler:
+    """The same candidates for every run: histories are cut as the dataset cuts them, not as a model does."""
+    test = SequenceData.of(data.splits["test"], data.n_items, data.history_length)
+    return CandidateSampler(test, protocol.candidates_seed, protocol.n_candidates, split="test")
+
+
+def _candidate_scores(ranks: Tensor) -> dict[str, Any]:
+    rate, interval = candidates_hr(ranks)
+    return {"metrics": {CANDIDATES_HR: rate}, "intervals": {CANDIDATES_HR: interval}}
 
 
 def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
@@ -127,64 +176,33 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     return record
 
 
-def _score_student(
-    folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path
-) -> tuple[Tensor, float]:
-    model = load_student(folder / "student").to(engine.device)
-    split = data.splits["test"]
-    test = SequenceData.of(split, data.n_items, model.max_length)
-    seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
-    ranks = rank_targets(model, test, engine, seen=seen)
-    k = min(max(protocol.ks), data.n_items)
-
-    def answer() -> None:
-        batch = test.batch(np.zeros(1, np.int64), engine.device)
-        model.score(model(batch.history, batch.lengths)).topk(k)
-
-    return ranks, _milliseconds(answer, engine.device)
-
-
-def _score_teacher(
-    folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path
-) -> tuple[Tensor, float]:
-    model, recipe = load_teacher(folder / "teacher", data, engine.device)
-    split = data.splits["test"]
-    test = SequenceData.of(split, data.n_items, data.history_length)
-    cache = GateCache(model, recipe.identity, engine, gate_dir)
-    seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
-    ranks = rank_teacher_targets(model, cache.rows(test, np.arange(len(test))), engine, seen=seen)
-    history, lengths, k = test.history[:1].numpy(), test.lengths[:1].numpy(), min(max(protocol.ks), data.n_items)
-    return ranks, _milliseconds(lambda: model.log_probs(history, lengths).topk(k), engine.device)
-
-
-def _milliseconds(answer: Callable[[], object], device: torch.device) -> float:
-    """Median time of one answer."""
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(_LATENCY_REPEATS + 5):  # the first few warm up
-            start = time.perf_counter()
-            answer()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return round(1000 * float(np.median(seconds[5:])), 4)
-
-
 def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     """The same ranking for everybody: items by how often they occur in the training split's targets and histories.
 
     Args:
         data: The dataset.
         protocol: How to measure.
+
+    Raises:
+        ConfigError: If the catalogue is too small for the candidates asked for.
     """
     train = SequenceData.of(data.splits["train"], data.n_items, 1)
     first = data.splits["train"].with_format("numpy")["position"][:] == 1  # a user's very first item is nobody's target
     counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
     counts += np.bincount(train.history.numpy()[first, 0], minlength=data.n_items)
     split = data.splits["test"]
-    test = SequenceData.of(split, data.n_items, data.history_length)
-    scores = torch.from_numpy(counts).expand(len(test), -1).clone()
-    rows, targets = np.arange(len(test)), test.targets.long()
-    if protocol.mask_seen:
-        scores = SeenItems.of(split, data.sequences).mask(scores, rows, targets)
-    return Scored("popularity", "", ranking_metrics(target_ranks(scores, targets), protocol.ks), data.n_items, None)
+    targets = SequenceData.of(split, data.n_items, 1).targets.long()
+    seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
+    candidates = _candidates(data, protocol) if protocol.n_candidates else None
+    ranks, among = [], []
+    for start in range(0, len(targets), _BATCH_ROWS):
+        own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
+        scores = torch.from_numpy(counts).expand(len(own), -1)
+        if candidates is not None:
+            among.append(rank_among(scores, candidates.draw(rows), own))
+        ranks.append(target_ranks(scores if seen is None else seen.mask(scores, rows, own), own))
+    metrics, intervals = ranking_metrics(torch.cat(ranks), protocol.ks), {}
+    if among:
+        scored = _candidate_scores(torch.cat(among))
+        metrics, intervals = metrics | scored["metrics"], scored["intervals"]
+    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals)

@@ -6,37 +6,17 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import engine_in
+from evaluate_helpers import student_run
 from PIL import Image
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.data import Toy, prepare
 from llm2rec.evaluate.__main__ import _folders
 from llm2rec.evaluate.report import format_table, write_report
 from llm2rec.evaluate.scoring import Protocol, Scored, find_runs, score_popularity, score_run
-from llm2rec.student.models import build_model
-from llm2rec.student.store import save_student
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare(Toy(n_users=30, n_items=60, n_worlds=5), tmp_path_factory.mktemp("processed"))
-
-
-def student_run(results, data, name, *, label="sasrec", seed=1, **changes):
-    """A run folder as the student's stage leaves it, with random weights."""
-    folder = results / name
-    arguments = {"n_items": data.n_items, "width": 16, "max_length": data.history_length}
-    torch.manual_seed(seed)
-    model = build_model("sasrec", **arguments)
-    save_student(folder / "student", model, "sasrec", arguments)
-    dataset = {"name": data.name, "fingerprint": data.fingerprint}
-    record = {"stage": "student", "status": "finished", "seed": seed, "label": label, "parameters": 5}
-    write_json(folder / "run.json", {**record, "dataset": dataset, **changes})
-    return folder, model.eval()
 
 
 def plain_ranks(model, data, mask_seen):
@@ -137,7 +117,7 @@ def test_what_to_evaluate(tmp_path, data):
 def test_the_report_is_a_table_a_json_file_and_a_picture(tmp_path):
     metrics = ranking_metrics(torch.tensor([0, 3, 30]), (1, 5))
     rows = [Scored("popularity", "", metrics, 7, None), Scored("sasrec", "result_x", metrics, 12345, 0.25, 3)]
-    about = {"dataset": "toy", "fingerprint": "f", "n_items": 50, "rows": 3, "mask_seen": False}
+    about = {"dataset": "toy", "fingerprint": "f", "n_items": 50, "rows": 3, "mask_seen": False, "n_candidates": 0}
     table = write_report(tmp_path, rows, (1, 5), about)
     assert table == (tmp_path / "comparison.txt").read_text()
     header, _, first, second = format_table(rows, (1, 5)).splitlines()
