@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from teacher_helpers import ODD_TITLES, bpe_tokenizer, item_table, padded, wordpiece_tokenizer
+from transformers import AutoTokenizer
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.teacher.prompts import PromptBuilder, batches_by_tokens
@@ -145,3 +146,79 @@ def test_batches_by_tokens_hold_each_row_once_and_keep_the_bound(counts, bound):
 def test_token_batches_are_integers_that_embeddings_take(tokenizer):
     batch = build(tokenizer, max_tokens=64).histories(*padded([[0]], len(ODD_TITLES), 2))
     assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": 40}, {"max_tokens": 4096, **TEXTS}, {"max_items": 3}])
+def test_hybrid_prompts_without_their_slots_are_those_of_the_items_shown(tokenizer, settings):
+    prompts = build(tokenizer, SHORT_TITLES, **settings)
+    histories = random_histories(len(SHORT_TITLES))
+    arrays = padded(histories, len(SHORT_TITLES), 8)
+    batch = prompts.histories(*arrays, hybrid=True)
+    shown = prompts.n_shown(*arrays, hybrid=True)
+    recent = [history[len(history) - n :] for history, n in zip(histories, shown, strict=True)]
+    slots = batch.item_ids < len(SHORT_TITLES)
+    assert [ids[at].tolist() for ids, at in zip(batch.item_ids, slots, strict=True)] == recent
+    assert torch.equal(slots, batch.input_ids == prompts.placeholder_id)
+    kept = [
+        ids[mask.bool() & ~at].tolist()
+        for ids, mask, at in zip(batch.input_ids, batch.attention_mask, slots, strict=True)
+    ]
+    assert kept == real_tokens(prompts.histories(*padded(recent, len(SHORT_TITLES), 8)))
+    assert prompts.token_counts(*arrays, hybrid=True).tolist() == batch.attention_mask.sum(dim=1).tolist()
+    assert batch.input_ids.shape[1] <= prompts.settings.max_tokens
+
+
+def test_a_slot_comes_right_after_the_separator_of_its_title(tokenizer):
+    prompts = build(tokenizer, SHORT_TITLES, max_tokens=4096, **TEXTS)
+    batch = prompts.histories(*padded([[3, 0, 5]], len(SHORT_TITLES), 4), hybrid=True)
+    start = 1 + len(tokenizer(texts_of(TEXTS)[0], add_special_tokens=False)["input_ids"])
+    for item in (3, 0, 5):
+        title = tokenizer(f" {SHORT_TITLES[item]}{SEPARATOR}", add_special_tokens=False)["input_ids"]
+        assert batch.input_ids[0, start : start + len(title)].tolist() == title
+        start += len(title) + 1
+        assert batch.item_ids[0, start - 1] == item
+
+
+def test_one_more_token_lets_one_more_title_and_its_slot_in(tokenizer):
+    titles = ["one two three", "four five six", "seven eight"]
+    costs = [len(tokenizer(f" {title};", add_special_tokens=False)["input_ids"]) + 1 for title in titles]
+    special = len(tokenizer("")["input_ids"])
+    history = padded([[0, 1, 2]], 3, 3)
+    for shown in (1, 2, 3):
+        exact = special + sum(costs[3 - shown :])
+        assert build(tokenizer, titles, max_tokens=exact).n_shown(*history, hybrid=True) == [shown]
+        assert build(tokenizer, titles, max_tokens=exact - 1).n_shown(*history, hybrid=True) == [max(1, shown - 1)]
+
+
+def test_a_title_cut_for_want_of_room_still_has_its_slot(tokenizer):
+    longest = ODD_TITLES.index(max(ODD_TITLES, key=len))
+    batch = build(tokenizer, max_tokens=24).histories(*padded([[longest]], len(ODD_TITLES), 2), hybrid=True)
+    assert batch.attention_mask.shape == (1, 24)
+    assert (batch.item_ids == longest).sum() == 1
+
+
+def test_the_placeholder_is_added_once_and_kept_with_a_saved_tokenizer(tokenizer, tmp_path):
+    prompts = build(tokenizer)
+    size = len(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = build(AutoTokenizer.from_pretrained(tmp_path))
+    assert (again.placeholder_id, len(again.tokenizer)) == (prompts.placeholder_id, size)
+    assert build(tokenizer).tokenizer is tokenizer
+    assert len(tokenizer) == size
+    assert again.identity == prompts.identity
+
+
+def test_a_title_that_spells_the_placeholder_makes_no_slot(tokenizer):
+    prompts = build(tokenizer, ["before <|item|> after", "Heat"])
+    batch = prompts.histories(*padded([[0, 1]], 2, 2), hybrid=True)
+    assert ((batch.input_ids == prompts.placeholder_id) == (batch.item_ids < 2)).all()
+    assert (batch.item_ids < 2).sum() == 2
+    assert (prompts.titles(np.array([0])).input_ids != prompts.placeholder_id).all()
+
+
+def test_moving_a_batch_moves_all_of_it(tokenizer):
+    prompts = build(tokenizer)
+    arrays = padded([[0, 1]], len(ODD_TITLES), 2)
+    meta = torch.device("meta")
+    assert prompts.histories(*arrays, hybrid=True).to(meta).item_ids.device == meta
+    assert prompts.histories(*arrays).to(meta).item_ids is None

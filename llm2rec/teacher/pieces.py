@@ -1,0 +1,312 @@
+"""Prompts as rows of pieces: texts, titles, slots for injected vectors, an answer.
+
+Each piece is tokenised once. The prompts of a batch are laid out as a matrix of piece numbers and put together with
+array operations; no loop runs over rows or tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.seed import derived_seed
+
+__all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "TokenBatch", "hashed", "padded_batch"]
+
+IGNORED_LABEL = -100  # what `torch.nn.functional.cross_entropy` leaves out
+
+Padding = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token sequences, padded on one side.
+
+    Attributes:
+        input_ids: Shape ``(B, T)``, int64.
+        attention_mask: Shape ``(B, T)``, int64, 1 for real tokens.
+        item_ids: Shape ``(B, T)``, int64, the item whose vector is injected at a position and N where none is; None for
+            text without injected vectors.
+        labels: Shape ``(B, T)``, int64, the token itself where it belongs to the answer and -100 elsewhere; None for
+            prompts without answer.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    item_ids: Tensor | None = None
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """Copy to a device."""
+        return TokenBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            None if self.item_ids is None else self.item_ids.to(device),
+            None if self.labels is None else self.labels.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Some pieces of every row, in reading order; all of shape ``(B, P)``.
+
+    Attributes:
+        pieces: Piece numbers.
+        lengths: Tokens taken of each piece, 0 where the piece is left out.
+        items: Item whose vector is injected, N for none.
+        answer: Whether the piece is the answer, one for all rows, shape ``(P,)``.
+    """
+
+    pieces: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    items: NDArray[np.int64]
+    answer: NDArray[np.bool_]
+
+
+class PromptLayout:
+    """Lays out the prompts of one task: the first text, the history, the next text and so on.
+
+    A prompt is ``text, history, text`` or ``text, history, text, candidates, text``, and an answer may follow. The
+    oldest items of a history are left out first; candidates and answers are always whole. A title that is too long even
+    when it is alone is cut.
+
+    Args:
+        titles: Tokens of each title with its separator, N of them.
+        texts: Tokens of the texts of each wording, special tokens included; two texts each, or three for prompts with
+            candidates.
+        answers: Tokens of each answer with its end token, N of them; empty for tasks without.
+        placeholder_id: Token at the position of an injected vector.
+        pad_id: Token that pads.
+        max_tokens: Tokens of a prompt at most, the longest answer included.
+        max_items: Items of a history shown at most; None for all.
+        seed: Seed of the choice of wordings.
+    """
+
+    def __init__(
+        self,
+        titles: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[Sequence[int]]],
+        answers: Sequence[Sequence[int]] = (),
+        *,
+        placeholder_id: int,
+        pad_id: int,
+        max_tokens: int,
+        max_items: int | None,
+        seed: int = 0,
+    ) -> None:
+        self.n_items, self.n_wordings, self.n_texts = len(titles), len(texts), len(texts[0])
+        self.pad_id, self.max_items, self.seed = pad_id, max_items, seed
+        flat_texts = [text for wording in texts for text in wording]
+        pieces = [*titles, *flat_texts, *answers, [placeholder_id]]
+        self.lengths = np.array([len(piece) for piece in pieces], np.int64)
+        self.tokens = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._first_answer = self.n_items + len(flat_texts)
+        self._slot = len(pieces) - 1
+        self.text_tokens = self.lengths[self.n_items : self._first_answer].reshape(len(texts), -1).sum(axis=1)
+        self.longest_answer = max(map(len, answers), default=0)
+        self.rooms = max_tokens - self.text_tokens - self.longest_answer  # tokens left for titles, by wording
+
+    def piece(self, number: int) -> NDArray[np.int64]:
+        """Tokens of one piece; pieces 0 to N-1 are the titles."""
+        return self.tokens[self._starts[number] : self._starts[number] + self.lengths[number]]
+
+    def wordings(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The wording of each row, shape ``(B,)``: a function of the seed and the items of its history alone."""
+        return (hashed(history, lengths, self.seed) % np.uint64(self.n_wordings)).astype(np.int64)
+
+    def room(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None = None,
+        *,
+        hybrid: bool = False,
+    ) -> NDArray[np.int64]:
+        """Tokens left for each row's history, shape ``(B,)``."""
+        room = self.rooms[self.wordings(history, lengths)]
+        return room if candidates is None else room - (self.lengths[candidates] + hybrid).sum(axis=1)
+
+    def n_shown(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None = None,
+        *,
+        hybrid: bool = False,
+    ) -> NDArray[np.int64]:
+        """How many of each history's most recent items are shown, shape ``(B,)``, at least 1 each."""
+        return self._shown(history, lengths, candidates, hybrid)[0]
+
+    def token_counts(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None = None,
+        answers: NDArray[np.int64] | None = None,
+        *,
+        hybrid: bool = False,
+    ) -> NDArray[np.int64]:
+        """Tokens of each prompt, with its answer where there is one, shape ``(B,)``."""
+        counts = self.text_tokens[self.wordings(history, lengths)]
+        counts = counts + self._shown(history, lengths, candidates, hybrid)[1]
+        if candidates is not None:
+            counts += (self.lengths[candidates] + hybrid).sum(axis=1)
+        return counts if answers is None else counts + self.lengths[self._first_answer + answers]
+
+    def batch(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None = None,
+        answers: NDArray[np.int64] | None = None,
+        *,
+        hybrid: bool = False,
+        padding: Padding = "right",
+    ) -> TokenBatch:
+        """Put prompts together.
+
+        Args:
+            history: Item ids, shape ``(B, L)``, padded on the right.
+            lengths: Items per history, shape ``(B,)``.
+            candidates: Items listed after the history, shape ``(B, C)``, where prompts have candidates.
+            answers: Items whose answers follow, shape ``(B,)``.
+            hybrid: Whether each title is followed by a slot for its item's vector.
+            padding: Side of the padding.
+        """
+        texts = self.n_items + self.wordings(history, lengths)[:, None] * self.n_texts + np.arange(self.n_texts)
+        parts = [self._plain(texts[:, :1]), self._history(history, lengths, candidates, hybrid)]
+        parts.append(self._plain(texts[:, 1:2]))
+        if candidates is not None:
+            shown = candidates.astype(np.int64)
+            parts += [self._titles(shown, self.lengths[shown], np.ones(shown.shape, bool), hybrid)]
+            parts += [self._plain(texts[:, 2:])]
+        if answers is not None:
+            parts.append(self._plain(self._first_answer + answers[:, None].astype(np.int64), answer=True))
+        columns = _Columns(
+            np.concatenate([part.pieces for part in parts], axis=1),
+            np.concatenate([part.lengths for part in parts], axis=1),
+            np.concatenate([part.items for part in parts], axis=1),
+            np.concatenate([part.answer for part in parts]),
+        )
+        return self._assemble(columns, padding, with_items=hybrid, with_labels=answers is not None)
+
+    def _shown(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None,
+        hybrid: bool,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many items of each history are shown, and the tokens they take."""
+        room = self.room(history, lengths, candidates, hybrid=hybrid)[:, None]
+        ages = np.arange(history.shape[1])
+        real = ages < lengths[:, None]
+        newest_first = np.where(real, lengths[:, None] - 1 - ages, 0)
+        items = np.take_along_axis(history, newest_first, axis=1)
+        costs = np.where(real, np.minimum(self.lengths[np.where(real, items, 0)] + hybrid, room), 0)
+        totals = np.cumsum(costs, axis=1)
+        fits = real & (totals <= room)
+        if self.max_items is not None:
+            fits &= ages < self.max_items
+        shown = np.maximum(fits.sum(axis=1), 1)
+        return shown, np.take_along_axis(totals, shown[:, None] - 1, axis=1)[:, 0]
+
+    def _history(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None,
+        hybrid: bool,
+    ) -> _Columns:
+        shown = self._shown(history, lengths, candidates, hybrid)[0]
+        room = self.room(history, lengths, candidates, hybrid=hybrid)
+        places = np.arange(history.shape[1])
+        kept = (places < lengths[:, None]) & (places >= (lengths - shown)[:, None])
+        items = np.where(kept, history, 0).astype(np.int64)
+        return self._titles(items, np.minimum(self.lengths[items], room[:, None] - hybrid), kept, hybrid)
+
+    def _titles(
+        self, items: NDArray[np.int64], lengths: NDArray[np.int64], kept: NDArray[np.bool_], hybrid: bool
+    ) -> _Columns:
+        """Titles, each followed by its slot in hybrid prompts; all arguments have shape ``(B, K)``."""
+        lengths, injected = np.where(kept, lengths, 0), np.where(kept, items, self.n_items)
+        nothing = np.full_like(items, self.n_items)
+        if not hybrid:
+            return _Columns(items, lengths, nothing, np.zeros(items.shape[1], bool))
+        wide = (len(items), 2 * items.shape[1])
+        return _Columns(
+            np.stack([items, np.full_like(items, self._slot)], axis=2).reshape(wide),
+            np.stack([lengths, kept.astype(np.int64)], axis=2).reshape(wide),
+            np.stack([nothing, injected], axis=2).reshape(wide),
+            np.zeros(wide[1], bool),
+        )
+
+    def _plain(self, pieces: NDArray[np.int64], *, answer: bool = False) -> _Columns:
+        """Pieces as they are, shape ``(B, P)``."""
+        return _Columns(
+            pieces, self.lengths[pieces], np.full_like(pieces, self.n_items), np.full(pieces.shape[1], answer)
+        )
+
+    def _assemble(self, columns: _Columns, padding: Padding, *, with_items: bool, with_labels: bool) -> TokenBatch:
+        lengths, per_row = columns.lengths.ravel(), columns.lengths.sum(axis=1)
+        ends = np.cumsum(lengths)
+        starts = self._starts[columns.pieces.ravel()]
+        source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)  # token numbers, prompt by prompt
+        row = np.repeat(np.arange(len(per_row)), per_row)
+        column = np.arange(ends[-1]) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        shape = (len(per_row), int(per_row.max()))
+        if padding == "left":
+            column += (shape[1] - per_row)[row]
+
+        def spread(values: NDArray[np.int64], elsewhere: int) -> NDArray[np.int64]:
+            spread = np.full(shape, elsewhere, np.int64)
+            spread[row, column] = values
+            return spread
+
+        tokens = self.tokens[source]
+        items = labels = None
+        if with_items:
+            items = torch.from_numpy(spread(np.repeat(columns.items.ravel(), lengths), self.n_items))
+        if with_labels:
+            of_answer = np.repeat(np.tile(columns.answer, len(per_row)), lengths)
+            labels = torch.from_numpy(spread(np.where(of_answer, tokens, IGNORED_LABEL), IGNORED_LABEL))
+        mask = spread(np.ones_like(tokens), 0)
+        return TokenBatch(torch.from_numpy(spread(tokens, self.pad_id)), torch.from_numpy(mask), items, labels)
+
+
+def hashed(history: NDArray[np.int32], lengths: NDArray[np.int32], seed: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of each history, in its order, with a seed; the same whatever the padding and the other rows.
+
+    Args:
+        history: Item ids, shape ``(B, L)``, padded on the right.
+        lengths: Items per history, shape ``(B,)``.
+        seed: Any integer.
+
+    Returns:
+        Shape ``(B,)``, spread evenly over all values.
+    """
+    places = np.arange(1, history.shape[1] + 1, dtype=np.uint64)
+    keyed = (history.astype(np.uint64) << np.uint64(32)) ^ places ^ np.uint64(derived_seed("wording", seed))
+    real = np.arange(history.shape[1]) < lengths[:, None]
+    return _mixed(np.where(real, _mixed(keyed), np.uint64(0)).sum(axis=1, dtype=np.uint64))
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on all bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def padded_batch(rows: Sequence[NDArray[np.int64]], pad_id: int) -> TokenBatch:
+    """Token sequences one below the other, padded on the right."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), lengths.max()), pad_id, np.int64)
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[mask] = np.concatenate(rows)
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
