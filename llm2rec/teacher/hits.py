@@ -1,0 +1,177 @@
+"""Judges the titles that a language model wrote: HR@1 of a `title` teacher that generates freely."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2rec.core.errors import ConfigError, DataError
+
+__all__ = ["HitRule", "TitleHits", "bootstrap_interval", "judge"]
+
+HitRule = Literal["longest", "released"]
+
+_BLOCK = 4_000_000  # counts drawn at once by the bootstrap: 32 MB
+
+
+@dataclass(frozen=True)
+class TitleHits:
+    """What was made of M generated texts.
+
+    Attributes:
+        valid: Whether exactly one candidate was named, shape ``(M,)``, bool.
+        correct: Whether it was named and is the answer, shape ``(M,)``, bool; a row that is correct is valid.
+    """
+
+    valid: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The rates.
+
+        ``hr@1``: correct rows over ALL rows. ``hr@1_valid``: correct rows over the valid ones, which is what the
+        released iLoRA program prints as its hit ratio; it leaves out the rows on which the model failed. It is 0 where
+        no row is valid. ``valid_ratio``: valid rows over all rows.
+        """
+        n_rows, n_valid, n_correct = len(self.valid), int(self.valid.sum()), int(self.correct.sum())
+        return {
+            "hr@1": n_correct / n_rows,
+            "hr@1_valid": n_correct / n_valid if n_valid else 0.0,
+            "valid_ratio": n_valid / n_rows,
+        }
+
+
+def judge(
+    generated: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    answers: Sequence[str],
+    rule: HitRule = "longest",
+) -> TitleHits:
+    """Find out which candidate each generated text names.
+
+    A candidate is looked for as a substring, in lower case and without white space at its ends. The two rules differ
+    where one candidate's title is part of another's ("Heat" and "Heat 2"):
+
+    - ``released``: as in the released program, a row is valid when exactly one element of the candidates occurs in the
+      text. The text "Heat 2" then names both, so that the longer title can never be hit, nor any title that is listed
+      twice. An answer that is not among its candidates is missed, and an empty title occurs in every text.
+    - ``longest``: an occurrence that lies inside that of a longer candidate does not count, and a title listed twice
+      is one title. "Heat 2" names the second film, "Heat, or Heat 2" both. An answer that is not among its candidates
+      is an error, and an empty title is never found.
+
+    Args:
+        generated: Texts, M of them.
+        candidates: Titles to choose from, M lists.
+        answers: The right titles, M of them.
+        rule: ``longest`` or ``released``.
+
+    Returns:
+        What was valid, and what correct.
+
+    Raises:
+        ConfigError: If there is no such rule.
+        DataError: If there are no rows, not as many of each, or (``longest``) an answer is not among its candidates.
+    """
+    if rule not in ("longest", "released"):
+        raise ConfigError(f"`rule` is {rule!r}, expected 'longest' or 'released'; name one of them.")
+    if not (len(generated) == len(candidates) == len(answers) > 0):
+        raise DataError(
+            f"{len(generated)} generated texts, {len(candidates)} lists of candidates and {len(answers)} answers; "
+            "expected as many of each, at least one; give a row of each per example."
+        )
+    valid, correct = np.zeros(len(answers), np.bool_), np.zeros(len(answers), np.bool_)
+    for row, (text, titles, answer) in enumerate(zip(generated, candidates, answers, strict=True)):
+        folded, right = [_fold(title) for title in titles], _fold(answer)
+        if rule == "longest" and right not in folded:
+            raise DataError(
+                f"row {row}: the answer {answer!r} is not among its {len(titles)} candidates, so it could never be "
+                "hit; put it among them."
+            )
+        occurring = [title for title in folded if title in _fold(text)]
+        named = occurring if rule == "released" else _longest(_fold(text), set(occurring) - {""})
+        valid[row] = len(named) == 1
+        correct[row] = named == [right]
+    return TitleHits(valid, correct)
+
+
+def bootstrap_interval(
+    values: NDArray[np.floating | np.bool_],
+    *,
+    denominator: NDArray[np.floating | np.bool_] | None = None,
+    level: float = 0.95,
+    n: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean, or of a ratio of two sums, over rows drawn with replacement.
+
+    For ``hr@1_valid`` the values are `TitleHits.correct` and the denominator is `TitleHits.valid`: numerator and
+    denominator are drawn together, for the number of valid rows is random too.
+
+    Args:
+        values: One per row, shape ``(M,)``.
+        denominator: What the sum of ``values`` is divided by the sum of, shape ``(M,)``, not negative; None for the
+            mean. A drawn ratio is 0 where its denominator is, as the metric is.
+        level: Probability that the interval is to cover, between 0 and 1.
+        n: Samples drawn.
+        seed: Of the samples.
+
+    Returns:
+        Its lower and upper end.
+
+    Raises:
+        ConfigError: If ``level`` or ``n`` is out of range.
+        DataError: If there are no rows, or the shapes differ.
+    """
+    if not 0 < level < 1 or n < 1:
+        raise ConfigError(f"`level` is {level} and `n` is {n}; expected a level between 0 and 1 and at least 1 sample.")
+    below = np.ones(values.shape) if denominator is None else denominator
+    if values.ndim != 1 or len(values) == 0 or values.shape != below.shape:
+        raise DataError(
+            f"values of shape {values.shape} with denominators of shape {below.shape}; expected one per row of each, "
+            "at least one."
+        )
+    rows = np.stack([values.astype(np.float64), below.astype(np.float64)], axis=1)
+    # Rows that are alike are interchangeable, so it is enough to draw how often each kind comes up: two or three kinds
+    # where values are hits.
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    generator, block = np.random.default_rng(seed), max(1, _BLOCK // len(kinds))
+    sums = np.concatenate(
+        [
+            generator.multinomial(len(rows), counts / len(rows), size=min(block, n - start)) @ kinds
+            for start in range(0, n, block)
+        ]
+    )  # (n, 2)
+    ratios = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(n), where=sums[:, 1] > 0)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _fold(text: str) -> str:
+    return text.strip().lower()
+
+
+def _longest(text: str, occurring: Collection[str]) -> list[str]:
+    """Those of the titles that occur outside the occurrences of longer ones."""
+    covered: list[tuple[int, int]] = []  # occurrences of the titles so far, all of them longer
+    named = []
+    for title in sorted(occurring, key=len, reverse=True):
+        free = [
+            (begin, begin + len(title))
+            for begin in _starts(text, title)
+            if not any(low <= begin and begin + len(title) <= high for low, high in covered)
+        ]
+        # What lies inside an occurrence that does not count lies inside the longer one around it as well.
+        covered += free
+        named += [title] if free else []
+    return named
+
+
+def _starts(text: str, title: str) -> Iterator[int]:
+    """Where a title begins in a text, overlapping occurrences included."""
+    begin = text.find(title)
+    while begin >= 0:
+        yield begin
+        begin = text.find(title, begin + 1)
