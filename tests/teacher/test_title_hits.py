@@ -1,0 +1,149 @@
+"""Judging generated titles, and grounding them."""
+
+import numpy as np
+import pytest
+import torch
+
+from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
+from llm2rec.teacher import grounding
+from llm2rec.teacher.grounding import ground, ranks
+from llm2rec.teacher.hits import TitleHits, bootstrap_interval, judge
+
+TITLES = ["Heat", "Heat 2", "Solaris ", "Amélie", "The Heat 2 Story"]
+
+
+@pytest.mark.parametrize(
+    ("text", "released", "longest"),  # which title is named, None where it is none or more than one
+    [
+        ("heat", "Heat", "Heat"),
+        ("Heat 2", None, "Heat 2"),
+        ("I say: HEAT 2!", None, "Heat 2"),
+        ("Heat or Heat 2", None, None),
+        ("the heat 2 story", None, "The Heat 2 Story"),
+        ("Heat 2 or The Heat 2 Story", None, None),
+        ("Solaris", "Solaris ", "Solaris "),  # the title's own space must not be asked for
+        ("AMÉLIE", "Amélie", "Amélie"),
+        ("Solaris, Amélie", None, None),
+        ("", None, None),
+    ],
+)
+@pytest.mark.parametrize("rule", ["released", "longest"])
+def test_what_a_text_names(text, released, longest, rule):
+    named = released if rule == "released" else longest
+    hits = judge([text] * len(TITLES), [TITLES] * len(TITLES), TITLES, rule=rule)
+    assert hits.correct.tolist() == [title == named for title in TITLES]
+    assert hits.valid.all() == (named is not None)
+
+
+def test_a_title_listed_twice_is_one_title_but_for_the_released_rule():
+    given = (["Heat"], [["Heat", "heat", "Solaris"]], ["Heat"])
+    assert judge(*given).correct.tolist() == [True]
+    assert judge(*given, rule="released").valid.tolist() == [False]
+
+
+def test_an_empty_title_is_never_found_but_for_the_released_rule():
+    given = (["Heat"], [["Heat", " "]], ["Heat"])
+    assert judge(*given).correct.tolist() == [True]
+    assert judge(*given, rule="released").valid.tolist() == [False]
+
+
+def test_the_metrics_name_their_denominators():
+    hits = TitleHits(np.array([1, 1, 1, 0, 0], bool), np.array([1, 1, 0, 0, 0], bool))
+    assert hits.metrics == {"hr@1": 2 / 5, "hr@1_valid": 2 / 3, "valid_ratio": 3 / 5}
+    nothing = np.zeros(2, bool)
+    assert TitleHits(nothing, nothing).metrics == {"hr@1": 0, "hr@1_valid": 0, "valid_ratio": 0}
+
+
+def test_rows_that_cannot_be_judged_are_refused():
+    with pytest.raises(DataError, match=r"row 1.*'Dune' is not among its 5"):
+        judge(["Heat", "Heat"], [TITLES, TITLES], ["Heat", "Dune"])
+    assert not judge(["Dune"], [TITLES], ["Dune"], rule="released").correct.any()
+    with pytest.raises(DataError, match="2 generated texts, 1 lists"):
+        judge(["a", "b"], [["a"]], ["a"])
+    with pytest.raises(DataError, match="at least one"):
+        judge([], [], [])
+    with pytest.raises(ConfigError, match="'longest' or 'released'"):
+        judge(["a"], [["a"]], ["a"], rule="other")
+
+
+def test_the_interval_of_a_mean_is_that_of_a_plain_bootstrap():
+    values = np.random.default_rng(1).exponential(size=80)
+    generator = np.random.default_rng(2)
+    means = [generator.choice(values, size=80).mean() for _ in range(4000)]
+    expected = np.quantile(means, [0.05, 0.95])
+    np.testing.assert_allclose(bootstrap_interval(values, level=0.9, n=4000), expected, rtol=0.02)
+
+
+def test_the_interval_of_a_ratio_draws_both_of_its_parts_from_the_same_rows():
+    generator = np.random.default_rng(3)
+    valid = generator.random(300) < 0.4
+    correct = valid & (generator.random(300) < 0.7)
+    drawn = generator.integers(300, size=(4000, 300))
+    expected = np.quantile(correct[drawn].sum(1) / valid[drawn].sum(1), [0.025, 0.975])
+    ours = bootstrap_interval(correct, denominator=valid, n=4000)
+    np.testing.assert_allclose(ours, expected, atol=0.01)
+    apart = np.quantile(correct[drawn].sum(1) / valid[drawn[::-1]].sum(1), [0.025, 0.975])
+    assert np.abs(apart - expected).max() > 0.03, "the tolerance above would not see the mistake"
+
+
+def test_intervals_repeat_hold_the_estimate_and_survive_empty_denominators(monkeypatch):
+    values = np.random.default_rng(0).random(50)
+    low, high = bootstrap_interval(values, seed=4)
+    assert (low, high) == bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+    assert low < values.mean() < high
+    assert bootstrap_interval(values, level=0.5)[0] > low
+    nothing = np.zeros(4, bool)
+    assert bootstrap_interval(nothing, denominator=nothing) == (0, 0)
+    monkeypatch.setattr("llm2rec.teacher.hits._BLOCK", 7)  # blocks of 3 samples, and one of 2
+    assert low == pytest.approx(bootstrap_interval(values, seed=4)[0], abs=0.02)
+
+
+def test_an_interval_of_nothing_is_refused():
+    with pytest.raises(DataError, match="at least one"):
+        bootstrap_interval(np.zeros(0))
+    with pytest.raises(DataError, match=r"\(3,\) with denominators of shape \(2,\)"):
+        bootstrap_interval(np.ones(3), denominator=np.ones(2))
+    with pytest.raises(ConfigError, match="`level` is 95"):
+        bootstrap_interval(np.ones(3), level=95)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_items", [1, 7, 64, 1000])
+def test_blocks_give_the_first_of_all_with_ties_to_the_lower_id(block_items, dtype):
+    torch.manual_seed(0)
+    items = torch.randn(30, 5).repeat(3, 1).to(dtype)  # every vector three times
+    predictions = torch.cat([torch.randn(4, 5), items[7:8] + 0.0]).to(dtype)
+    distances = (predictions.double().unsqueeze(1) - items.double()).norm(dim=2)
+    order = distances.float().argsort(dim=1, stable=True)
+    found = ground(predictions, items, k=12, block_items=block_items)
+    assert found.items.dtype == torch.int64
+    assert found.items.tolist() == order[:, :12].tolist()
+    torch.testing.assert_close(found.distances, distances.gather(1, order)[:, :12].float())
+    assert found.items[-1, :3].tolist() == [7, 37, 67]
+    assert found.distances[-1, :3].tolist() == [0, 0, 0]
+    everything = ground(predictions, items)
+    assert everything.items.tolist() == order.tolist()
+    assert ranks(predictions, items).gather(1, order).tolist() == [list(range(90))] * 5
+
+
+def test_blocks_keep_memory_down(monkeypatch):
+    widest = 0
+
+    def keys(predictions, block, start, make=grounding._keys):
+        nonlocal widest
+        widest = max(widest, len(block))
+        return make(predictions, block, start)
+
+    monkeypatch.setattr(grounding, "_keys", keys)
+    ground(torch.randn(2, 3), torch.randn(100, 3), k=5, block_items=16)
+    assert widest == 16
+
+
+def test_vectors_that_cannot_be_compared_are_refused():
+    with pytest.raises(ConfigError, match=r"\(2, 3\) and item vectors of shape \(9, 4\)"):
+        ground(torch.zeros(2, 3), torch.zeros(9, 4), k=1)
+    for k in (0, 10):
+        with pytest.raises(ConfigError, match="from 1 to 9"):
+            ground(torch.zeros(2, 3), torch.zeros(9, 3), k=k)
+    with pytest.raises(NonFiniteError):
+        ground(torch.full((2, 3), torch.nan), torch.zeros(9, 3), k=1)
