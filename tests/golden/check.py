@@ -38,6 +38,8 @@ from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
 from llm2rec.distill.trainer_distill import candidate_weights, objective  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
+from llm2rec.teacher.grounding import ground, ranks  # noqa: E402
+from llm2rec.teacher.hits import judge  # noqa: E402
 
 TOLERANCE = 1e-5
 Result = tuple[str, float | None]  # name of the case, largest relative error (None: not covered)
@@ -215,9 +217,30 @@ def check_lr_schedule(path: Path) -> Iterator[Result]:
     yield "values", relative_error(torch.tensor(ours, dtype=torch.float64), reference)
 
 
+def check_hit_ratio(path: Path) -> Iterator[Result]:
+    """Which generated texts name one candidate, and the right one, by the released program's rule."""
+    reference = read_json(path)
+    hits = judge(reference["generate"], reference["cans"], reference["real"], rule="released")
+    for metric, name in (("valid_ratio", "valid_ratio"), ("hr@1_valid", "hit_ratio_at_1")):
+        ours = torch.tensor(hits.metrics[metric], dtype=torch.float64)
+        yield metric, relative_error(ours, torch.tensor(reference[name], dtype=torch.float64))
+
+
+def check_grounding(path: Path) -> Iterator[Result]:
+    """Distances of all items from the predicted vectors, and the items' ranks."""
+    tensors = load_file(path)
+    predictions, item_vectors = tensors["prediction"], tensors["item_embeddings"]
+    items, distances = ground(predictions, item_vectors)
+    ours = torch.empty_like(distances).scatter_(1, items, distances)
+    yield "distance", relative_error(ours, tensors["distance"])
+    yield "rank", relative_error(ranks(predictions, item_vectors), tensors["rank"])
+
+
 CHECKERS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "dllm2rec_loss.safetensors": check_dllm2rec_loss,
     "gates.safetensors": check_gates,
+    "grounding.safetensors": check_grounding,
+    "hit_ratio.json": check_hit_ratio,
     "ilora_linear.safetensors": check_ilora_linear,
     "lr_schedule.json": check_lr_schedule,
     "metrics.safetensors": check_metrics,

@@ -39,6 +39,7 @@ def test_the_copies_agree(capsys):
         ("dllm2rec_loss.safetensors", "case2.loss_ranking"),
         ("dllm2rec_loss.safetensors", "case4.loss_total"),
         ("dllm2rec_loss.safetensors", "case3.grad_logits"),
+        ("grounding.safetensors", "distance"),
     ],
 )
 @pytest.mark.parametrize("damage", [1.001, float("nan")])
@@ -58,6 +59,21 @@ def test_a_wrong_schedule_exits_1(tmp_path):
     assert check.main([str(tmp_path)]) == 1
 
 
+@pytest.mark.parametrize("key", ["valid_ratio", "hit_ratio_at_1"])
+def test_a_wrong_hit_ratio_exits_1(tmp_path, key):
+    reference = json.loads((HERE / "hit_ratio.json").read_text())
+    reference[key] *= 1.001
+    (tmp_path / "hit_ratio.json").write_text(json.dumps(reference))
+    assert check.main([str(tmp_path)]) == 1
+
+
+def test_other_ranks_exit_1(tmp_path):
+    tensors = load_file(HERE / "grounding.safetensors")
+    tensors["rank"] = tensors["rank"].flip(1).contiguous()
+    save_file(tensors, tmp_path / "grounding.safetensors")
+    assert check.main([str(tmp_path)]) == 1
+
+
 def test_a_broken_file_exits_1(tmp_path, capsys):
     shutil.copy(HERE / "ilora_linear.safetensors", tmp_path)  # its .json is missing
     assert check.main([str(tmp_path)]) == 1
@@ -65,7 +81,7 @@ def test_a_broken_file_exits_1(tmp_path, capsys):
 
 
 def test_nothing_to_check_exits_2(tmp_path, capsys):
-    (tmp_path / "grounding.safetensors").touch()
+    (tmp_path / "other.safetensors").touch()
     assert check.main([str(tmp_path)]) == 2
     assert "nothing to check" in capsys.readouterr().err
     assert check.main([str(tmp_path / "absent")]) == 2
