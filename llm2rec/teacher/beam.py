@@ -83,25 +83,19 @@ def constrained_beam_search(
     places = _excluded_places(trie, excluded, n_rows, beams, k)
     with hold(gates):
         logits, cache, n_tokens = prefill(llm, inputs_embeds, attention_mask)
-    if logits.shape[-1] < trie.n_tokens:
-        raise ConfigError(
-            f"the titles hold token {trie.n_tokens - 1}, and the model knows {logits.shape[-1]} tokens; build the trie "
-            "with the model's own tokenizer."
-        )
+    _check_vocabulary(trie, logits.shape[-1])
     rows = torch.arange(n_rows, device=device)
     running = _Beams(rows, torch.zeros_like(rows), torch.zeros(n_rows, device=device), rows)
     found = Found(rows.new_full((n_rows, k), -1), torch.full((n_rows, k), _NEVER, device=device))
-    mask = attention_mask
-    while True:
-        running, found = _advance(trie, running, logits, found, places, beams)
-        if len(running.rows) == 0:
-            break
+    running, found = _advance(trie, running, logits, found, places, beams)
+    while len(running.rows):
         # The rows of the cache follow the beams. Where none was cut off or split there is nothing to move.
         if len(running.parents) != len(logits) or not bool((running.parents.diff() == 1).all()):
             cache.reorder_cache(running.parents)
-        mask = torch.cat([mask, mask.new_ones(n_rows, 1)], dim=1)
-        logits = _read(llm, hold, gates, trie, running, cache, mask, n_tokens)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(n_rows, 1)], dim=1)
+        logits = _read(llm, hold, gates, trie, running, cache, attention_mask, n_tokens)
         n_tokens = n_tokens + 1
+        running, found = _advance(trie, running, logits, found, places, beams)
     if not bool(found.log_probs.isfinite().all()):
         raise NonFiniteError("a title came out with a log-probability that is not finite; check the model's weights.")
     return found
@@ -224,3 +218,12 @@ def _excluded_places(trie: TitleTrie, excluded: Tensor | None, n_rows: int, beam
         row = int((n_left < k).int().argmax())
         raise ConfigError(f"`k` is {k}, and what is excluded leaves row {row} {int(n_left[row])} items; lower `k`.")
     return places
+
+
+def _check_vocabulary(trie: TitleTrie, n_tokens: int) -> None:
+    """Refuse titles in tokens that the model does not know."""
+    if n_tokens < trie.n_tokens:
+        raise ConfigError(
+            f"the titles hold token {trie.n_tokens - 1}, and the model knows {n_tokens} tokens; build the trie with "
+            "the model's own tokenizer."
+        )

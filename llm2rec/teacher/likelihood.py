@@ -150,9 +150,10 @@ def _side_by_side(attention_mask: Tensor, n_titles: int, n_read: int, dtype: tor
         To be added to attention scores, shape ``(B, 1, C * n, T + C * n)``. Padding sees itself, so that no row of the
         softmax is empty.
     """
-    own = torch.ones(n_read, n_read, dtype=torch.bool, device=attention_mask.device).tril()
-    among = torch.block_diag(*[own] * n_titles)  # (C * n, C * n)
     n_rows, n_new = len(attention_mask), n_titles * n_read
+    tokens = torch.arange(n_new, device=attention_mask.device)
+    title = tokens // n_read
+    among = (title == title.unsqueeze(1)) & (tokens <= tokens.unsqueeze(1))  # (C * n, C * n)
     seen = torch.cat(
         [attention_mask.bool().unsqueeze(1).expand(-1, n_new, -1), among.expand(n_rows, -1, -1)], dim=2
     ).unsqueeze(1)
