@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2rec.core.errors import ConfigError, DataError
+from llm2rec.core.statistics import bootstrap_interval
 
-__all__ = ["HitRule", "TitleHits", "bootstrap_interval", "judge"]
+__all__ = ["HitRule", "TitleHits", "judge"]
 
 HitRule = Literal["longest", "released"]
-
-_BLOCK = 4_000_000  # counts drawn at once by the bootstrap: 32 MB
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,22 @@ class TitleHits:
             "hr@1_valid": n_correct / n_valid if n_valid else 0.0,
             "valid_ratio": n_valid / n_rows,
         }
+
+    def intervals(self, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals of the rates, rows drawn with replacement.
+
+        Args:
+            seed: Of the samples.
+
+        Returns:
+            Lower and upper end by the names of `metrics`, but for ``hr@1_valid`` where no row is valid. That one draws
+            its numerator and denominator from the same rows, for the number of valid rows is random too.
+        """
+        valid, correct = self.valid.astype(np.float64), self.correct.astype(np.float64)
+        ends = {"hr@1": bootstrap_interval(correct, seed=seed), "valid_ratio": bootstrap_interval(valid, seed=seed)}
+        if self.valid.any():
+            ends["hr@1_valid"] = bootstrap_interval(correct, weights=valid, seed=seed)
+        return ends
 
 
 def judge(
@@ -95,58 +110,6 @@ def judge(
         valid[row] = len(named) == 1
         correct[row] = named == [right]
     return TitleHits(valid, correct)
-
-
-def bootstrap_interval(
-    values: NDArray[np.floating | np.bool_],
-    *,
-    denominator: NDArray[np.floating | np.bool_] | None = None,
-    level: float = 0.95,
-    n: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, or of a ratio of two sums, over rows drawn with replacement.
-
-    For ``hr@1_valid`` the values are `TitleHits.correct` and the denominator is `TitleHits.valid`: numerator and
-    denominator are drawn together, for the number of valid rows is random too.
-
-    Args:
-        values: One per row, shape ``(M,)``.
-        denominator: What the sum of ``values`` is divided by the sum of, shape ``(M,)``, not negative; None for the
-            mean. A drawn ratio is 0 where its denominator is, as the metric is.
-        level: Probability that the interval is to cover, between 0 and 1.
-        n: Samples drawn.
-        seed: Of the samples.
-
-    Returns:
-        Its lower and upper end.
-
-    Raises:
-        ConfigError: If ``level`` or ``n`` is out of range.
-        DataError: If there are no rows, or the shapes differ.
-    """
-    if not 0 < level < 1 or n < 1:
-        raise ConfigError(f"`level` is {level} and `n` is {n}; expected a level between 0 and 1 and at least 1 sample.")
-    below = np.ones(values.shape) if denominator is None else denominator
-    if values.ndim != 1 or len(values) == 0 or values.shape != below.shape:
-        raise DataError(
-            f"values of shape {values.shape} with denominators of shape {below.shape}; expected one per row of each, "
-            "at least one."
-        )
-    rows = np.stack([values.astype(np.float64), below.astype(np.float64)], axis=1)
-    # Rows that are alike are interchangeable, so it is enough to draw how often each kind comes up: two or three kinds
-    # where values are hits.
-    kinds, counts = np.unique(rows, axis=0, return_counts=True)
-    generator, block = np.random.default_rng(seed), max(1, _BLOCK // len(kinds))
-    sums = np.concatenate(
-        [
-            generator.multinomial(len(rows), counts / len(rows), size=min(block, n - start)) @ kinds
-            for start in range(0, n, block)
-        ]
-    )  # (n, 2)
-    ratios = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(n), where=sums[:, 1] > 0)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _fold(text: str) -> str:

@@ -66,45 +66,22 @@ def test_rows_that_cannot_be_judged_are_refused():
         judge(["a"], [["a"]], ["a"], rule="other")
 
 
-def test_the_interval_of_a_mean_is_that_of_a_plain_bootstrap():
-    values = np.random.default_rng(1).exponential(size=80)
-    generator = np.random.default_rng(2)
-    means = [generator.choice(values, size=80).mean() for _ in range(4000)]
-    expected = np.quantile(means, [0.05, 0.95])
-    np.testing.assert_allclose(bootstrap_interval(values, level=0.9, n=4000), expected, rtol=0.02)
-
-
-def test_the_interval_of_a_ratio_draws_both_of_its_parts_from_the_same_rows():
+def test_intervals_draw_both_parts_of_a_ratio_from_the_same_rows():
     generator = np.random.default_rng(3)
     valid = generator.random(300) < 0.4
     correct = valid & (generator.random(300) < 0.7)
     drawn = generator.integers(300, size=(4000, 300))
-    expected = np.quantile(correct[drawn].sum(1) / valid[drawn].sum(1), [0.025, 0.975])
-    ours = bootstrap_interval(correct, denominator=valid, n=4000)
-    np.testing.assert_allclose(ours, expected, atol=0.01)
-    apart = np.quantile(correct[drawn].sum(1) / valid[drawn[::-1]].sum(1), [0.025, 0.975])
-    assert np.abs(apart - expected).max() > 0.03, "the tolerance above would not see the mistake"
+    hits, answered = correct[drawn].sum(1), valid[drawn].sum(1)
+    ours = TitleHits(valid, correct).intervals()
+    for name, ratios in (("hr@1", hits / 300), ("valid_ratio", answered / 300), ("hr@1_valid", hits / answered)):
+        np.testing.assert_allclose(ours[name], np.quantile(ratios, [0.025, 0.975]), atol=0.015)
+    apart = np.quantile(hits / answered[::-1], [0.025, 0.975])
+    assert np.abs(apart - ours["hr@1_valid"]).max() > 0.03, "the tolerance above would not see the mistake"
 
 
-def test_intervals_repeat_hold_the_estimate_and_survive_empty_denominators(monkeypatch):
-    values = np.random.default_rng(0).random(50)
-    low, high = bootstrap_interval(values, seed=4)
-    assert (low, high) == bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
-    assert low < values.mean() < high
-    assert bootstrap_interval(values, level=0.5)[0] > low
+def test_without_valid_rows_their_rate_has_no_interval():
     nothing = np.zeros(4, bool)
-    assert bootstrap_interval(nothing, denominator=nothing) == (0, 0)
-    monkeypatch.setattr("llm2rec.teacher.hits._BLOCK", 7)  # blocks of 3 samples, and one of 2
-    assert low == pytest.approx(bootstrap_interval(values, seed=4)[0], abs=0.02)
-
-
-def test_an_interval_of_nothing_is_refused():
-    with pytest.raises(DataError, match="at least one"):
-        bootstrap_interval(np.zeros(0))
-    with pytest.raises(DataError, match=r"\(3,\) with denominators of shape \(2,\)"):
-        bootstrap_interval(np.ones(3), denominator=np.ones(2))
-    with pytest.raises(ConfigError, match="`level` is 95"):
-        bootstrap_interval(np.ones(3), level=95)
+    assert TitleHits(nothing, nothing).intervals() == {"hr@1": (0, 0), "valid_ratio": (0, 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
