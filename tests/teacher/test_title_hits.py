@@ -7,7 +7,7 @@ import torch
 from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
 from llm2rec.teacher import grounding
 from llm2rec.teacher.grounding import ground, ranks
-from llm2rec.teacher.hits import TitleHits, bootstrap_interval, judge
+from llm2rec.teacher.hits import TitleHits, judge
 
 TITLES = ["Heat", "Heat 2", "Solaris ", "Amélie", "The Heat 2 Story"]
 
