@@ -123,7 +123,7 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
+        candidates: NDArray[np.integer] | None = None,
         *,
         hybrid: bool = False,
     ) -> NDArray[np.int64]:
@@ -135,7 +135,7 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
+        candidates: NDArray[np.integer] | None = None,
         *,
         hybrid: bool = False,
     ) -> NDArray[np.int64]:
@@ -146,8 +146,8 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
-        answers: NDArray[np.int64] | None = None,
+        candidates: NDArray[np.integer] | None = None,
+        answers: NDArray[np.integer] | None = None,
         *,
         hybrid: bool = False,
     ) -> NDArray[np.int64]:
@@ -162,8 +162,8 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
-        answers: NDArray[np.int64] | None = None,
+        candidates: NDArray[np.integer] | None = None,
+        answers: NDArray[np.integer] | None = None,
         *,
         hybrid: bool = False,
         padding: Padding = "right",
@@ -199,7 +199,7 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None,
+        candidates: NDArray[np.integer] | None,
         hybrid: bool,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many items of each history are shown, and the tokens they take."""
@@ -220,7 +220,7 @@ class PromptLayout:
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None,
+        candidates: NDArray[np.integer] | None,
         hybrid: bool,
     ) -> _Columns:
         shown = self._shown(history, lengths, candidates, hybrid)[0]

@@ -18,6 +18,7 @@ __all__ = [
 POOLINGS = ("last", "mean", "cls")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
 GATE_INPUTS = ("llm", "sequence")
+WORDINGS = ("plain", "domain")
 
 
 @dataclass
@@ -30,7 +31,12 @@ class PromptSettings:
         suffix: Text after the titles.
         max_items: Most recent items shown at most; None shows the whole history.
         max_tokens: Token budget; the oldest items are left out first, and no title is ever shown in part unless it is
-            alone.
+            alone. A prompt of the title task leaves room for the longest answer besides, and never leaves out or cuts
+            a candidate.
+        wording: ``plain``: prefix and suffix. ``domain``: several wordings for the dataset's kind of item in their
+            place, one chosen for each example by the seed and its history.
+        max_title_tokens: Tokens of a title at most, without separator, wherever it is shown; a longer title is cut,
+            behind a word where possible. None shows titles whole.
     """
 
     prefix: str = ""
@@ -38,8 +44,17 @@ class PromptSettings:
     suffix: str = ""
     max_items: int | None = None
     max_tokens: int = 256
+    wording: str = "plain"
+    max_title_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.wording not in WORDINGS:
+            raise ConfigError(f"llm.prompt.wording is {self.wording!r}, expected one of {', '.join(WORDINGS)}.")
+        if self.max_title_tokens is not None and self.max_title_tokens < 8:
+            raise ConfigError(
+                f"llm.prompt.max_title_tokens is {self.max_title_tokens}, expected at least 8 (a word and a number "
+                "that tells equal titles apart), or null to show titles whole."
+            )
         if self.max_tokens < 8 or (self.max_items is not None and self.max_items < 1):
             raise ConfigError(
                 f"prompt: expected max_tokens >= 8 and max_items >= 1, got {self.max_tokens} and {self.max_items}."
