@@ -172,17 +172,6 @@ class PromptBuilder:
         """
         return self._title_task.batch(history, lengths, candidates, targets, hybrid=hybrid, padding=padding)
 
-    def questions_shown(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None = None,
-        *,
-        hybrid: bool = False,
-    ) -> NDArray[np.int64]:
-        """How many of each history's most recent items `questions` and `answered` show, shape ``(B,)``."""
-        return self._title_task.n_shown(history, lengths, candidates, hybrid=hybrid)
-
     def question_token_counts(
         self,
         history: NDArray[np.int32],

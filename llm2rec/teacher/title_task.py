@@ -96,17 +96,6 @@ class TitleTask:
         layout = self._layout(history, lengths, candidates, hybrid)
         return layout.token_counts(history, lengths, candidates, targets, hybrid=hybrid)
 
-    def n_shown(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        *,
-        hybrid: bool,
-    ) -> NDArray[np.int64]:
-        """How many of each history's most recent items a question shows, shape ``(B,)``."""
-        return self._layout(history, lengths, candidates, hybrid).n_shown(history, lengths, candidates, hybrid=hybrid)
-
     def _layout_for(self, with_candidates: bool) -> PromptLayout:
         return self._closed if with_candidates else self._open
 
