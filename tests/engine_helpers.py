@@ -35,10 +35,10 @@ def killed_at(step):
     """An engine whose process ends just before global step ``step``."""
 
     class KilledEngine(Engine):
-        def begin_step(self, number, max_steps, optimizer):
+        def begin_step(self, number, *arguments, **options):
             if number == step:
                 raise Killed
-            return super().begin_step(number, max_steps, optimizer)
+            return super().begin_step(number, *arguments, **options)
 
     return KilledEngine
 

@@ -26,12 +26,14 @@ __all__ = [
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers of modules with trained parameters of their own, by name: running statistics.
 
-    Buffers that no trained parameter lies beside belong to the frozen base, or follow from the settings.
+    Buffers that no trained parameter lies beside belong to the frozen base, or follow from the settings, unless their
+    module says that it ``has_trained_buffers``.
     """
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if getattr(module, "has_trained_buffers", False)
+        or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         for name, buffer in module.named_buffers(recurse=False)
         # torch has no public way to ask; `state_dict()` of the whole model would copy a quantised base.
         if name not in module._non_persistent_buffers_set

@@ -7,7 +7,7 @@ and no loss: a loop calls it, not the other way round.
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -190,8 +190,14 @@ class Engine:
                 if number >= start:
                     yield number, share
 
-    def begin_step(self, step: int, max_steps: int, optimizer: Any) -> float:
+    def begin_step(self, step: int, max_steps: int, optimizer: Any, resting: Collection[str] = ()) -> float:
         """Seed dropout for global step ``step`` and set its learning rate.
+
+        Args:
+            step: Global step, from 0.
+            max_steps: Steps of the whole training.
+            optimizer: What `prepare` returned.
+            resting: Names of parameter groups that this step leaves as they are (learning rate 0).
 
         Returns:
             The learning rate of now, before the ``lr_ratio`` that a group may carry.
@@ -206,7 +212,7 @@ class Engine:
             min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
         )
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
+            group["lr"] = 0.0 if group.get("name") in resting else lr * group.get("lr_ratio", 1.0)
         return lr
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -11,7 +11,11 @@ __all__ = ["adamw"]
 
 
 def adamw(
-    model: nn.Module, lr: float, weight_decay: float, lr_ratios: Mapping[str, float] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    lr_ratios: Mapping[str, float] | None = None,
+    weight_decays: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """Optimize the trained parameters of ``model``; vectors (biases, norms) are not decayed.
 
@@ -21,14 +25,21 @@ def adamw(
         weight_decay: Decoupled weight decay of matrices.
         lr_ratios: Factors on the learning rate of the parameters that have this component in their dotted name
             (``"gate"`` means ``layer.gate.weight``, not ``layer.gate_proj.weight``); the first that fits counts.
+        weight_decays: Weight decays of the same components, where they differ from ``weight_decay``.
 
     Returns:
-        The optimizer. Its groups carry their factor as ``lr_ratio``, which `Engine.begin_step` reads.
+        The optimizer. Its groups carry their component as ``name`` and their factor as ``lr_ratio``, which
+        `Engine.begin_step` reads.
 
     Raises:
         ConfigError: If a factor is not a positive finite number, or no trained parameter has its component.
     """
-    ratios = dict(lr_ratios or {})
+    ratios, decays = dict(lr_ratios or {}), dict(weight_decays or {})
+    if strangers := decays.keys() - ratios.keys():
+        raise ConfigError(
+            f"weight decays are given for {', '.join(sorted(strangers))}, expected components that have a "
+            "learning-rate ratio too; give them one, 1 for the rate of the rest."
+        )
     for component, ratio in ratios.items():
         if not 0 < ratio < float("inf"):
             raise ConfigError(
@@ -49,7 +60,8 @@ def adamw(
         [
             {
                 "params": parameters,
-                "weight_decay": weight_decay if is_matrix else 0.0,
+                "weight_decay": decays.get(named or "", weight_decay) if is_matrix else 0.0,
+                "name": named,
                 "lr_ratio": 1.0 if named is None else ratios[named],
             }
             for (is_matrix, named), parameters in groups.items()

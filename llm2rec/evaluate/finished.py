@@ -20,7 +20,7 @@ from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student
 from llm2rec.teacher.factory import TeacherRecipe, load_teacher
 from llm2rec.teacher.gate_cache import GateCache
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.trainer import rank_targets as rank_teacher_targets
 
 __all__ = ["FinishedModel", "FinishedStudent", "FinishedTeacher"]
@@ -44,8 +44,11 @@ class FinishedModel(ABC):
         self._folder, self._data, self._engine, self._gate_dir = folder, data, engine, gate_dir
 
     @abstractmethod
-    def ranks(self, seen: SeenItems | None) -> Tensor:
-        """0-based ranks of all test targets among the catalogue less ``seen``, shape ``(M,)``; a collective."""
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
+        """0-based ranks of all test targets among the catalogue less ``seen``, shape ``(M,)``; a collective.
+
+        They are exact below ``k``; at or beyond it, a model that does not score every item says N.
+        """
 
     @abstractmethod
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
@@ -83,7 +86,7 @@ class FinishedStudent(FinishedModel):
         batch = self._test.batch(rows, self._engine.device)
         return self._model.score(self._model(batch.history, batch.lengths)).float()
 
-    def ranks(self, seen: SeenItems | None) -> Tensor:
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
         return rank_targets(self._model, self._test, self._engine, seen=seen, batch_size=_BATCH_ROWS)
 
@@ -100,10 +103,10 @@ class FinishedStudent(FinishedModel):
 
 
 class FinishedTeacher(FinishedModel):
-    """A teacher that scores the whole catalogue."""
+    """A teacher of the `item` objective, which scores the whole catalogue."""
 
     @cached_property
-    def _loaded(self) -> tuple[ILoraRecommender, TeacherRecipe]:
+    def _loaded(self) -> tuple[LLMTeacher, TeacherRecipe]:
         return load_teacher(self._folder / "teacher", self._data, self._engine.device)
 
     @cached_property
@@ -113,16 +116,17 @@ class FinishedTeacher(FinishedModel):
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
         return self._loaded[0].log_probs(self._test.history.numpy()[rows], self._test.lengths.numpy()[rows])
 
-    def ranks(self, seen: SeenItems | None) -> Tensor:
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
         model, recipe = self._loaded
+        assert isinstance(model, ILoraRecommender)
         cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
         rows = cache.rows(self._test, np.arange(len(self._test)))
         return rank_teacher_targets(model, rows, self._engine, seen=seen, batch_tokens=_BATCH_TOKENS)
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`; a pass of its own, which computes the gate inputs again."""
-        costs = self._loaded[0].prompts.token_counts(self._test.history.numpy(), self._test.lengths.numpy())
+        costs = self._loaded[0].token_counts(self._test.history.numpy(), self._test.lengths.numpy())
         return rank_among_candidates(
             self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_TOKENS
         )

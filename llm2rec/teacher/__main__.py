@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llm2rec.config import Config
+from llm2rec.core.engine import Engine
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
@@ -15,11 +16,14 @@ from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
-from llm2rec.teacher.gate_cache import GateCache
-from llm2rec.teacher.gate_source import open_gate_source
+from llm2rec.teacher.gate_cache import GateCache, TeacherRows
+from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.llm import locate, mixed_precision
+from llm2rec.teacher.recommender import open_recommender
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
-from llm2rec.teacher.trainer import train_teacher
+from llm2rec.teacher.title_model import TitleRecommender
+from llm2rec.teacher.title_objective import TitleObjective
+from llm2rec.teacher.trainer import ItemObjective, Objective, train_teacher
 
 
 @stage("teacher")
@@ -29,15 +33,17 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision))
-    gate_run = from_launch_folder(settings.gate_run, cfg.paths.root) if settings.gate_run else None
-    gate_copy = run.folder / "gate"
+    of_run = from_launch_folder(settings.recommender_run, cfg.paths.root) if settings.recommender_run else None
+    kept = run.folder / "recommender_of_run"
     with engine.first_process_first():
-        gate_source = open_gate_source(gate_run, gate_copy, data.name, data.fingerprint, engine.device)
+        recommender = open_recommender(of_run, kept, data.name, data.fingerprint, engine.device)
         source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
     train, validation = (
         SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
     )
-    model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), engine.device, gate_source)
+    model, recipe = build_teacher(
+        llm, source, settings, data, train.targets.numpy(), engine.device, recommender, cfg.seed
+    )
     export = settings.export
     cache = GateCache(
         model,
@@ -52,19 +58,13 @@ def main(cfg: Config, run: Run) -> None:
             train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
             validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
         with run.phase("train"):
-            train_teacher(
-                model,
-                train_rows,
-                validation_rows,
-                engine,
-                select_on=cfg.metrics.select_on,
-                gate_lr_ratio=settings.gate_learning_rate_ratio,
-                balance_weight=settings.balance_loss,
-            )
+            objective = objective_of(model, train_rows, validation_rows, engine)
+            train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     if engine.is_main:
         save_teacher(run.folder / "teacher", model.eval(), recipe)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    label, parameters = f"{settings.name} {llm.name}{gate_source.label}", model_size(model) + gate_source.n_parameters
+    label = f"{settings.name} {llm.name}{model.gate_source.label}"
+    parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
     if export.enabled:
@@ -76,12 +76,22 @@ def main(cfg: Config, run: Run) -> None:
             if engine.is_main:
                 about = {"dataset": data.name, "fingerprint": data.fingerprint, "teacher": name, **git_state()}
                 folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
-                write_outputs(folder, blocks, model.item_vectors, export, {**about, "run": run.folder.name})
+                about["run"] = run.folder.name
+                by_distance = settings.ranks_by_distance
+                write_outputs(folder, blocks, model.item_vectors, export, about, by_distance=by_distance)
                 shutil.rmtree(run.folder / "export")
     engine.drop_checkpoints()
     if engine.is_main:
-        shutil.rmtree(gate_copy, ignore_errors=True)  # the finished teacher holds its own
+        shutil.rmtree(kept, ignore_errors=True)  # the finished teacher holds its own
     engine.close()
+
+
+def objective_of(model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine) -> Objective:
+    """What a teacher of this kind is trained to do."""
+    if isinstance(model, TitleRecommender):
+        return TitleObjective(model, train, validation, engine)
+    assert isinstance(model, ILoraRecommender), "there are teachers of two kinds"
+    return ItemObjective(model, train, validation, engine)
 
 
 def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import replaced_file, replaced_folder, sha256_of_file, write_json
 from llm2rec.teacher.gate_cache import TeacherRows
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import LLMTeacher
 from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.settings import ExportSettings
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def rank_blocks(
-    model: ILoraRecommender, rows: TeacherRows, engine: Engine, folder: Path, settings: ExportSettings
+    model: LLMTeacher, rows: TeacherRows, engine: Engine, folder: Path, settings: ExportSettings
 ) -> list[Path]:
     """Rank the catalogue for every row and keep the top K, block by block; a collective.
 
@@ -44,7 +44,7 @@ def rank_blocks(
 
     Returns:
         Files ``block_*.safetensors`` in row order, each with ``items`` (rows, K) int32 and ``log_probs`` (rows, K)
-        float32, best first.
+        float32, best first; negative distances, under that name too, of a teacher that ranks by distance.
     """
     size, n_rows = settings.block_rows, len(rows.rows)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-n_rows // size))]
@@ -59,7 +59,7 @@ def rank_blocks(
 
 
 def _rank(
-    model: ILoraRecommender, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
+    model: LLMTeacher, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     numbers, gate_inputs = rows.rows[block], rows.gate_inputs[block]
     history, lengths = rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers]
@@ -67,17 +67,20 @@ def _rank(
     items, log_probs = np.empty((len(numbers), k), np.int32), np.empty((len(numbers), k), np.float32)
     with torch.inference_mode():
         for part in batches_by_tokens(rows.token_counts[block], settings.batch_tokens):
-            tokens = model.prompts.histories(history[part], lengths[part]).to(engine.device)
-            shown = torch.from_numpy(history[part]).to(engine.device, torch.int64)
-            with model.mixing(torch.from_numpy(gate_inputs[part]).to(engine.device)):
-                users = model(tokens.input_ids, tokens.attention_mask)
-            best = model.score(users, shown).log_softmax(dim=1).topk(k, dim=1)
-            items[part], log_probs[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            gates = torch.from_numpy(gate_inputs[part]).to(engine.device)
+            best, scores = model.best_items(history[part], lengths[part], k, gates)
+            items[part], log_probs[part] = best.cpu().numpy(), scores.cpu().numpy()
     return items, log_probs
 
 
 def write_outputs(
-    folder: Path, blocks: list[Path], item_vectors: torch.Tensor, settings: ExportSettings, about: dict[str, Any]
+    folder: Path,
+    blocks: list[Path],
+    item_vectors: torch.Tensor,
+    settings: ExportSettings,
+    about: dict[str, Any],
+    *,
+    by_distance: bool = False,
 ) -> None:
     """Put the blocks together and write the teacher outputs; for one process.
 
@@ -87,11 +90,16 @@ def write_outputs(
         item_vectors: Shape ``(N, d_teacher)``.
         settings: What the confidences are.
         about: What the manifest says besides shapes and hashes: dataset, fingerprint, teacher, commit.
+        by_distance: Whether the scores are negative distances; the confidences are then distances.
     """
     parts = [load_file(block) for block in blocks]
     ranking = np.concatenate([part["items"] for part in parts])
-    log_probs = np.concatenate([part["log_probs"] for part in parts])
-    confidence = {"neg_log_prob": -log_probs, "log_prob": log_probs, "prob": np.exp(log_probs)}[settings.confidence]
+    scores = np.concatenate([part["log_probs"] for part in parts])
+    kind = "distance" if by_distance else settings.confidence
+    if kind == "prob":
+        confidence = np.exp(scores)
+    else:
+        confidence = scores if kind == "log_prob" else -scores
     with replaced_folder(folder) as aside:
         torch.save(item_vectors.detach().cpu().contiguous(), aside / "all_embeddings.pt")
         np.save(aside / "myrank_train.npy", ranking)
@@ -100,7 +108,7 @@ def write_outputs(
         np.savetxt(aside / "confidence_train.txt", confidence, fmt="%.9g")  # 9 digits give every float32 back
         manifest = {
             "format": 1,
-            "confidence": settings.confidence,
+            "confidence": kind,
             "top_k": ranking.shape[1],
             "rows": len(ranking),
             "n_items": len(item_vectors),

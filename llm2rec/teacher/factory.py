@@ -1,29 +1,35 @@
 """Build a teacher for training, and load a finished one."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2rec.core.checkpoint import save_tensors
+from llm2rec.core.checkpoint import save_tensors, trainable_weights
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.data import RecData
-from llm2rec.ilora import ILoraConfig, frozen_base
+from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
 from llm2rec.teacher.gate_cache import model_identity
-from llm2rec.teacher.gate_source import FrozenBase, GateSource, load_gate_source
-from llm2rec.teacher.ilora_model import ILoraRecommender, frozen_title_vectors
+from llm2rec.teacher.gate_source import NoGate, StudentVectors, gate_source_of
+from llm2rec.teacher.heads import build_head
+from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
+from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
-from llm2rec.teacher.settings import AdapterSettings, LLMSettings, PromptSettings, TeacherSettings
+from llm2rec.teacher.recommender import TrainedRecommender
+from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.text_vectors import TitleVectors, read_titles
+from llm2rec.teacher.title_model import TitleRecommender
 
 __all__ = ["TeacherRecipe", "build_teacher", "load_teacher", "popularity_bias", "save_teacher"]
 
@@ -38,9 +44,15 @@ class TeacherRecipe:
         pooling: How texts are represented.
         prompt: Arguments of `PromptSettings`.
         trust_remote_code: Whether the model's own code may run.
+        seed: Seed of the choice among wordings.
+        objective: ``item`` or ``title``.
+        tuning: ``ilora``, ``lora`` or ``none``.
         logit_scale: Factor on the cosine.
         exclude_history: Whether items of a history are out of the running.
+        head: Kind of `ItemHead`.
         gate_input: Name of the `GateSource`.
+        hybrid: Whether prompts carry injected vectors.
+        title: Arguments of `TitleSettings`.
     """
 
     source: str
@@ -48,9 +60,15 @@ class TeacherRecipe:
     pooling: str
     prompt: dict[str, Any]
     trust_remote_code: bool
+    seed: int
+    objective: str
+    tuning: str
     logit_scale: float
     exclude_history: bool
-    gate_input: str = FrozenBase.name
+    head: str
+    gate_input: str
+    hybrid: bool
+    title: dict[str, Any]
 
     @property
     def identity(self) -> str:
@@ -61,6 +79,11 @@ class TeacherRecipe:
     def llm_settings(self) -> LLMSettings:
         """The language model's settings."""
         return LLMSettings("", self.source, self.pooling, PromptSettings(**self.prompt), self.trust_remote_code)
+
+    @property
+    def reads_recommender(self) -> bool:
+        """Whether a trained recommender belongs to the teacher."""
+        return self.hybrid or self.gate_input == StudentVectors.name or self.head in ("joined", "residual")
 
 
 def popularity_bias(targets: NDArray[np.int32], n_items: int, weight: float) -> Tensor:
@@ -76,8 +99,9 @@ def build_teacher(
     data: RecData,
     targets: NDArray[np.int32],
     device: torch.device,
-    gate_source: GateSource | None = None,
-) -> tuple[ILoraRecommender, TeacherRecipe]:
+    recommender: TrainedRecommender | None = None,
+    seed: int = 0,
+) -> tuple[LLMTeacher, TeacherRecipe]:
     """Build a teacher with a fresh adapter.
 
     Args:
@@ -87,53 +111,110 @@ def build_teacher(
         data: The dataset; its titles become item vectors.
         targets: Training targets, shape ``(M,)``, for the popularity prior.
         device: Where to build it.
-        gate_source: What ``settings.gate_input`` names; None for the language model.
+        recommender: What ``settings.recommender_run`` names, if any.
+        seed: Seed of the choice among wordings.
 
     Returns:
         The teacher, and the recipe to store beside its weights.
 
     Raises:
-        ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model, or the source of the
-            gate's input is another than the settings say.
+        ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model, or a trained
+            recommender is needed and not given.
     """
-    gate_source = gate_source or FrozenBase()
-    if gate_source.name != settings.gate_input:
-        raise ConfigError(
-            f"`teacher.gate_input` is {settings.gate_input!r} but the `gate_source` given is {gate_source.name!r}; "
-            "open it with `open_gate_source`."
-        )
-    precision = resolve_precision(settings.precision, device)
     recipe = TeacherRecipe(
         source=source,
-        precision=precision,
+        precision=resolve_precision(settings.precision, device),
         pooling=llm.pooling,
         prompt=vars(llm.prompt).copy(),
         trust_remote_code=llm.trust_remote_code,
+        seed=seed,
+        objective=settings.objective,
+        tuning=settings.tuning,
         logit_scale=settings.logit_scale,
         exclude_history=settings.exclude_history,
-        gate_input=gate_source.name,
+        head=settings.head,
+        gate_input=settings.gate_input if settings.tuning == "ilora" else NoGate.name,
+        hybrid=settings.prompts == "hybrid",
+        title=vars(settings.title).copy(),
     )
-    config = _adapter_config(settings.adapter, gate_source.width)  # checked before the model is loaded
-    prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain)
-    base = load_model(source, llm, precision, device)
+    if recipe.reads_recommender != (recommender is not None):
+        raise ConfigError(
+            f"`teacher.recommender_run` is {settings.recommender_run!r} but the `recommender` given is "
+            f"{recommender and recommender.name!r}; open it with `open_recommender`."
+        )
+    gate_source = gate_source_of(recipe.gate_input, recommender)
+    config = _adapter_config(settings, gate_source.width)  # checked before the model is loaded
+    _check_export(settings, data)
+    prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain, seed)
+    _check_prompts(prompts, recipe)
+    base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
     _check_positions(base, llm.prompt)
-    try:
-        peft_model = get_peft_model(base, config)
-    except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
-        raise ConfigError(f"teacher.adapter: {error}") from error
-    with frozen_base(peft_model):
-        vectors = frozen_title_vectors(peft_model, prompts, llm.pooling, device)
+    bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
+    items = _read_items(base, prompts, recipe, bias, device)
+    model: PreTrainedModel | PeftModel = base
+    if config is not None:
+        if isinstance(config, LoraConfig) and config.target_modules is None:  # the layers that iLoRA takes
+            config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
+        try:
+            model = get_peft_model(base, config)
+        except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
+            raise ConfigError(f"teacher.adapter: {error}") from error
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
-    return _recommender(peft_model, prompts, recipe, vectors, bias, gate_source).to(device), recipe
+    teacher = _assemble(model, prompts, recipe, items, recommender)
+    if settings.item_refresh_steps and isinstance(teacher, ILoraRecommender):
+        teacher.head.keep_titles()
+    return teacher.to(device), recipe
 
 
-def _adapter_config(adapter: AdapterSettings, gate_width: int | None) -> ILoraConfig:
+def _read_items(
+    base: PreTrainedModel, prompts: PromptBuilder, recipe: TeacherRecipe, bias: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """What ``items.safetensors`` will hold, from a language model that has no adapter yet."""
+    if recipe.objective == "title":
+        return read_titles(base.base_model, prompts, recipe.pooling, device)._asdict() | {"bias": bias}
+    return {"vectors": title_vectors(base.base_model, prompts, recipe.pooling, device), "bias": bias}
+
+
+def _adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftConfig | None:
+    """The adapter's configuration; None for a language model that stays as it is."""
+    adapter = settings.adapter
+    task = TaskType.FEATURE_EXTRACTION if settings.objective == "item" else TaskType.CAUSAL_LM
     try:
-        return ILoraConfig(**vars(adapter), gate_input_size=gate_width, task_type=TaskType.FEATURE_EXTRACTION)
+        if settings.tuning == "ilora":
+            return ILoraConfig(**vars(adapter), gate_input_size=gate_width, task_type=task)
+        if settings.tuning == "lora":
+            return LoraConfig(
+                r=adapter.r,
+                lora_alpha=cast(int, adapter.alpha),  # PEFT only divides it, so fractions do as well
+                lora_dropout=adapter.dropout,
+                target_modules=adapter.target_modules,
+                exclude_modules=adapter.exclude_modules,
+                rank_pattern=adapter.rank_pattern,
+                alpha_pattern=adapter.alpha_pattern,
+                task_type=task,
+            )
     except ValueError as error:
         raise ConfigError(f"teacher.adapter: {error}") from error
+    return None
+
+
+def _check_prompts(prompts: PromptBuilder, recipe: TeacherRecipe) -> None:
+    """Refuse a title task that the prompts cannot ask."""
+    if recipe.objective == "title":
+        prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
+
+
+def _check_export(settings: TeacherSettings, data: RecData) -> None:
+    """Refuse to find more titles than a row may leave, which would show after training only."""
+    left = data.n_items - (data.history_length if settings.exclude_history else 0)
+    wanted = min(settings.export.top_k, data.n_items)
+    if settings.objective == "title" and settings.export.enabled and wanted > left:
+        raise ConfigError(
+            f"`teacher.export.top_k` is {settings.export.top_k}, but a row may leave {left} of the catalogue's "
+            f"{data.n_items} items, {data.history_length} being in its history; lower it to {left} or less, or set "
+            "`teacher.exclude_history=false`."
+        )
 
 
 def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
@@ -147,36 +228,59 @@ def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
         )
 
 
-def _recommender(
-    llm: PeftModel,
+def _assemble(
+    llm: PreTrainedModel | PeftModel,
     prompts: PromptBuilder,
     recipe: TeacherRecipe,
-    vectors: Tensor,
-    bias: Tensor,
-    gate_source: GateSource,
-) -> ILoraRecommender:
-    return ILoraRecommender(
-        llm,
-        prompts,
-        pooling=recipe.pooling,
-        item_vectors=vectors,
-        logit_scale=recipe.logit_scale,
-        item_bias=bias,
-        exclude_history=recipe.exclude_history,
-        gate_source=gate_source,
-    )
+    items: Mapping[str, Tensor],
+    recommender: TrainedRecommender | None,
+) -> LLMTeacher:
+    projector = None
+    if recipe.hybrid and recommender is not None:
+        table = cast(nn.Embedding, llm.get_input_embeddings()).weight
+        projector = ItemProjector(recommender.read_items(), table.shape[1], float(table.float().square().mean().sqrt()))
+    shared: dict[str, Any] = {
+        "pooling": recipe.pooling,
+        "exclude_history": recipe.exclude_history,
+        "gate_source": gate_source_of(recipe.gate_input, recommender),
+        "recommender": recommender,
+        "projector": projector,
+    }
+    if recipe.objective == "title":
+        titles = TitleVectors(items["vectors"], items["mean"])
+        return TitleRecommender(llm, prompts, titles, TitleSettings(**recipe.title), **shared)
+    scored = None if recommender is None else recommender.scored_items()
+    head = build_head(recipe.head, items["vectors"], items["bias"], recipe.logit_scale, scored)
+    return ILoraRecommender(llm, prompts, head=head, **shared)
 
 
-def save_teacher(folder: Path, model: ILoraRecommender, recipe: TeacherRecipe) -> None:
-    """Write ``adapter/`` (a standard PEFT folder), ``items.safetensors``, ``config.json`` and what the gate reads."""
+def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None:
+    """Write all that belongs to a teacher besides the frozen language model.
+
+    ``adapter/``, a standard PEFT folder (where there is an adapter), with the tokenizer, which knows the slots of
+    injected vectors; ``items.safetensors``; ``head.safetensors``, what else was trained; ``config.json``; and the
+    trained recommender, where one is read.
+    """
     with replaced_folder(folder) as aside:
-        model.llm.save_pretrained(str(aside / "adapter"))
-        save_tensors({"vectors": model.item_vectors, "bias": model.item_bias}, aside / "items.safetensors")
-        model.gate_source.save(aside)
+        if isinstance(model.llm, PeftModel):
+            model.llm.save_pretrained(str(aside / "adapter"))
+        model.prompts.tokenizer.save_pretrained(str(aside / "adapter"))
+        items = {"vectors": model.item_vectors, "bias": model.item_bias}
+        if isinstance(model, TitleRecommender):
+            items["mean"] = model.titles.mean
+        save_tensors(items, aside / "items.safetensors")
+        save_tensors(_beside_adapter(model), aside / "head.safetensors")
+        if model.recommender is not None:
+            model.recommender.save(aside)
         write_json(aside / "config.json", vars(recipe))
 
 
-def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILoraRecommender, TeacherRecipe]:
+def _beside_adapter(model: LLMTeacher) -> dict[str, Tensor]:
+    """What is trained besides the language model: projector and head."""
+    return {name: each for name, each in trainable_weights(model).items() if not name.startswith("llm.")}
+
+
+def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLMTeacher, TeacherRecipe]:
     """Load a finished teacher, in evaluation mode.
 
     Args:
@@ -193,19 +297,36 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[ILo
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
-    recipe = TeacherRecipe(**read_json(folder / "config.json"))
-    gate_source = load_gate_source(recipe.gate_input, folder, device)
+    try:
+        recipe = TeacherRecipe(**read_json(folder / "config.json"))
+    except TypeError as error:
+        raise CheckpointError(
+            f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
+        ) from error
+    recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
     try:
-        tokenizer = load_tokenizer(recipe.source, llm)
-        base = load_model(recipe.source, llm, recipe.precision, device)
+        tokenizer = load_tokenizer(str(folder / "adapter"), llm)
+        base = load_model(recipe.source, llm, recipe.precision, device, writes=recipe.objective == "title")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the language model of {folder} cannot be loaded from {recipe.source!r}, where it was in training "
             f"({str(error).splitlines()[0]}); put it back, or write its new place into `source` of config.json there."
         ) from error
-    prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain)
+    prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain, recipe.seed)
     items = load_file(folder / "items.safetensors")
-    peft_model = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    model = _recommender(peft_model, prompts, recipe, items["vectors"], items["bias"], gate_source)
+    adapted = recipe.tuning != "none"
+    peft_model = PeftModel.from_pretrained(base, str(folder / "adapter")) if adapted else base
+    model = _assemble(peft_model, prompts, recipe, items, recommender)
+    _load_beside_adapter(model, folder / "head.safetensors")
     return model.to(device).eval(), recipe
+
+
+def _load_beside_adapter(model: LLMTeacher, file: Path) -> None:
+    stored = load_file(file)
+    own = {name: each for name, each in model.named_parameters() if not name.startswith("llm.")}
+    if missing := own.keys() - stored.keys():
+        raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}; copy the folder of a teacher as a whole.")
+    with torch.no_grad():
+        for name, each in own.items():
+            each.copy_(stored[name])

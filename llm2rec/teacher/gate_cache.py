@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import replaced_file
 from llm2rec.student.datamodule import SequenceData
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import LLMTeacher
 from llm2rec.teacher.prompts import batches_by_tokens
 
 __all__ = ["GateCache", "TeacherRows", "model_identity"]
@@ -40,8 +40,8 @@ class TeacherRows:
     Attributes:
         data: The split.
         rows: Row numbers in it, shape ``(M,)``.
-        gate_inputs: Shape ``(M, d)``, float32, in the order of ``rows``.
-        token_counts: Tokens of each row's prompt, shape ``(M,)``.
+        gate_inputs: Shape ``(M, d)``, float32, in the order of ``rows``; d is 0 without experts.
+        token_counts: Tokens of each row's prompt, slots of injected vectors included, shape ``(M,)``.
     """
 
     data: SequenceData
@@ -64,7 +64,7 @@ class GateCache:
 
     def __init__(
         self,
-        model: ILoraRecommender,
+        model: LLMTeacher,
         identity: str,
         engine: Engine,
         folder: Path,
@@ -78,6 +78,9 @@ class GateCache:
     def rows(self, data: SequenceData, rows: NDArray[np.int64]) -> TeacherRows:
         """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
         history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+        token_counts = self.model.token_counts(history, lengths)
+        if self.model.tuner is None:  # no gate, so nothing to compute
+            return TeacherRows(data, rows, np.empty((len(rows), 0), np.float32), token_counts)
         # The prompts' own identity: other titles may hide behind the same item ids.
         model = f"{self.identity}/{self.model.prompts.identity}"
         digest = hashlib.sha256(f"{_VERSION}/{model}/{self.block_rows}{self.model.gate_source.identity}".encode())
@@ -88,25 +91,23 @@ class GateCache:
         mine = self.engine.my_missing(files)
         for number in self.engine.progress(mine, "gate inputs", len(mine), "block"):
             part = slice(number * self.block_rows, (number + 1) * self.block_rows)
-            vectors = _compute(self.model, history[part], lengths[part], self.engine, self.batch_tokens)
+            vectors = _compute(self.model, history[part], lengths[part], self.batch_tokens)
             with replaced_file(files[number]) as aside, open(aside, "wb") as file:
                 np.save(file, vectors, allow_pickle=False)
         self.engine.wait()
         inputs = np.concatenate([np.load(file, allow_pickle=False) for file in files])
-        return TeacherRows(data, rows, inputs, self.model.prompts.token_counts(history, lengths))
+        return TeacherRows(data, rows, inputs, token_counts)
 
 
 def _compute(
-    model: ILoraRecommender,
+    model: LLMTeacher,
     history: NDArray[np.int32],
     lengths: NDArray[np.int32],
-    engine: Engine,
     batch_tokens: int,
 ) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] | None = None
     for rows in batches_by_tokens(model.prompts.token_counts(history, lengths), batch_tokens):
-        tokens = model.prompts.histories(history[rows], lengths[rows]).to(engine.device)
-        computed = model.gate_source.vectors(model, history[rows], lengths[rows], tokens).cpu().numpy()
+        computed = model.gate_inputs(history[rows], lengths[rows]).cpu().numpy()
         vectors = np.empty((len(history), computed.shape[1]), np.float32) if vectors is None else vectors
         vectors[rows] = computed
     assert vectors is not None, "a block holds at least one row"

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm2rec.core.batching import OptimizerStep
 from llm2rec.core.engine import Engine
 from llm2rec.ilora import gate_health
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import LLMTeacher
 
 __all__ = ["GateWatch", "balance_losses", "mean_gates"]
 
@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 _BLOCK_ROWS = 4096  # gates per layer of a large model take a kilobyte a row
 
 
-def mean_gates(
-    model: ILoraRecommender, gate_inputs: NDArray[np.float32], share: OptimizerStep, engine: Engine
-) -> Tensor:
+def mean_gates(model: LLMTeacher, gate_inputs: NDArray[np.float32], share: OptimizerStep, engine: Engine) -> Tensor:
     """Mean gate of each expert over all rows of an optimizer step, on all processes; a collective.
 
     Args:
@@ -71,12 +69,14 @@ class GateWatch:
         engine: Where the model is, and which process tells.
     """
 
-    def __init__(self, model: ILoraRecommender, gate_inputs: NDArray[np.float32], engine: Engine) -> None:
+    def __init__(self, model: LLMTeacher, gate_inputs: NDArray[np.float32], engine: Engine) -> None:
         self.model, self.gate_inputs, self.engine = model, gate_inputs, engine
         self._has_told = False
 
     def look(self, step: int) -> dict[str, float]:
-        """Figures of now by name, for the log of ``step``; see `llm2rec.ilora.GateHealth`."""
+        """Figures of now by name, for the log of ``step``; see `llm2rec.ilora.GateHealth`. None without experts."""
+        if self.model.tuner is None:
+            return {}
         blocks = [
             self.model.evaluation_gates(torch.from_numpy(block).to(self.engine.device)).cpu()
             for block in np.split(self.gate_inputs, range(_BLOCK_ROWS, len(self.gate_inputs), _BLOCK_ROWS))

@@ -1,14 +1,18 @@
 """The iLoRA recommender: a frozen LLM, LoRA experts mixed per sequence, and scores over the whole catalogue.
 
-    h    = pool(LLM with adapter, experts mixed by g; prompt)       user vector
-    g    = softmax(W z),  z = pool(LLM without adapter; prompt)     gate, cached: z does not change in training;
-                          or a student's user vector                see `llm2rec.teacher.gate_source`
-    s_i  = logit_scale · cos(h, v_i) + bias_i                       v_i: what the LLM without adapter makes of a title
+    h = pool(LLM with adapter, experts mixed by g; prompt)      user vector, scaled to unit length
+    g = softmax(W z),  z = pool(LLM without adapter; prompt)    gate, cached: z does not change in training;
+                       or a recommender's user vector           see `llm2rec.teacher.gate_source`
+    s = head(h)                                                 scores of all items: see `llm2rec.teacher.heads`
 
-Only the LoRA experts and the gate are trained.
+In hybrid prompts each title is followed by the item's vector of a trained recommender, projected to the width of the
+LLM. Trained are the LoRA experts, the gate, the projector and what the head has to train.
 """
 
-from contextlib import AbstractContextManager
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -16,14 +20,18 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm2rec.core.vectors import standardised
 from llm2rec.ilora import Gate, ILoraModel, frozen_base
 from llm2rec.teacher.gate_source import GateSource
+from llm2rec.teacher.heads import ItemHead
+from llm2rec.teacher.injection import ItemProjector, embedded
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
+from llm2rec.teacher.recommender import TrainedRecommender
 
-__all__ = ["ILoraRecommender", "frozen_title_vectors", "pool"]
+__all__ = ["ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors"]
 
 _EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
 
@@ -48,70 +56,70 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     return (hidden * mask).sum(dim=1).float() / mask.sum(dim=1).float()
 
 
-class ILoraRecommender(nn.Module, ITeacherRecommender):
-    """A language model as a recommender over a whole catalogue.
+@dataclass(frozen=True)
+class UserInputs:
+    """What the model is given about some users, on its device.
 
-    Args:
-        llm: Language model with an iLoRA adapter.
-        prompts: Turns histories into tokens.
-        pooling: ``last``, ``mean`` or ``cls``.
-        item_vectors: What items are scored with, shape ``(N, d)``, unit length; not trained.
-        logit_scale: Factor on the cosine.
-        item_bias: Added to each item's score, shape ``(N,)``; not trained.
-        exclude_history: Whether the items of a history are out of the running.
-        gate_source: Where the gate's input comes from.
+    Attributes:
+        input_ids: Prompts, shape ``(B, T)``, padded on the right.
+        attention_mask: Shape ``(B, T)``.
+        item_ids: Items injected, shape ``(B, T)``, N where none is; None for text alone.
+        history: Items shown, shape ``(B, L)``, padded with N.
+        recommender_users: The trained recommender's user vectors, shape ``(B, D)``; None where no head reads them.
     """
 
-    _item_vectors: Tensor
-    item_bias: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    item_ids: Tensor | None
+    history: Tensor
+    recommender_users: Tensor | None
+
+
+class LLMTeacher(nn.Module, ITeacherRecommender):
+    """What teachers of all objectives share: a language model, its prompts, its gates and the vectors put into it.
+
+    Args:
+        llm: Language model, with an iLoRA or LoRA adapter or without any.
+        prompts: Turns histories into tokens.
+        pooling: ``last``, ``mean`` or ``cls``.
+        gate_source: Where the gate's input comes from.
+        recommender: The trained recommender that gate, projector or head read; None where none does.
+        projector: Makes the injected vectors of hybrid prompts; None for text alone.
+    """
 
     def __init__(
         self,
-        llm: PeftModel,
+        llm: PreTrainedModel | PeftModel,
         prompts: PromptBuilder,
         *,
         pooling: str,
-        item_vectors: Tensor,
-        logit_scale: float,
-        item_bias: Tensor,
-        exclude_history: bool,
         gate_source: GateSource,
+        recommender: TrainedRecommender | None = None,
+        projector: ItemProjector | None = None,
     ) -> None:
         super().__init__()
-        self.gate_source = gate_source
         self.llm, self.prompts, self.pooling = llm, prompts, pooling
-        self.logit_scale, self.exclude_history = logit_scale, exclude_history
-        self.register_buffer("_item_vectors", item_vectors.float(), persistent=False)
-        self.register_buffer("item_bias", item_bias.float(), persistent=False)
+        self.gate_source, self.recommender, self.projector = gate_source, recommender, projector
 
     @property
-    def item_vectors(self) -> Tensor:
-        """Item vectors, shape ``(N, d)``."""
-        return self._item_vectors
+    def is_hybrid(self) -> bool:
+        """Whether prompts carry injected vectors."""
+        return self.projector is not None
 
     @property
-    def tuner(self) -> ILoraModel:
-        """The PEFT tuner, which owns the gates."""
-        return cast(ILoraModel, self.llm.base_model)
+    def tuner(self) -> ILoraModel | None:
+        """The PEFT tuner, which owns the gates; None for plain LoRA and for no adapter."""
+        tuner = self.llm.base_model if isinstance(self.llm, PeftModel) else None
+        return tuner if isinstance(tuner, ILoraModel) else None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Represent users; gates must be held (see `mixing`).
-
-        Args:
-            input_ids: Prompts, shape ``(B, T)``.
-            attention_mask: Shape ``(B, T)``.
-
-        Returns:
-            User vectors of shape ``(B, d)``, float32, unit length.
-        """
-        hidden = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
-
-    def mixing(self, gate_input: Tensor) -> AbstractContextManager[Tensor]:
+    def mixing(self, gate_input: Tensor) -> AbstractContextManager[Tensor | None]:
         """Hold the gates of a batch while its forward AND backward pass run; ``gate_input`` has shape ``(B, d)``.
 
-        The context gives them: ``(B, E)``, or ``(B, G, E)`` for G adapted layers with gates of their own.
+        The context gives them: ``(B, E)``, or ``(B, G, E)`` for G adapted layers with gates of their own; None for a
+        language model without experts.
         """
+        if self.tuner is None:
+            return nullcontext()
         return cast(AbstractContextManager[Tensor], self.tuner.instance(gate_input))  # one adapter is active
 
     @torch.no_grad()
@@ -124,6 +132,7 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         Returns:
             Shape ``(B, E)`` or ``(B, G, E)``, float32, without gradient.
         """
+        assert self.tuner is not None, "only a mixture of experts has gates"
         training = [module for module in self.tuner.modules() if isinstance(module, Gate) and module.training]
         for network in training:
             network.eval()
@@ -133,24 +142,21 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
             for network in training:
                 network.train()
 
-    def score(self, users: Tensor, history: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Score all items.
+    def embeddings(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
+        """Input embeddings of hybrid prompts; see `embedded`."""
+        assert self.projector is not None, "only hybrid prompts have vectors to inject"
+        table = cast(nn.Module, self.llm.get_input_embeddings())
+        return embedded(table, self.projector, input_ids, item_ids, self.prompts.pad_id)
 
-        Args:
-            users: User vectors of shape ``(B, d)``.
-            history: Items shown, shape ``(B, L)``, padded with N; out of the running where `exclude_history` is set.
-            keep: Items that stay in the running all the same, shape ``(B,)``: the targets, in training.
+    def unused_projector(self, values: Tensor) -> Tensor:
+        """Add nothing to ``values``, but a path to the projector for gradients of zero.
 
-        Returns:
-            Logits of shape ``(B, N)``, float32.
+        A text-only batch of a hybrid teacher leaves the projector out, and DDP waits for the gradient of every trained
+        parameter.
         """
-        logits = self.logit_scale * users.float() @ self._item_vectors.float().T + self.item_bias.float()
-        if history is None or not self.exclude_history:
-            return logits
-        penalty = logits.new_zeros(len(logits), logits.shape[1] + 1).scatter(1, history, _EXCLUDED)
-        if keep is not None:
-            penalty = penalty.scatter(1, keep.unsqueeze(1), 0.0)
-        return logits - penalty[:, :-1]
+        if self.projector is None or not torch.is_grad_enabled():
+            return values
+        return values + sum(0.0 * parameter.sum() for parameter in self.projector.parameters())
 
     def frozen_vectors(self, tokens: TokenBatch) -> Tensor:
         """Pooled states of the model without adapter, scaled to unit length: the gate inputs z of `FrozenBase`.
@@ -158,34 +164,190 @@ class ILoraRecommender(nn.Module, ITeacherRecommender):
         Hidden states grow with the width of the model, and so does what one step of Adam does to ``W z``: with inputs
         of unit mean square the gates of MiniLM had collapsed onto single experts after 50 steps.
 
+        Args:
+            tokens: Text-only prompts.
+
         Returns:
             Shape ``(B, d)``, float32.
         """
-        with frozen_base(self.llm):
-            hidden = self.llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        with frozen_base(cast(PeftModel, self.llm)):
+            hidden = self.encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return nn.functional.normalize(pool(hidden, tokens.attention_mask, self.pooling), dim=1)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The language model without its language-model head: gives last hidden states."""
+        return self.llm
+
+    def gate_inputs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+        """Inputs of the gate, shape ``(B, d)``, float32; arguments as in `ITeacherRecommender.log_probs`."""
+        tokens = self.prompts.histories(history, lengths).to(self.device)
+        return self.gate_source.vectors(self, history, lengths, tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return cast(nn.Module, self.llm.get_input_embeddings()).weight.device  # type: ignore[return-value]
+
+    @property
+    @abstractmethod
+    def item_bias(self) -> Tensor:
+        """Added to each item's score and not trained, shape ``(N,)``."""
+
+    def refresh_titles(self) -> None:
+        """Read the titles anew; nothing for a teacher that does not score them."""
+
+    def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Tokens of each row's prompt, shape ``(B,)``; arguments as in `ITeacherRecommender.log_probs`."""
+        return self.prompts.token_counts(history, lengths, hybrid=self.is_hybrid)
+
+
+class ILoraRecommender(LLMTeacher):
+    """A language model as a recommender over a whole catalogue: the ``item`` objective.
+
+    Args:
+        llm: See `LLMTeacher`, as all that is not explained here.
+        prompts: Turns histories into tokens.
+        pooling: How a text is represented.
+        head: Scores all items.
+        exclude_history: Whether the items of a history are out of the running.
+        gate_source: Where the gate's input comes from.
+        recommender: The trained recommender, if any.
+        projector: For hybrid prompts.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel | PeftModel,
+        prompts: PromptBuilder,
+        *,
+        pooling: str,
+        head: ItemHead,
+        exclude_history: bool,
+        gate_source: GateSource,
+        recommender: TrainedRecommender | None = None,
+        projector: ItemProjector | None = None,
+    ) -> None:
+        super().__init__(
+            llm, prompts, pooling=pooling, gate_source=gate_source, recommender=recommender, projector=projector
+        )
+        self.head, self.exclude_history = head, exclude_history
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """What the language model makes of the titles, shape ``(N, d)``."""
+        return self.head.titles
+
+    @property
+    def item_bias(self) -> Tensor:
+        """Added to each item's score and not trained, shape ``(N,)``."""
+        return self.head.bias
+
+    def read(self, history: NDArray[np.int32], lengths: NDArray[np.int32], *, hybrid: bool | None = None) -> UserInputs:
+        """Put together what the model is given; arguments as in `ITeacherRecommender.log_probs`.
+
+        Args:
+            history: Item ids, shape ``(B, L)``.
+            lengths: Items per history, shape ``(B,)``.
+            hybrid: Whether vectors are injected; None for whatever the teacher does at its best.
+        """
+        tokens = self.prompts.histories(history, lengths, hybrid=self.is_hybrid if hybrid is None else hybrid)
+        tokens = tokens.to(self.device)
+        users = None
+        if self.recommender is not None and self.head.reads_recommender:
+            users = self.recommender.users(history, lengths)
+        shown = torch.from_numpy(history).to(self.device, torch.int64)
+        return UserInputs(tokens.input_ids, tokens.attention_mask, tokens.item_ids, shown, users)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        item_ids: Tensor | None,
+        history: Tensor,
+        recommender_users: Tensor | None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Score all items; gates must be held (see `mixing`).
+
+        Args:
+            input_ids: See `UserInputs`, as all but the last.
+            attention_mask: Shape ``(B, T)``.
+            item_ids: Shape ``(B, T)`` or None.
+            history: Items shown, shape ``(B, L)``; out of the running where `exclude_history` is set.
+            recommender_users: Shape ``(B, D)`` or None.
+            keep: Items that stay in the running all the same, shape ``(B,)``: the targets, in training.
+
+        Returns:
+            Logits of shape ``(B, N)``, float32.
+        """
+        if item_ids is None:
+            hidden = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            hidden = self.unused_projector(hidden)
+        else:
+            embeddings = self.embeddings(input_ids, item_ids)
+            hidden = self.llm(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):  # scores of thousands of items need float32
+            users = nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
+            logits = self.head(users, recommender_users)
+            if not self.exclude_history:
+                return cast(Tensor, logits)
+            penalty = logits.new_zeros(len(logits), logits.shape[1] + 1).scatter(1, history, _EXCLUDED)
+            if keep is not None:
+                penalty = penalty.scatter(1, keep.unsqueeze(1), 0.0)
+            return cast(Tensor, logits - penalty[:, :-1])
+
+    @torch.no_grad()
+    def best_items(
+        self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int, gate_inputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `ITeacherRecommender.best_items`. Needs evaluation mode."""
+        best = self._log_probs(history, lengths, gate_inputs).topk(k, dim=1)
+        return best.indices, best.values
 
     @torch.no_grad()
     def log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
         """Log-probabilities over the catalogue; see `ITeacherRecommender.log_probs`. Needs evaluation mode."""
-        device = self._item_vectors.device
-        tokens = self.prompts.histories(history, lengths).to(device)
-        with self.mixing(self.gate_source.vectors(self, history, lengths, tokens)):
-            users = self(tokens.input_ids, tokens.attention_mask)
-        return self.score(users, torch.from_numpy(history).to(device, torch.int64)).log_softmax(dim=1)
+        return self._log_probs(history, lengths, None)
+
+    def _log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32], gate_inputs: Tensor | None) -> Tensor:
+        with self.mixing(self.gate_inputs(history, lengths) if gate_inputs is None else gate_inputs):
+            return cast(Tensor, self(**vars(self.read(history, lengths)))).log_softmax(dim=1)
+
+    @torch.no_grad()
+    def refresh_titles(self, batch_tokens: int = 8192) -> None:
+        """Let the language model of now, adapter and all, read the titles again; a function of its weights alone.
+
+        The gate of a title is that of a history that holds this item only. Evaluation mode while it runs.
+        """
+
+        def mixing(items: NDArray[np.int64]) -> AbstractContextManager[Tensor | None]:
+            return self.mixing(self.gate_inputs(items[:, None].astype(np.int32), np.ones(len(items), np.int32)))
+
+        was_training = self.training
+        self.eval()
+        vectors = title_vectors(self.llm, self.prompts, self.pooling, self.device, batch_tokens, mixing)
+        self.head.titles.copy_(vectors)
+        self.train(was_training)
 
 
-def frozen_title_vectors(
-    llm: nn.Module, prompts: PromptBuilder, pooling: str, device: torch.device, batch_tokens: int = 8192
+def title_vectors(
+    llm: nn.Module,
+    prompts: PromptBuilder,
+    pooling: str,
+    device: torch.device,
+    batch_tokens: int = 8192,
+    mixing: Callable[[NDArray[np.int64]], AbstractContextManager[Tensor | None]] = lambda items: nullcontext(),
 ) -> Tensor:
-    """What the language model, before any adapter, makes of each title.
+    """What a language model in evaluation mode makes of each title.
 
     Args:
-        llm: Language model without adapter, or inside `frozen_base`, in evaluation mode.
+        llm: Language model without language-model head.
         prompts: Holds the titles' tokens.
         pooling: ``last``, ``mean`` or ``cls``.
         device: Where the model is.
         batch_tokens: Tokens per forward pass, padding included.
+        mixing: Holds the gates of some items' titles, item ids ``(B,)``; nothing for a model without adapter.
 
     Returns:
         Shape ``(N, d)``, float32, centred over the catalogue and of unit length, on the CPU.
@@ -194,7 +356,8 @@ def frozen_title_vectors(
     with torch.no_grad():
         for items in batches_by_tokens(prompts.title_token_counts(), batch_tokens):
             tokens = prompts.titles(items).to(device)
-            hidden = llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            with mixing(items):
+                hidden = llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
             pooled = pool(hidden, tokens.attention_mask, pooling).cpu()
             vectors = pooled.new_empty(prompts.n_items, pooled.shape[1]) if vectors is None else vectors
             vectors[torch.from_numpy(items)] = pooled

@@ -26,5 +26,22 @@ class ITeacherRecommender(ABC):
             lengths: Items per history, shape ``(B,)``, at least 1.
 
         Returns:
-            Shape ``(B, N)``, float32, nats; each row's exponentials sum to 1.
+            Shape ``(B, N)``, float32, nats. Each row's exponentials sum to 1 where the teacher chooses among items, and
+            to less where it writes titles, since it could write anything else.
+        """
+
+    @abstractmethod
+    def best_items(
+        self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int, gate_inputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The items most likely to come next.
+
+        Args:
+            history: As in `log_probs`.
+            lengths: As in `log_probs`.
+            k: How many, at most N.
+            gate_inputs: What the gate reads, shape ``(B, d)``, where it is known already.
+
+        Returns:
+            Item ids, int64, and their log-probabilities, float32, both of shape ``(B, k)``, best first.
         """

@@ -2,10 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import replaced_folder
@@ -68,14 +76,20 @@ def mixed_precision(precision: str) -> str:
     return "bf16" if uses_gpu() and precision != "float32" else "no"
 
 
-def load_model(source: str, settings: LLMSettings, precision: str, device: torch.device) -> PreTrainedModel:
-    """Load the model without its language-model head, frozen, in evaluation mode.
+def load_model(
+    source: str, settings: LLMSettings, precision: str, device: torch.device, *, writes: bool = False
+) -> PreTrainedModel:
+    """Load the model, frozen, in evaluation mode.
 
     Args:
         source: What `locate` returned.
         settings: Which model.
         precision: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (base weights quantised by bitsandbytes).
         device: Where it belongs.
+        writes: With its language-model head, to write text; without it only hidden states are given.
+
+    Raises:
+        ConfigError: If the model cannot write.
     """
     arguments: dict[str, Any] = {"dtype": torch.float32 if precision == "float32" else torch.bfloat16}
     if precision in ("int8", "int4"):
@@ -89,11 +103,45 @@ def load_model(source: str, settings: LLMSettings, precision: str, device: torch
             if precision == "int8"
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute),
         }
-    model = AutoModel.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **arguments)
+    kind: Any = AutoModelForCausalLM if writes else AutoModel
+    try:
+        model = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **arguments)
+    except ValueError as error:
+        if not writes or "AutoModelForCausalLM" not in str(error):
+            raise
+        raise _cannot_write(settings) from error
     if precision not in ("int8", "int4"):  # quantised weights are put in place while they load
         model = model.to(device)
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    if writes:
+        if not _reads_forwards(model):
+            raise _cannot_write(settings)
+        # Sampling (Llama 2) or a penalty for repetition (Qwen) would come along with the weights.
+        model.generation_config = GenerationConfig()
+    return cast(PreTrainedModel, model)
+
+
+def _cannot_write(settings: LLMSettings) -> ConfigError:
+    return ConfigError(
+        f"`teacher.objective=title` needs a model that writes text, and `llm` is {settings.name!r}, a model without a "
+        "causal language-model head; take a decoder such as `llm=llama2_7b`, or `teacher.objective=item`."
+    )
+
+
+@torch.no_grad()
+def _reads_forwards(model: PreTrainedModel) -> bool:
+    """Whether a token's logits do not depend on the tokens behind it.
+
+    transformers gives BERT and its kin a language-model head as well, newly initialised and, unless their
+    configuration says ``is_decoder``, over states that see the whole text: such a model would learn to copy the answer.
+    No attribute tells, since decoders say ``is_decoder=False`` too.
+    """
+    table = model.get_input_embeddings()
+    ids = torch.arange(1, 7, device=table.weight.device)  # type: ignore[arg-type]
+    logits = model(input_ids=torch.stack([ids, torch.cat([ids[:3], ids[3:] + 3])])).logits[:, :3].float()
+    # What is masked adds exact zeros, in any number format; the bound is for kernels that sum in another order.
+    return bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits.std())
 
 
 def make_tiny_random(settings: TinyRandomSettings, llm_dir: Path, titles: list[str]) -> Path:
@@ -107,12 +155,12 @@ def make_tiny_random(settings: TinyRandomSettings, llm_dir: Path, titles: list[s
     Returns:
         The model's folder.
     """
-    sizes = (settings.width, settings.n_layers, settings.n_heads, settings.vocabulary, settings.seed)
+    sizes = ("with head", settings.width, settings.n_layers, settings.n_heads, settings.vocabulary, settings.seed)
     folder = llm_dir / f"{settings.name}-{derived_seed(*sizes, *titles):016x}"
     if folder.is_dir():
         return folder
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -139,10 +187,11 @@ def make_tiny_random(settings: TinyRandomSettings, llm_dir: Path, titles: list[s
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = LlamaModel(config)
+        model = LlamaForCausalLM(config)
     with replaced_folder(folder) as aside:
         model.save_pretrained(aside)
         fast.save_pretrained(aside)

@@ -5,11 +5,13 @@ operations. No prompt is stored, and no loop runs over rows or tokens.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2rec.core.errors import ConfigError
@@ -115,6 +117,22 @@ class PromptBuilder:
         begin, end = (np.asarray(part, np.int64) for part in (self._pieces.begin, self._pieces.end))
         rows = [np.concatenate([begin, self._histories.piece(item), end]) for item in item_ids.tolist()]
         return padded_batch(rows, self.pad_id)
+
+    def texts(self, texts: Sequence[str]) -> TokenBatch:
+        """Any texts, each as `titles` would have it if an item were called so; a blank one is an end token alone."""
+        begin, end = (np.asarray(part, np.int64) for part in (self._pieces.begin, self._pieces.end))
+        spaced = [f"{self._pieces.space}{text}{self.settings.separator}" if text else "" for text in texts]
+        rows = [np.array(tokens, np.int64) for tokens in self._pieces.all(spaced, split_special=True)]
+        blank = np.array([self.end_id])
+        return padded_batch([np.concatenate([begin, row if len(row) else blank, end]) for row in rows], self.pad_id)
+
+    def decoded(self, tokens: Sequence[NDArray[np.int64]] | Tensor) -> list[str]:
+        """Texts of answers, written or `answer_tokens`, on one line and without special tokens.
+
+        Answers are compared in this form: not every tokenizer gives back the title that went in.
+        """
+        texts = self.tokenizer.batch_decode([each.tolist() for each in tokens], skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
 
     def title_token_counts(self) -> NDArray[np.int64]:
         """Tokens of each title, separator included, shape ``(N,)``."""

@@ -1,8 +1,11 @@
-"""Train the iLoRA teacher on the `item` objective."""
+"""Train a teacher: one loop for all objectives, and the `item` objective."""
+
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
@@ -10,66 +13,107 @@ from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
+from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.prompts import batches_by_tokens
+from llm2rec.teacher.settings import TeacherSettings
 
-__all__ = ["rank_targets", "train_teacher"]
+__all__ = ["ItemObjective", "Objective", "rank_targets", "train_teacher"]
+
+
+class Objective(Protocol):
+    """What a teacher is trained to do.
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows for early stopping.
+    """
+
+    train: TeacherRows
+    validation: TeacherRows
+
+    def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
+        """Losses of a micro-batch; the gates of its rows are held meanwhile.
+
+        Args:
+            wrapped: The teacher as `Engine.prepare` returned it.
+            micro: Positions in ``train.rows``, shape ``(B,)``.
+            hybrid: Whether prompts carry injected vectors.
+            epoch: Epoch, from 0.
+
+        Returns:
+            One loss a row, shape ``(B,)``, float32.
+        """
+
+    def validate(self) -> dict[str, float]:
+        """Validation metrics by name; a collective."""
+
+
+class ItemObjective:
+    """Next-item classification over the whole catalogue: full-softmax cross-entropy.
+
+    Args:
+        model: Unwrapped teacher.
+        train: Rows to train on.
+        validation: Rows for early stopping.
+        engine: Divides validation rows among processes.
+    """
+
+    def __init__(self, model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine) -> None:
+        self.model, self.train, self.validation, self.engine = model, train, validation, engine
+
+    def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
+        """See `Objective.losses`."""
+        data, rows = self.train.data, self.train.rows[micro]
+        targets = data.batch(rows, self.engine.device).targets
+        inputs = self.model.read(data.history.numpy()[rows], data.lengths.numpy()[rows], hybrid=hybrid)
+        logits = wrapped(**vars(inputs), keep=targets)  # (B, N)
+        return cross_entropy(logits, targets)
+
+    def validate(self) -> dict[str, float]:
+        """See `Objective.validate`."""
+        return ranking_metrics(rank_targets(self.model, self.validation, self.engine))
 
 
 def train_teacher(
-    model: ILoraRecommender,
-    train: TeacherRows,
-    validation: TeacherRows,
-    engine: Engine,
-    *,
-    select_on: str = "ndcg@10",
-    gate_lr_ratio: float = 1.0,
-    balance_weight: float = 0.0,
-) -> ILoraRecommender:
-    """Train LoRA experts and gate with full-softmax cross-entropy; keep the weights that validate best.
+    model: LLMTeacher, objective: Objective, engine: Engine, settings: TeacherSettings, select_on: str = "ndcg@10"
+) -> None:
+    """Train what the teacher has to train; keep the weights that validate best. It is left in evaluation mode.
 
     Args:
-        model: Teacher with a fresh adapter; its base is frozen.
-        train: Rows to train on.
-        validation: Rows for early stopping.
+        model: Unwrapped teacher with fresh weights; its base is frozen.
+        objective: What it is trained to do, and on which rows.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
+        settings: Learning rates, curriculum, load balance; length and batch are the engine's.
         select_on: Validation metric that decides.
-        gate_lr_ratio: Learning rate of the gate networks as a part of that of the experts.
-        balance_weight: Weight of the load-balance loss; 0 leaves it out.
-
-    Returns:
-        The unwrapped model with the best weights, in evaluation mode.
     """
-    settings, record, n_rows = engine.training, TrainingRecord(engine, select_on), len(train.rows)
-    ratios = {"ilora_gate": gate_lr_ratio}
-    wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay, ratios))
+    training, train, record = engine.training, objective.train, TrainingRecord(engine, select_on)
+    wrapped, optimizer = engine.prepare(model, _optimizer(model, settings))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
-    watch = GateWatch(model, validation.gate_inputs, engine)
-    positions, max_steps = np.arange(n_rows), engine.max_steps(n_rows)
+    watch = GateWatch(model, objective.validation.gate_inputs, engine)
+    n_rows, balance_weight = len(train.rows), settings.balance_loss
+    positions, max_steps, per_epoch = np.arange(n_rows), engine.max_steps(n_rows), training.steps_per_epoch(n_rows)
     steps = engine.steps(positions, record.step, train.token_counts)
     wrapped.train()
     for step, share in engine.progress(steps, "teacher", max_steps, initial=record.step):
         if record.stopping.should_stop:
             break
-        lr = engine.begin_step(step, max_steps, optimizer)
+        if settings.item_refresh_steps and step > 0 and step % settings.item_refresh_steps == 0:
+            model.refresh_titles()
+        hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step, max_steps, engine.seed)
+        lr = engine.begin_step(step, max_steps, optimizer, resting=() if hybrid else ("projector",))
         use = mean_gates(model, train.gate_inputs, share, engine) if balance_weight > 0 else None  # (E,) or (G, E)
         for micro, weights in zip(share.micro_batches, share.weights, strict=True):
-            batch = train.data.batch(train.rows[micro], engine.device)
-            tokens = model.prompts.histories(
-                train.data.history.numpy()[train.rows[micro]], train.data.lengths.numpy()[train.rows[micro]]
-            ).to(engine.device)
             gate_input = torch.from_numpy(train.gate_inputs[micro]).to(engine.device)
             with engine.accumulate(wrapped), model.mixing(gate_input) as gates:  # they must outlive backward
-                users = wrapped(tokens.input_ids, tokens.attention_mask)  # (B, d)
-                logits = model.score(users, batch.history, keep=batch.targets)  # (B, N)
-                losses = {"loss": cross_entropy(logits, batch.targets)}  # each (B,)
-                if use is not None:
-                    losses |= {"loss_item": losses["loss"], "loss_balance": balance_losses(gates, use)}
-                    losses["loss"] = losses["loss_item"] + balance_weight * losses["loss_balance"]
+                losses = {"loss": objective.losses(wrapped, micro, hybrid=hybrid, epoch=step // per_epoch)}  # (B,)
+                if use is not None and gates is not None:
+                    losses |= {"loss_task": losses["loss"], "loss_balance": balance_losses(gates, use)}
+                    losses["loss"] = losses["loss_task"] + balance_weight * losses["loss_balance"]
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
                 engine.backward(sums["loss"], share.n_rows, step, train.rows[micro])
@@ -77,14 +121,33 @@ def train_teacher(
             record.add_losses(sums)
         record.finish_step(step, share.n_rows)
 
-        if settings.evaluation_is_due(record.step, n_rows):
+        if training.evaluation_is_due(record.step, n_rows):
             engine.average_buffers(model)
-            metrics = ranking_metrics(rank_targets(model, validation, engine))
-            record.evaluated(model, metrics, learning_rate=lr, **watch.look(record.step))
-        if settings.checkpoint_is_due(record.step, n_rows):
+            scalars = {"learning_rate": lr, "hybrid": float(hybrid)} if model.is_hybrid else {"learning_rate": lr}
+            record.evaluated(model, objective.validate(), **scalars, **watch.look(record.step))
+        if training.checkpoint_is_due(record.step, n_rows):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
-    return model.eval()
+    model.eval()
+
+
+def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:
+    """Gate, projector and head in parameter groups of their own, as far as the model has them."""
+    ratios = {
+        "ilora_gate": settings.gate_learning_rate_ratio,
+        "projector": settings.projector_learning_rate_ratio,
+        "head": settings.head_learning_rate_ratio,
+    }
+    names = [name.split(".") for name, each in model.named_parameters() if each.requires_grad]
+    trained = {next((part for part in ratios if part in name), None) for name in names}  # as `adamw` goes through them
+    decays = {"ilora_gate": settings.gate_weight_decay, "projector": settings.projector_weight_decay}
+    return adamw(
+        model,
+        settings.training.learning_rate,
+        settings.training.weight_decay,
+        {name: ratio for name, ratio in ratios.items() if name in trained},
+        {name: decay for name, decay in decays.items() if name in trained and decay is not None},
+    )
 
 
 def rank_targets(
@@ -115,11 +178,9 @@ def rank_targets(
         for part in batches_by_tokens(rows.token_counts[mine], batch_tokens):
             numbers = rows.rows[mine[part]]
             batch = rows.data.batch(numbers, engine.device)
-            history, lengths = rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers]
-            tokens = model.prompts.histories(history, lengths).to(engine.device)
+            inputs = model.read(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers])
             with model.mixing(torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)):
-                users = model(tokens.input_ids, tokens.attention_mask)
-            scores = model.score(users, batch.history)
+                scores = model(**vars(inputs))
             if seen is not None:
                 scores = seen.mask(scores, numbers, batch.targets)
             ranks[torch.from_numpy(part)] = target_ranks(scores, batch.targets).cpu()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 GATED = [
     *TEACHER,
     "teacher.gate_input=sequence",
-    "teacher.gate_run=result/student",
+    "teacher.recommender_run=result/student",
     "teacher.adapter.gate=conv",
     "teacher.training.checkpoint_every_steps=1",
 ]
@@ -57,8 +57,8 @@ def whole(trained, tmp_path_factory):
 def test_a_finished_teacher_is_evaluated_without_the_students_run(whole):
     folder, teacher = whole
     files = {str(file.relative_to(teacher)) for file in teacher.rglob("*") if file.is_file()}
-    assert {"teacher/gate_student/config.json", "teacher/gate_student/model.safetensors"} <= files
-    assert not (teacher / "gate").exists()
+    assert {"teacher/recommender/config.json", "teacher/recommender/model.safetensors"} <= files
+    assert not (teacher / "recommender_of_run").exists()
     assert json.loads((teacher / "teacher" / "adapter" / "adapter_config.json").read_text())["gate_input_size"] == 24
     assert json.loads((teacher / "run.json").read_text())["label"] == "ilora tiny_random (gru4rec gate)"
     run(folder, "evaluate", *TEACHER, f"runs=[{teacher.relative_to(folder)}]")

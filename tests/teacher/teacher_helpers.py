@@ -12,17 +12,22 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from llm2rec.config import register
 from llm2rec.core.engine import Engine
+from llm2rec.core.files import write_json
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.stage import build as settings_of
 from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.models import build_model
+from llm2rec.student.store import save_student
 from llm2rec.teacher.factory import TeacherRecipe, build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender
 from llm2rec.teacher.llm import make_tiny_random
+from llm2rec.teacher.recommender import TrainedRecommender, open_recommender
 from llm2rec.teacher.settings import AdapterSettings, LLMSettings, PromptSettings, TeacherSettings, TinyRandomSettings
+from llm2rec.teacher.trainer import ItemObjective, train_teacher
 
 CPU = torch.device("cpu")
 ODD_TITLES = [
@@ -117,15 +122,48 @@ def llm_of(kind: str, folder: Path, data: RecData, **prompt) -> tuple[LLMSetting
 
 
 def build(
-    kind: str, folder: Path, data: RecData, *, prompt: dict | None = None, adapter: dict | None = None, **settings
+    kind: str,
+    folder: Path,
+    data: RecData,
+    recommender: TrainedRecommender | None = None,
+    *,
+    prompt: dict | None = None,
+    adapter: dict | None = None,
+    **settings,
 ) -> tuple[ILoraRecommender, TeacherRecipe]:
     """A teacher with a fresh adapter, the same at every call."""
     llm, source = llm_of(kind, folder, data, **(prompt or {}))
     chosen = AdapterSettings(**{"r": 8, "num_experts": 4, "dropout": 0.0, **(adapter or {})})
+    if recommender is not None:
+        settings["recommender_run"] = "result/result_x"
     seed_everything(3)
     return build_teacher(
-        llm, source, TeacherSettings(adapter=chosen, **settings), data, split(data).targets.numpy(), CPU
+        llm,
+        source,
+        TeacherSettings(adapter=chosen, **settings),
+        data,
+        split(data).targets.numpy(),
+        CPU,
+        recommender,
     )
+
+
+def finished_run(folder, data, name="sasrec", width=64, max_length=10, seed=0, **record) -> Path:
+    """A run folder as the student stage leaves it; the weights are random and large enough to matter."""
+    arguments = {"n_items": data.n_items, "width": width, "max_length": max_length, "dropout": 0.5}
+    torch.manual_seed(seed)
+    student = build_model(name, **arguments)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_student(folder / "student", student, name, arguments)
+    dataset = {"name": data.name, "fingerprint": data.fingerprint}
+    write_json(folder / "run.json", {"stage": "student", "status": "finished", "dataset": dataset, **record})
+    return folder
+
+
+def recommender_of(run: Path, data: RecData, kept: Path) -> TrainedRecommender:
+    """The recommender that a student's run holds, as the stage opens it."""
+    return open_recommender(run, kept, data.name, data.fingerprint, CPU)
 
 
 def randomise(model: ILoraRecommender, seed: int = 5, std: float = 0.3) -> ILoraRecommender:
@@ -149,8 +187,16 @@ def engine_in(folder: Path, **training) -> Engine:
 def teacher_rows(model: ILoraRecommender, data: SequenceData, rows: np.ndarray) -> TeacherRows:
     """Gate inputs without any cache, all rows in one batch."""
     history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
-    inputs = model.frozen_vectors(model.prompts.histories(history, lengths)).numpy()
-    return TeacherRows(data, rows, inputs, model.prompts.token_counts(history, lengths))
+    return TeacherRows(data, rows, model.gate_inputs(history, lengths).numpy(), model.token_counts(history, lengths))
+
+
+def fit(
+    model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine, **settings
+) -> ILoraRecommender:
+    """Train for the `item` objective, with the engine's length and rate, which is also the gate's unless told."""
+    chosen = TeacherSettings(training=engine.training, **{"gate_learning_rate_ratio": 1.0, **settings})
+    train_teacher(model, ItemObjective(model, train, validation, engine), engine, chosen)
+    return model
 
 
 def configured(*overrides: str) -> TeacherSettings:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, written
-from teacher_helpers import CPU, build, configured, llm_of, randomise, split, teacher_rows
+from teacher_helpers import CPU, build, configured, fit, llm_of, randomise, split, teacher_rows
 
 from llm2rec.core.batching import optimizer_steps
 from llm2rec.core.checkpoint import trainable_weights
@@ -21,7 +21,6 @@ from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.settings import AdapterSettings
-from llm2rec.teacher.trainer import train_teacher
 
 KINDS = get_args(GateKind)
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
@@ -37,10 +36,10 @@ def rows_of(model, data, name="train", n_rows=32):
     return teacher_rows(model, rows, np.arange(min(n_rows, len(rows))))
 
 
-def train(model, data, folder, *, kind=Engine, n_rows=32, gate_lr_ratio=1.0, balance_weight=0.0, **changes):
+def train(model, data, folder, *, kind=Engine, n_rows=32, ratio=1.0, balance=0.0, **changes):
     engine = engine_in(folder, kind=kind, **{**TRAINING, **changes})
     rows = rows_of(model, data, n_rows=n_rows), rows_of(model, data, "validation")
-    return train_teacher(model, *rows, engine, gate_lr_ratio=gate_lr_ratio, balance_weight=balance_weight)
+    return fit(model, *rows, engine, gate_learning_rate_ratio=ratio, balance_loss=balance)
 
 
 def history(folder):
@@ -68,7 +67,7 @@ def test_every_gate_kind_trains_through_the_configuration(kind, per_layer, data,
     )
     model, recipe = built_from(settings, data, llm_folder)
     before, vectors = trained_of(model), model.item_vectors.clone()
-    train(model, data, tmp_path / "run", gate_lr_ratio=2.0, balance_weight=0.1)
+    train(model, data, tmp_path / "run", ratio=2.0, balance=0.1)
     after = trained_of(model)
     unmoved = {name for name in before if torch.equal(before[name], after[name])}
     # The released program keeps one expert, whose gate is 1 whatever the logits: nothing to learn from.
@@ -193,7 +192,7 @@ def test_the_gate_learns_at_its_own_rate(data, llm_folder, tmp_path):
     for ratio in (1.0, 0.25):
         model = randomise(build("llama", llm_folder, data)[0])  # while B is 0, A and gate have no gradient
         before = trained_of(model)
-        train(model, data, tmp_path / str(ratio), n_rows=16, gate_lr_ratio=ratio)
+        train(model, data, tmp_path / str(ratio), n_rows=16, ratio=ratio)
         moved[ratio] = {name: (p - before[name]).abs().median().item() for name, p in trained_of(model).items()}
     for name in moved[1.0]:
         assert moved[1.0][name] == pytest.approx(0.01, rel=0.05), name
@@ -288,7 +287,7 @@ def test_balance_adds_its_gradient_to_that_of_the_gate(adapter, micro, data, llm
             n_rows=16,
             micro_batch_size=micro,
             max_grad_norm=0.0,
-            balance_weight=weight,
+            balance=weight,
         )
         noted[weight] = kind.noted
     model = randomise(build("llama", llm_folder, data, adapter=adapter)[0], std=0.5)
@@ -307,7 +306,7 @@ def test_balance_does_not_depend_on_how_a_step_is_cut(adapter, data, llm_folder,
     for micro in (8, 3, 1):
         model = randomise(build("llama", llm_folder, data, adapter=adapter)[0], std=0.1)
         # 29 rows: a last step of 5, which leaves micro-batches of one row without any.
-        train(model, data, tmp_path / str(micro), n_rows=29, batch_size=8, micro_batch_size=micro, balance_weight=0.5)
+        train(model, data, tmp_path / str(micro), n_rows=29, batch_size=8, micro_batch_size=micro, balance=0.5)
         found[micro] = trained_of(model), history(tmp_path / str(micro))[0]
     for micro in (3, 1):
         assert found[micro][1].keys() == found[8][1].keys()
@@ -318,17 +317,17 @@ def test_balance_does_not_depend_on_how_a_step_is_cut(adapter, data, llm_folder,
 
 
 def test_balance_is_logged_by_name_and_zero_weight_is_the_plain_loss(data, llm_folder, tmp_path):
-    for folder, options in (("plain", {}), ("zero", {"balance_weight": 0.0}), ("on", {"balance_weight": 0.5})):
+    for folder, options in (("plain", {}), ("zero", {"balance": 0.0}), ("on", {"balance": 0.5})):
         # No gradient steps worth the name, so that all rows meet the same gates.
         model = randomise(build("llama", llm_folder, data)[0], std=3.0)
         train(model, data, tmp_path / folder, learning_rate=1e-12, batch_size=32, **options)
     (plain,), (zero,), (on,) = (history(tmp_path / folder) for folder in ("plain", "zero", "on"))
     assert plain == zero
     assert "train/loss_balance" not in plain
-    assert on["train/loss_item"] == pytest.approx(plain["train/loss"], rel=1e-6)
+    assert on["train/loss_task"] == pytest.approx(plain["train/loss"], rel=1e-6)
     gates = model.evaluation_gates(torch.from_numpy(rows_of(model, data).gate_inputs))
     assert on["train/loss_balance"] == pytest.approx(balance_loss(gates).item(), rel=1e-4)
-    assert on["train/loss"] == pytest.approx(on["train/loss_item"] + 0.5 * on["train/loss_balance"], rel=1e-6)
+    assert on["train/loss"] == pytest.approx(on["train/loss_task"] + 0.5 * on["train/loss_balance"], rel=1e-6)
 
 
 def test_balance_evens_the_use_of_experts_out(data, llm_folder, tmp_path):
@@ -336,7 +335,7 @@ def test_balance_evens_the_use_of_experts_out(data, llm_folder, tmp_path):
     for weight in (0.0, 10.0):
         model, _ = build("llama", llm_folder, data)
         tilt(model, data, 2.0)
-        train(model, data, tmp_path / str(weight), epochs=5, learning_rate=0.03, balance_weight=weight)
+        train(model, data, tmp_path / str(weight), epochs=5, learning_rate=0.03, balance=weight)
         uses[weight] = history(tmp_path / str(weight))[-1]["train/gate_use_0"]
     assert uses[0.0] > 0.5
     assert uses[10.0] < 0.4
@@ -388,7 +387,7 @@ def test_collapsed_gates_are_told_once_and_the_run_goes_on(logit, told, data, ll
     engine = engine_in(tmp_path, **{**TRAINING, "epochs": 3, "learning_rate": 1e-4})
     with warnings.catch_warnings():
         warnings.simplefilter("error", GateCollapseWarning)  # nothing on the side of the log
-        train_teacher(model, rows, rows, engine)
+        fit(model, rows, rows, engine)
     found = [record for record in caplog.records if "of the gates of 40 instances" in record.message]
     assert len(found) == told
     assert len(history(tmp_path)) == 3
@@ -405,8 +404,8 @@ def test_collapsed_gates_are_told_once_and_the_run_goes_on(logit, told, data, ll
     ("adapter", "options"),
     [
         ({"gate": "conv"}, {}),
-        ({"gate": "conv", "gate_per_layer": True, "target_modules": ["q_proj"]}, {"gate_lr_ratio": 0.3}),
-        ({"gate": "noisy", "dropout": 0.1}, {"gate_lr_ratio": 5.0, "balance_weight": 0.5}),
+        ({"gate": "conv", "gate_per_layer": True, "target_modules": ["q_proj"]}, {"ratio": 0.3}),
+        ({"gate": "noisy", "dropout": 0.1}, {"ratio": 5.0, "balance": 0.5}),
     ],
 )
 @pytest.mark.parametrize("killed_before", [3, 5])

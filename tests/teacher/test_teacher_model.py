@@ -30,11 +30,10 @@ def gradients(model, rows, positions):
     """Gradients of the mean loss over some rows, by parameter name."""
     model.zero_grad()
     data, numbers = rows.data, rows.rows[positions]
-    tokens = model.prompts.histories(data.history.numpy()[numbers], data.lengths.numpy()[numbers])
-    batch = data.batch(numbers)
+    inputs = model.read(data.history.numpy()[numbers], data.lengths.numpy()[numbers])
+    targets = data.batch(numbers).targets
     with model.mixing(torch.from_numpy(rows.gate_inputs[positions])):
-        logits = model.score(model(tokens.input_ids, tokens.attention_mask), batch.history, keep=batch.targets)
-        loss = cross_entropy(logits, batch.targets).mean()
+        loss = cross_entropy(model(**vars(inputs), keep=targets), targets).mean()
         loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, loss.item()
 
@@ -121,11 +120,9 @@ def test_gate_inputs_have_unit_length_and_ignore_the_adapter(data, llm_folder):
 
 
 def test_an_untrained_teacher_is_the_frozen_model(data, llm_folder):
-    fresh = build("llama", llm_folder, data)[0].eval()
-    tokens = fresh.prompts.histories(*histories_of(data))
-    with torch.no_grad():
-        users = torch.nn.functional.normalize(fresh.frozen_vectors(tokens), dim=1)
-        expected = fresh.score(users, torch.from_numpy(histories_of(data)[0]).long()).log_softmax(dim=1)
+    fresh = build("llama", llm_folder, data, exclude_history=False)[0].eval()
+    users = fresh.frozen_vectors(fresh.prompts.histories(*histories_of(data)))
+    expected = (fresh.head.scale * users @ fresh.item_vectors.T).log_softmax(dim=1)
     torch.testing.assert_close(fresh.log_probs(*histories_of(data)), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from teacher_helpers import build, engine_in, randomise, split, teacher_rows
+from teacher_helpers import build, engine_in, fit, randomise, split, teacher_rows
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
-from llm2rec.teacher.trainer import rank_targets, train_teacher
+from llm2rec.teacher.trainer import rank_targets
 
 TRAINING = {"epochs": 3, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
 
@@ -20,7 +20,7 @@ TRAINING = {"epochs": 3, "batch_size": 16, "micro_batch_size": 8, "learning_rate
 def train(model, data, folder, **changes):
     engine = engine_in(folder, **{**TRAINING, **changes})
     rows = [split(data, name) for name in ("train", "validation")]
-    return train_teacher(model, *(teacher_rows(model, each, np.arange(len(each))) for each in rows), engine)
+    return fit(model, *(teacher_rows(model, each, np.arange(len(each))) for each in rows), engine)
 
 
 def history(folder):
@@ -202,7 +202,7 @@ def test_another_dataset_has_its_own_gate_inputs(data, llm_folder, engine, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "title"}, "teacher.objective is 'title'"),
+        ({"objective": "rating"}, "teacher.objective is 'rating', expected one of item, title"),
         ({"precision": "float16"}, "teacher.precision is 'float16', expected one of auto"),
         ({"train_rows": 0}, "teacher.train_rows is 0"),
         ({"validation_rows": -1}, "teacher.validation_rows is -1"),
