@@ -1,0 +1,323 @@
+"""The title teacher: what it scores, searches, writes and grounds is what plain loops over one row give."""
+
+import json
+from shutil import copytree
+
+import numpy as np
+import pytest
+import torch
+from teacher_helpers import CPU, build, finished_run, llm_of, randomise, recommender_of, split
+from transformers import GenerationConfig
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.student.candidates import CandidateSampler
+from llm2rec.teacher.factory import load_teacher, save_teacher
+from llm2rec.teacher.llm import load_model
+from llm2rec.teacher.settings import ExportSettings, TeacherSettings, TitleSettings
+
+PROMPT = {"max_tokens": 320}
+KINDS = ["ilora", "per layer", "sequence gate, hybrid", "lora", "none", "none, hybrid"]
+
+
+def title_teacher(kind, data, llm_folder, folder, prompt=None, exclude_history=True, **title):
+    """A teacher whose adapter and gates change something; with dropout and noise, which evaluation leaves out."""
+    settings, adapter = {}, {"dropout": 0.2}
+    if kind.startswith(("lora", "none")):
+        settings["tuning"] = kind.split(",")[0]
+    if kind == "per layer":
+        adapter |= {"gate_per_layer": True, "gate": "noisy"}
+    if kind.startswith("sequence"):
+        settings["gate_input"] = "sequence"
+    recommender = None
+    if "hybrid" in kind:
+        recommender = recommender_of(finished_run(folder / "student", data), data, folder / "kept")
+        settings["prompts"] = "hybrid"
+    model, recipe = build(
+        "llama",
+        llm_folder,
+        data,
+        recommender,
+        prompt=PROMPT | (prompt or {}),
+        adapter=adapter,
+        objective="title",
+        exclude_history=exclude_history,
+        title=TitleSettings(**{"n_candidates": 5, **title}),
+        **settings,
+    )
+    return randomise(model).eval(), recipe
+
+
+@pytest.fixture(params=KINDS)
+def model(request, data, llm_folder, tmp_path):
+    return title_teacher(request.param, data, llm_folder, tmp_path)[0]
+
+
+def rows_of(data, n_rows=7, n_candidates=5):
+    """Histories of different lengths, with candidates and targets."""
+    train = split(data)
+    rows = np.argsort(-train.lengths.numpy(), kind="stable")[:: max(1, len(train) // n_rows)][:n_rows].copy()
+    drawn = CandidateSampler(train, 0, n_candidates, split="train").draw(rows)
+    return train.history.numpy()[rows], train.lengths.numpy()[rows], drawn, train.targets.numpy()[rows]
+
+
+def gates_of(model, history, lengths):
+    if model.tuner is None:
+        return None
+    return model.tuner.gate(model.gate_inputs(history, lengths))
+
+
+def next_log_probs(model, history, lengths, candidates, written):
+    """Log-probabilities of the token after a prompt and what is written, of one row: no cache, no padding."""
+    tokens = model.prompts.questions(history, lengths, candidates, hybrid=model.is_hybrid)
+    table = model.llm.get_input_embeddings()
+    hybrid = tokens.item_ids is not None
+    embeds = model.embeddings(tokens.input_ids, tokens.item_ids) if hybrid else table(tokens.input_ids)
+    if written:
+        embeds = torch.cat([embeds, table(torch.tensor([written]))], dim=1)
+    with torch.no_grad(), model.hold(gates_of(model, history, lengths)):
+        return model.llm(inputs_embeds=embeds).logits[0, -1].log_softmax(dim=0)
+
+
+def title_log_prob(model, history, lengths, candidates, item):
+    """Token by token, the end token included."""
+    title, total = [*model.prompts.answer_tokens()[item].tolist(), model.prompts.end_id], 0.0
+    for place, token in enumerate(title):
+        total += float(next_log_probs(model, history, lengths, candidates, title[:place])[token])
+    return total
+
+
+def one_by_one(history, lengths, candidates):
+    for row in range(len(history)):
+        yield history[row : row + 1, : lengths[row]], lengths[row : row + 1], candidates[row : row + 1]
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_loss_is_the_answers_mean_log_probability_on_either_padding(model, data, listed):
+    history, lengths, candidates, targets = rows_of(data)
+    shown = candidates if listed else None
+    losses = []
+    for padding in ("left", "right"):
+        tokens = model.prompts.answered(history, lengths, shown, targets, hybrid=model.is_hybrid, padding=padding)
+        with model.hold(gates_of(model, history, lengths)):
+            losses.append(model(**vars(tokens)).detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    for row, (own, length, drawn) in enumerate(one_by_one(history, lengths, candidates)):
+        n_tokens = len(model.prompts.answer_tokens()[targets[row]]) + 1
+        expected = -title_log_prob(model, own, length, drawn if listed else None, targets[row]) / n_tokens
+        assert float(losses[0][row]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_answers_logits_are_computed(data, llm_folder, tmp_path, monkeypatch):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path)
+    history, lengths, candidates, targets = rows_of(data)
+    kept = []
+    head = model.llm.get_base_model().lm_head
+    hook = head.register_forward_hook(lambda module, inputs, output: kept.append(output.shape[1]))
+    tokens = model.prompts.answered(history, lengths, candidates, targets, padding="left")
+    with model.hold(gates_of(model, history, lengths)):
+        model(**vars(tokens))
+    hook.remove()
+    longest = max(len(model.prompts.answer_tokens()[item]) for item in targets) + 1
+    assert kept == [longest + 1]
+    assert longest + 1 < tokens.input_ids.shape[1] / 3
+
+
+def test_a_text_only_step_leaves_the_projector_a_gradient_of_zero(data, llm_folder, tmp_path):
+    model, _ = title_teacher("sequence gate, hybrid", data, llm_folder, tmp_path)
+    history, lengths, candidates, targets = rows_of(data)
+    for hybrid in (False, True):
+        model.zero_grad()
+        tokens = model.prompts.answered(history, lengths, candidates, targets, hybrid=hybrid, padding="left")
+        with model.hold(gates_of(model, history, lengths)):
+            model(**vars(tokens)).sum().backward()
+        moved = [float(each.grad.abs().sum()) > 0 for each in model.projector.parameters()]
+        assert all(moved) if hybrid else not any(moved)
+        assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+
+
+# ---- candidates, catalogue -------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_mixed_lengths_is_scored_as_row_by_row(model, data):
+    history, lengths, candidates, _ = rows_of(data)
+    scores = model.candidate_log_probs(history, lengths, candidates)
+    expected = [
+        [title_log_prob(model, own, length, drawn, item) for item in drawn[0]]
+        for own, length, drawn in one_by_one(history, lengths, candidates)
+    ]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+    known = None if model.tuner is None else model.gate_inputs(history, lengths)
+    torch.testing.assert_close(model.candidate_log_probs(history, lengths, candidates, known), scores)
+
+
+def test_other_answers_than_those_listed_can_be_scored_and_means_taken(data, llm_folder, tmp_path):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path)
+    history, lengths, candidates, _ = rows_of(data)
+    others = candidates[:, ::-1][:, :3].copy()
+    listed = model.candidate_log_probs(history, lengths, candidates)
+    scores = model.candidate_log_probs(history, lengths, candidates, None, others)
+    torch.testing.assert_close(scores, listed.flip(1)[:, :3], rtol=1e-4, atol=1e-4)
+    model.settings.mean_log_prob = True
+    n_tokens = torch.tensor([[len(model.prompts.answer_tokens()[item]) + 1 for item in row] for row in candidates])
+    means = model.candidate_log_probs(history, lengths, candidates)
+    torch.testing.assert_close(means, listed / n_tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exclude_history", [True, False])
+@pytest.mark.parametrize("kind", ["ilora", "per layer", "sequence gate, hybrid"])
+def test_enough_beams_rank_the_catalogue_as_scoring_all_of_it(data, llm_folder, tmp_path, kind, exclude_history):
+    model, _ = title_teacher(
+        kind, data, llm_folder, tmp_path, search_beams=data.n_items, exclude_history=exclude_history
+    )
+    history, lengths, _, _ = rows_of(data)
+    best = model.log_probs(history, lengths).topk(30, dim=1)
+    items, scores = model.best_items(history, lengths, 30)
+    torch.testing.assert_close(scores, best.values, rtol=1e-4, atol=1e-4)
+    assert (items == best.indices).float().mean() > 0.99  # but for ties
+    for row, shown in zip(items.tolist(), history.tolist(), strict=True):
+        assert not exclude_history or not set(row) & set(shown)
+    left_out = items[:, :2].numpy()
+    others, _ = model.best_items(history, lengths, 20, excluded=left_out)
+    assert torch.equal(others, items[:, 2:22])
+
+
+def test_ranking_is_said_to_cost_what_its_beams_hold(data, llm_folder, tmp_path):
+    counts = {}
+    for title in ({"search_beams": 1}, {"search_beams": 7}, {"ranking": "grounding", "generation_beams": 3}):
+        model, _ = title_teacher("ilora", data, llm_folder, tmp_path, **title)
+        history, lengths, _, _ = rows_of(data)
+        counts[len(counts)] = model.token_counts(history, lengths)
+    assert np.array_equal(counts[1], 7 * counts[0])
+    assert np.array_equal(counts[2], 3 * counts[0])
+    assert np.array_equal(counts[0], model.prompts.questions(history, lengths).attention_mask.sum(dim=1))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_the_greedy_choice_of_every_token(model, data):
+    history, lengths, candidates, _ = rows_of(data, n_rows=5)
+    longest = max(map(len, model.prompts.answer_tokens())) + 1
+    for listed in (True, False):
+        written = model.generate(history, lengths, candidates if listed else None)
+        for row, (own, length, drawn) in enumerate(one_by_one(history, lengths, candidates)):
+            tokens = []
+            while len(tokens) < longest and tokens[-1:] != [model.prompts.end_id]:
+                tokens.append(int(next_log_probs(model, own, length, drawn if listed else None, tokens).argmax()))
+            assert written[row] == model.prompts.decoded([np.array(tokens)])[0]
+
+
+def test_beams_write_something_likelier_and_keep_each_rows_gates(data, llm_folder, tmp_path):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path, generation_beams=4)
+    history, lengths, candidates, _ = rows_of(data)
+    together = model.generate(history, lengths, candidates)
+    apart = [model.generate(*each)[0] for each in one_by_one(history, lengths, candidates)]
+    assert together == apart
+
+
+def test_settings_that_come_with_a_model_do_not_change_what_it_writes(data, llm_folder, tmp_path):
+    settings, source = llm_of("llama", llm_folder, data, **PROMPT)
+    penalising = copytree(source, tmp_path / "penalising")
+    GenerationConfig(repetition_penalty=50.0, do_sample=True, temperature=9.0, min_new_tokens=9).save_pretrained(
+        penalising
+    )
+    model = load_model(str(penalising), settings, "float32", CPU, writes=True)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    plain = load_model(source, settings, "float32", CPU, writes=True)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model.generate(ids, max_new_tokens=8), plain.generate(ids, max_new_tokens=8))
+
+
+# ---- grounding -------------------------------------------------------------------------------------------------------
+
+
+def test_a_title_lies_at_its_own_item(model, data):
+    titles = [model.prompts.answer_text(item) for item in range(data.n_items)]
+    vectors = model.text_vectors(titles)
+    torch.testing.assert_close(vectors, model.item_vectors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.text_vectors(titles[5:6])[0], model.item_vectors[5], rtol=0, atol=1e-5)
+
+
+def test_grounding_ranks_by_distance_to_what_is_written(data, llm_folder, tmp_path, monkeypatch):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path, ranking="grounding")
+    history, lengths, _, targets = rows_of(data)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda *given: calls.append(given[2]) or generate(*given))
+    items, scores = model.best_items(history, lengths, 10)
+    assert calls == [None]  # without candidates
+    vectors = model.text_vectors(generate(history, lengths, None))
+    distances = torch.linalg.vector_norm(vectors[:, None] - model.item_vectors, dim=2)
+    for row in range(len(history)):
+        order = [item for item in distances[row].argsort(stable=True).tolist() if item not in history[row]]
+        assert items[row].tolist() == order[:10]
+        np.testing.assert_allclose(-scores[row], distances[row, order[:10]], rtol=1e-3, atol=1e-4)
+
+    written = [model.prompts.answer_text(item) for item in targets]
+    monkeypatch.setattr(model, "generate", lambda *given: written)
+    items, scores = model.best_items(history[:, :1], np.ones_like(lengths), 3)
+    seen = (history[:, :1] == targets[:, None]).any(axis=1)
+    assert items[~seen, 0].tolist() == targets[~seen].tolist()
+    np.testing.assert_allclose(scores[~seen, 0], 0, atol=1e-4)
+    with pytest.raises(ConfigError, match=f"`k` is {data.n_items}, and what is excluded leaves"):
+        model.best_items(history, lengths, data.n_items)
+
+
+def test_nothing_written_is_grounded_too(data, llm_folder, tmp_path, monkeypatch):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path, ranking="grounding")
+    history, lengths, _, _ = rows_of(data)
+    monkeypatch.setattr(model, "generate", lambda *given: [""] * len(history))
+    items, scores = model.best_items(history, lengths, 5)
+    assert bool(scores.isfinite().all())
+    assert items.shape == (len(history), 5)
+
+
+# ---- stored and refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_teacher_says_the_same(data, llm_folder, tmp_path, kind):
+    model, recipe = title_teacher(kind, data, llm_folder, tmp_path)
+    save_teacher(tmp_path / "teacher", model, recipe)
+    again, _ = load_teacher(tmp_path / "teacher", data, CPU)
+    history, lengths, candidates, _ = rows_of(data)
+    torch.testing.assert_close(
+        again.candidate_log_probs(history, lengths, candidates), model.candidate_log_probs(history, lengths, candidates)
+    )
+    texts = [model.prompts.answer_text(3), "something else"]
+    torch.testing.assert_close(again.text_vectors(texts), model.text_vectors(texts))
+    assert again.settings == model.settings
+    assert json.loads((tmp_path / "teacher" / "config.json").read_text())["objective"] == "title"
+
+
+def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
+    """transformers would give BERT a language-model head, over states that see the answer."""
+    with pytest.raises(ConfigError, match=r"`teacher.objective=title` needs a model that writes text, and `llm` is 'b"):
+        build("bert", llm_folder, data, prompt={"max_tokens": 128}, objective="title", title=TitleSettings(5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"popularity_prior": 0.5}, "teacher.popularity_prior is 0.5, which only the `item` objective reads"),
+        ({"head": "projected"}, "teacher.head is 'projected'"),
+        (
+            {"title": TitleSettings(ranking="grounding"), "export": ExportSettings(confidence="prob")},
+            "teacher.export.confidence is 'prob', but teacher.title.ranking=grounding gives distances",
+        ),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TeacherSettings(objective="title", **settings)
+
+
+def test_an_export_that_could_not_find_its_items_is_refused_before_training(data, llm_folder):
+    left = data.n_items - data.history_length
+    message = (
+        f"`teacher.export.top_k` is {left + 1}, but a row may leave {left} of the catalogue's {data.n_items} items"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build("llama", llm_folder, data, prompt=PROMPT, objective="title", export=ExportSettings(top_k=left + 1))
