@@ -4,7 +4,7 @@ import os
 
 import pytest
 from engine_helpers import fresh_processes  # noqa: F401
-from teacher_helpers import engine_in
+from teacher_helpers import engine_in, finished_run, recommender_of
 
 from llm2rec.data import RecData, prepare
 from llm2rec.data.toy import Toy
@@ -22,6 +22,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> RecData:
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory):
     return tmp_path_factory.mktemp("llm")
+
+
+@pytest.fixture(scope="session")
+def recommender(data, tmp_path_factory):
+    """A student of random weights."""
+    folder = tmp_path_factory.mktemp("student")
+    return recommender_of(finished_run(folder / "run", data, width=24), data, folder / "kept")
 
 
 @pytest.fixture
