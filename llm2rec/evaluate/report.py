@@ -8,8 +8,9 @@ from typing import Any
 from llm2rec.core.files import replaced_file, write_json
 from llm2rec.evaluate.candidates import CANDIDATES_HR
 from llm2rec.evaluate.scoring import Scored
+from llm2rec.evaluate.title_runs import GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 
-__all__ = ["draw", "format_table", "write_report"]
+__all__ = ["draw", "format_table", "format_titles", "write_report"]
 
 
 def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 0) -> str:
@@ -19,14 +20,40 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 
     header = ["run", *[name.upper() for name in names], *among, "parameters", "ms/user"]
     body = [
         [
-            row.label if row.seed is None else f"{row.label} [{row.seed}]",
+            _name(row),
             *[f"{100 * row.metrics[name]:.2f}" for name in names],
-            *(_among_candidates(row) if n_candidates else []),
+            *(_with_interval(row, CANDIDATES_HR) if n_candidates else []),
             f"{row.parameters:,}",
             "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
         ]
         for row in rows
     ]
+    return _aligned(header, body)
+
+
+def format_titles(rows: Sequence[Scored]) -> str:
+    """A second table, of the title teachers among ``rows``, with intervals; empty if there are none."""
+    shown = {
+        "likeliest: HR@1": CANDIDATES_HR,
+        "MRR": "candidates_mrr",
+        "written: HR@1 of all rows": GENERATED_HR,
+        "HR@1 of valid rows": GENERATED_HR_VALID,
+        "valid ratio": VALID_RATIO,
+    }
+    of_titles = [row for row in rows if row.n_titles]
+    if not of_titles:
+        return ""
+    header = ["run", "of", *[cell for name in shown for cell in (name, "95 %")]]
+    return _aligned(
+        header,
+        [
+            [_name(row), str(row.n_titles), *[cell for name in shown.values() for cell in _with_interval(row, name)]]
+            for row in of_titles
+        ],
+    )
+
+
+def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -35,9 +62,17 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 
     return "\n".join([line(header), "-" * len(line(header)), *map(line, body)])
 
 
-def _among_candidates(row: Scored) -> list[str]:
-    low, high = row.intervals[CANDIDATES_HR]
-    return [f"{100 * row.metrics[CANDIDATES_HR]:.2f}", f"{100 * low:.2f}-{100 * high:.2f}"]
+def _name(row: Scored) -> str:
+    return row.label if row.seed is None else f"{row.label} [{row.seed}]"
+
+
+def _with_interval(row: Scored, name: str) -> list[str]:
+    """A metric and its interval in percent; blank where a run has none."""
+    value = f"{100 * row.metrics[name]:.2f}" if name in row.metrics else ""
+    if name not in row.intervals:
+        return [value, ""]
+    low, high = row.intervals[name]
+    return [value, f"{100 * low:.2f}-{100 * high:.2f}"]
 
 
 def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about: dict[str, Any]) -> str:
@@ -63,6 +98,12 @@ def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about:
             f"does not show (seed {about['candidates_seed']}), with its 95 % bootstrap interval over rows"
         )
     table = f"{caption}\n{format_table(rows, ks, about['n_candidates'])}\n"
+    if titles := format_titles(rows):
+        table += (
+            f"\nteachers that write titles, after prompts with candidates (seed {about['candidates_seed']}): the "
+            "likeliest candidate, and what is written freely, valid if it names exactly one; above, what is not among "
+            f"their best {max(ks)} counts as missed\n{titles}\n"
+        )
     with replaced_file(folder / "comparison.txt") as aside:
         aside.write_text(table, encoding="utf-8")
     write_json(folder / "comparison.json", {**about, "rows_scored": [asdict(row) for row in rows]})
@@ -80,10 +121,9 @@ def draw(file: Path, rows: Sequence[Scored], ks: Sequence[int], caption: str) ->
     for axis, name in zip(axes, ("hr", "ndcg"), strict=True):
         shown = [k for k in ks if k > 1 or name == "hr"]
         for number, row in enumerate(rows):
-            label = row.label if row.seed is None else f"{row.label} [{row.seed}]"
             positions = [group + (number - (len(rows) - 1) / 2) * height for group in range(len(shown))]
             values = [100 * row.metrics[f"{name}@{k}"] for k in shown]
-            axis.bar(positions, values, width=height * 0.9, color=colours(number % 10), label=label)
+            axis.bar(positions, values, width=height * 0.9, color=colours(number % 10), label=_name(row))
         axis.set_xticks(range(len(shown)), [f"{name.upper()}@{k}" for k in shown])
         axis.set_ylabel("percent")
         axis.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,8 @@ from llm2rec.core.files import read_json, replaced_file, write_json
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.data import RecData
 from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
-from llm2rec.evaluate.finished import FinishedStudent, FinishedTeacher
+from llm2rec.evaluate.finished import FinishedModel, FinishedStudent, FinishedTeacher
+from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 
@@ -53,6 +54,7 @@ class Scored:
         milliseconds: Median time to rank the catalogue for one user, on the machine the run was scored on.
         seed: Seed of the run, or None.
         intervals: 95 % bootstrap intervals over test rows, by metric, of those that have one.
+        n_titles: Candidates whose titles a `title` teacher chose among; 0 for all other runs.
     """
 
     label: str
@@ -62,6 +64,7 @@ class Scored:
     milliseconds: float | None
     seed: int | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    n_titles: int = 0
 
 
 def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
@@ -101,35 +104,67 @@ def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, g
         ConfigError: If the catalogue is too small for the candidates asked for.
     """
     record = _checked_record(folder, data)
-    kind = FinishedTeacher if record["stage"] == "teacher" else FinishedStudent
-    model, n_rows = kind(folder, data, engine, gate_dir), len(data.splits["test"])
+    model, n_rows = _kind(folder, record)(folder, data, engine, gate_dir), len(data.splits["test"])
 
     def rank() -> tuple[Tensor, dict[str, Any]]:
         seen = SeenItems.of(data.splits["test"], data.sequences) if protocol.mask_seen else None
-        ranks = model.ranks(seen)
-        milliseconds = model.milliseconds(min(max(protocol.ks), data.n_items))
-        return ranks, {"metrics": ranking_metrics(ranks, protocol.ks), "milliseconds": milliseconds}
-
-    def rank_candidates() -> tuple[Tensor, dict[str, Any]]:
-        ranks = model.candidate_ranks(_candidates(data, protocol))
-        return ranks, _candidate_scores(ranks)
+        ranks = model.ranks(seen, max(protocol.ks))
+        metrics, k = ranking_metrics(ranks, protocol.ks), min(max(protocol.ks), data.n_items)
+        if isinstance(model, FinishedTitleTeacher):
+            del metrics["mrr"]  # without cut-off it would need the ranks beyond
+        return ranks, {"metrics": metrics, "milliseconds": model.milliseconds(k)}
 
     key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": n_rows}
     scores = _once(folder / "metrics", "test", key, engine, rank)
-    metrics, intervals = scores["metrics"], {}
-    if protocol.n_candidates:
-        key = {"n_candidates": protocol.n_candidates, "candidates_seed": protocol.candidates_seed, "rows": n_rows}
-        among = _once(folder / "metrics", "test_candidates", key, engine, rank_candidates)
-        metrics, intervals = metrics | among["metrics"], among["intervals"]
+    n_titles = (protocol.n_candidates or model.n_candidates) if isinstance(model, FinishedTitleTeacher) else 0
+    among = _among_candidates(model, folder, data, engine, protocol, n_titles)
     return Scored(
         record["label"],
         folder.name,
-        metrics,
+        scores["metrics"] | among["metrics"],
         record["parameters"],
         scores["milliseconds"],
         record["seed"],
-        {name: (low, high) for name, (low, high) in intervals.items()},
+        {name: (low, high) for name, (low, high) in among["intervals"].items()},
+        n_titles,
     )
+
+
+def _among_candidates(
+    model: FinishedModel, folder: Path, data: RecData, engine: Engine, protocol: Protocol, n_titles: int
+) -> dict[str, Any]:
+    """Metrics and intervals among candidates, as far as they are asked for; title teachers always give theirs."""
+    if not (n_candidates := n_titles or protocol.n_candidates):
+        return {"metrics": {}, "intervals": {}}
+    key = {
+        "n_candidates": n_candidates,
+        "candidates_seed": protocol.candidates_seed,
+        "rows": len(data.splits["test"]),
+    }
+    candidates = _candidates(data, protocol, n_candidates)
+
+    def rank_candidates() -> tuple[Tensor, dict[str, Any]]:
+        ranks = model.candidate_ranks(candidates)
+        return ranks, _candidate_scores(ranks)
+
+    def choose_titles() -> tuple[Tensor, dict[str, Any]]:
+        assert isinstance(model, FinishedTitleTeacher), "only title teachers choose titles"
+        ranks, hits = model.candidate_ranks(candidates), model.hits(candidates)
+        columns = [ranks] if hits is None else [ranks, torch.from_numpy(hits.valid), torch.from_numpy(hits.correct)]
+        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, protocol.ks)
+
+    if n_titles:
+        return _once(folder / "metrics", "test_titles", key | {"ks": list(protocol.ks)}, engine, choose_titles)
+    return _once(folder / "metrics", "test_candidates", key, engine, rank_candidates)
+
+
+def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
+    """What measures the model of a run."""
+    if record["stage"] != "teacher":
+        return FinishedStudent
+    recipe = folder / "teacher" / "config.json"  # where it is missing, loading the teacher tells
+    writes = recipe.is_file() and read_json(recipe).get("objective") == "title"
+    return FinishedTitleTeacher if writes else FinishedTeacher
 
 
 def _once(
@@ -147,10 +182,10 @@ def _once(
     return values
 
 
-def _candidates(data: RecData, protocol: Protocol) -> CandidateSampler:
+def _candidates(data: RecData, protocol: Protocol, n_candidates: int) -> CandidateSampler:
     """The same candidates for every run: histories are cut as the dataset cuts them, not as a model does."""
     test = SequenceData.of(data.splits["test"], data.n_items, data.history_length)
-    return CandidateSampler(test, protocol.candidates_seed, protocol.n_candidates, split="test")
+    return CandidateSampler(test, protocol.candidates_seed, n_candidates, split="test")
 
 
 def _candidate_scores(ranks: Tensor) -> dict[str, Any]:
@@ -193,7 +228,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     split = data.splits["test"]
     targets = SequenceData.of(split, data.n_items, 1).targets.long()
     seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
-    candidates = _candidates(data, protocol) if protocol.n_candidates else None
+    candidates = _candidates(data, protocol, protocol.n_candidates) if protocol.n_candidates else None
     ranks, among = [], []
     for start in range(0, len(targets), _BATCH_ROWS):
         own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))

@@ -100,7 +100,7 @@ def test_a_teacher_is_asked_through_its_interface_in_batches_of_any_order(tmp_pa
     teacher = LastItemTeacher(data.n_items)
     monkeypatch.setattr(finished, "load_teacher", lambda folder, data, device: (teacher, None))
     ranks = torch.arange(len(data.splits["test"]))
-    monkeypatch.setattr(finished.FinishedTeacher, "ranks", lambda self, seen: ranks)
+    monkeypatch.setattr(finished.FinishedTeacher, "ranks", lambda self, seen, k: ranks)
     dataset = {"name": data.name, "fingerprint": data.fingerprint}
     folder = tmp_path / "result_20260101_000000"
     record = {"stage": "teacher", "status": "finished", "seed": 1, "label": "ilora", "parameters": 5}
