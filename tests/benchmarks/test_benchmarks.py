@@ -20,6 +20,7 @@ MIB = 2**20
 PROMISED = {
     "ilora_layer.py": {"time_vs_lora", "memory_vs_lora", "speedup_vs_per_expert", "memory_e16_vs_e2"},
     "teacher_step.py": {"time_vs_lora_gate_cached", "time_vs_lora_gate_computed", "tokens_per_second"},
+    "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},
     "teacher_export.py": {"tokens_per_second_vs_forward", "tokens_per_second_vs_frozen", "padding_share"},
 }
 
