@@ -228,8 +228,9 @@ class TitleRecommender(LLMTeacher):
         Raises:
             ConfigError: If a row leaves fewer than k items.
         """
-        parts = ([history.astype(np.int64)] if self.exclude_history else []) + ([] if excluded is None else [excluded])
-        barred = torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device) if parts else None
+        parts = [history.astype(np.int64) if self.exclude_history else np.empty((len(history), 0), np.int64)]
+        items = np.concatenate(parts if excluded is None else [*parts, excluded], axis=1)
+        barred = torch.from_numpy(items).to(self.device) if items.shape[1] else None
         if self.settings.ranking == "grounding":
             return self._grounded(history, lengths, k, gate_inputs, barred)
         found = constrained_beam_search(
