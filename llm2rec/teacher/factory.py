@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2rec.core.checkpoint import save_tensors, trainable_weights
+from llm2rec.core.checkpoint import save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.data import RecData
@@ -276,8 +276,8 @@ def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None
 
 
 def _beside_adapter(model: LLMTeacher) -> dict[str, Tensor]:
-    """What is trained besides the language model: projector and head."""
-    return {name: each for name, each in trainable_weights(model).items() if not name.startswith("llm.")}
+    """What is trained besides the language model, projector and head; also of a loaded teacher, which is frozen."""
+    return {name: each for name, each in model.named_parameters() if not name.startswith("llm.")}
 
 
 def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLMTeacher, TeacherRecipe]:
@@ -303,6 +303,7 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
         raise CheckpointError(
             f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
         ) from error
+    _check_parts(folder, recipe)
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
     try:
@@ -319,12 +320,20 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
     peft_model = PeftModel.from_pretrained(base, str(folder / "adapter")) if adapted else base
     model = _assemble(peft_model, prompts, recipe, items, recommender)
     _load_beside_adapter(model, folder / "head.safetensors")
-    return model.to(device).eval(), recipe
+    return model.to(device).eval().requires_grad_(False), recipe
+
+
+def _check_parts(folder: Path, recipe: TeacherRecipe) -> None:
+    """Refuse a folder that was not copied as a whole, before the language model is loaded."""
+    weights = ["adapter_model.safetensors"] if recipe.tuning != "none" else []
+    parts = ["items.safetensors", "head.safetensors", *(f"adapter/{name}" for name in ["tokenizer.json", *weights])]
+    if missing := [part for part in parts if not (folder / part).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; copy the folder of a teacher as a whole.")
 
 
 def _load_beside_adapter(model: LLMTeacher, file: Path) -> None:
     stored = load_file(file)
-    own = {name: each for name, each in model.named_parameters() if not name.startswith("llm.")}
+    own = _beside_adapter(model)
     if missing := own.keys() - stored.keys():
         raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}; copy the folder of a teacher as a whole.")
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Train a teacher: one loop for all objectives, and the `item` objective."""
 
+import logging
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.settings import TeacherSettings
 
 __all__ = ["ItemObjective", "Objective", "rank_targets", "train_teacher"]
+
+logger = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
@@ -82,6 +85,8 @@ def train_teacher(
 ) -> None:
     """Train what the teacher has to train; keep the weights that validate best. It is left in evaluation mode.
 
+    A teacher that has nothing to train, such as one of ``tuning=none`` that scores by titles, stays as it is.
+
     Args:
         model: Unwrapped teacher with fresh weights; its base is frozen.
         objective: What it is trained to do, and on which rows.
@@ -89,6 +94,10 @@ def train_teacher(
         settings: Learning rates, curriculum, load balance; length and batch are the engine's.
         select_on: Validation metric that decides.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        logger.info("nothing to train: `teacher.tuning` is %r and nothing beside the LLM learns", settings.tuning)
+        model.eval()
+        return
     training, train, record = engine.training, objective.train, TrainingRecord(engine, select_on)
     wrapped, optimizer = engine.prepare(model, _optimizer(model, settings))
     if state := engine.load_checkpoint(model, optimizer):
