@@ -59,7 +59,7 @@ def required(group, name):
     """Overrides that give a file's required values."""
     given = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     missing = [f"{group}.{key}=given" for key, value in given.items() if value == "???"]
-    return missing + ["teacher.recommender_run=given"] * (name == "ilora_hybrid")
+    return missing + ["teacher.recommender_run=given"] * (name in ("ilora_hybrid", "ilora_paper", "ilora_code"))
 
 
 def stands_on(group, name):
@@ -206,6 +206,27 @@ def test_the_released_program_differs_from_the_paper_in_named_switches_only():
         "embedding.fusion_sides": "input",
         "embedding.standardise": False,
     }
+
+
+def test_the_released_ilora_differs_from_the_paper_in_named_switches_only():
+    run = "teacher.recommender_run=given"
+    paper, program = (dict(leaves(composed(f"teacher={name}", run).teacher)) for name in ("ilora_paper", "ilora_code"))
+    assert {key: value for key, value in program.items() if paper[key] != value} == {
+        "name": "ilora_code",
+        "gate_learning_rate_ratio": 0.3,
+        "gate_weight_decay": 1e-5,
+        "projector_weight_decay": 1e-5,
+        "adapter.scaling": "per_expert",
+        "adapter.gate": "conv",
+        "title.n_candidates": 20,
+        "title.redraw_candidates": True,
+        "title.hit_rule": "released",
+        "training.learning_rate": 8e-4,
+        "training.patience": 10,
+    }
+    for name in ("ilora_paper", "ilora_code"):
+        with pytest.raises(ConfigError, match=r"teacher.gate_input=sequence and teacher.prompts=hybrid need a trained"):
+            build(composed(f"teacher={name}").teacher, kinds()["teacher"])
 
 
 def test_sizes_that_must_agree_are_written_once():
