@@ -94,6 +94,37 @@ def test_two_processes_read_the_same_gate_inputs(trained, whole, tmp_path):
     assert inputs[0] == inputs[1]
 
 
+def test_two_processes_train_a_hybrid_teacher_as_one_does(trained, tmp_path):
+    """Text-only steps leave the projector out, which the other process must not wait for."""
+    with_student(tmp_path, trained)
+    hybrid = [
+        *TEACHER,
+        "teacher.recommender_run=result/student",
+        "teacher.gate_input=sequence",
+        "teacher.prompts=hybrid",
+        "teacher.curriculum=linear",
+        "teacher.head=residual",
+        "teacher.item_refresh_steps=5",
+        "teacher.training.evaluate_every_steps=3",
+        "teacher.export.enabled=false",
+    ]
+    run(tmp_path, "teacher", *hybrid, launcher=TORCHRUN)
+    run(tmp_path, "teacher", *hybrid)
+    two, one = (history(each) for each in runs(tmp_path))
+    assert {entry["train/hybrid"] for entry in one} == {0.0, 1.0}
+    assert close_histories(two, one, 2e-3)
+
+
+def test_a_teacher_without_anything_to_train_is_exported_and_evaluated(tmp_path):
+    done = run(tmp_path, "teacher", *TEACHER, "teacher.balance_loss=0", "teacher.tuning=none")
+    assert "nothing to train: `teacher.tuning` is 'none'" in done.stderr
+    (teacher,) = runs(tmp_path)
+    assert json.loads((teacher / "run.json").read_text())["trained_parameters"] == 0
+    assert len(outputs(tmp_path)[0]) == 424
+    run(tmp_path, "evaluate", *TEACHER, f"runs=[{teacher.relative_to(tmp_path)}]")
+    assert json.loads((teacher / "metrics" / "test.json").read_text())["metrics"]["ndcg@10"] > 0
+
+
 def test_a_run_that_is_no_student_is_told_before_the_language_model_is_made(whole, tmp_path):
     with_student(tmp_path, whole[1])
     done = run(tmp_path, "teacher", *GATED, check=False)
