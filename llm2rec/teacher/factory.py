@@ -21,7 +21,7 @@ from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
 from llm2rec.teacher.gate_cache import model_identity
 from llm2rec.teacher.gate_source import NoGate, StudentVectors, gate_source_of
-from llm2rec.teacher.heads import build_head
+from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
@@ -162,8 +162,11 @@ def build_teacher(
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     teacher = _assemble(model, prompts, recipe, items, recommender)
-    if settings.item_refresh_steps and isinstance(teacher, ILoraRecommender):
-        teacher.head.keep_titles()
+    if isinstance(teacher, ILoraRecommender):
+        if settings.item_refresh_steps:
+            teacher.head.keep_titles()
+        if isinstance(teacher.head, JoinedHead):
+            teacher.head.residual_dropout = settings.residual_dropout
     return teacher.to(device), recipe
 
 

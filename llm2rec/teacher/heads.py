@@ -76,9 +76,15 @@ class JoinedHead(ItemHead):
         scale: As in `ItemHead`; zero would leave the titles out for good.
         items: The vectors e that the recommender scores items by, shape ``(N, D)``. Not trained.
         residual: Whether the recommender's own score is added.
+
+    Attributes:
+        residual_dropout: Chance that a row of training is scored without the recommender's own score, so that the
+            language model learns to rank by itself: on training rows the recommender, which has learnt them by heart,
+            leaves little to learn.
     """
 
     items: Tensor
+    residual_dropout = 0.0
 
     def __init__(self, titles: Tensor, bias: Tensor, scale: float, items: Tensor, residual: bool) -> None:
         super().__init__(titles, bias, scale)
@@ -97,7 +103,10 @@ class JoinedHead(ItemHead):
         collaborative = self.to_items(self._spread * users)  # (B, D)
         if self.recommender_weight is not None:
             assert recommender_users is not None, "a residual head needs the recommender's user vectors"
-            collaborative = collaborative + self.recommender_weight * recommender_users.float()
+            own = self.recommender_weight * recommender_users.float()
+            if self.training and self.residual_dropout > 0:
+                own = own * (torch.rand(len(own), 1, device=own.device) >= self.residual_dropout)
+            collaborative = collaborative + own
         by_items = collaborative @ self.items.T
         return self.title_weight * self.by_title(users) + by_items + self.item_bias + self.bias
 

@@ -238,6 +238,8 @@ class TeacherSettings:
         head: How the `item` objective scores: by ``titles``, titles through a trained map (``projected``), titles and
             the recommender's item vectors (``joined``), or these and the recommender's own score (``residual``); see
             `llm2rec.teacher.heads`.
+        residual_dropout: Chance that a training row is scored without the recommender's own score, so that the language
+            model learns to rank by itself; for ``head=residual``.
         item_refresh_steps: Optimizer steps after which titles are read anew by the language model in training; 0 keeps
             what it made of them without adapter.
         train_rows: Training rows used, chosen by the seed; None uses all.
@@ -274,6 +276,7 @@ class TeacherSettings:
     exclude_history: bool = True
     popularity_prior: float = 0.0
     head: str = "titles"
+    residual_dropout: float = 0.0
     item_refresh_steps: int = 0
     train_rows: int | None = None
     validation_rows: int | None = None
@@ -318,6 +321,11 @@ class TeacherSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"teacher.{name} is {value}, expected 0 (off) or a positive finite number.")
+        if not 0 <= self.residual_dropout < 1 or (self.residual_dropout > 0 and self.head != "residual"):
+            raise ConfigError(
+                f"teacher.residual_dropout is {self.residual_dropout} and teacher.head is {self.head!r}, expected 0 to "
+                "below 1, and above 0 only with teacher.head=residual."
+            )
         self._check_recommender()
         self._check_tuning()
 

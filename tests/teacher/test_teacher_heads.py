@@ -59,6 +59,19 @@ def test_a_head_scores_by_its_formula(kind):
             torch.testing.assert_close(found[user, item], (score + bias[item]).squeeze(), rtol=1e-5, atol=1e-5)
 
 
+def test_residual_dropout_leaves_the_recommender_out_of_single_rows_of_training():
+    unit = torch.nn.functional.normalize
+    items, users, theirs = normal(N, WIDTH, seed=3), unit(normal(400, D, seed=1), dim=1), normal(400, WIDTH, seed=4)
+    head = build_head("residual", unit(normal(N, D, seed=0), dim=1), torch.zeros(N), 6.0, items)
+    alone, both = head(users, torch.zeros_like(theirs)), head(users, theirs)
+    head.residual_dropout = 0.25
+    dropped = head(users, theirs)
+    is_alone, is_both = (torch.isclose(dropped, each).all(dim=1) for each in (alone, both))
+    assert (is_alone ^ is_both).all(), "a row has the recommender's score whole, or not at all"
+    assert 60 < is_alone.sum() < 140  # a quarter of 400; five standard deviations are 43
+    torch.testing.assert_close(head.eval()(users, theirs), both)
+
+
 def logits(model, asked):
     with model.mixing(model.gate_inputs(*asked)), torch.no_grad():
         return model(**vars(model.read(*asked)))
