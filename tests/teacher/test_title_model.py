@@ -251,3 +251,22 @@ def test_an_export_that_could_not_find_its_items_is_refused_before_training(data
     )
     with pytest.raises(ConfigError, match=message):
         build("llama", llm_folder, data, prompt=PROMPT, objective="title", export=ExportSettings(top_k=left + 1))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_other_number_formats_do_all_of_it(data, llm_folder, tmp_path, precision):
+    model, _ = title_teacher(
+        "sequence gate, hybrid", data, llm_folder, tmp_path, settings={"precision": precision}, ranking="grounding"
+    )
+    history, lengths, candidates, targets = rows_of(data, n_rows=3)
+    assert bool(model.candidate_log_probs(history, lengths, candidates).isfinite().all())
+    model.settings.ranking = "search"
+    assert bool(model.best_items(history, lengths, 3)[1].isfinite().all())
+    model.settings.ranking = "grounding"
+    assert bool(model.best_items(history, lengths, 3)[1].isfinite().all())
+    titles = [model.prompts.answer_text(item) for item in range(data.n_items)]
+    torch.testing.assert_close(model.text_vectors(titles), model.item_vectors, rtol=0, atol=1e-5)
+    tokens = model.prompts.answered(history, lengths, candidates, targets, hybrid=True, padding="left")
+    with model.hold(gates_of(model, history, lengths)):
+        model.train()(**vars(tokens)).sum().backward()
+    assert all(bool(each.grad.isfinite().all()) for each in model.parameters() if each.requires_grad)

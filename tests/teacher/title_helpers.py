@@ -11,9 +11,11 @@ PROMPT = {"max_tokens": 320}
 KINDS = ["ilora", "per layer", "sequence gate, hybrid", "lora", "none", "none, hybrid"]
 
 
-def title_teacher(kind, data, llm_folder, folder, prompt=None, exclude_history=True, dropout=0.2, **title):
+def title_teacher(
+    kind, data, llm_folder, folder, prompt=None, exclude_history=True, dropout=0.2, settings=None, **title
+):
     """A teacher whose adapter and gates change something; with dropout and noise, which evaluation leaves out."""
-    settings, adapter = {}, {"dropout": dropout}
+    settings, adapter = dict(settings or {}), {"dropout": dropout}
     if kind.startswith(("lora", "none")):
         settings["tuning"] = kind.split(",")[0]
     if kind == "per layer":
