@@ -33,7 +33,19 @@ def objective_of(model, data, engine, n_rows=24):
     )
 
 
-def fit(kind, data, llm_folder, folder, *, engine_kind=Engine, resume=None, teacher=None, curriculum="off", **training):
+def fit(
+    kind,
+    data,
+    llm_folder,
+    folder,
+    *,
+    engine_kind=Engine,
+    resume=None,
+    teacher=None,
+    curriculum="off",
+    n_rows=24,
+    **training,
+):
     """Train a fresh teacher, or go on in the run folder ``resume``."""
     model, _ = title_teacher(kind, data, llm_folder, folder, **(teacher or {}))
     torch.manual_seed(0)
@@ -48,7 +60,7 @@ def fit(kind, data, llm_folder, folder, *, engine_kind=Engine, resume=None, teac
         recommender_run="x" if model.is_hybrid else None,
         curriculum=curriculum,
     )
-    train_teacher(model, objective_of(model, data, engine), engine, settings)
+    train_teacher(model, objective_of(model, data, engine, n_rows), engine, settings)
     return model
 
 
@@ -206,3 +218,16 @@ def test_a_killed_training_ends_the_same(data, llm_folder, tmp_path, step):
     expected, found = trainable_weights(whole), trainable_weights(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["sequence gate, hybrid", "ilora"])
+def test_what_was_learnt_by_heart_is_likeliest_and_is_written(data, llm_folder, tmp_path, kind):
+    """Training, scoring and writing put the same prompts together, or what one learns the others would not find."""
+    options = {"epochs": 120, "batch_size": 8, "learning_rate": 1e-2, "evaluate_every_steps": 120}
+    model = fit(kind, data, llm_folder, tmp_path, n_rows=8, teacher={"dropout": 0}, **options)
+    train, rows = split(data), np.arange(8)
+    drawn = CandidateSampler(train, 1, 5, split="train").draw(rows)  # the seed of the run
+    history, lengths, targets = (each.numpy()[rows] for each in (train.history, train.lengths, train.targets))
+    likeliest = model.candidate_log_probs(history, lengths, drawn).argmax(dim=1).numpy()
+    assert drawn[rows, likeliest].tolist() == targets.tolist()
+    assert model.generate(history, lengths, drawn) == [model.prompts.answer_text(item) for item in targets]
