@@ -210,6 +210,7 @@ class Engine:
             warmup_steps=round(settings.warmup_ratio * max_steps),
             lr=settings.learning_rate,
             min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
+            warmup_start_lr=settings.warmup_start_ratio * settings.learning_rate,
         )
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group.get("name") in resting else lr * group.get("lr_ratio", 1.0)

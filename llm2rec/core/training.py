@@ -18,6 +18,7 @@ class TrainingSettings:
         learning_rate: Peak learning rate.
         min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.
         warmup_ratio: Part of all steps in which the learning rate rises linearly to its peak.
+        warmup_start_ratio: Learning rate at the first step of that rise, as a part of the peak.
         weight_decay: Decoupled weight decay (AdamW), on matrices only.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
         patience: Evaluations without improvement after which training stops.
@@ -31,6 +32,7 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 1.0
     warmup_ratio: float = 0.0
+    warmup_start_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     patience: int = 10
@@ -48,6 +50,7 @@ class TrainingSettings:
                 ("learning_rate", "a positive number", self.learning_rate > 0),
                 ("min_learning_rate_ratio", "0 to 1", 0 <= self.min_learning_rate_ratio <= 1),
                 ("warmup_ratio", "0 to 1", 0 <= self.warmup_ratio <= 1),
+                ("warmup_start_ratio", "0 to 1", 0 <= self.warmup_start_ratio <= 1),
                 ("weight_decay", "0 or more", self.weight_decay >= 0),
                 ("max_grad_norm", "0 (off) or more", self.max_grad_norm >= 0),
                 ("patience", "at least 1", self.patience >= 1),

@@ -358,6 +358,16 @@ class TeacherSettings:
                 f"teacher.tuning is {self.tuning!r}, which has no gate, but teacher.balance_loss is "
                 f"{self.balance_loss} and teacher.gate_input {self.gate_input!r}; leave them at 0 and 'llm'."
             )
+        if self.tuning != "ilora" and self.adapter.scaling != "total":
+            raise ConfigError(
+                f"teacher.adapter.scaling is {self.adapter.scaling!r} and teacher.tuning {self.tuning!r}, which has no "
+                "experts; leave it at 'total' (alpha / r)."
+            )
+        if self.tuning == "none" and self.item_refresh_steps:
+            raise ConfigError(
+                f"teacher.item_refresh_steps is {self.item_refresh_steps} and teacher.tuning 'none': an LLM that "
+                "is not trained reads the titles alike every time; leave it at 0."
+            )
         if self.objective != "item" and (self.head != "titles" or self.item_refresh_steps):
             raise ConfigError(
                 f"teacher.head is {self.head!r} and teacher.item_refresh_steps {self.item_refresh_steps}, which only "

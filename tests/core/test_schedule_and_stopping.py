@@ -70,6 +70,7 @@ def test_stopping_goes_on_from_its_state():
         ("learning_rate", math.nan),
         ("min_learning_rate_ratio", 1.5),
         ("warmup_ratio", -0.1),
+        ("warmup_start_ratio", 1.5),
         ("weight_decay", -1.0),
         ("max_grad_norm", -1.0),
         ("patience", 0),

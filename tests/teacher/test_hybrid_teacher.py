@@ -175,12 +175,13 @@ def test_parts_have_the_rates_and_decays_of_their_settings(hybrid):
 
 
 def test_rates_follow_the_released_programs_schedule(hybrid, data, tmp_path):
-    """From the end of the warm-up on; ours begins at 0, the program's at `warmup_start_lr`."""
-    model, n_steps, warmup = hybrid(), SCHEDULE["max_steps"], SCHEDULE["warmup_steps"]
+    """Step by step, each part at its own ratio."""
+    model, n_steps = hybrid(), SCHEDULE["max_steps"]
     training = {
         "learning_rate": SCHEDULE["lr"],
         "min_learning_rate_ratio": SCHEDULE["min_lr"] / SCHEDULE["lr"],
-        "warmup_ratio": warmup / n_steps,
+        "warmup_ratio": SCHEDULE["warmup_steps"] / n_steps,
+        "warmup_start_ratio": SCHEDULE["warmup_start_lr"] / SCHEDULE["lr"],
     }
     engine = engine_in(tmp_path, **training)
     settings = TeacherSettings(**HYBRID, training=engine.training, projector_learning_rate_ratio=0.2)
@@ -188,7 +189,6 @@ def test_rates_follow_the_released_programs_schedule(hybrid, data, tmp_path):
     ratios = {None: 1.0, "ilora_gate": 10.0, "projector": 0.2}
     for step, expected in enumerate(SCHEDULE["values"]):
         engine.begin_step(step, n_steps, optimizer)
-        expected = expected if step >= warmup else SCHEDULE["lr"] * step / warmup
         found = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert found == pytest.approx({name: ratio * expected for name, ratio in ratios.items()}, rel=1e-9)
 

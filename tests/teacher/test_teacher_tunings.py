@@ -238,6 +238,8 @@ RUN = "recommender_run=result/x"
         ("tuning=lora balance_loss=0.5", r"teacher.tuning is 'lora', which has no gate, but .*balance_loss is 0.5"),
         (f"tuning=none gate_input=sequence {RUN}", r"tuning is 'none', which has no gate, but .*gate_input 'sequence'"),
         (f"objective=title head=joined {RUN}", r"teacher.head is 'joined' .* only the `item` objective reads.*'title'"),
+        ("tuning=lora adapter.scaling=per_expert", r"scaling is 'per_expert' and teacher.tuning 'lora', which has no"),
+        ("tuning=none item_refresh_steps=5", r"item_refresh_steps is 5 and teacher.tuning 'none'"),
         ("residual_dropout=0.5", r"residual_dropout is 0.5 and teacher.head is 'titles', expected 0"),
         (f"residual_dropout=1 head=residual {RUN}", r"residual_dropout is 1.0 .*below 1"),
         ("objective=title item_refresh_steps=9", r"teacher.item_refresh_steps 9, which only the `item` objective"),
