@@ -3,11 +3,11 @@ r"""A teacher that is given a trained SASRec, beside that SASRec: MovieLens 100K
     .venv/bin/python benchmarks/hybrid_teacher.py --jobs 2 --raw-dir FOLDER --llm-path FOLDER \
         --json benchmarks/results/hybrid_teacher.json
 
-Each variant trains on 10,016 rows once (`residual_longer`: 20,032), and is chosen on validation. The test split is scored twice: as it is, and
-without the items that a user had before. Teachers leave out the history they were shown and the student does not, which
-alone is worth a third on movies that nobody watches twice, so only the second is like for like. `difference` is the
-mean of the paired differences of NDCG@10 to SASRec over the test rows, with its standard error. Finished stages in
-``--work`` are not run again. ``--quick`` shows the same on generated data and a tiny random model.
+Each variant trains on 10,016 rows once (`residual_longer`: 20,032), and is chosen on validation. The test split is
+scored twice: as it is, and without the items that a user had before. Teachers leave out the history they were shown and
+the student does not, which alone is worth a third on movies that nobody watches twice, so only the second is like for
+like. `minus sasrec` is the mean of the paired differences over the test rows, with its standard error. Finished stages
+in ``--work`` are not run again. ``--quick`` shows the same on generated data and a tiny random model.
 """
 
 from pathlib import Path
