@@ -40,7 +40,7 @@ from llm2rec.teacher.settings import (
 )
 from llm2rec.teacher.title_model import TitleRecommender
 
-N_CANDIDATES, N_ROWS = 20, 16
+N_CANDIDATES, N_ROWS = 20, 4
 
 
 def main() -> None:
