@@ -22,12 +22,18 @@ class EarlyStopping:
     best_step: int = -1
     waited: int = 0
 
-    def update(self, value: float, step: int) -> bool:
-        """Note a value; returns whether it is the best so far. NaN never is."""
+    def update(self, value: float, step: int, *, waits: bool = True) -> bool:
+        """Note a value; returns whether it is the best so far. NaN never is.
+
+        Args:
+            value: Larger is better.
+            step: Step of the value.
+            waits: Whether a value that is not the best takes from the patience.
+        """
         if value == value and (self.best is None or value > self.best):
             self.best, self.best_step, self.waited = value, step, 0
             return True
-        self.waited += 1
+        self.waited += waits
         return False
 
     @property

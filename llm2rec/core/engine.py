@@ -83,7 +83,7 @@ class Engine:
         # Set here, not in the constructor above, where the launcher's environment would win.
         self.accelerator.gradient_accumulation_steps = self.n_micro_batches
         self.seed = seed
-        self._show_progress = show_progress
+        self._show_progress, self._resting = show_progress, frozenset[str]()
         self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
         seed_everything(seed)  # the same initial weights on every process
 
@@ -197,7 +197,8 @@ class Engine:
             step: Global step, from 0.
             max_steps: Steps of the whole training.
             optimizer: What `prepare` returned.
-            resting: Names of parameter groups that this step leaves as they are (learning rate 0).
+            resting: Names of parameter groups that this step leaves as they are, the optimizer's state of them too.
+                (DeepSpeed's own optimizers see a learning rate of 0 and gradients as they come.)
 
         Returns:
             The learning rate of now, before the ``lr_ratio`` that a group may carry.
@@ -212,6 +213,7 @@ class Engine:
             min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
             warmup_start_lr=settings.warmup_start_ratio * settings.learning_rate,
         )
+        self._resting = frozenset(resting)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group.get("name") in resting else lr * group.get("lr_ratio", 1.0)
         return lr
@@ -245,6 +247,10 @@ class Engine:
         """Clip and apply the gradients; does nothing before the last micro-batch of a step."""
         if self.training.max_grad_norm > 0 and self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(model.parameters(), self.training.max_grad_norm)
+        for group in optimizer.param_groups if self.accelerator.sync_gradients else ():
+            if group.get("name") in self._resting:
+                for parameter in group["params"]:
+                    parameter.grad = None  # which AdamW leaves out; a zero would move its averages on
         optimizer.step()
         optimizer.zero_grad()
 

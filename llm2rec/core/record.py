@@ -38,7 +38,7 @@ class TrainingRecord:
         """Note that step number ``step``, over ``n_rows`` rows of all processes, has been done."""
         self.step, self._n_rows = step + 1, self._n_rows + n_rows
 
-    def evaluated(self, model: Any, metrics: dict[str, float], **scalars: float) -> None:
+    def evaluated(self, model: Any, metrics: dict[str, float], *, waits: bool = True, **scalars: float) -> None:
         """Log losses and validation metrics of now; keep the trained weights if they are the best so far.
 
         A collective. Losses are means over the rows since the last evaluation.
@@ -46,13 +46,14 @@ class TrainingRecord:
         Args:
             model: Unwrapped model.
             metrics: Validation metrics, ``select_on`` among them.
+            waits: Whether an evaluation that is not the best takes from the patience.
             scalars: Other values to log under ``train/``.
         """
         losses = {name: value / self._n_rows for name, value in self.engine.sum_over_processes(self._sums).items()}
         values = {f"train/{k}": v for k, v in (losses | scalars).items()} | {f"val/{k}": v for k, v in metrics.items()}
         self.engine.log(values, self.step)
         self._history.append({"step": self.step, **values})
-        improved = self.stopping.update(metrics[self.select_on], self.step)
+        improved = self.stopping.update(metrics[self.select_on], self.step, waits=waits)
         told = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         best = " (best so far)" if improved else ""
         logger.info("step %d: %s, val/%s %.4f%s", self.step, told, self.select_on, metrics[self.select_on], best)

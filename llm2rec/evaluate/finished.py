@@ -114,12 +114,16 @@ class FinishedTeacher(FinishedModel):
         return SequenceData.of(self._data.splits["test"], self._data.n_items, self._data.history_length)
 
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
-        return self._loaded[0].log_probs(self._test.history.numpy()[rows], self._test.lengths.numpy()[rows])
+        """Scores of all items; a target stays in the running where the history, which is not, shows it."""
+        history, lengths, targets = (
+            each.numpy()[rows] for each in (self._test.history, self._test.lengths, self._test.targets)
+        )
+        return self._loaded[0].log_probs(history, lengths, targets)
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
         model, recipe = self._loaded
-        assert isinstance(model, ILoraRecommender)
+        assert isinstance(model, ILoraRecommender), "other objectives are measured elsewhere"
         cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
         rows = cache.rows(self._test, np.arange(len(self._test)))
         return rank_teacher_targets(model, rows, self._engine, seen=seen, batch_tokens=_BATCH_TOKENS)

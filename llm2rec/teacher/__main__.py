@@ -63,7 +63,7 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         save_teacher(run.folder / "teacher", model.eval(), recipe)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    label = f"{settings.name} {llm.name}{model.gate_source.label}"
+    label = f"{settings.name} {llm.name}{settings.label}{model.gate_source.label}"
     parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
@@ -74,7 +74,13 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export"):
             blocks = rank_blocks(model.eval(), rows, engine, run.folder / "export", export)
             if engine.is_main:
-                about = {"dataset": data.name, "fingerprint": data.fingerprint, "teacher": name, **git_state()}
+                about = {
+                    "dataset": data.name,
+                    "fingerprint": data.fingerprint,
+                    "teacher": name,
+                    **settings.kind,
+                    **git_state(),
+                }
                 folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
                 about["run"] = run.folder.name
                 by_distance = settings.ranks_by_distance

@@ -240,8 +240,10 @@ def _assemble(
 ) -> LLMTeacher:
     projector = None
     if recipe.hybrid and recommender is not None:
-        table = cast(nn.Embedding, llm.get_input_embeddings()).weight
-        projector = ItemProjector(recommender.read_items(), table.shape[1], float(table.float().square().mean().sqrt()))
+        table = cast(nn.Embedding, llm.get_input_embeddings())
+        with torch.no_grad():  # what the table gives, which some models scale, not what it holds
+            words = table(torch.arange(min(4096, table.num_embeddings), device=table.weight.device)).detach().float()
+        projector = ItemProjector(recommender.read_items(), words.shape[1], float(words.square().mean().sqrt()))
     shared: dict[str, Any] = {
         "pooling": recipe.pooling,
         "exclude_history": recipe.exclude_history,
@@ -329,7 +331,11 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
 def _check_parts(folder: Path, recipe: TeacherRecipe) -> None:
     """Refuse a folder that was not copied as a whole, before the language model is loaded."""
     weights = ["adapter_model.safetensors"] if recipe.tuning != "none" else []
-    parts = ["items.safetensors", "head.safetensors", *(f"adapter/{name}" for name in ["tokenizer.json", *weights])]
+    parts = [
+        "items.safetensors",
+        "head.safetensors",
+        *(f"adapter/{name}" for name in ["tokenizer_config.json", *weights]),
+    ]
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; copy the folder of a teacher as a whole.")
 

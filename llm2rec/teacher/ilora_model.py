@@ -306,13 +306,22 @@ class ILoraRecommender(LLMTeacher):
         return best.indices, best.values
 
     @torch.no_grad()
-    def log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+    def log_probs(
+        self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
+    ) -> Tensor:
         """Log-probabilities over the catalogue; see `ITeacherRecommender.log_probs`. Needs evaluation mode."""
-        return self._log_probs(history, lengths, None)
+        return self._log_probs(history, lengths, None, keep)
 
-    def _log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32], gate_inputs: Tensor | None) -> Tensor:
+    def _log_probs(
+        self,
+        history: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        gate_inputs: Tensor | None,
+        keep: NDArray[np.int32] | None = None,
+    ) -> Tensor:
+        kept = None if keep is None else torch.from_numpy(keep).to(self.device, torch.int64)
         with self.mixing(self.gate_inputs(history, lengths) if gate_inputs is None else gate_inputs):
-            return cast(Tensor, self(**vars(self.read(history, lengths)))).log_softmax(dim=1)
+            return cast(Tensor, self(**vars(self.read(history, lengths)), keep=kept)).log_softmax(dim=1)
 
     @torch.no_grad()
     def refresh_titles(self, batch_tokens: int = 8192) -> None:

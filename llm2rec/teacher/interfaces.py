@@ -18,12 +18,16 @@ class ITeacherRecommender(ABC):
         """Item vectors, shape ``(N, d_teacher)``; row = item id."""
 
     @abstractmethod
-    def log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+    def log_probs(
+        self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
+    ) -> Tensor:
         """Log-probabilities of each item coming next.
 
         Args:
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right.
             lengths: Items per history, shape ``(B,)``, at least 1.
+            keep: One item a row that stays in the running even where the teacher leaves it out, since the history shows
+                it; shape ``(B,)``.
 
         Returns:
             Shape ``(B, N)``, float32, nats. Each row's exponentials sum to 1 where the teacher chooses among items, and

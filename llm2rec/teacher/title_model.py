@@ -166,6 +166,7 @@ class TitleRecommender(LLMTeacher):
         candidates: NDArray[np.int64] | None,
         gate_inputs: Tensor | None = None,
         answers: NDArray[np.int64] | None = None,
+        mean: bool | None = None,
     ) -> Tensor:
         """Log-probabilities of candidates' titles, end tokens included; the prompt is read once per row.
 
@@ -175,9 +176,10 @@ class TitleRecommender(LLMTeacher):
             candidates: Items the prompt lists, shape ``(B, C)``, or None.
             gate_inputs: What the gate reads, where it is known already.
             answers: Items whose titles are scored, shape ``(B, A)``; None for the candidates.
+            mean: Whether to take the mean over a title's tokens instead of the sum; None for what the settings say.
 
         Returns:
-            Shape ``(B, C)`` or ``(B, A)``, float32, nats; means over tokens where the settings say so.
+            Shape ``(B, C)`` or ``(B, A)``, float32, nats.
         """
         scored = candidates if answers is None else answers
         assert scored is not None, "there are items to score"
@@ -189,18 +191,22 @@ class TitleRecommender(LLMTeacher):
             *self._prompts(history, lengths, candidates),
             tokens,
             n_tokens,
-            mean=self.settings.mean_log_prob,
+            mean=self.settings.mean_log_prob if mean is None else mean,
         )
 
     @torch.no_grad()
-    def log_probs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+    def log_probs(
+        self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
+    ) -> Tensor:
         """See `ITeacherRecommender.log_probs`: scores every title of the catalogue, which is exact and slow."""
         items = np.tile(np.arange(self.prompts.n_items), (len(history), 1))
-        scores = self.candidate_log_probs(history, lengths, None, None, items)
+        scores = self.candidate_log_probs(history, lengths, None, None, items, mean=False)
         if not self.exclude_history:
             return scores
         shown = torch.from_numpy(history).to(self.device, torch.int64)
         penalty = scores.new_zeros(len(scores), scores.shape[1] + 1).scatter(1, shown, _EXCLUDED)
+        if keep is not None:
+            penalty = penalty.scatter(1, torch.from_numpy(keep).to(self.device, torch.int64).unsqueeze(1), 0.0)
         return scores - penalty[:, :-1]
 
     @torch.no_grad()

@@ -112,6 +112,7 @@ def train_teacher(
         if record.stopping.should_stop:
             break
         if settings.item_refresh_steps and step > 0 and step % settings.item_refresh_steps == 0:
+            engine.average_buffers(model)  # gates with running statistics take part
             model.refresh_titles()
         hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step, max_steps, engine.seed)
         lr = engine.begin_step(step, max_steps, optimizer, resting=() if hybrid else ("projector",))
@@ -133,7 +134,9 @@ def train_teacher(
         if training.evaluation_is_due(record.step, n_rows):
             engine.average_buffers(model)
             scalars = {"learning_rate": lr, "hybrid": float(hybrid)} if model.is_hybrid else {"learning_rate": lr}
-            record.evaluated(model, objective.validate(), **scalars, **watch.look(record.step))
+            # Before the vectors are shown, validation, which is hybrid, says little of what is being learnt.
+            waits = settings.curriculum != "two_stage" or hybrid
+            record.evaluated(model, objective.validate(), waits=waits, **scalars, **watch.look(record.step))
         if training.checkpoint_is_due(record.step, n_rows):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)

@@ -60,6 +60,16 @@ def test_stopping_goes_on_from_its_state():
     assert second.should_stop
 
 
+def test_an_evaluation_that_does_not_wait_takes_nothing_from_the_patience():
+    stopping = EarlyStopping(patience=1)
+    stopping.update(0.5, 0)
+    assert stopping.update(0.4, 1, waits=False) is False
+    assert not stopping.should_stop
+    assert stopping.update(0.6, 2, waits=False) is True, "the best is the best"
+    stopping.update(0.4, 3)
+    assert stopping.should_stop
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -195,16 +195,21 @@ def test_rates_follow_the_released_programs_schedule(hybrid, data, tmp_path):
 
 def test_the_projector_rests_while_text_is_shown(hybrid, data, tmp_path):
     """Through 2 epochs of 2 steps, the latter half of them hybrid; weight decay does not move it either."""
-    model, seen = hybrid(), []
+    model, seen, moments = hybrid(), [], []
 
     class Watching(Engine):
         def step(self, wrapped, optimizer):
             super().step(wrapped, optimizer)
             if self.accelerator.sync_gradients:
                 seen.append(weights_of(model, "projector"))
+                resting = [
+                    p for group in optimizer.param_groups if group["name"] == "projector" for p in group["params"]
+                ]
+                moments.append(any(optimizer.state.get(parameter) for parameter in resting))
 
     before = weights_of(model, "projector")
     train(model, data, tmp_path, kind=Watching, settings={"curriculum": "two_stage"}, weight_decay=0.5)
+    assert moments == [False, False, True, True], "neither do Adam's averages begin"
     assert len(seen) == 4
     for text in seen[:2]:
         assert_same_weights(text, before)

@@ -89,6 +89,19 @@ def test_an_untrained_head_scores_by_titles(kind, data, llm_folder, recommender,
     torch.testing.assert_close(logits(other.eval(), asked), logits(plain.eval(), asked), rtol=1e-4, atol=1e-4)
 
 
+def test_a_target_that_the_history_shows_can_be_kept(data, llm_folder, asked):
+    model = build("llama", llm_folder, data)[0].eval()
+    shown, rows = np.array([5, 2, 30, 8], np.int32), torch.arange(4)
+    assert (model.log_probs(*asked)[rows, shown] < -1000).all()
+    kept, free = model.log_probs(*asked, shown), build("llama", llm_folder, data, exclude_history=False)[0].eval()
+    best = free.log_probs(*asked)
+    assert (kept[rows, shown] > -100).all()
+    shown_otherwise = 3  # of the first row
+    assert kept[0, shown_otherwise] < -1000
+    ratio = (kept[0, 5] - kept[0, 6]) - (best[0, 5] - best[0, 6])
+    torch.testing.assert_close(ratio, torch.zeros(()), atol=1e-4, rtol=0)
+
+
 def test_an_untrained_residual_head_adds_the_recommenders_own_scores(data, llm_folder, recommender, asked, tmp_path):
     options = {"exclude_history": False, "popularity_prior": 0.5}
     plain = build("llama", llm_folder, data, **options)[0].eval()

@@ -189,7 +189,7 @@ def test_the_saved_tokenizer_knows_its_slots_once(teacher, data, tmp_path):
         ("head.safetensors", "lacks head.safetensors; copy the folder"),
         ("items.safetensors", "lacks items.safetensors; copy the folder"),
         ("adapter/adapter_model.safetensors", "lacks adapter/adapter_model.safetensors; copy the folder"),
-        ("adapter/tokenizer.json", "lacks adapter/tokenizer.json; copy the folder"),
+        ("adapter/tokenizer_config.json", "lacks adapter/tokenizer_config.json; copy the folder"),
     ],
 )
 def test_a_teacher_that_lacks_a_part_is_refused_before_its_model_is_loaded(
