@@ -1,5 +1,6 @@
 """Build a teacher for training, and load a finished one."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from llm2rec.teacher.gate_source import NoGate, StudentVectors, gate_source_of
 from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
+from llm2rec.teacher.likelihood import check_attention
 from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.recommender import TrainedRecommender
@@ -149,6 +151,8 @@ def build_teacher(
     _check_prompts(prompts, recipe)
     base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
     _check_positions(base, llm.prompt)
+    if recipe.objective == "title":
+        _check_side_by_side(base, llm.prompt)
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
     items = _read_items(base, prompts, recipe, bias, device)
     model: PreTrainedModel | PeftModel = base
@@ -228,6 +232,23 @@ def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
         raise ConfigError(
             f"`llm.prompt.max_tokens` is {prompt.max_tokens} but the model has {n_positions} positions; lower it to "
             f"{n_positions} or less."
+        )
+
+
+def _check_side_by_side(base: PreTrainedModel, prompt: PromptSettings) -> None:
+    """Refuse models in which titles cannot be scored side by side, before one is trained for an epoch."""
+    check_attention(base)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ConfigError(
+            f"`teacher.objective=title` needs a model whose positions can be given, and {type(base).__name__} takes no "
+            "`position_ids`; take another decoder, such as `llm=llama2_7b`."
+        )
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and prompt.max_tokens > window:
+        raise ConfigError(
+            f"`llm.prompt.max_tokens` is {prompt.max_tokens} but layers of the model see {window} tokens, and titles "
+            f"are scored after whole prompts; lower it to {window} or less."
         )
 
 

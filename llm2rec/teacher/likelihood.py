@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["Hold", "Prefix", "prefill", "title_log_probs"]
+__all__ = ["Hold", "Prefix", "check_attention", "prefill", "title_log_probs"]
 
 # Makes the adapter mix its experts by these gates, one row per row of the forward passes inside; None: no gates.
 Hold = Callable[[Tensor | None], AbstractContextManager[Any]]
@@ -100,7 +100,7 @@ def title_log_probs(
         ConfigError: If shapes, lengths or ``max_rows`` do not fit, or the model cannot run continuations side by side.
     """
     _check_continuations(continuations, lengths, len(inputs_embeds), max_rows)
-    _check_attention(llm)
+    check_attention(llm)
     with hold(gates):
         prefix = prefill(llm, inputs_embeds, attention_mask)
         _check_cache(prefix.cache, inputs_embeds.shape[1] + continuations.shape[2])
@@ -185,7 +185,7 @@ def _check_continuations(continuations: Tensor, lengths: Tensor, n_rows: int, ma
         raise ConfigError(f"`max_rows` is {max_rows}, expected at least 1 continuation at once.")
 
 
-def _check_attention(llm: nn.Module) -> None:
+def check_attention(llm: nn.Module) -> None:
     """Refuse attention that would silently not read a mask of four dimensions."""
     kind = getattr(getattr(llm, "config", None), "_attn_implementation", "eager")
     if kind not in ("eager", "sdpa"):

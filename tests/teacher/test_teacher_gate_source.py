@@ -38,7 +38,7 @@ from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
 
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}
-STUDENTS = [("sasrec", 64, 10), ("gru4rec", 20, 10), ("sasrec", 8, 3), ("gru4rec", 20, 3)]
+STUDENTS = [("sasrec", 64, 10), ("gru4rec", 20, 10), ("caser", 16, 10), ("sasrec", 8, 3), ("gru4rec", 20, 3)]
 
 
 @pytest.fixture(autouse=True)

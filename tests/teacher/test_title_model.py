@@ -8,12 +8,12 @@ import pytest
 import torch
 from teacher_helpers import CPU, build, llm_of
 from title_helpers import KINDS, PROMPT, gates_of, next_log_probs, one_by_one, rows_of, title_log_prob, title_teacher
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MistralConfig
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.factory import load_teacher, save_teacher
+from llm2rec.teacher.factory import _check_side_by_side, load_teacher, save_teacher
 from llm2rec.teacher.llm import load_model
-from llm2rec.teacher.settings import ExportSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.settings import ExportSettings, PromptSettings, TeacherSettings, TitleSettings
 
 
 @pytest.fixture(params=KINDS)
@@ -226,6 +226,29 @@ def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
     """transformers would give BERT a language-model head, over states that see the answer."""
     with pytest.raises(ConfigError, match=r"`teacher.objective=title` needs a model that writes text, and `llm` is 'b"):
         build("bert", llm_folder, data, prompt={"max_tokens": 128}, objective="title", title=TitleSettings(5))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50), "BloomForCausalLM takes no `position_ids`"),
+        (
+            MistralConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                vocab_size=50,
+                sliding_window=64,
+            ),
+            r"`llm.prompt.max_tokens` is 96 but layers of the model see 64 tokens",
+        ),
+    ],
+)
+def test_models_whose_titles_cannot_be_scored_side_by_side_are_refused_before_training(config, message):
+    with pytest.raises(ConfigError, match=message):
+        _check_side_by_side(AutoModelForCausalLM.from_config(config), PromptSettings(max_tokens=96))
 
 
 @pytest.mark.parametrize(
