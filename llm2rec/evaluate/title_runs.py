@@ -64,18 +64,19 @@ class FinishedTitleTeacher(FinishedModel):
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`; a target that is not among the best ``k`` has rank N."""
-        rows, n_items = self._loaded[1], self._data.n_items
+        (model, rows), n_items = self._loaded, self._data.n_items
         mine = self._engine.my_rows(len(rows.rows))
         ranks = torch.empty(len(mine), dtype=torch.int64)
-        for part in batches_by_tokens(rows.token_counts[mine], _BATCH_TOKENS):
+        counts = model.ranking_token_counts(rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine], k)
+        for part in batches_by_tokens(counts, _BATCH_TOKENS):
             gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
-            items = self._best(mine[part], k, seen, gate_inputs).cpu()
+            items = self._best(mine[part], k, seen, gate_inputs)
             hits = items == rows.data.targets[torch.from_numpy(mine[part])].unsqueeze(1)
             ranks[torch.from_numpy(part)] = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), n_items)
         return self._engine.gather_rows(ranks, len(rows.rows))
 
     def _best(self, numbers: NDArray[np.int64], k: int, seen: SeenItems | None, gate_inputs: Tensor | None) -> Tensor:
-        """The best items of some rows: k of them, or as many as every one of these rows leaves."""
+        """The best k items of some rows, shape ``(B, k)``; N in the places of those that a row does not leave."""
         (model, rows), n_items = self._loaded, self._data.n_items
         history, lengths, targets = (
             each.numpy()[numbers] for each in (rows.data.history, rows.data.lengths, rows.data.targets)
@@ -84,8 +85,14 @@ class FinishedTitleTeacher(FinishedModel):
         if seen is not None:
             left_out = _seen_items(seen, numbers, targets, n_items)
         barred = np.concatenate([history, left_out], axis=1) if model.exclude_history else left_out
-        k = min(k, n_items - _most_distinct(barred, n_items))
-        return model.best_items(history, lengths, k, gate_inputs, excluded=left_out)[0]
+        n_wanted = np.minimum(k, n_items - _n_distinct(barred, n_items))  # (B,)
+        best = torch.full((len(numbers), k), n_items)
+        for n in np.unique(n_wanted[n_wanted > 0]):  # one search, but for rows that leave fewer than k
+            part = np.flatnonzero(n_wanted == n)
+            inputs = None if gate_inputs is None else gate_inputs[torch.from_numpy(part).to(gate_inputs.device)]
+            items, _ = model.best_items(history[part], lengths[part], int(n), inputs, excluded=left_out[part])
+            best[torch.from_numpy(part), :n] = items.cpu()
+        return best
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`: by the log-probability of titles, after prompts that list them."""
@@ -161,8 +168,8 @@ def _seen_items(
     return np.where((slots < counts) & (items != targets[:, None]), items, n_items)
 
 
-def _most_distinct(items: NDArray[np.int64], n_items: int) -> int:
-    """The most different items in any row of ``(B, S)``, padding N aside."""
+def _n_distinct(items: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
+    """Different items in each row of ``(B, S)``, padding N aside, shape ``(B,)``."""
     ordered = np.sort(np.pad(items, ((0, 0), (0, 1)), constant_values=n_items), axis=1)
     # Ordered, each row ends with padding: as many changes as there are items before it.
-    return int((ordered[:, 1:] != ordered[:, :-1]).sum(axis=1).max())
+    return (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)

@@ -65,8 +65,9 @@ def _rank(
     history, lengths = rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers]
     k = min(settings.top_k, rows.data.n_items)
     items, log_probs = np.empty((len(numbers), k), np.int32), np.empty((len(numbers), k), np.float32)
+    counts = model.ranking_token_counts(history, lengths, k)
     with torch.inference_mode():
-        for part in batches_by_tokens(rows.token_counts[block], settings.batch_tokens):
+        for part in batches_by_tokens(counts, settings.batch_tokens):
             gates = torch.from_numpy(gate_inputs[part]).to(engine.device)
             best, scores = model.best_items(history[part], lengths[part], k, gates)
             items[part], log_probs[part] = best.cpu().numpy(), scores.cpu().numpy()

@@ -201,6 +201,10 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         """Tokens of each row's prompt, shape ``(B,)``; arguments as in `ITeacherRecommender.log_probs`."""
         return self.prompts.token_counts(history, lengths, hybrid=self.is_hybrid)
 
+    def ranking_token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int) -> NDArray[np.int64]:
+        """Tokens that `best_items` keeps in memory at once for each row, shape ``(B,)``; arguments as there."""
+        return self.token_counts(history, lengths)
+
 
 class ILoraRecommender(LLMTeacher):
     """A language model as a recommender over a whole catalogue: the ``item`` objective.

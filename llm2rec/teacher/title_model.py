@@ -149,14 +149,17 @@ class TitleRecommender(LLMTeacher):
             return None
         return self.tuner.gate(self.gate_inputs(history, lengths) if gate_inputs is None else gate_inputs)
 
-    def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Tokens that ranking the catalogue for each row keeps in memory at once, shape ``(B,)``.
+    def ranking_token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int) -> NDArray[np.int64]:
+        """See `LLMTeacher.ranking_token_counts`.
 
-        Those of its prompt, which lists no candidates, times the beams that each hold the prompt's keys and values.
+        Those of a row's prompt, which lists no candidates, times the beams that each hold the prompt's keys and values.
         """
-        settings = self.settings
-        beams = settings.search_beams if settings.ranking == "search" else settings.generation_beams
+        beams = self._search_beams(k) if self.settings.ranking == "search" else self.settings.generation_beams
         return beams * self.prompts.question_token_counts(history, lengths, None, hybrid=self.is_hybrid)
+
+    def _search_beams(self, k: int) -> int:
+        """Beams that run per row to find k titles."""
+        return max(self.settings.search_beams, k)
 
     @torch.no_grad()
     def candidate_log_probs(
@@ -245,7 +248,7 @@ class TitleRecommender(LLMTeacher):
             self._gates(history, lengths, gate_inputs),
             *self._prompts(history, lengths, None),
             self._trie,
-            beams=max(self.settings.search_beams, k),
+            beams=self._search_beams(k),
             k=k,
             excluded=barred,
         )

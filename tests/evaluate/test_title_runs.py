@@ -11,12 +11,19 @@ from evaluate_helpers import student_run, title_run
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
+from llm2rec.evaluate import title_runs
 from llm2rec.evaluate.candidates import CANDIDATES_HR
 from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.scoring import Protocol, score_run
-from llm2rec.evaluate.title_runs import GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO, title_scores
+from llm2rec.evaluate.title_runs import (
+    GENERATED_HR,
+    GENERATED_HR_VALID,
+    VALID_RATIO,
+    FinishedTitleTeacher,
+    title_scores,
+)
 from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.teacher.hits import TitleHits
 from llm2rec.teacher.title_model import TitleRecommender
 
@@ -116,6 +123,29 @@ def test_the_catalogue_is_ranked_as_row_by_row(tmp_path, data, ranking, mask_see
     assert {name: value for name, value in scored.metrics.items() if name in metrics} == pytest.approx(metrics)
     assert "mrr" not in scored.metrics
     assert scored.milliseconds > 0
+
+
+def test_a_row_is_searched_for_the_same_items_whatever_its_batch(tmp_path, data, monkeypatch):
+    """One user left with three items neither takes items from the others nor is asked for more than it has."""
+    title = {"search_beams": data.n_items}
+    folder, _ = title_run(tmp_path, data, "result_1", title=title, exclude_history=False)
+    test = data.splits["test"]
+    seen, k, full = SeenItems.of(test, data.sequences), 20, 4
+    left = (test["target"][full] + np.arange(3)) % data.n_items
+    had = np.setdiff1d(np.arange(data.n_items, dtype=np.int32), left)
+    starts, counts = seen.starts.copy(), seen.counts.copy()
+    starts[full], counts[full] = len(seen.items), len(had)
+    seen = SeenItems(np.concatenate([seen.items, had]), starts, counts)
+
+    model = FinishedTitleTeacher(folder, data, engine_in(tmp_path / "e"), tmp_path / "gates")
+    together = model._best(np.arange(9), k, seen, None)
+    n_found = (together < data.n_items).sum(dim=1).tolist()
+    assert n_found == [3 if row == full else k for row in range(9)]
+    for row in range(9):
+        assert torch.equal(model._best(np.array([row]), k, seen, None)[0], together[row])
+    whole = model.ranks(seen, k)
+    monkeypatch.setattr(title_runs, "_BATCH_TOKENS", 1)  # one row a batch
+    assert torch.equal(model.ranks(seen, k), whole)
 
 
 def test_each_protocol_is_scored_once(tmp_path, data):

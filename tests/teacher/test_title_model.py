@@ -11,6 +11,7 @@ from title_helpers import KINDS, PROMPT, gates_of, next_log_probs, one_by_one, r
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MistralConfig
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.teacher import beam
 from llm2rec.teacher.factory import _check_side_by_side, load_teacher, save_teacher
 from llm2rec.teacher.llm import load_model
 from llm2rec.teacher.settings import ExportSettings, PromptSettings, TeacherSettings, TitleSettings
@@ -119,10 +120,31 @@ def test_ranking_is_said_to_cost_what_its_beams_hold(data, llm_folder, tmp_path)
     for title in ({"search_beams": 1}, {"search_beams": 7}, {"ranking": "grounding", "generation_beams": 3}):
         model, _ = title_teacher("ilora", data, llm_folder, tmp_path, **title)
         history, lengths, _, _ = rows_of(data)
-        counts[len(counts)] = model.token_counts(history, lengths)
+        counts[len(counts)] = model.ranking_token_counts(history, lengths, 1)
     assert np.array_equal(counts[1], 7 * counts[0])
     assert np.array_equal(counts[2], 3 * counts[0])
     assert np.array_equal(counts[0], model.prompts.questions(history, lengths).attention_mask.sum(dim=1))
+
+
+def test_beams_for_items_beyond_those_asked_for_are_counted_too(data, llm_folder, tmp_path, monkeypatch):
+    """The search widens to k beams, and each holds its row's prompt."""
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path, search_beams=2)
+    history, lengths, _, _ = rows_of(data)
+    n_tokens = model.prompts.question_token_counts(history, lengths)
+    read, most = beam._read, []
+
+    def reading(llm, hold, gates, trie, running, *others):
+        most.append(len(running.rows))
+        return read(llm, hold, gates, trie, running, *others)
+
+    monkeypatch.setattr(beam, "_read", reading)
+    for k in (1, 2, 9):
+        most.clear()
+        model.best_items(history, lengths, k)
+        n_beams = model.ranking_token_counts(history, lengths, k) / n_tokens
+        assert n_beams.tolist() == [max(2, k)] * len(history)
+        assert 0 < max(most) <= n_beams.sum()
+    assert max(most) > 2 * len(history)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
