@@ -179,7 +179,7 @@ def _read_items(
 ) -> dict[str, Tensor]:
     """What ``items.safetensors`` will hold, from a language model that has no adapter yet."""
     if recipe.objective == "title":
-        return read_titles(base.base_model, prompts, recipe.pooling, device)._asdict() | {"bias": bias}
+        return read_titles(base.base_model, prompts, recipe.pooling, device)._asdict()
     return {"vectors": title_vectors(base.base_model, prompts, recipe.pooling, device), "bias": bias}
 
 
@@ -291,10 +291,7 @@ def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None
         if isinstance(model.llm, PeftModel):
             model.llm.save_pretrained(str(aside / "adapter"))
         model.prompts.tokenizer.save_pretrained(str(aside / "adapter"))
-        items = {"vectors": model.item_vectors, "bias": model.item_bias}
-        if isinstance(model, TitleRecommender):
-            items["mean"] = model.titles.mean
-        save_tensors(items, aside / "items.safetensors")
+        save_tensors(model.item_tensors, aside / "items.safetensors")
         save_tensors(_beside_adapter(model), aside / "head.safetensors")
         if model.recommender is not None:
             model.recommender.save(aside)

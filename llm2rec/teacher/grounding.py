@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm2rec.core.errors import ConfigError, NonFiniteError
 
-__all__ = ["Grounded", "ground", "ranks"]
+__all__ = ["Grounded", "ground"]
 
 
 class Grounded(NamedTuple):
@@ -23,53 +23,34 @@ class Grounded(NamedTuple):
 
 
 @torch.no_grad()
-def ground(predictions: Tensor, item_vectors: Tensor, k: int | None = None, block_items: int = 65536) -> Grounded:
+def ground(predictions: Tensor, item_vectors: Tensor, k: int, block_items: int = 65536) -> Grounded:
     """Find the items nearest to each predicted vector by L2 distance; of equal distances the lower id first.
 
-    With ``k``, items are read in blocks and no ``(B, N)`` matrix is made. The result does not depend on the blocks.
+    Items are read in blocks, and no ``(B, N)`` matrix is made. The result does not depend on the blocks.
 
     Args:
         predictions: Vectors of generated texts, shape ``(B, d)``.
-        item_vectors: Vectors of the items' titles, shape ``(N, d)``, on the same device.
-        k: How many items; None for all of them, in order.
-        block_items: Items read at once where ``k`` is given.
+        item_vectors: Vectors of the items' titles, shape ``(N, d)``, on any device: blocks are moved to that of the
+            predictions one by one.
+        k: How many items.
+        block_items: Items read at once.
 
     Returns:
-        Items and distances, of shape ``(B, k)``, or ``(B, N)``.
+        Items and distances, of shape ``(B, k)``, where the predictions are.
 
     Raises:
         ConfigError: If the shapes do not fit, or ``k`` or ``block_items`` is out of range.
         NonFiniteError: If a vector is not finite.
     """
-    n_items = len(item_vectors)
-    _check(predictions, item_vectors, n_items if k is None else k, block_items)
+    _check(predictions, item_vectors, k, block_items)
     predictions = predictions.float()
-    kept, block = (n_items, n_items) if k is None else (k, block_items)
     nearest = torch.empty(len(predictions), 0, dtype=torch.int64, device=predictions.device)
-    for start in range(0, n_items, block):
-        keys = torch.cat([nearest, _keys(predictions, item_vectors[start : start + block].float(), start)], dim=1)
-        nearest = keys.sort(dim=1).values if k is None else keys.topk(min(kept, keys.shape[1]), largest=False).values
+    for start in range(0, len(item_vectors), block_items):
+        block = item_vectors[start : start + block_items].to(predictions.device, torch.float32)
+        _check_finite(block)
+        keys = torch.cat([nearest, _keys(predictions, block, start)], dim=1)
+        nearest = keys.topk(min(k, keys.shape[1]), largest=False).values
     return Grounded(nearest & 0xFFFFFFFF, (nearest >> 32).int().view(torch.float32))
-
-
-def ranks(predictions: Tensor, item_vectors: Tensor) -> Tensor:
-    """Rank all items for each predicted vector, for a catalogue whose ``(B, N)`` matrix fits into memory.
-
-    Args:
-        predictions: Shape ``(B, d)``.
-        item_vectors: Shape ``(N, d)``.
-
-    Returns:
-        Each item's 0-based rank by L2 distance, shape ``(B, N)``, int64; of equal distances the lower id comes first.
-
-    Raises:
-        ConfigError: If the shapes do not fit.
-        NonFiniteError: If a vector is not finite.
-    """
-    order = ground(predictions, item_vectors).items
-    return torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
 
 
 def _keys(predictions: Tensor, block: Tensor, start: int) -> Tensor:
@@ -95,5 +76,9 @@ def _check(predictions: Tensor, item_vectors: Tensor, k: int, block_items: int) 
             f"`k` is {k} and `block_items` {block_items}; expected a k from 1 to {len(item_vectors)}, the number of "
             "items, and at least 1 item in a block."
         )
-    if not bool(predictions.isfinite().all()) or not bool(item_vectors.isfinite().all()):
+    _check_finite(predictions)
+
+
+def _check_finite(vectors: Tensor) -> None:
+    if not bool(vectors.isfinite().all()):
         raise NonFiniteError("a predicted or an item's vector is not finite; check the model that made them.")

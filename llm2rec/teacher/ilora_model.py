@@ -191,8 +191,8 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     @property
     @abstractmethod
-    def item_bias(self) -> Tensor:
-        """Added to each item's score and not trained, shape ``(N,)``."""
+    def item_tensors(self) -> dict[str, Tensor]:
+        """What the teacher knows of the items and does not train: what ``items.safetensors`` holds."""
 
     def refresh_titles(self) -> None:
         """Read the titles anew; nothing for a teacher that does not score them."""
@@ -243,9 +243,9 @@ class ILoraRecommender(LLMTeacher):
         return self.head.titles
 
     @property
-    def item_bias(self) -> Tensor:
-        """Added to each item's score and not trained, shape ``(N,)``."""
-        return self.head.bias
+    def item_tensors(self) -> dict[str, Tensor]:
+        """See `LLMTeacher.item_tensors`; ``bias`` is added to each item's score, shape ``(N,)``."""
+        return {"vectors": self.head.titles, "bias": self.head.bias}
 
     def read(self, history: NDArray[np.int32], lengths: NDArray[np.int32], *, hybrid: bool | None = None) -> UserInputs:
         """Put together what the model is given; arguments as in `ITeacherRecommender.log_probs`.

@@ -232,10 +232,6 @@ class PromptBuilder:
         """Tokens of each item's answer without the end token; no two are equal."""
         return [np.array(tokens, np.int64) for tokens in self._title_task.tokens]
 
-    def answer_text(self, item: int) -> str:
-        """An item's title as the title task shows it: perhaps shortened, and numbered if others have the same."""
-        return self._title_task.texts[item]
-
     @property
     def end_id(self) -> int:
         """Token that ends an answer."""

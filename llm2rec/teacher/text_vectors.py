@@ -16,7 +16,8 @@ class TitleVectors(NamedTuple):
     """The catalogue as `llm2rec.teacher.grounding` sees it.
 
     Attributes:
-        vectors: Of all titles, shape ``(N, d)``, float32, centred over the catalogue and of unit length.
+        vectors: Of all titles, shape ``(N, d)``, float32, centred over the catalogue and of unit length; on the CPU,
+            where a catalogue of any size has room.
         mean: What they were centred by, shape ``(d,)``, for other texts to be put on the same scale.
     """
 
@@ -25,7 +26,7 @@ class TitleVectors(NamedTuple):
 
     def scaled(self, raw: Tensor) -> Tensor:
         """Centre and scale vectors of `read_texts`, shape ``(B, d)``, as those of the titles were."""
-        return nn.functional.normalize(raw - self.mean, dim=1)
+        return nn.functional.normalize(raw - self.mean.to(raw.device), dim=1)
 
 
 @torch.no_grad()
@@ -69,6 +70,6 @@ def read_titles(encoder: nn.Module, prompts: PromptBuilder, pooling: str, device
     Titles that the title task numbers, since others have the same, differ here too. For all others the vectors are
     those of `llm2rec.teacher.ilora_model.title_vectors`, wherever the tokenizer gives back what went in.
     """
-    raw = read_texts(encoder, prompts, prompts.decoded(prompts.answer_tokens()), pooling, device)
+    raw = read_texts(encoder, prompts, prompts.decoded(prompts.answer_tokens()), pooling, device).cpu()
     mean = raw.mean(dim=0)
     return TitleVectors(nn.functional.normalize(raw - mean, dim=1), mean)

@@ -53,9 +53,6 @@ class TitleRecommender(LLMTeacher):
         projector: For hybrid prompts.
     """
 
-    _item_vectors: Tensor
-    _title_mean: Tensor
-
     def __init__(
         self,
         llm: PreTrainedModel | PeftModel,
@@ -72,9 +69,7 @@ class TitleRecommender(LLMTeacher):
         super().__init__(
             llm, prompts, pooling=pooling, gate_source=gate_source, recommender=recommender, projector=projector
         )
-        self.settings, self.exclude_history = settings, exclude_history
-        self.register_buffer("_item_vectors", titles.vectors.float(), persistent=False)
-        self.register_buffer("_title_mean", titles.mean.float(), persistent=False)
+        self.titles, self.settings, self.exclude_history = titles, settings, exclude_history
 
     @property
     def encoder(self) -> nn.Module:
@@ -84,23 +79,18 @@ class TitleRecommender(LLMTeacher):
 
     @property
     def item_vectors(self) -> Tensor:
-        """What the language model makes of the titles, shape ``(N, d)``."""
-        return self._item_vectors
+        """What the language model makes of the titles, shape ``(N, d)``, on the CPU: only grounding reads them."""
+        return self.titles.vectors
 
     @property
-    def titles(self) -> TitleVectors:
-        """The same, with what they were centred by."""
-        return TitleVectors(self._item_vectors, self._title_mean)
+    def item_tensors(self) -> dict[str, Tensor]:
+        """See `LLMTeacher.item_tensors`."""
+        return self.titles._asdict()
 
     @property
     def lists_candidates(self) -> bool:
         """Whether prompts list candidates; those that rank the whole catalogue never do."""
         return self.settings.n_candidates > 0
-
-    @property
-    def item_bias(self) -> Tensor:
-        """Zeros, shape ``(N,)``: titles have no bias."""
-        return self._item_vectors.new_zeros(len(self._item_vectors))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, item_ids: Tensor | None, labels: Tensor) -> Tensor:
         """Negative log-probability of the answers; gates must be held (see `mixing`).
@@ -265,10 +255,10 @@ class TitleRecommender(LLMTeacher):
         """The items nearest to what the language model without adapter makes of the generated title."""
         predictions = self.text_vectors(self.generate(history, lengths, None, gate_inputs))
         n_barred = 0 if barred is None else barred.shape[1]
-        found = ground(predictions, self._item_vectors, min(k + n_barred, self.prompts.n_items))
+        found = ground(predictions, self.item_vectors, min(k + n_barred, self.prompts.n_items))
         if barred is None:
             return found.items, -found.distances
-        left_out = (found.items.unsqueeze(2) == barred.unsqueeze(1)).any(dim=2)
+        left_out = _is_among(found.items, barred)
         if bool(((~left_out).sum(dim=1) < k).any()):
             n_left = int((~left_out).sum(dim=1).min())
             raise ConfigError(f"`k` is {k}, and what is excluded leaves {n_left} items to some row; lower `k`.")
@@ -347,3 +337,10 @@ class TitleRecommender(LLMTeacher):
         padded = np.full((len(titles), n_tokens.max()), self.prompts.pad_id, np.int64)
         padded[np.arange(padded.shape[1]) < n_tokens[:, None]] = np.concatenate(titles)
         return padded, n_tokens
+
+
+def _is_among(items: Tensor, barred: Tensor) -> Tensor:
+    """Whether each of a row's ``items``, shape ``(B, K)``, is one of its ``barred``, shape ``(B, S)``."""
+    barred = barred.sort(dim=1).values
+    places = torch.searchsorted(barred, items.contiguous()).clamp(max=barred.shape[1] - 1)
+    return barred.gather(1, places) == items

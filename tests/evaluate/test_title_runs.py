@@ -65,7 +65,7 @@ def test_written_titles_are_judged_over_all_rows_and_over_valid_ones(tmp_path, d
     """A model with random weights names nothing; here it names the answer, another, two, or none, in turn."""
     folder, model = title_run(tmp_path, data, "result_1")
     asked = list(rows_of(data, 6))
-    titles = [model.prompts.answer_text(item) for item in range(data.n_items)]
+    titles = model.prompts.decoded(model.prompts.answer_tokens())
     said = {}
     for row, (history, length, candidates, target) in enumerate(asked):
         other = next(item for item in candidates[0].tolist() if item != target)
@@ -106,7 +106,8 @@ def test_what_it_really_writes_is_judged(tmp_path, data):
 @pytest.mark.parametrize("ranking", ["search", "grounding"])
 @pytest.mark.parametrize(("mask_seen", "exclude_history"), [(False, True), (True, True), (True, False)])
 def test_the_catalogue_is_ranked_as_row_by_row(tmp_path, data, ranking, mask_seen, exclude_history):
-    title = {"ranking": ranking, "search_beams": data.n_items}  # so that nothing is cut off, whatever k
+    # As many beams as items, so that nothing is cut off, whatever k.
+    title = {"search": {"search_beams": data.n_items}, "grounding": {"ranking": "grounding"}}[ranking]
     folder, model = title_run(tmp_path, data, "result_1", title=title, exclude_history=exclude_history)
     scored = score(folder, data, tmp_path, Protocol((1, 5, 20), mask_seen, 0, 3))
     expected = []

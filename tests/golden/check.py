@@ -38,7 +38,7 @@ from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
 from llm2rec.distill.trainer_distill import candidate_weights, objective  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
-from llm2rec.teacher.grounding import ground, ranks  # noqa: E402
+from llm2rec.teacher.grounding import ground  # noqa: E402
 from llm2rec.teacher.hits import judge  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -230,10 +230,10 @@ def check_grounding(path: Path) -> Iterator[Result]:
     """Distances of all items from the predicted vectors, and the items' ranks."""
     tensors = load_file(path)
     predictions, item_vectors = tensors["prediction"], tensors["item_embeddings"]
-    items, distances = ground(predictions, item_vectors)
-    ours = torch.empty_like(distances).scatter_(1, items, distances)
-    yield "distance", relative_error(ours, tensors["distance"])
-    yield "rank", relative_error(ranks(predictions, item_vectors), tensors["rank"])
+    items, distances = ground(predictions, item_vectors, len(item_vectors))
+    ranks = torch.arange(items.shape[1]).expand_as(items)
+    for name, found in (("distance", distances), ("rank", ranks)):  # in the order of the items
+        yield name, relative_error(torch.empty_like(found).scatter_(1, items, found), tensors[name])
 
 
 CHECKERS: dict[str, Callable[[Path], Iterator[Result]]] = {

@@ -6,8 +6,19 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from teacher_helpers import CPU, build, llm_of
-from title_helpers import KINDS, PROMPT, gates_of, next_log_probs, one_by_one, rows_of, title_log_prob, title_teacher
+from title_helpers import (
+    KINDS,
+    PROMPT,
+    answer_text,
+    gates_of,
+    next_log_probs,
+    one_by_one,
+    rows_of,
+    title_log_prob,
+    title_teacher,
+)
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MistralConfig
 
 from llm2rec.core.errors import ConfigError
@@ -187,7 +198,7 @@ def test_settings_that_come_with_a_model_do_not_change_what_it_writes(data, llm_
 
 
 def test_a_title_lies_at_its_own_item(model, data):
-    titles = [model.prompts.answer_text(item) for item in range(data.n_items)]
+    titles = model.prompts.decoded(model.prompts.answer_tokens())
     vectors = model.text_vectors(titles)
     torch.testing.assert_close(vectors, model.item_vectors, rtol=0, atol=1e-5)
     torch.testing.assert_close(model.text_vectors(titles[5:6])[0], model.item_vectors[5], rtol=0, atol=1e-5)
@@ -207,7 +218,7 @@ def test_grounding_ranks_by_distance_to_what_is_written(data, llm_folder, tmp_pa
         assert items[row].tolist() == order[:10]
         np.testing.assert_allclose(-scores[row], distances[row, order[:10]], rtol=1e-3, atol=1e-4)
 
-    written = [model.prompts.answer_text(item) for item in targets]
+    written = [answer_text(model.prompts, item) for item in targets]
     monkeypatch.setattr(model, "generate", lambda *given: written)
     items, scores = model.best_items(history[:, :1], np.ones_like(lengths), 3)
     seen = (history[:, :1] == targets[:, None]).any(axis=1)
@@ -233,12 +244,15 @@ def test_nothing_written_is_grounded_too(data, llm_folder, tmp_path, monkeypatch
 def test_a_stored_teacher_says_the_same(data, llm_folder, tmp_path, kind):
     model, recipe = title_teacher(kind, data, llm_folder, tmp_path)
     save_teacher(tmp_path / "teacher", model, recipe)
+    items = load_file(tmp_path / "teacher" / "items.safetensors")
+    assert items.keys() == {"vectors", "mean"}
+    save_file(items | {"bias": torch.zeros(data.n_items)}, tmp_path / "teacher" / "items.safetensors")  # as once was
     again, _ = load_teacher(tmp_path / "teacher", data, CPU)
     history, lengths, candidates, _ = rows_of(data)
     torch.testing.assert_close(
         again.candidate_log_probs(history, lengths, candidates), model.candidate_log_probs(history, lengths, candidates)
     )
-    texts = [model.prompts.answer_text(3), "something else"]
+    texts = [answer_text(model.prompts, 3), "something else"]
     torch.testing.assert_close(again.text_vectors(texts), model.text_vectors(texts))
     assert again.settings == model.settings
     assert json.loads((tmp_path / "teacher" / "config.json").read_text())["objective"] == "title"
@@ -273,20 +287,12 @@ def test_models_whose_titles_cannot_be_scored_side_by_side_are_refused_before_tr
         _check_side_by_side(AutoModelForCausalLM.from_config(config), PromptSettings(max_tokens=96))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"popularity_prior": 0.5}, "teacher.popularity_prior is 0.5, which only the `item` objective reads"),
-        ({"head": "projected"}, "teacher.head is 'projected'"),
-        (
-            {"title": TitleSettings(ranking="grounding"), "export": ExportSettings(confidence="prob")},
-            "teacher.export.confidence is 'prob', but teacher.title.ranking=grounding gives distances",
-        ),
-    ],
-)
-def test_settings_that_nothing_would_read_are_refused(settings, message):
+def test_a_confidence_that_there_is_not_is_refused():
+    message = "teacher.export.confidence is 'prob', but teacher.title.ranking=grounding gives distances"
     with pytest.raises(ConfigError, match=message):
-        TeacherSettings(objective="title", **settings)
+        TeacherSettings(
+            objective="title", title=TitleSettings(ranking="grounding"), export=ExportSettings(confidence="prob")
+        )
 
 
 def test_an_export_that_could_not_find_its_items_is_refused_before_training(data, llm_folder):
@@ -309,7 +315,7 @@ def test_other_number_formats_do_all_of_it(data, llm_folder, tmp_path, precision
     assert bool(model.best_items(history, lengths, 3)[1].isfinite().all())
     model.settings.ranking = "grounding"
     assert bool(model.best_items(history, lengths, 3)[1].isfinite().all())
-    titles = [model.prompts.answer_text(item) for item in range(data.n_items)]
+    titles = model.prompts.decoded(model.prompts.answer_tokens())
     torch.testing.assert_close(model.text_vectors(titles), model.item_vectors, rtol=0, atol=1e-5)
     tokens = model.prompts.answered(history, lengths, candidates, targets, hybrid=True, padding="left")
     with model.hold(gates_of(model, history, lengths)):

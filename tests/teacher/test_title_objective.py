@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_helpers import Killed, killed_at
 from teacher_helpers import split, teacher_rows
-from title_helpers import KINDS, title_log_prob, title_teacher
+from title_helpers import KINDS, answer_text, title_log_prob, title_teacher
 
 from llm2rec.core.checkpoint import trainable_weights
 from llm2rec.core.engine import Engine
@@ -230,4 +230,4 @@ def test_what_was_learnt_by_heart_is_likeliest_and_is_written(data, llm_folder, 
     history, lengths, targets = (each.numpy()[rows] for each in (train.history, train.lengths, train.targets))
     likeliest = model.candidate_log_probs(history, lengths, drawn).argmax(dim=1).numpy()
     assert drawn[rows, likeliest].tolist() == targets.tolist()
-    assert model.generate(history, lengths, drawn) == [model.prompts.answer_text(item) for item in targets]
+    assert model.generate(history, lengths, drawn) == [answer_text(model.prompts, item) for item in targets]

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_helpers import ODD_TITLES, bpe_tokenizer, item_table, padded, wordpiece_tokenizer
+from title_helpers import answer_text
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -317,7 +318,7 @@ def test_hashes_are_the_same_everywhere():
 )
 def test_equal_titles_are_numbered_in_the_order_of_the_items(tokenizer, titles, expected):
     prompts = build(tokenizer, titles)
-    assert [prompts.answer_text(item) for item in range(len(titles))] == expected
+    assert [answer_text(prompts, item) for item in range(len(titles))] == expected
     tokens = [tuple(each) for each in prompts.answer_tokens()]
     assert len(set(tokens)) == len({fold_title(text) for text in expected}) == len(titles)
     assert tokens == [tuple(bare(tokenizer, f" {text}")) for text in expected]
@@ -330,7 +331,7 @@ def test_numbering_leaves_the_item_objective_alone(tokenizer):
 
 def test_titles_that_only_the_tokenizer_takes_for_equal_are_numbered_too():
     prompts = build(TOKENIZERS["wordpiece"], ["Amélie", "Amelie", "Heat"])
-    assert [prompts.answer_text(item) for item in range(3)] == ["Amélie", "Amelie (2)", "Heat"]
+    assert [answer_text(prompts, item) for item in range(3)] == ["Amélie", "Amelie (2)", "Heat"]
 
 
 def test_titles_that_the_tokenizer_cannot_tell_apart_are_refused():
@@ -354,7 +355,7 @@ def test_a_tokenizer_without_end_token_is_refused():
 def test_long_titles_are_cut_once_and_the_same_everywhere(tokenizer, max_title_tokens):
     titles = [*TITLES, "very long " * 120, "very long " * 120 + "indeed", "x" * 90, "語" * 60, "🎲" * 20]
     prompts = build(tokenizer, titles, max_title_tokens=max_title_tokens, **TEXTS)
-    texts = [prompts.answer_text(item) for item in range(len(titles))]
+    texts = [answer_text(prompts, item) for item in range(len(titles))]
     assert max(len(tokens) for tokens in prompts.answer_tokens()) <= max_title_tokens
     assert len({tuple(tokens) for tokens in prompts.answer_tokens()}) == len(titles)
     counts = [len(bare(tokenizer, f" {' '.join(title.split())}")) for title in titles]
@@ -377,7 +378,7 @@ def test_long_titles_are_cut_once_and_the_same_everywhere(tokenizer, max_title_t
 def test_no_title_is_cut_by_default(tokenizer):
     title = "very long " * 120
     prompts = build(tokenizer, [*TITLES, title])
-    assert prompts.answer_text(N_ITEMS) == title.strip()
+    assert answer_text(prompts, N_ITEMS) == title.strip()
 
 
 @pytest.mark.parametrize("change", [{"wording": "fancy"}, {"max_title_tokens": 7}])

@@ -15,7 +15,7 @@ def title_teacher(
     kind, data, llm_folder, folder, prompt=None, exclude_history=True, dropout=0.2, settings=None, **title
 ):
     """A teacher whose adapter and gates change something; with dropout and noise, which evaluation leaves out."""
-    settings, adapter = dict(settings or {}), {"dropout": dropout}
+    settings, adapter = dict(settings or {}), {} if kind.startswith("none") else {"dropout": dropout}
     if kind.startswith(("lora", "none")):
         settings["tuning"] = kind.split(",")[0]
     if kind == "per layer":
@@ -47,6 +47,11 @@ def rows_of(data, n_rows=7, n_candidates=5):
     rows = np.argsort(-train.lengths.numpy(), kind="stable")[:: max(1, len(train) // n_rows)][:n_rows].copy()
     drawn = CandidateSampler(train, 0, n_candidates, split="train").draw(rows)
     return train.history.numpy()[rows], train.lengths.numpy()[rows], drawn, train.targets.numpy()[rows]
+
+
+def answer_text(prompts, item):
+    """An item's title as the title task shows it: perhaps shortened, and numbered if others have the same."""
+    return prompts._title_task.texts[item]
 
 
 def gates_of(model, history, lengths):
