@@ -8,6 +8,7 @@ from llm2rec.core.training import TrainingSettings
 from llm2rec.teacher.curriculum import CURRICULA
 from llm2rec.teacher.heads import HEADS
 from llm2rec.teacher.llm_settings import LLMSettings, PromptSettings, TinyRandomSettings
+from llm2rec.teacher.unread import check_unread
 
 __all__ = [
     "AdapterSettings",
@@ -236,13 +237,11 @@ class TeacherSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"teacher.{name} is {value}, expected 0 (off) or a positive finite number.")
-        if not 0 <= self.residual_dropout < 1 or (self.residual_dropout > 0 and self.head != "residual"):
-            raise ConfigError(
-                f"teacher.residual_dropout is {self.residual_dropout} and teacher.head is {self.head!r}, expected 0 to "
-                "below 1, and above 0 only with teacher.head=residual."
-            )
+        if not 0 <= self.residual_dropout < 1:
+            raise ConfigError(f"teacher.residual_dropout is {self.residual_dropout}, expected 0 to below 1.")
         self._check_recommender()
-        self._check_tuning()
+        self._check_confidence()
+        check_unread(self)
 
     @property
     def kind(self) -> dict[str, str]:
@@ -275,39 +274,8 @@ class TeacherSettings:
                 f"teacher.recommender_run is {self.recommender_run!r} and nothing reads it; add "
                 "`teacher.gate_input=sequence`, `teacher.prompts=hybrid` or `teacher.head=joined`, or leave it out."
             )
-        if self.curriculum != "off" and self.prompts != "hybrid":
-            raise ConfigError(
-                f"teacher.curriculum is {self.curriculum!r} and teacher.prompts is {self.prompts!r}; only hybrid "
-                "prompts have a curriculum: add `teacher.prompts=hybrid`."
-            )
 
-    def _check_tuning(self) -> None:
-        if self.tuning != "ilora" and (self.balance_loss > 0 or self.gate_input == "sequence"):
-            raise ConfigError(
-                f"teacher.tuning is {self.tuning!r}, which has no gate, but teacher.balance_loss is "
-                f"{self.balance_loss} and teacher.gate_input {self.gate_input!r}; leave them at 0 and 'llm'."
-            )
-        if self.tuning != "ilora" and self.adapter.scaling != "total":
-            raise ConfigError(
-                f"teacher.adapter.scaling is {self.adapter.scaling!r} and teacher.tuning {self.tuning!r}, which has no "
-                "experts; leave it at 'total' (alpha / r)."
-            )
-        if self.tuning == "none" and self.item_refresh_steps:
-            raise ConfigError(
-                f"teacher.item_refresh_steps is {self.item_refresh_steps} and teacher.tuning 'none': an LLM that "
-                "is not trained reads the titles alike every time; leave it at 0."
-            )
-        if self.objective != "item" and (self.head != "titles" or self.item_refresh_steps):
-            raise ConfigError(
-                f"teacher.head is {self.head!r} and teacher.item_refresh_steps {self.item_refresh_steps}, which only "
-                f"the `item` objective reads; leave them out, or set teacher.objective=item (it is "
-                f"{self.objective!r})."
-            )
-        if self.objective != "item" and self.popularity_prior:
-            raise ConfigError(
-                f"teacher.popularity_prior is {self.popularity_prior}, which only the `item` objective reads; leave it "
-                f"at 0, or set teacher.objective=item (it is {self.objective!r})."
-            )
+    def _check_confidence(self) -> None:
         if self.ranks_by_distance and self.export.confidence != "neg_log_prob":
             raise ConfigError(
                 f"teacher.export.confidence is {self.export.confidence!r}, but teacher.title.ranking=grounding gives "

@@ -17,15 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TOY = ["dataset.n_users=60", "dataset.n_items=60", "dataset.n_worlds=5"]
 # No dropout, so that runs may be compared; sizes that do not divide: 424 rows, 36 a step, the last step has 28.
-TEACHER = [
-    *TOY,
-    "teacher.training.epochs=2",
-    "teacher.training.batch_size=36",
-    "teacher.training.micro_batch_size=7",
+OF_ILORA = [
     "teacher.adapter.dropout=0",
     # What is about a whole step, or a part of the parameters, has to survive any division of the work.
     "teacher.balance_loss=0.5",
     "teacher.gate_learning_rate_ratio=3",
+]
+TEACHER = [
+    *TOY,
+    *OF_ILORA,
+    "teacher.training.epochs=2",
+    "teacher.training.batch_size=36",
+    "teacher.training.micro_batch_size=7",
     "teacher.export.block_rows=50",
     "llm.width=32",
 ]

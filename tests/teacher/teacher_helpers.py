@@ -133,7 +133,8 @@ def build(
 ) -> tuple[ILoraRecommender, TeacherRecipe]:
     """A teacher with a fresh adapter, the same at every call."""
     llm, source = llm_of(kind, folder, data, **(prompt or {}))
-    chosen = AdapterSettings(**{"r": 8, "num_experts": 4, "dropout": 0.0, **(adapter or {})})
+    usual = {} if settings.get("tuning") == "none" else {"r": 8, "num_experts": 4, "dropout": 0.0}
+    chosen = AdapterSettings(**{**usual, **(adapter or {})})
     if recommender is not None:
         settings["recommender_run"] = "result/result_x"
     seed_everything(3)
@@ -194,7 +195,8 @@ def fit(
     model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine, **settings
 ) -> ILoraRecommender:
     """Train for the `item` objective, with the engine's length and rate, which is also the gate's unless told."""
-    chosen = TeacherSettings(training=engine.training, **{"gate_learning_rate_ratio": 1.0, **settings})
+    usual = {"gate_learning_rate_ratio": 1.0} if settings.get("tuning", "ilora") == "ilora" else {}
+    chosen = TeacherSettings(training=engine.training, **{**usual, **settings})
     train_teacher(model, ItemObjective(model, train, validation, engine), engine, chosen)
     return model
 

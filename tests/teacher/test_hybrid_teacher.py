@@ -152,6 +152,7 @@ def test_narrow_base_weights_train_hybrid_prompts(precision, hybrid, data, tmp_p
 def test_parts_have_the_rates_and_decays_of_their_settings(hybrid):
     settings = TeacherSettings(
         **HYBRID,
+        head="joined",
         training=TrainingSettings(learning_rate=0.1, weight_decay=0.5),
         gate_learning_rate_ratio=3.0,
         projector_learning_rate_ratio=0.2,
