@@ -100,9 +100,10 @@ def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about:
     table = f"{caption}\n{format_table(rows, ks, about['n_candidates'])}\n"
     if titles := format_titles(rows):
         table += (
-            f"\nteachers that write titles, after prompts with candidates (seed {about['candidates_seed']}): the "
-            "likeliest candidate, and what is written freely, valid if it names exactly one; above, what is not among "
-            f"their best {max(ks)} counts as missed\n{titles}\n"
+            f"\nteachers that write titles, among candidates (seed {about['candidates_seed']}), which the prompt lists "
+            "as in training: the likeliest one, and what is written freely, valid if it names exactly one (blank for "
+            "prompts that list none); above, what is not among their best "
+            f"{max(ks)} counts as missed\n{titles}\n"
         )
     with replaced_file(folder / "comparison.txt") as aside:
         aside.write_text(table, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Score finished runs on the test split: once each, kept in the run's folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, g
         CheckpointError: If the run is not finished, holds no model, or is of another dataset.
         ConfigError: If the catalogue is too small for the candidates asked for.
     """
+    with _naming(folder):
+        return _score(folder, data, engine, protocol, gate_dir)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Say which run it is that stops an evaluation, and how to do without it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder.name} cannot be evaluated: {error} Or leave it out, by naming the runs to compare: "
+            "`runs=[result/result_..., ...]`."
+        ) from error
+
+
+def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path) -> Scored:
     record = _checked_record(folder, data)
     model, n_rows = _kind(folder, record)(folder, data, engine, gate_dir), len(data.splits["test"])
 

@@ -9,6 +9,7 @@ from engine_helpers import engine_in
 from evaluate_helpers import student_run, title_run
 
 from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import read_json, write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.evaluate import title_runs
@@ -158,6 +159,18 @@ def test_each_protocol_is_scored_once(tmp_path, data):
         score(folder, data, tmp_path, Protocol((1, 5), False, 7, 3))
 
 
+def test_a_run_of_an_older_program_is_named_with_how_to_do_without_it(tmp_path, data):
+    folder, _ = title_run(tmp_path, data, "result_7")
+    recipe = read_json(folder / "teacher" / "config.json")
+    del recipe["gate_input"]
+    write_json(folder / "teacher" / "config.json", recipe)
+    message = (
+        r"^result_7 cannot be evaluated: .* was written by another version .*'gate_input'.* `runs=\[result/result_"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        score(folder, data, tmp_path)
+
+
 def test_more_candidates_than_prompts_hold_are_refused(tmp_path, data):
     folder, _ = title_run(tmp_path, data, "result_1", max_tokens=200)
     score(folder, data, tmp_path)
@@ -183,7 +196,7 @@ def test_the_report_names_what_each_rate_is_over(tmp_path, data):
     first, second = write_report(tmp_path, rows, (1, 5), about).split("\n\n")
     assert [line.split()[0] for line in first.splitlines()[3:]] == ["titles", "sasrec"]
     caption, header, _, line = second.splitlines()
-    assert "with candidates (seed 3)" in caption
+    assert "among candidates (seed 3), which the prompt lists as in training" in caption
     assert "not among their best 5 counts as missed" in caption
     assert [part.strip() for part in header.split("  ") if part.strip()] == [
         "run", "of", "likeliest: HR@1", "95 %", "MRR", "95 %", "written: HR@1 of all rows", "95 %",
