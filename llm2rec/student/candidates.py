@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import derived_seed
 from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.unshown import UnshownItems
 
 __all__ = ["CandidateSampler"]
 
@@ -57,12 +58,11 @@ class CandidateSampler:
         Returns:
             Item ids of shape ``(B, C)``; each row holds its target once, at a random place.
         """
-        n_items, n_others, index = self._data.n_items, self.n_candidates - 1, torch.from_numpy(rows)
+        n_others, index = self.n_candidates - 1, torch.from_numpy(rows)
         words = _words(self._key(epoch), rows, n_others + self.n_candidates)
-        targets = self._data.targets[index].numpy().astype(np.int64)
-        shown = np.column_stack([self._data.history[index].numpy(), targets]).astype(np.int64)
-        unshown_before, n_left = _unshown_before(shown, n_items)
-        others = _nth_unshown(_subsets(words[:, :n_others], n_left), unshown_before, n_items)
+        targets = self._data.targets[index].numpy()
+        unshown = UnshownItems(self._data.history[index].numpy(), targets, self._data.n_items)
+        others = unshown.nth(_subsets(words[:, :n_others], unshown.counts))
         candidates = np.column_stack([targets, others])
         order = np.argsort(words[:, n_others:], axis=1, kind="stable")
         return np.take_along_axis(candidates, order, axis=1)
@@ -112,34 +112,3 @@ def _subsets(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.
         taken = (members[:, :column] == drawn[:, None]).any(axis=1)
         members[:, column] = np.where(taken, last, drawn)
     return members
-
-
-def _unshown_before(shown: NDArray[np.int64], n_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each shown item, how many items before it are not shown.
-
-    Args:
-        shown: Shape ``(B, S)``, in any order and number, padded with ``n_items``.
-        n_items: Items of the catalogue, N.
-
-    Returns:
-        Those counts, ascending, shape ``(B, S)``, with N for padding and repetitions; and how many items each row
-        leaves unshown, shape ``(B,)``.
-    """
-    shown = np.sort(shown, axis=1)
-    shown[:, 1:][shown[:, 1:] == shown[:, :-1]] = n_items  # each item once
-    shown.sort(axis=1)
-    real = shown < n_items
-    return np.where(real, shown - np.arange(shown.shape[1]), n_items), n_items - real.sum(axis=1)
-
-
-def _nth_unshown(nth: NDArray[np.int64], unshown_before: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
-    """The items that ``nth``, shape ``(B, K)``, counts from 0 among those each row does not show.
-
-    The n-th comes after every shown item with at most n unshown ones before it.
-    """
-    n_shown = unshown_before.shape[1]
-    number = np.arange(len(nth))[:, None]
-    # One search for all rows: each row's counts, at most N, lie in a stretch of their own.
-    ends = (unshown_before + number * (n_items + 1)).ravel()
-    before: NDArray[np.int64] = np.searchsorted(ends, nth + number * (n_items + 1), side="right") - number * n_shown
-    return nth + before

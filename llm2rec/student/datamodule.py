@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import derived_seed
+from llm2rec.student.unshown import UnshownItems
 
 __all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData"]
 
@@ -138,13 +139,8 @@ class NegativeSampler:
         if epoch != self._epoch:
             generator = np.random.default_rng(derived_seed(self._seed, "negatives", epoch))
             self._epoch, self._uniform = epoch, generator.random(len(self._data))
-        n_items, index = self._data.n_items, torch.from_numpy(rows)
-        shown = torch.cat([self._data.history[index], self._data.targets[index].unsqueeze(1)], dim=1).numpy()
-        shown = np.sort(shown, axis=1).astype(np.int64)  # (B, L + 1), padding last
-        shown[:, 1:][shown[:, 1:] == shown[:, :-1]] = n_items  # each item once
-        shown.sort(axis=1)
-        n_left = n_items - (shown < n_items).sum(axis=1)
-        nth = np.minimum((self._uniform[rows] * n_left).astype(np.int64), n_left - 1)
-        # The n-th item that is not shown comes after every shown item with at most n unshown ones before it.
-        unshown_before = np.where(shown < n_items, shown - np.arange(shown.shape[1]), n_items)
-        return torch.from_numpy(nth + (unshown_before <= nth[:, None]).sum(axis=1))
+        index = torch.from_numpy(rows)
+        history, targets = self._data.history[index].numpy(), self._data.targets[index].numpy()
+        unshown = UnshownItems(history, targets, self._data.n_items)
+        nth = np.minimum((self._uniform[rows] * unshown.counts).astype(np.int64), unshown.counts - 1)
+        return torch.from_numpy(unshown.nth(nth[:, None])[:, 0])

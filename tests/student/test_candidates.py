@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.student.candidates import CandidateSampler, _nth_unshown, _unshown_before
+from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.unshown import UnshownItems
 
 N = 12
 ITEMS = st.integers(0, N - 1)
@@ -54,14 +55,14 @@ def test_a_row_holds_its_target_once_and_distinct_items_it_does_not_show(rows, n
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
 def test_the_nth_item_not_shown_is_what_a_loop_finds(rows):
-    shown = np.array([history + [N] * (6 - len(history)) + [target] for history, target in rows])
-    unshown_before, n_left = _unshown_before(shown, N)
-    for row, items in enumerate(shown.tolist()):
-        left = [item for item in range(N) if item not in items]
-        assert n_left[row] == len(left)
+    data = sequence_data(rows, N, max_length=6)
+    unshown = UnshownItems(data.history.numpy(), data.targets.numpy(), N)
+    for row, (history, target) in enumerate(rows):
+        left = [item for item in range(N) if item not in {*history, target}]
+        assert unshown.counts[row] == len(left)
         # All rows are asked for one number, so that the stretches of a search over all of them must not touch.
         for number, item in enumerate(left):
-            assert _nth_unshown(np.full((len(rows), 1), number), unshown_before, N)[row, 0] == item
+            assert unshown.nth(np.full((len(rows), 1), number))[row, 0] == item
 
 
 def test_all_arrangements_are_equally_likely_over_rows():
