@@ -12,6 +12,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
+from llm2rec.data import RecData
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.export import rank_blocks, write_outputs
@@ -68,28 +69,40 @@ def main(cfg: Config, run: Run) -> None:
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
     if export.enabled:
-        name = f"{settings.name}-{llm.name}"
         with run.phase("export_gate_inputs"):
             rows = cache.rows(train, np.arange(len(train)))
         with run.phase("export"):
-            blocks = rank_blocks(model.eval(), rows, engine, run.folder / "export", export)
-            if engine.is_main:
-                about = {
-                    "dataset": data.name,
-                    "fingerprint": data.fingerprint,
-                    "teacher": name,
-                    **settings.kind,
-                    **git_state(),
-                }
-                folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name / name
-                about["run"] = run.folder.name
-                by_distance = settings.ranks_by_distance
-                write_outputs(folder, blocks, model.item_vectors, export, about, by_distance=by_distance)
-                shutil.rmtree(run.folder / "export")
+            outputs = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name
+            write_down(model.eval(), rows, settings, engine, run, data, outputs / f"{settings.name}-{llm.name}")
     engine.drop_checkpoints()
     if engine.is_main:
         shutil.rmtree(kept, ignore_errors=True)  # the finished teacher holds its own
     engine.close()
+
+
+def write_down(
+    model: LLMTeacher,
+    rows: TeacherRows,
+    settings: TeacherSettings,
+    engine: Engine,
+    run: Run,
+    data: RecData,
+    folder: Path,
+) -> None:
+    """Rank the catalogue for the rows and write the teacher outputs to ``folder``, whose name is the teacher's."""
+    blocks = rank_blocks(model, rows, engine, run.folder / "export", settings.export)
+    if not engine.is_main:
+        return
+    about = {
+        "dataset": data.name,
+        "fingerprint": data.fingerprint,
+        "teacher": folder.name,
+        **settings.kind,
+        **git_state(),
+        "run": run.folder.name,
+    }
+    write_outputs(folder, blocks, model.item_vectors, settings.export, about, by_distance=settings.ranks_by_distance)
+    shutil.rmtree(run.folder / "export")
 
 
 def objective_of(model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine) -> Objective:

@@ -84,14 +84,10 @@ def constrained_beam_search(
     with hold(gates):
         logits, cache, n_tokens = prefill(llm, inputs_embeds, attention_mask)
     _check_vocabulary(trie, logits.shape[-1])
-    rows = torch.arange(n_rows, device=device)
-    running = _Beams(rows, torch.zeros_like(rows), torch.zeros(n_rows, device=device), rows)
-    found = Found(rows.new_full((n_rows, k), -1), torch.full((n_rows, k), _NEVER, device=device))
+    running, found = _nothing_written(n_rows, k, device)
     running, found = _advance(trie, running, logits, found, places, beams)
     while len(running.rows):
-        # The rows of the cache follow the beams. Where none was cut off or split there is nothing to move.
-        if len(running.parents) != len(logits) or not bool((running.parents.diff() == 1).all()):
-            cache.reorder_cache(running.parents)
+        _follow(cache, running.parents, len(logits))
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(n_rows, 1)], dim=1)
         logits = _read(llm, hold, gates, trie, running, cache, attention_mask, n_tokens)
         n_tokens = n_tokens + 1
@@ -99,6 +95,19 @@ def constrained_beam_search(
     if not bool(found.log_probs.isfinite().all()):
         raise NonFiniteError("a title came out with a log-probability that is not finite; check the model's weights.")
     return found
+
+
+def _nothing_written(n_rows: int, k: int, device: torch.device) -> tuple[_Beams, Found]:
+    """One beam a row, at the root, and k empty places for what will be found."""
+    rows = torch.arange(n_rows, device=device)
+    found = Found(rows.new_full((n_rows, k), -1), torch.full((n_rows, k), _NEVER, device=device))
+    return _Beams(rows, torch.zeros_like(rows), torch.zeros(n_rows, device=device), rows), found
+
+
+def _follow(cache: Any, parents: Tensor, n_before: int) -> None:
+    """Let the rows of the cache follow the beams; where none was cut off or split there is nothing to move."""
+    if len(parents) != n_before or not bool((parents.diff() == 1).all()):
+        cache.reorder_cache(parents)
 
 
 def _read(

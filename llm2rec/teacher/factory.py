@@ -123,22 +123,7 @@ def build_teacher(
         ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model, or a trained
             recommender is needed and not given.
     """
-    recipe = TeacherRecipe(
-        source=source,
-        precision=resolve_precision(settings.precision, device),
-        pooling=llm.pooling,
-        prompt=vars(llm.prompt).copy(),
-        trust_remote_code=llm.trust_remote_code,
-        seed=seed,
-        objective=settings.objective,
-        tuning=settings.tuning,
-        logit_scale=settings.logit_scale,
-        exclude_history=settings.exclude_history,
-        head=settings.head,
-        gate_input=settings.gate_input if settings.tuning == "ilora" else NoGate.name,
-        hybrid=settings.prompts == "hybrid",
-        title=vars(settings.title).copy(),
-    )
+    recipe = _recipe(llm, source, settings, device, seed)
     if recipe.reads_recommender != (recommender is not None):
         raise ConfigError(
             f"`teacher.recommender_run` is {settings.recommender_run!r} but the `recommender` given is "
@@ -155,14 +140,7 @@ def build_teacher(
         _check_side_by_side(base, llm.prompt)
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
     items = _read_items(base, prompts, recipe, bias, device)
-    model: PreTrainedModel | PeftModel = base
-    if config is not None:
-        if isinstance(config, LoraConfig) and config.target_modules is None:  # the layers that iLoRA takes
-            config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
-        try:
-            model = get_peft_model(base, config)
-        except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
-            raise ConfigError(f"teacher.adapter: {error}") from error
+    model = base if config is None else _adapted(base, config)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     teacher = _assemble(model, prompts, recipe, items, recommender)
@@ -172,6 +150,36 @@ def build_teacher(
         if isinstance(teacher.head, JoinedHead):
             teacher.head.residual_dropout = settings.residual_dropout
     return teacher.to(device), recipe
+
+
+def _recipe(llm: LLMSettings, source: str, settings: TeacherSettings, device: torch.device, seed: int) -> TeacherRecipe:
+    """The recipe of a teacher with these settings; arguments as in `build_teacher`."""
+    return TeacherRecipe(
+        source=source,
+        precision=resolve_precision(settings.precision, device),
+        pooling=llm.pooling,
+        prompt=vars(llm.prompt).copy(),
+        trust_remote_code=llm.trust_remote_code,
+        seed=seed,
+        objective=settings.objective,
+        tuning=settings.tuning,
+        logit_scale=settings.logit_scale,
+        exclude_history=settings.exclude_history,
+        head=settings.head,
+        gate_input=settings.gate_input if settings.tuning == "ilora" else NoGate.name,
+        hybrid=settings.prompts == "hybrid",
+        title=vars(settings.title).copy(),
+    )
+
+
+def _adapted(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The language model with a fresh adapter."""
+    if isinstance(config, LoraConfig) and config.target_modules is None:  # the layers that iLoRA takes
+        config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
+    try:
+        return cast(PeftModel, get_peft_model(base, config))
+    except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
+        raise ConfigError(f"teacher.adapter: {error}") from error
 
 
 def _read_items(
