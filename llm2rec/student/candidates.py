@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.hashing import mixed_words
 from llm2rec.core.seed import derived_seed
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.unshown import UnshownItems
@@ -75,21 +76,11 @@ class CandidateSampler:
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, odd
 
 
-def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scatter 64-bit words: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, variant 13 of Stafford).
-
-    Counting in, random numbers out, so that any row's are found without drawing those of the rows before it.
-    """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
 def _words(key: np.uint64, rows: NDArray[np.int64], n_words: int) -> NDArray[np.uint64]:
     """Uniform 64-bit words of each row, shape ``(B, n_words)``."""
     counters = np.arange(1, n_words + 1, dtype=np.uint64) * _GOLDEN
-    streams = _mixed(key + (rows.astype(np.uint64) + np.uint64(1)) * _GOLDEN)  # (B,)
-    return _mixed(streams[:, None] + counters)
+    streams = mixed_words(key + (rows.astype(np.uint64) + np.uint64(1)) * _GOLDEN)  # (B,)
+    return mixed_words(streams[:, None] + counters)
 
 
 def _subsets(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.hashing import mixed_words
 from llm2rec.core.seed import derived_seed
 
 __all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "TokenBatch", "hashed", "padded_batch"]
@@ -293,14 +294,7 @@ def hashed(history: NDArray[np.int32], lengths: NDArray[np.int32], seed: int) ->
     places = np.arange(1, history.shape[1] + 1, dtype=np.uint64)
     keyed = (history.astype(np.uint64) << np.uint64(32)) ^ places ^ np.uint64(derived_seed("wording", seed))
     real = np.arange(history.shape[1]) < lengths[:, None]
-    return _mixed(np.where(real, _mixed(keyed), np.uint64(0)).sum(axis=1, dtype=np.uint64))
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on all bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mixed_words(np.where(real, mixed_words(keyed), np.uint64(0)).sum(axis=1, dtype=np.uint64))
 
 
 def padded_batch(rows: Sequence[NDArray[np.int64]], pad_id: int) -> TokenBatch:
