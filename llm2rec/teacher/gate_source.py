@@ -18,6 +18,9 @@ __all__ = ["FrozenBase", "GateSource", "NoGate", "StudentVectors", "gate_source_
 class Encoder(Protocol):
     """A teacher, as far as the source of its gate's input needs it."""
 
+    def text_prompts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> TokenBatch:
+        """Prompts of histories, text only, on its device."""
+
     def frozen_vectors(self, tokens: TokenBatch) -> Tensor:
         """Pooled states of the model without adapter, shape ``(B, d)``, unit length."""
 
@@ -38,16 +41,13 @@ class GateSource(ABC):
     label: str = ""
 
     @abstractmethod
-    def vectors(
-        self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32], tokens: TokenBatch
-    ) -> Tensor:
-        """Gate inputs of a batch; each source reads what it needs of it.
+    def vectors(self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+        """Gate inputs of a batch.
 
         Args:
             teacher: The teacher whose gate it is.
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right with N.
             lengths: Items per history, shape ``(B,)``, at least 1.
-            tokens: The histories' prompts, text only, on the teacher's device.
 
         Returns:
             Shape ``(B, d)``, float32, without gradient.
@@ -59,11 +59,9 @@ class FrozenBase(GateSource):
 
     name = "llm"
 
-    def vectors(
-        self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32], tokens: TokenBatch
-    ) -> Tensor:
+    def vectors(self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
         """See `GateSource.vectors`."""
-        return teacher.frozen_vectors(tokens)
+        return teacher.frozen_vectors(teacher.text_prompts(history, lengths))
 
 
 class StudentVectors(GateSource):
@@ -76,9 +74,7 @@ class StudentVectors(GateSource):
         self.width, self.label = recommender.width, f" ({recommender.name} gate)"
         self.identity = f"/{self.name}/{recommender.identity}"
 
-    def vectors(
-        self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32], tokens: TokenBatch
-    ) -> Tensor:
+    def vectors(self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
         """See `GateSource.vectors`."""
         return nn.functional.normalize(self._recommender.users(history, lengths), dim=1)
 
@@ -89,9 +85,7 @@ class NoGate(GateSource):
     name = "none"
     width = 0
 
-    def vectors(
-        self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32], tokens: TokenBatch
-    ) -> Tensor:
+    def vectors(self, teacher: Encoder, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
         """Nothing, in shape ``(B, 0)``."""
         return torch.empty(len(history), 0)
 

@@ -99,14 +99,14 @@ def judge(
         )
     valid, correct = np.zeros(len(answers), np.bool_), np.zeros(len(answers), np.bool_)
     for row, (text, titles, answer) in enumerate(zip(generated, candidates, answers, strict=True)):
-        folded, right = [_fold(title) for title in titles], _fold(answer)
+        written, folded, right = _fold(text), [_fold(title) for title in titles], _fold(answer)
         if rule == "longest" and right not in folded:
             raise DataError(
                 f"row {row}: the answer {answer!r} is not among its {len(titles)} candidates, so it could never be "
                 "hit; put it among them."
             )
-        occurring = [title for title in folded if title in _fold(text)]
-        named = occurring if rule == "released" else _longest(_fold(text), set(occurring) - {""})
+        occurring = [title for title in folded if title in written]
+        named = occurring if rule == "released" else _longest(written, set(occurring) - {""})
         valid[row] = len(named) == 1
         correct[row] = named == [right]
     return TitleHits(valid, correct)

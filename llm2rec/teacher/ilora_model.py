@@ -31,7 +31,7 @@ from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
 from llm2rec.teacher.recommender import TrainedRecommender
 
-__all__ = ["ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors"]
+__all__ = ["ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
 
 _EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
 
@@ -54,6 +54,23 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         return hidden[rows, attention_mask.sum(dim=1) - 1].float()
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(dim=1).float() / mask.sum(dim=1).float()
+
+
+def without_history(scores: Tensor, history: Tensor, keep: Tensor | None) -> Tensor:
+    """Put the items of histories out of the running.
+
+    Args:
+        scores: Logits or log-probabilities of all items, shape ``(B, N)``.
+        history: Items shown, shape ``(B, L)``, int64, padded with N.
+        keep: One item a row that stays in the running all the same, shape ``(B,)``, int64; None for none.
+
+    Returns:
+        Shape ``(B, N)``.
+    """
+    penalty = scores.new_zeros(len(scores), scores.shape[1] + 1).scatter(1, history, _EXCLUDED)
+    if keep is not None:
+        penalty = penalty.scatter(1, keep.unsqueeze(1), 0.0)
+    return scores - penalty[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -181,8 +198,11 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     def gate_inputs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
         """Inputs of the gate, shape ``(B, d)``, float32; arguments as in `ITeacherRecommender.log_probs`."""
-        tokens = self.prompts.histories(history, lengths).to(self.device)
-        return self.gate_source.vectors(self, history, lengths, tokens)
+        return self.gate_source.vectors(self, history, lengths)
+
+    def text_prompts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> TokenBatch:
+        """Prompts of histories without injected vectors, on the model's device; arguments as in `gate_inputs`."""
+        return self.prompts.histories(history, lengths).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -293,13 +313,8 @@ class ILoraRecommender(LLMTeacher):
             hidden = self.llm(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):  # scores of thousands of items need float32
             users = nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
-            logits = self.head(users, recommender_users)
-            if not self.exclude_history:
-                return cast(Tensor, logits)
-            penalty = logits.new_zeros(len(logits), logits.shape[1] + 1).scatter(1, history, _EXCLUDED)
-            if keep is not None:
-                penalty = penalty.scatter(1, keep.unsqueeze(1), 0.0)
-            return cast(Tensor, logits - penalty[:, :-1])
+            logits = cast(Tensor, self.head(users, recommender_users))
+            return without_history(logits, history, keep) if self.exclude_history else logits
 
     @torch.no_grad()
     def best_items(

@@ -23,7 +23,7 @@ from llm2rec.ilora import frozen_base
 from llm2rec.teacher.beam import constrained_beam_search
 from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.grounding import ground
-from llm2rec.teacher.ilora_model import LLMTeacher
+from llm2rec.teacher.ilora_model import LLMTeacher, without_history
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.likelihood import title_log_probs
 from llm2rec.teacher.pieces import IGNORED_LABEL
@@ -34,8 +34,6 @@ from llm2rec.teacher.text_vectors import TitleVectors, read_texts
 from llm2rec.teacher.trie import TitleTrie
 
 __all__ = ["TitleRecommender"]
-
-_EXCLUDED = 1e4  # far below any title's log-probability, yet finite
 
 
 class TitleRecommender(LLMTeacher):
@@ -196,11 +194,8 @@ class TitleRecommender(LLMTeacher):
         scores = self.candidate_log_probs(history, lengths, None, None, items, mean=False)
         if not self.exclude_history:
             return scores
-        shown = torch.from_numpy(history).to(self.device, torch.int64)
-        penalty = scores.new_zeros(len(scores), scores.shape[1] + 1).scatter(1, shown, _EXCLUDED)
-        if keep is not None:
-            penalty = penalty.scatter(1, torch.from_numpy(keep).to(self.device, torch.int64).unsqueeze(1), 0.0)
-        return scores - penalty[:, :-1]
+        kept = None if keep is None else torch.from_numpy(keep).to(self.device, torch.int64)
+        return without_history(scores, torch.from_numpy(history).to(self.device, torch.int64), kept)
 
     @torch.no_grad()
     def best_items(

@@ -88,13 +88,12 @@ def test_a_rows_gate_input_ignores_other_rows_padding_and_the_mode(recommender, 
     model, _ = teacher_of(llm_folder, data, recommender)
     histories = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9]]
     history, lengths = padded(histories, data.n_items, 9)
-    tokens = model.prompts.histories(history, lengths)
     source = StudentVectors(recommender)
-    together = source.vectors(model.train(), history, lengths, tokens)
+    together = source.vectors(model.train(), history, lengths)
     assert torch.pdist(together).min() > 0.01
-    assert torch.equal(together, source.vectors(randomise(model).eval(), history, lengths, tokens))
+    assert torch.equal(together, source.vectors(randomise(model).eval(), history, lengths))
     for row, items in enumerate(histories):
-        alone = source.vectors(model, *padded([items], data.n_items, len(items)), tokens)
+        alone = source.vectors(model, *padded([items], data.n_items, len(items)))
         torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
 
 
