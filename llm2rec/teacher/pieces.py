@@ -6,7 +6,7 @@ array operations; no loop runs over rows or tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from llm2rec.core.hashing import mixed_words
 from llm2rec.core.seed import derived_seed
 
-__all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "TokenBatch", "hashed", "padded_batch"]
+__all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "PromptRows", "TokenBatch", "hashed", "padded_batch"]
 
 IGNORED_LABEL = -100  # what `torch.nn.functional.cross_entropy` leaves out
 
@@ -49,6 +49,22 @@ class TokenBatch:
             None if self.item_ids is None else self.item_ids.to(device),
             None if self.labels is None else self.labels.to(device),
         )
+
+
+class PromptRows(NamedTuple):
+    """What B prompts show.
+
+    Attributes:
+        history: Item ids, shape ``(B, L)``, padded on the right.
+        lengths: Items per history, shape ``(B,)``.
+        candidates: Items listed after the history, shape ``(B, C)``; None for prompts without candidates.
+        hybrid: Whether each title is followed by a slot for its item's vector, which takes one token.
+    """
+
+    history: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    candidates: NDArray[np.integer] | None = None
+    hybrid: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,75 +132,41 @@ class PromptLayout:
         """Tokens of one piece; pieces 0 to N-1 are the titles."""
         return self.tokens[self._starts[number] : self._starts[number] + self.lengths[number]]
 
-    def wordings(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    def wordings(self, rows: PromptRows) -> NDArray[np.int64]:
         """The wording of each row, shape ``(B,)``: a function of the seed and the items of its history alone."""
-        return (hashed(history, lengths, self.seed) % np.uint64(self.n_wordings)).astype(np.int64)
+        return (hashed(rows.history, rows.lengths, self.seed) % np.uint64(self.n_wordings)).astype(np.int64)
 
-    def room(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None = None,
-        *,
-        hybrid: bool = False,
-    ) -> NDArray[np.int64]:
+    def room(self, rows: PromptRows) -> NDArray[np.int64]:
         """Tokens left for each row's history, shape ``(B,)``."""
-        room = self.rooms[self.wordings(history, lengths)]
-        return room if candidates is None else room - (self.lengths[candidates] + hybrid).sum(axis=1)
+        room = self.rooms[self.wordings(rows)]
+        return room if rows.candidates is None else room - (self.lengths[rows.candidates] + rows.hybrid).sum(axis=1)
 
-    def n_shown(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None = None,
-        *,
-        hybrid: bool = False,
-    ) -> NDArray[np.int64]:
+    def n_shown(self, rows: PromptRows) -> NDArray[np.int64]:
         """How many of each history's most recent items are shown, shape ``(B,)``, at least 1 each."""
-        return self._shown(history, lengths, candidates, hybrid)[0]
+        return self._shown(rows)[0]
 
-    def token_counts(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None = None,
-        answers: NDArray[np.integer] | None = None,
-        *,
-        hybrid: bool = False,
-    ) -> NDArray[np.int64]:
+    def token_counts(self, rows: PromptRows, answers: NDArray[np.integer] | None = None) -> NDArray[np.int64]:
         """Tokens of each prompt, with its answer where there is one, shape ``(B,)``."""
-        counts = self.text_tokens[self.wordings(history, lengths)]
-        counts = counts + self._shown(history, lengths, candidates, hybrid)[1]
-        if candidates is not None:
-            counts += (self.lengths[candidates] + hybrid).sum(axis=1)
+        counts = self.text_tokens[self.wordings(rows)] + self._shown(rows)[1]
+        if rows.candidates is not None:
+            counts += (self.lengths[rows.candidates] + rows.hybrid).sum(axis=1)
         return counts if answers is None else counts + self.lengths[self._first_answer + answers]
 
     def batch(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None = None,
-        answers: NDArray[np.integer] | None = None,
-        *,
-        hybrid: bool = False,
-        padding: Padding = "right",
+        self, rows: PromptRows, answers: NDArray[np.integer] | None = None, padding: Padding = "right"
     ) -> TokenBatch:
         """Put prompts together.
 
         Args:
-            history: Item ids, shape ``(B, L)``, padded on the right.
-            lengths: Items per history, shape ``(B,)``.
-            candidates: Items listed after the history, shape ``(B, C)``, where prompts have candidates.
-            answers: Items whose answers follow, shape ``(B,)``.
-            hybrid: Whether each title is followed by a slot for its item's vector.
+            rows: What they show.
+            answers: Items whose answers follow, shape ``(B,)``; None for prompts alone.
             padding: Side of the padding.
         """
-        texts = self.n_items + self.wordings(history, lengths)[:, None] * self.n_texts + np.arange(self.n_texts)
-        parts = [self._plain(texts[:, :1]), self._history(history, lengths, candidates, hybrid)]
-        parts.append(self._plain(texts[:, 1:2]))
-        if candidates is not None:
-            shown = candidates.astype(np.int64)
-            parts += [self._titles(shown, self.lengths[shown], np.ones(shown.shape, bool), hybrid)]
+        texts = self.n_items + self.wordings(rows)[:, None] * self.n_texts + np.arange(self.n_texts)
+        parts = [self._plain(texts[:, :1]), self._history(rows), self._plain(texts[:, 1:2])]
+        if rows.candidates is not None:
+            shown = rows.candidates.astype(np.int64)
+            parts += [self._titles(shown, self.lengths[shown], np.ones(shown.shape, bool), rows.hybrid)]
             parts += [self._plain(texts[:, 2:])]
         if answers is not None:
             parts.append(self._plain(self._first_answer + answers[:, None].astype(np.int64), answer=True))
@@ -194,22 +176,16 @@ class PromptLayout:
             np.concatenate([part.items for part in parts], axis=1),
             np.concatenate([part.answer for part in parts]),
         )
-        return self._assemble(columns, padding, with_items=hybrid, with_labels=answers is not None)
+        return self._assemble(columns, padding, with_items=rows.hybrid, with_labels=answers is not None)
 
-    def _shown(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        hybrid: bool,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _shown(self, rows: PromptRows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many items of each history are shown, and the tokens they take."""
-        room = self.room(history, lengths, candidates, hybrid=hybrid)[:, None]
+        history, lengths, room = rows.history, rows.lengths, self.room(rows)[:, None]
         ages = np.arange(history.shape[1])
         real = ages < lengths[:, None]
         newest_first = np.where(real, lengths[:, None] - 1 - ages, 0)
         items = np.take_along_axis(history, newest_first, axis=1)
-        costs = np.where(real, np.minimum(self.lengths[np.where(real, items, 0)] + hybrid, room), 0)
+        costs = np.where(real, np.minimum(self.lengths[np.where(real, items, 0)] + rows.hybrid, room), 0)
         totals = np.cumsum(costs, axis=1)
         fits = real & (totals <= room)
         if self.max_items is not None:
@@ -217,19 +193,13 @@ class PromptLayout:
         shown = np.maximum(fits.sum(axis=1), 1)
         return shown, np.take_along_axis(totals, shown[:, None] - 1, axis=1)[:, 0]
 
-    def _history(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        hybrid: bool,
-    ) -> _Columns:
-        shown = self._shown(history, lengths, candidates, hybrid)[0]
-        room = self.room(history, lengths, candidates, hybrid=hybrid)
+    def _history(self, rows: PromptRows) -> _Columns:
+        history, lengths, room = rows.history, rows.lengths, self.room(rows)[:, None]
+        shown = self._shown(rows)[0]
         places = np.arange(history.shape[1])
         kept = (places < lengths[:, None]) & (places >= (lengths - shown)[:, None])
         items = np.where(kept, history, 0).astype(np.int64)
-        return self._titles(items, np.minimum(self.lengths[items], room[:, None] - hybrid), kept, hybrid)
+        return self._titles(items, np.minimum(self.lengths[items], room - rows.hybrid), kept, rows.hybrid)
 
     def _titles(
         self, items: NDArray[np.int64], lengths: NDArray[np.int64], kept: NDArray[np.bool_], hybrid: bool

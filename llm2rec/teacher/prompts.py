@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.pieces import Padding, PromptLayout, TokenBatch, padded_batch
+from llm2rec.teacher.pieces import Padding, PromptLayout, PromptRows, TokenBatch, padded_batch
 from llm2rec.teacher.settings import PromptSettings
 from llm2rec.teacher.title_task import TitleTask
 from llm2rec.teacher.titles import shortened
@@ -96,13 +96,13 @@ class PromptBuilder:
         Returns:
             Items shown, shape ``(B,)``, at least 1 each.
         """
-        return self._histories.n_shown(history, lengths, hybrid=hybrid)
+        return self._histories.n_shown(PromptRows(history, lengths, hybrid=hybrid))
 
     def token_counts(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], hybrid: bool = False
     ) -> NDArray[np.int64]:
         """Tokens of each prompt, shape ``(B,)``; arguments as in `n_shown`."""
-        return self._histories.token_counts(history, lengths, hybrid=hybrid)
+        return self._histories.token_counts(PromptRows(history, lengths, hybrid=hybrid))
 
     def histories(self, history: NDArray[np.int32], lengths: NDArray[np.int32], hybrid: bool = False) -> TokenBatch:
         """Prompts of histories, padded on the right; arguments as in `n_shown`.
@@ -110,7 +110,7 @@ class PromptBuilder:
         Returns:
             Tokens; in hybrid prompts `placeholder_id` stands at each slot and ``item_ids`` says for which item.
         """
-        return self._histories.batch(history, lengths, hybrid=hybrid)
+        return self._histories.batch(PromptRows(history, lengths, hybrid=hybrid))
 
     def titles(self, item_ids: NDArray[np.int64]) -> TokenBatch:
         """Each item's title alone, with its special tokens; ``item_ids`` has shape ``(B,)``."""
@@ -163,7 +163,7 @@ class PromptBuilder:
             ConfigError: If a prompt does not fit even with one item of its history (see `check_candidates`), or titles
                 cannot be answers: a blank one, two that the tokenizer cannot tell apart, no token to end with.
         """
-        return self._title_task.batch(history, lengths, candidates, None, hybrid=hybrid, padding=padding)
+        return self._title_task.batch(PromptRows(history, lengths, candidates, hybrid), None, padding)
 
     def answered(
         self,
@@ -188,7 +188,7 @@ class PromptBuilder:
         Returns:
             Tokens, with ``labels`` that are -100 but on the answers.
         """
-        return self._title_task.batch(history, lengths, candidates, targets, hybrid=hybrid, padding=padding)
+        return self._title_task.batch(PromptRows(history, lengths, candidates, hybrid), targets, padding)
 
     def question_token_counts(
         self,
@@ -199,7 +199,7 @@ class PromptBuilder:
         hybrid: bool = False,
     ) -> NDArray[np.int64]:
         """Tokens of each row of `questions`, shape ``(B,)``."""
-        return self._title_task.token_counts(history, lengths, candidates, None, hybrid=hybrid)
+        return self._title_task.token_counts(PromptRows(history, lengths, candidates, hybrid), None)
 
     def answered_token_counts(
         self,
@@ -211,7 +211,7 @@ class PromptBuilder:
         hybrid: bool = False,
     ) -> NDArray[np.int64]:
         """Tokens of each row of `answered`, shape ``(B,)``."""
-        return self._title_task.token_counts(history, lengths, candidates, targets, hybrid=hybrid)
+        return self._title_task.token_counts(PromptRows(history, lengths, candidates, hybrid), targets)
 
     def check_candidates(self, n_candidates: int | None, *, hybrid: bool = False) -> None:
         """Make sure, before anything expensive, that every prompt of the title task will fit.

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.pieces import Padding, PromptLayout, TokenBatch
+from llm2rec.teacher.pieces import Padding, PromptLayout, PromptRows, TokenBatch
 from llm2rec.teacher.settings import PromptSettings
 from llm2rec.teacher.titles import distinct_titles
 from llm2rec.teacher.tokenising import PieceTokenizer
@@ -69,48 +69,23 @@ class TitleTask:
                 f"and {layout.longest_answer} for the answer. {self._remedy(needed)}"
             )
 
-    def batch(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        targets: NDArray[np.integer] | None,
-        *,
-        hybrid: bool,
-        padding: Padding,
-    ) -> TokenBatch:
+    def batch(self, rows: PromptRows, targets: NDArray[np.integer] | None, padding: Padding) -> TokenBatch:
         """Questions, and where ``targets`` are given their answers; see `PromptBuilder.answered`."""
-        layout = self._layout(history, lengths, candidates, hybrid)
-        return layout.batch(history, lengths, candidates, targets, hybrid=hybrid, padding=padding)
+        return self._layout(rows).batch(rows, targets, padding)
 
-    def token_counts(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        targets: NDArray[np.integer] | None,
-        *,
-        hybrid: bool,
-    ) -> NDArray[np.int64]:
+    def token_counts(self, rows: PromptRows, targets: NDArray[np.integer] | None) -> NDArray[np.int64]:
         """Tokens of what `batch` makes, shape ``(B,)``."""
-        layout = self._layout(history, lengths, candidates, hybrid)
-        return layout.token_counts(history, lengths, candidates, targets, hybrid=hybrid)
+        return self._layout(rows).token_counts(rows, targets)
 
     def _layout_for(self, with_candidates: bool) -> PromptLayout:
         return self._closed if with_candidates else self._open
 
-    def _layout(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        hybrid: bool,
-    ) -> PromptLayout:
+    def _layout(self, rows: PromptRows) -> PromptLayout:
         """The layout of such prompts; the rows must have room for one item of their histories."""
-        layout = self._layout_for(candidates is not None)
-        room = layout.room(history, lengths, candidates, hybrid=hybrid)
+        history, lengths, layout = rows.history, rows.lengths, self._layout_for(rows.candidates is not None)
         newest = np.take_along_axis(history, np.maximum(lengths, 1)[:, None] - 1, axis=1)[:, 0]
-        missing = np.where(lengths > 0, layout.lengths[np.where(lengths > 0, newest, 0)] + hybrid, 0) - room
+        wanted = np.where(lengths > 0, layout.lengths[np.where(lengths > 0, newest, 0)] + rows.hybrid, 0)
+        missing = wanted - layout.room(rows)
         if missing.size and missing.max() > 0:
             row, needed = int(missing.argmax()), self.settings.max_tokens + int(missing.max())
             raise ConfigError(
