@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.engine import Engine
-from llm2rec.core.errors import ConfigError, Llm2RecError
+from llm2rec.core.errors import ConfigError, Interrupted, Llm2RecError
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
 from llm2rec.core.processes import agree, is_first_process, uses_gpu
 from llm2rec.core.run import Run
@@ -57,7 +58,7 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
                 logger.info("%s: done, see %s", name, _shown(folder))
             except (Llm2RecError, InstantiationException, OmegaConfBaseException) as error:
                 _tell(error)
-                sys.exit(1)
+                sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)  # as a shell tells a signal
 
         def main() -> None:
             register(_or_exit(run_folder))

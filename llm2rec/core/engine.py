@@ -28,13 +28,14 @@ from llm2rec.core.checkpoint import (
     trainable_weights,
     trained_buffers,
 )
-from llm2rec.core.errors import NonFiniteError
+from llm2rec.core.errors import Interrupted, NonFiniteError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.core.processes import agree, process_arguments
 from llm2rec.core.progress import progress
 from llm2rec.core.run import Run
 from llm2rec.core.schedule import warmup_cosine
 from llm2rec.core.seed import seed_everything
+from llm2rec.core.termination import Termination
 from llm2rec.core.training import TrainingSettings
 
 __all__ = ["Engine"]
@@ -84,6 +85,7 @@ class Engine:
         self.accelerator.gradient_accumulation_steps = self.n_micro_batches
         self.seed = seed
         self._show_progress, self._resting = show_progress, frozenset[str]()
+        self._termination, self._is_ending = Termination(), False
         self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
         seed_everything(seed)  # the same initial weights on every process
 
@@ -171,7 +173,7 @@ class Engine:
     def steps(
         self, rows: NDArray[np.int64], start: int = 0, lengths: NDArray[np.int64] | None = None
     ) -> Iterator[tuple[int, OptimizerStep]]:
-        """Number and rows of each optimizer step, over all epochs.
+        """Number and rows of each optimizer step, over all epochs; SIGTERM waits for the step it comes in meanwhile.
 
         Args:
             rows: Row numbers to train on, shape ``(M,)``, the same on every process.
@@ -183,12 +185,13 @@ class Engine:
         """
         settings = self.training
         per_epoch = settings.steps_per_epoch(len(rows))
-        for epoch in range(start // per_epoch, settings.epochs):
-            batches = epoch_batches(rows, settings.batch_size, self.seed, epoch, lengths)
-            shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes)
-            for number, share in enumerate(shares, epoch * per_epoch):
-                if number >= start:
-                    yield number, share
+        with self._termination.awaited():
+            for epoch in range(start // per_epoch, settings.epochs):
+                batches = epoch_batches(rows, settings.batch_size, self.seed, epoch, lengths)
+                shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes)
+                for number, share in enumerate(shares, epoch * per_epoch):
+                    if number >= start:
+                        yield number, share
 
     def begin_step(self, step: int, max_steps: int, optimizer: Any, resting: Collection[str] = ()) -> float:
         """Seed dropout for global step ``step`` and set its learning rate.
@@ -296,6 +299,15 @@ class Engine:
         """Whole checkpoints, oldest first; a killed writer leaves only names that begin with a dot."""
         return sorted((self.run.folder / "checkpoints").glob("step_*"))
 
+    def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
+        """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on SIGTERM; a collective.
+
+        One process may have got the signal before the others: all of them end at the same step.
+        """
+        asked = torch.tensor(int(self._termination.is_asked), device=self.device)
+        self._is_ending = bool(asked if self.n_processes == 1 else self.sum_tensor(asked))
+        return self._is_ending or self.training.checkpoint_is_due(steps_done, n_rows)
+
     def save_checkpoint(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         """Write a checkpoint of now, then delete older ones; a collective.
 
@@ -303,6 +315,9 @@ class Engine:
             model: The model as it was before `prepare`; its trained weights are stored.
             optimizer: Optimizer as `prepare` returned it.
             state: Plain values the loop needs to go on from here, ``step`` among them.
+
+        Raises:
+            Interrupted: If the run was asked to end; the checkpoint is there.
         """
         tensors = optimizer_tensors(model, optimizer.optimizer)
         self.average_buffers(model)  # those of the first process are stored
@@ -317,6 +332,11 @@ class Engine:
                 if folder != target:
                     shutil.rmtree(folder)
         self.wait()
+        if self._is_ending:
+            raise Interrupted(
+                f"SIGTERM came, and step {state['step']} is stored; go on from there with the same command and "
+                f"`resume=` the run's folder ({self.run.folder.name})."
+            )
 
     def load_checkpoint(self, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
         """Restore the run's newest checkpoint, if there is one.

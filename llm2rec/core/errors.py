@@ -4,7 +4,15 @@ Every message says what is wrong, what came, what was expected and what to do. E
 that a caller who knows nothing of us would catch.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "Llm2RecError", "NonFiniteError", "TeacherOutputsError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "Llm2RecError",
+    "NonFiniteError",
+    "TeacherOutputsError",
+]
 
 
 class Llm2RecError(Exception):
@@ -29,3 +37,7 @@ class CheckpointError(Llm2RecError, RuntimeError):
 
 class NonFiniteError(Llm2RecError, FloatingPointError):
     """A loss or gradient that is not finite."""
+
+
+class Interrupted(Llm2RecError, RuntimeError):
+    """A training that was asked to end (SIGTERM) and has written a checkpoint to go on from."""

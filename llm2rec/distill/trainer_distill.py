@@ -104,7 +104,7 @@ def train_distilled(
         if training.evaluation_is_due(record.step, len(train)):
             metrics = ranking_metrics(rank_targets(model.student, validation, engine, seen=seen))
             record.evaluated(model, metrics, learning_rate=lr)
-        if training.checkpoint_is_due(record.step, len(train)):
+        if engine.checkpoint_is_due(record.step, len(train)):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
     return model.eval()

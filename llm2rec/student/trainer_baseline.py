@@ -62,7 +62,7 @@ def train_baseline(
         if settings.evaluation_is_due(record.step, len(train)):
             metrics = ranking_metrics(rank_targets(model, validation, engine, seen=seen))
             record.evaluated(model, metrics, learning_rate=lr)
-        if settings.checkpoint_is_due(record.step, len(train)):
+        if engine.checkpoint_is_due(record.step, len(train)):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
     return model.eval()

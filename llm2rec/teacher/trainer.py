@@ -137,7 +137,7 @@ def train_teacher(
             # Before the vectors are shown, validation, which is hybrid, says little of what is being learnt.
             waits = settings.curriculum != "two_stage" or hybrid
             record.evaluated(model, objective.validate(), waits=waits, **scalars, **watch.look(record.step))
-        if training.checkpoint_is_due(record.step, n_rows):
+        if engine.checkpoint_is_due(record.step, n_rows):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
     model.eval()

@@ -63,8 +63,18 @@ def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, 
     return done
 
 
-def run_until(folder: Path, stage: str, *overrides: str, reached: Callable[[], bool], launcher: list[str] = PLAIN):
-    """Run a stage and send SIGKILL to all its processes as soon as ``reached`` says so."""
+def run_until(
+    folder: Path,
+    stage: str,
+    *overrides: str,
+    reached: Callable[[], bool],
+    launcher: list[str] = PLAIN,
+    sent: signal.Signals = signal.SIGKILL,
+) -> int:
+    """Run a stage until ``reached`` says so, then send a signal; returns the exit status.
+
+    SIGKILL goes to all its processes, any other signal to the first alone, as a cluster or a container sends it.
+    """
     with open(folder / "killed.txt", "w") as log:
         process = subprocess.Popen(
             [*launcher, f"llm2rec.{stage}", *overrides],
@@ -78,10 +88,10 @@ def run_until(folder: Path, stage: str, *overrides: str, reached: Callable[[], b
         while process.poll() is None and not reached() and time.monotonic() < limit:
             time.sleep(0.005)
         assert process.poll() is None, f"ended before it could be killed: {(folder / 'killed.txt').read_text()}"
-        for pid in _family(process.pid):
+        for pid in _family(process.pid) if sent == signal.SIGKILL else [process.pid]:
             with contextlib.suppress(ProcessLookupError):  # a launcher may end on its own once its workers are gone
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+                os.kill(pid, sent)
+        return process.wait(timeout=120)
 
 
 def _family(process: int) -> list[int]:

@@ -1,11 +1,25 @@
-"""SIGKILL at any moment costs the work since the last checkpoint, and nothing else."""
+"""SIGKILL at any moment costs the work since the last checkpoint, SIGTERM not even that, and nothing else."""
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
-from command_helpers import STUDENT, TEACHER, adapter, checkpoint_step, equal, history, outputs, run, run_until, runs
+from command_helpers import (
+    PLAIN,
+    STUDENT,
+    TEACHER,
+    TORCHRUN,
+    adapter,
+    checkpoint_step,
+    equal,
+    history,
+    outputs,
+    run,
+    run_until,
+    runs,
+)
 from command_helpers import student as student_weights
 
 pytestmark = pytest.mark.slow
@@ -82,3 +96,27 @@ def test_a_student_killed_in_training_ends_the_same(whole, tmp_path):
     expected = whole[2]
     assert history(killed) == history(expected)
     assert equal(student_weights(killed), student_weights(expected))
+
+
+@pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["one process", "two"])
+def test_a_student_that_is_told_to_end_stores_its_step_and_goes_on_from_there(launcher, whole, tmp_path):
+    status = run_until(
+        tmp_path,
+        "student",
+        *STUDENT_RUN,
+        reached=lambda: checkpoint_step(tmp_path) >= 40,
+        launcher=launcher,
+        sent=signal.SIGTERM,
+    )
+    stored = checkpoint_step(tmp_path)
+    assert f"SIGTERM came, and step {stored} is stored" in (tmp_path / "killed.txt").read_text()
+    if launcher is PLAIN:
+        assert status == 128 + signal.SIGTERM
+    (killed,) = runs(tmp_path)
+    done = run(tmp_path, "student", *STUDENT_RUN, f"resume={killed.relative_to(tmp_path)}", launcher=launcher)
+    assert f"resuming at step_{stored:09d}" in done.stderr
+    if launcher is PLAIN:
+        assert history(killed) == history(whole[2])
+        assert equal(student_weights(killed), student_weights(whole[2]))
+    else:  # each process has a dropout of its own
+        assert [entry["step"] for entry in history(killed)] == [entry["step"] for entry in history(whole[2])]
