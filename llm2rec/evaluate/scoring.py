@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError
 from llm2rec.core.files import read_json, replaced_file, write_json
-from llm2rec.core.metrics import ranking_metrics, target_ranks
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.ranking import Pairs
 from llm2rec.data import RecData
 from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
 from llm2rec.evaluate.finished import FinishedModel, FinishedStudent, FinishedTeacher
@@ -250,12 +252,22 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     ranks, among = [], []
     for start in range(0, len(targets), _BATCH_ROWS):
         own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
-        scores = torch.from_numpy(counts).expand(len(own), -1)
         if candidates is not None:
-            among.append(rank_among(scores, candidates.draw(rows), own))
-        ranks.append(target_ranks(scores if seen is None else seen.mask(scores, rows, own), own))
+            among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))
+        ranks.append(_ranks_by_count(counts, own.numpy(), None if seen is None else seen.pairs(rows)))
     metrics, intervals = ranking_metrics(torch.cat(ranks), protocol.ks), {}
     if among:
         scored = _candidate_scores(torch.cat(among))
         metrics, intervals = metrics | scored["metrics"], scored["intervals"]
     return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals)
+
+
+def _ranks_by_count(counts: NDArray[np.float64], targets: NDArray[np.int64], seen: Pairs | None) -> Tensor:
+    """Ranks of targets ``(B,)`` where all rows score items by ``counts``, shape ``(N,)``; no matrix of scores."""
+    own = counts[targets]
+    ranks = len(counts) - np.searchsorted(np.sort(counts), own) - 1
+    if seen is not None:
+        row, item = np.divmod(np.unique(seen[0].numpy() * len(counts) + seen[1].numpy()), len(counts))
+        beaten = row[(item != targets[row]) & (counts[item] >= own[row])]
+        ranks -= np.bincount(beaten, minlength=len(targets))
+    return torch.from_numpy(ranks)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.ranking import Pairs
 from llm2rec.core.seed import derived_seed
 from llm2rec.student.unshown import UnshownItems
 
@@ -98,15 +99,18 @@ class SeenItems:
         starts = lists.offsets.to_numpy().astype(np.int64)[columns["user_index"]]
         return cls(lists.values.to_numpy(), starts, columns["position"].astype(np.int64))
 
+    def pairs(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Pairs:
+        """What each of some rows had seen: places in ``rows`` and item ids, a pair for every interaction."""
+        counts = self.counts[rows]
+        place = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+        seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
+        return torch.from_numpy(place).to(device), torch.from_numpy(seen).to(device)
+
     def mask(self, scores: Tensor, rows: NDArray[np.int64], targets: Tensor) -> Tensor:
         """Set the scores ``(B, N)`` of items seen before to ``-inf``, except the target's own."""
-        counts = self.counts[rows]
-        row = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
         own = scores.gather(1, targets.unsqueeze(1))
-        where = torch.from_numpy(row).to(scores.device), torch.from_numpy(seen).to(scores.device)
-        masked = scores.index_put(where, scores.new_tensor(-torch.inf))
+        masked = scores.index_put(self.pairs(rows, scores.device), scores.new_tensor(-torch.inf))
         return masked.scatter(1, targets.unsqueeze(1), own)
 
 

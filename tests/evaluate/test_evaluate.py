@@ -64,6 +64,12 @@ def test_popularity_counts_all_training_interactions(data):
     targets = data.splits["test"]["target"][:]
     ranks = torch.tensor([(counts >= counts[target]).sum() - 1 for target in targets])
     assert score_popularity(data, PROTOCOL).metrics == ranking_metrics(ranks, PROTOCOL.ks)
+    unseen = []
+    for row in data.splits["test"]:
+        seen = {*data.sequences[row["user_index"]]["items"][: row["position"]], row["target"]}
+        unseen.append(sum(counts[i] >= counts[row["target"]] for i in range(data.n_items) if i not in seen))
+    masked = score_popularity(data, Protocol(PROTOCOL.ks, mask_seen=True))
+    assert masked.metrics == ranking_metrics(torch.tensor(unseen), PROTOCOL.ks)
 
 
 def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data):

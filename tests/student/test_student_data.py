@@ -159,6 +159,12 @@ def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch
     assert not rank_targets(model, data, engine_in(tmp_path), seen=seen).is_inference()
 
 
+def test_what_was_seen_comes_as_pairs():
+    split, lists = examples_of([[0, 1, 0, 2], [4, 5]], 1), sequences_of([[0, 1, 0, 2], [4, 5]])
+    place, items = SeenItems.of(split, lists).pairs(np.array([2, 3, 0]))
+    assert list(zip(place.tolist(), items.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 0), (1, 4), (2, 0)]
+
+
 def test_masking_seen_items_never_lowers_a_target(tmp_path):
     sequences = [[0, 1, 2, 0, 3], [4, 5, 6, 7, 8]]
     split, lists = examples_of(sequences, 4), sequences_of(sequences)
