@@ -59,7 +59,8 @@ def main(cfg: Config, run: Run) -> None:
             model, train, teacher, validation, policy, engine, settings, select_on=cfg.metrics.select_on, seen=seen
         )
     if engine.is_main:
-        save_student(run.folder / "student", model.student, student_settings.name, arguments)
+        items = data.items.with_format("arrow")[:]
+        save_student(run.folder / "student", model.student, student_settings.name, arguments, items)
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     label = f"{student_settings.name} + {settings.name} ({teacher.manifest.get('teacher', 'unknown teacher')})"
     run.note(label=label, parameters=served)

@@ -28,7 +28,8 @@ def main(cfg: Config, run: Run) -> None:
     with run.phase("train"):
         model = train_baseline(model, train, validation, engine, select_on=cfg.metrics.select_on, seen=seen)
     if engine.is_main:
-        save_student(run.folder / "student", model, settings.name, arguments)
+        items = data.items.with_format("arrow")[:]
+        save_student(run.folder / "student", model, settings.name, arguments, items)
     run.note(label=settings.name, parameters=sum(weight.numel() for weight in model.parameters()))
     engine.drop_checkpoints()
     engine.close()

@@ -133,7 +133,10 @@ class _Block(nn.Module):
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """What `forward` gives at each row's last real position, ``(B, D)``, at a fraction of its cost."""
-        normalised, rows = self.attention_norm(x), torch.arange(len(x), device=x.device)
+        normalised, rows = (
+            self.attention_norm(x),
+            torch.arange(x.shape[0], device=x.device),
+        )  # `len` would fix an export
         query, key_value = self.qkv.weight.split([self.width, 2 * self.width])
         query_bias, key_value_bias = self.qkv.bias.split([self.width, 2 * self.width])
         q = nn.functional.linear(normalised[rows, lengths - 1].unsqueeze(1), query, query_bias)
@@ -270,7 +273,7 @@ class Caser(SequentialRecommender):
 
 def _last(states: Tensor, lengths: Tensor) -> Tensor:
     """States ``(B, L, D)`` at each row's last real item, ``(B, D)``."""
-    return states[torch.arange(len(states), device=states.device), lengths - 1]
+    return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
 
 
 MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec, "caser": Caser}

@@ -1,8 +1,10 @@
-"""Finished students on disk: ``student/config.json`` and ``student/model.safetensors`` in the run folder."""
+"""Finished students on disk, in a run folder's ``student/``: configuration, weights, and the items' ids and titles."""
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import feather
 from safetensors.torch import load_file
 
 from llm2rec.core.checkpoint import save_tensors
@@ -10,10 +12,18 @@ from llm2rec.core.errors import CheckpointError
 from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.student.models import SequentialRecommender, build_model
 
-__all__ = ["load_student", "save_student"]
+__all__ = ["load_item_table", "load_student", "save_student"]
+
+_ITEMS = "items.arrow"
 
 
-def save_student(folder: Path, model: SequentialRecommender, name: str, arguments: dict[str, Any]) -> None:
+def save_student(
+    folder: Path,
+    model: SequentialRecommender,
+    name: str,
+    arguments: dict[str, Any],
+    items: pa.Table | None = None,
+) -> None:
     """Write a student so that `load_student` needs nothing else.
 
     Args:
@@ -21,10 +31,34 @@ def save_student(folder: Path, model: SequentialRecommender, name: str, argument
         model: The trained model; fused item tables are computed out.
         name: Its name in `MODELS`.
         arguments: What it was built with, plain values.
+        items: ``raw_id`` and ``title`` of each item, in the order of item ids, so that the folder alone can answer in
+            them; None for a student that is read by item id only.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")
         write_json(aside / "config.json", {"model": name, "arguments": arguments})
+        if items is not None:
+            feather.write_feather(items.select(["raw_id", "title"]), str(aside / _ITEMS), compression="uncompressed")
+
+
+def load_item_table(folder: Path) -> pa.Table:
+    """Load ``raw_id`` and ``title`` of each item, as `save_student` wrote them.
+
+    Raises:
+        CheckpointError: If there is no such table, or none that can be read.
+    """
+    file = folder / _ITEMS
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {_ITEMS}, which names the items; students of earlier versions were saved without it: "
+            "train this one again."
+        )
+    try:
+        return feather.read_table(str(file), columns=["raw_id", "title"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); copy the student's folder again, as a whole."
+        ) from error
 
 
 def load_student(folder: Path) -> SequentialRecommender:

@@ -81,7 +81,13 @@ def test_a_finished_run_holds_what_the_design_says(launch, name):
     assert {"data", "train"} <= json.loads((run / "metrics" / "time.json").read_text()).keys()
     assert not (run / "checkpoints").exists()
     assert len(record["dataset"]["fingerprint"]) == 64
-    assert {file.suffix for file in run.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt", ".yaml"}
+    assert {file.suffix for file in run.rglob("*") if file.is_file()} <= {
+        ".arrow",
+        ".json",
+        ".safetensors",
+        ".txt",
+        ".yaml",
+    }
 
 
 def test_resuming_with_other_settings_fails_before_training(launch, caplog):
