@@ -17,6 +17,7 @@ from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
+from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
@@ -146,6 +147,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
     OmegaConf.register_new_resolver("run_folder", decide, use_cache=True, replace=True)
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
+    store.store(name="base_recommend", node=RecommendSettings)
     schemas: dict[str, dict[str, Any]] = {
         "dataset": dict(DATASET_SCHEMAS),
         "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},

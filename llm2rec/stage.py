@@ -25,7 +25,7 @@ from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
 
-__all__ = ["build", "open_data", "open_engine", "stage"]
+__all__ = ["build", "open_data", "open_engine", "question", "stage"]
 
 logger = logging.getLogger("llm2rec")
 _SECONDS_FOR_FIRST_PROCESS = 3.0
@@ -65,6 +65,34 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
+
+        return main
+
+    return decorate
+
+
+def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Turn a function of a configuration of its own, ``conf/<name>.yaml``, into a command that leaves no run.
+
+    Errors are told as those of a `stage` are.
+
+    Args:
+        name: Name of the command and of its configuration.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> Callable[[], None]:
+        def answer(cfg: DictConfig) -> None:
+            _quiet_libraries()
+            try:
+                function(cfg)
+            except (Llm2RecError, OmegaConfBaseException) as error:
+                _tell(error)
+                sys.exit(1)
+
+        def main() -> None:
+            register()
+            answer.__module__ = f"llm2rec.{name}"
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(answer)()
 
         return main
 

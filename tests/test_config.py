@@ -25,6 +25,7 @@ from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.errors import ConfigError
 from llm2rec.data import SCHEMAS
 from llm2rec.distill.selection_policy import SelectionPolicy
+from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.stage import build
 from llm2rec.student.models import MODELS, build_model
 
@@ -33,7 +34,7 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
 # One option of a group is a file of a folder; anything else is covered by a test of its own, below.
 OPTIONS = [(str(file.parent), file.stem) for file in FILES if len(file.parts) == 2 and file.parts[0] != "hydra"]
-NOT_OPTIONS = {Path("config.yaml"), Path("hydra/default.yaml")}
+NOT_OPTIONS = {Path("config.yaml"), Path("recommend.yaml"), Path("hydra/default.yaml")}
 INSTANTIATED = {"active": SelectionPolicy}
 PATHS = ["paths.root=/somewhere"]  # stands for the folder of the launch, which only a launch knows
 
@@ -126,6 +127,14 @@ def leaves(node, prefix=""):
             yield from leaves(value, f"{prefix}{key}.")
         elif not OmegaConf.is_list(value):
             yield f"{prefix}{key}", value
+
+
+def test_the_recommender_composes_with_the_numbers_of_its_class():
+    cfg = compose("recommend")
+    assert OmegaConf.missing_keys(cfg) == {"run"}
+    assert build(compose("recommend", overrides=["run=given"]), RecommendSettings) == RecommendSettings("given")
+    with pytest.raises(HydraException, match="histroy"):
+        compose("recommend", overrides=["histroy=[a]"])
 
 
 def test_main_composes_with_its_defaults():

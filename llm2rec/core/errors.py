@@ -12,6 +12,7 @@ __all__ = [
     "Llm2RecError",
     "NonFiniteError",
     "TeacherOutputsError",
+    "UnknownItemError",
 ]
 
 
@@ -25,6 +26,10 @@ class ConfigError(Llm2RecError, ValueError):
 
 class DataError(Llm2RecError, ValueError):
     """Raw or prepared data that is missing, malformed or inconsistent."""
+
+
+class UnknownItemError(DataError):
+    """An item that a model was not trained on, or a title that several items have."""
 
 
 class TeacherOutputsError(Llm2RecError, ValueError):

@@ -1,0 +1,121 @@
+"""What users call items: raw ids and titles, and the numbers that a model knows them by."""
+
+import difflib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from llm2rec.core.errors import ConfigError, DataError, UnknownItemError
+
+__all__ = ["By", "ItemNames", "Unknown"]
+
+By = Literal["id", "title"]
+Unknown = Literal["error", "drop"]
+
+_COMPARED = 20_000  # titles that one is compared with letter by letter, which takes microseconds each
+_SHOWN = 3
+
+
+class ItemNames:
+    """Raw ids and titles of all items.
+
+    Args:
+        table: Columns ``raw_id`` and ``title``, row = item id.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.raw_ids: list[str] = table.column("raw_id").to_pylist()
+        self.titles: list[str] = table.column("title").to_pylist()
+        self._by_raw_id = {raw_id: item for item, raw_id in enumerate(self.raw_ids)}
+
+    def __len__(self) -> int:
+        return len(self.raw_ids)
+
+    def table(self) -> pa.Table:
+        """The table that the names were made of."""
+        return pa.table({"raw_id": self.raw_ids, "title": self.titles})
+
+    @cached_property
+    def _by_title(self) -> dict[str, list[int]]:
+        """Made when a title is first asked for; most callers ask by id."""
+        items: dict[str, list[int]] = {}
+        for item, title in enumerate(self.titles):
+            items.setdefault(title, []).append(item)
+        return items
+
+    @cached_property
+    def _title_lengths(self) -> np.ndarray:
+        return np.array([len(title) for title in self.titles])
+
+    def items(self, history: Sequence[str], by: By = "id", unknown: Unknown = "error") -> list[int]:
+        """Find the items of a history.
+
+        Args:
+            history: Raw ids or titles, oldest first.
+            by: Which of the two. Titles must be written as in the data.
+            unknown: What to do with items that the model was not trained on: ``error``, or ``drop`` them.
+
+        Returns:
+            Item ids, oldest first, at least one.
+
+        Raises:
+            UnknownItemError: If an item is unknown (and not to be dropped), or a title is that of several items.
+            DataError: If the history is empty, or no item is left.
+            ConfigError: If there is no such choice.
+        """
+        check_choice("by", by, By)
+        check_choice("unknown", unknown, Unknown)
+        if isinstance(history, str) or not all(isinstance(name, str) for name in history):
+            raise DataError(f"a history is a list of {by}s, each a string; got {history!r}.")
+        if not history:
+            raise DataError("the history is empty; give at least one item, or answer with what is popular.")
+        found = [self._item(name, by) for name in history]
+        if unknown == "error" and None in found:
+            raise UnknownItemError(self._about(history[found.index(None)], by))
+        items = [item for item in found if item is not None]
+        if not items:
+            raise DataError(
+                f"the model knows none of the {len(history)} items of the history, such as {history[-1]!r}."
+            )
+        return items
+
+    def _item(self, name: str, by: By) -> int | None:
+        if by == "id":
+            return self._by_raw_id.get(name)
+        items = self._by_title.get(name, [])
+        if len(items) > 1:
+            ids = ", ".join(repr(self.raw_ids[item]) for item in items[:_SHOWN])
+            raise UnknownItemError(f"{len(items)} items have the title {name!r}: {ids}; name them by id.")
+        return items[0] if items else None
+
+    def _about(self, name: str, by: By) -> str:
+        """What is wrong with a name that no item has."""
+        remedy = "Give another, or leave unknown items out (`unknown=drop`)."
+        if by == "id":
+            hint = " It is a title: ask with `by=title`." if name in self._by_title else ""
+            return f"the model knows no item with id {name!r}, which was not in the training data.{hint} {remedy}"
+        if name in self._by_raw_id:
+            return f"no item has the title {name!r}, which is an id: ask with `by=id`."
+        close = " or ".join(repr(title) for title in self._close_titles(name))
+        return f"no item has the title {name!r}{f'; do you mean {close}?' if close else '.'} {remedy}"
+
+    def _close_titles(self, title: str) -> list[str]:
+        """Titles most like one, whatever the case; in large catalogues among those of a similar length."""
+        distance = np.abs(self._title_lengths - len(title))
+        n_compared = min(_COMPARED, len(distance))
+        nearest = np.argpartition(distance, n_compared - 1)[:n_compared]
+        folded = {self.titles[item].casefold(): self.titles[item] for item in np.sort(nearest).tolist()}
+        return [folded[each] for each in difflib.get_close_matches(title.casefold(), folded, n=_SHOWN)]
+
+
+def check_choice(name: str, value: str, kind: object) -> None:
+    """Refuse a value that is none of a ``Literal``'s.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if value not in get_args(kind):
+        raise ConfigError(f"`{name}` is {value!r}, expected one of {', '.join(get_args(kind))}.")

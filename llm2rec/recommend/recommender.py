@@ -1,0 +1,208 @@
+"""Answer histories with the items of a finished student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llm2rec.core.errors import CheckpointError, ConfigError, DataError
+from llm2rec.core.files import read_json
+from llm2rec.core.ranking import Catalogue, Pairs
+from llm2rec.recommend.names import By, ItemNames, Unknown, check_choice
+from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
+from llm2rec.student.models import SequentialRecommender
+from llm2rec.student.store import load_item_table, load_student
+
+__all__ = ["Recommendation", "Recommender"]
+
+_BATCH_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item of an answer.
+
+    Attributes:
+        item_id: Its id, as in the raw data.
+        title: Its title.
+        score: Inner product of user and item vector; larger is better, and comparable within one answer only.
+    """
+
+    item_id: str
+    title: str
+    score: float
+
+
+class Recommender:
+    """A student that answers in ids and titles. Vectors of items are computed once, here.
+
+    Args:
+        model: The student, in evaluation mode, on the device to compute on.
+        names: Ids and titles of its items.
+        search: What finds the best items; all are scored by default.
+
+    Raises:
+        CheckpointError: If names and model do not have the same number of items.
+    """
+
+    def __init__(self, model: SequentialRecommender, names: ItemNames, search: ItemSearch | None = None) -> None:
+        if len(names) != model.n_items:
+            raise CheckpointError(
+                f"the student knows {model.n_items} items, but {len(names)} are named; copy its folder as a whole."
+            )
+        self.model, self.names = model, names
+        self._device = next(model.parameters()).device
+        self._search = search or ExactSearch(Catalogue(model.output_items.vectors()))
+
+    @classmethod
+    def load(
+        cls,
+        run_folder: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        search: SearchKind = "exact",
+        index: Path | str | None = None,
+    ) -> "Recommender":
+        """Load the student of a finished run of `llm2rec.student` or `llm2rec.distill`.
+
+        Args:
+            run_folder: The run's folder, or a copy of it; nothing else is needed.
+            device: Where to compute.
+            search: ``exact`` scores all items; ``hnsw`` walks an index (see `HnswSearch`) and may miss some.
+            index: File to keep the index in: read if it is there, else built and written. None builds it each time.
+
+        Raises:
+            CheckpointError: If the folder holds no finished student with the names of its items.
+            ConfigError: If there is no such search.
+        """
+        check_choice("search", search, SearchKind)
+        if index is not None and search == "exact":
+            raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
+        folder = _checked(Path(run_folder)) / "student"
+        names = ItemNames(load_item_table(folder))
+        try:
+            model = load_student(folder).to(device)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the student in {folder} cannot be read ({error}); copy it again.") from error
+        if search == "exact":
+            return cls(model, names)
+        catalogue = Catalogue(model.output_items.vectors())
+        return cls(model, names, HnswSearch.load_or_build(catalogue, None if index is None else Path(index)))
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        by: By = "id",
+        unknown: Unknown = "error",
+        mask_seen: bool = True,
+    ) -> list[list[Recommendation]]:
+        """Find the best items for each of several histories.
+
+        Args:
+            histories: Raw ids (or titles, see ``by``), oldest first. The model reads the most recent ones, as many as
+                it was trained for.
+            k: How many items; a history that leaves fewer gets fewer.
+            by: ``id`` or ``title``: what the histories consist of.
+            unknown: ``error`` refuses items that the model was not trained on, ``drop`` leaves them out.
+            mask_seen: Whether items of the history, read or not, are left out of the answer.
+
+        Returns:
+            A list for each history, best first; of equal scores the lower item id first.
+
+        Raises:
+            UnknownItemError: If an item is unknown; titles come with those most like them.
+            DataError: If a history is empty, or none of its items is known.
+            ConfigError: If ``k`` or a choice cannot be.
+        """
+        if not 1 <= k <= len(self.names):
+            raise ConfigError(f"`k` is {k}, expected 1 to the {len(self.names)} items of the catalogue.")
+        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
+            raise DataError("`histories` is a list of histories, each a list of strings; for one, `recommend_one`.")
+        items = []
+        for number, history in enumerate(histories):
+            try:
+                items.append(self.names.items(history, by, unknown))
+            except DataError as error:
+                if len(histories) == 1:
+                    raise
+                raise type(error)(f"history {number}: {error}") from error
+        answers: list[list[Recommendation]] = []
+        for start in range(0, len(items), _BATCH_ROWS):
+            answers += self._answers(items[start : start + _BATCH_ROWS], k, mask_seen)
+        return answers
+
+    def recommend_one(
+        self,
+        history: Sequence[str],
+        k: int = 10,
+        *,
+        by: By = "id",
+        unknown: Unknown = "error",
+        mask_seen: bool = True,
+    ) -> list[Recommendation]:
+        """Find the best items for one history; see `recommend`."""
+        return self.recommend([history], k, by=by, unknown=unknown, mask_seen=mask_seen)[0]
+
+    def recall(self, histories: Sequence[Sequence[str]], k: int = 10, *, by: By = "id") -> float:
+        """Share of the exactly best ``k`` items that this recommender's search finds, over all histories.
+
+        It is 1 for an exact search. Seen items are left out.
+        """
+        exact = Recommender(self.model, self.names)
+        found, best = (each.recommend(histories, k, by=by) for each in (self, exact))
+        hits = sum(
+            len({item.item_id for item in mine} & {item.item_id for item in theirs})
+            for mine, theirs in zip(found, best, strict=True)
+        )
+        return hits / sum(map(len, best))
+
+    @torch.inference_mode()
+    def _answers(self, histories: list[list[int]], k: int, mask_seen: bool) -> list[list[Recommendation]]:
+        seen = self._pairs(histories) if mask_seen else None
+        scores, items = self._search.top_k(self._users(histories), k, seen)
+        raw_ids, titles = self.names.raw_ids, self.names.titles
+        return [
+            [Recommendation(raw_ids[i], titles[i], score) for score, i in zip(row_scores, row, strict=True) if i >= 0]
+            for row_scores, row in zip(scores.tolist(), items.tolist(), strict=True)
+        ]
+
+    def _users(self, histories: list[list[int]]) -> Tensor:
+        """User vectors ``(B, D)`` of histories, cut to what the model reads."""
+        cut = [history[-self.model.max_length :] for history in histories]
+        lengths = [len(history) for history in cut]
+        padded = np.full((len(cut), max(lengths)), self.model.n_items, np.int64)
+        for row, history in enumerate(cut):
+            padded[row, : len(history)] = history
+        users: Tensor = self.model(
+            torch.from_numpy(padded).to(self._device), torch.tensor(lengths, device=self._device)
+        )
+        return users
+
+    def _pairs(self, histories: list[list[int]]) -> Pairs:
+        """Rows and items of all histories, whole."""
+        rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+        items = np.concatenate([np.array(history, np.int64) for history in histories])
+        return torch.from_numpy(rows).to(self._device), torch.from_numpy(items).to(self._device)
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, if it is that of a finished student.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(f"{folder} is no run folder (it holds no run.json); name one, such as result/result_...")
+    record = read_json(folder / "run.json")
+    if record["stage"] not in ("student", "distill") or record["status"] != "finished":
+        raise CheckpointError(
+            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of student "
+            "and distill can answer."
+        )
+    return folder

@@ -1,0 +1,57 @@
+"""What `llm2rec.recommend` can be told; a Hydra schema and plain values at once."""
+
+from dataclasses import dataclass, field
+
+from llm2rec.core.errors import ConfigError
+
+__all__ = ["RecommendSettings"]
+
+
+@dataclass
+class RecommendSettings:
+    """Which student answers what; one of ``history``, ``histories`` and ``export`` is given.
+
+    Attributes:
+        run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`.
+        history: One history, oldest first.
+        histories: File of histories, one a line as JSON; see `llm2rec.recommend.lines`.
+        output: File for the answers to ``histories``; None is the terminal.
+        export: Folder to write the student to for other programs.
+        formats: Formats of the export; see `llm2rec.recommend.export`.
+        k: Items to recommend.
+        by: What histories consist of: ``id`` or ``title``.
+        unknown: What becomes of items that the model was not trained on: ``error`` or ``drop``.
+        mask_seen: Whether items of the history are left out of the answer.
+        search: ``exact`` or ``hnsw``.
+        index: File to keep the index of ``hnsw`` in.
+    """
+
+    run: str = "???"
+    history: list[str] | None = None
+    histories: str | None = None
+    output: str | None = None
+    export: str | None = None
+    formats: list[str] = field(default_factory=lambda: ["pt2", "onnx"])
+    k: int = 10
+    by: str = "id"
+    unknown: str = "error"
+    mask_seen: bool = True
+    search: str = "exact"
+    index: str | None = None
+
+    def check(self) -> None:
+        """Refuse a command that asks for nothing, or for several things at once.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        asked = [name for name in ("history", "histories", "export") if getattr(self, name) is not None]
+        if len(asked) != 1:
+            raise ConfigError(
+                f"{' and '.join(f'`{name}`' for name in asked) or 'nothing'} is given, expected one of "
+                "`'history=[...]'`, `histories=FILE` and `export=FOLDER`."
+            )
+        if self.output is not None and self.histories is None:
+            raise ConfigError(
+                f"`output` is {self.output!r}, but only answers to `histories=FILE` are written to a file."
+            )
