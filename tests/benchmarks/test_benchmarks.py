@@ -21,6 +21,7 @@ PROMISED = {
     "ilora_layer.py": {"time_vs_lora", "memory_vs_lora", "speedup_vs_per_expert", "memory_e16_vs_e2"},
     "teacher_step.py": {"time_vs_lora_gate_cached", "time_vs_lora_gate_computed", "tokens_per_second"},
     "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},
+    "serving_latency.py": {"one_user_vs_matvec", "one_user_p99_ms_10000", "many_users_p50_ms_1000"},
     "teacher_export.py": {"tokens_per_second_vs_forward", "tokens_per_second_vs_frozen", "padding_share"},
 }
 
