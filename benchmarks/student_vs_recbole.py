@@ -47,29 +47,21 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 MEASURED = ("pass_seconds", "evaluation_seconds")
 
-# RecBole's defaults, also where they are not ours: batches of 2048 rows, a learning rate of 1e-3, its models' dropout.
+# RecBole's defaults, also where they are not ours, but for the batch: both sides get ``--batch-size``.
 RECBOLE = {
     "sasrec": {"n_layers": 2, "n_heads": 2, "hidden_size": 64, "inner_size": 256}
-    | {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
-    "gru4rec": {"num_layers": 1, "embedding_size": 64, "hidden_size": 128, "dropout_prob": 0.3},
+    | {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5, "learning_rate": 1e-3},
+    "gru4rec": {"num_layers": 1, "embedding_size": 64, "hidden_size": 128}
+    | {"dropout_prob": 0.3, "learning_rate": 1e-3},
 }
 RECBOLE_MODEL = {"sasrec": "SASRec", "gru4rec": "GRU4Rec"}
+# The same for ours; a feed-forward layer is always 4 x width inside.
 EQUAL = {
-    "sasrec": ["n_blocks=2", "n_heads=2", "width=64", "dropout=0.5"],  # the inner size is always 4 x width
-    "gru4rec": ["n_layers=1", "width=64", "hidden_width=128", "dropout=0.3"],
+    "sasrec": ["model.width=64", "model.n_blocks=2", "model.n_heads=2", "model.dropout=0.5"],
+    "gru4rec": ["model.width=64", "model.n_layers=1", "model.hidden_width=128", "model.dropout=0.3"],
 }
-EQUAL_TRAINING = ["batch_size=2048", "micro_batch_size=2048", "learning_rate=1e-3"]
-
-# Ours in several ways, each a list of Hydra overrides; "equal" has a RecBole to be compared with setting by setting,
-# the others are the same data and model family as we would train them.
-VARIANTS = {
-    "equal": {
-        model: [f"student.model.{each}" for each in EQUAL[model]]
-        + [f"student.training.{each}" for each in EQUAL_TRAINING]
-        for model in EQUAL
-    },
-    "own settings": {model: [] for model in EQUAL},
-}
+# Ours as we would train it: what differs from our defaults.
+OWN: dict[str, list[str]] = {"sasrec": [], "gru4rec": []}
 HEADLINE_CASE, HEADLINE_VARIANT = "ml100k sasrec", "equal"
 
 
@@ -103,32 +95,41 @@ class Case:
 def cases(options: argparse.Namespace) -> list[Case]:
     """What to compare."""
     if options.quick:
-        small = {"hidden_size": 16, "inner_size": 64, "train_batch_size": 256}
-        tiny = [f"student.{each}" for each in ("model.width=16", "training.batch_size=256")]
-        variants = {"equal": [*VARIANTS["equal"]["sasrec"], *tiny, "student.training.micro_batch_size=256"]}
-        recbole = RECBOLE["sasrec"] | small
-        return [Case("toy sasrec", ("dataset=toy",), "sasrec", (1,), 4, 2, 2, recbole, variants)]
-    length = "dataset.history_length=50"
-    found = []
+        toy = ("dataset=toy", "dataset.history_length=10")
+        return [case("toy sasrec", toy, "sasrec", options.batch_size, seeds=(1,), epochs=4, patience=2, timed_epochs=2)]
+    length, chosen = "dataset.history_length=50", []
     if options.raw_dir:
         raw = f"dataset.raw_dir={Path(options.raw_dir).resolve()}"
-        found.append(("ml100k", ("dataset=movielens", raw, length), {"sasrec": (1, 2, 3), "gru4rec": (1,)}, 2))
+        chosen.append(("ml100k", ("dataset=movielens", raw, length), {"sasrec": (1, 2, 3), "gru4rec": (1,)}, 2))
     if options.games_dir:
         files = {name: Path(options.games_dir).resolve() / f"{name}.csv" for name in ("interactions", "items")}
-        tables = [f"dataset.{name}={file}" for name, file in files.items()]
-        dataset = ("dataset=csv", "dataset.name=games", *tables, length)
-        found.append(("games", dataset, {"sasrec": (), "gru4rec": ()}, 1))
+        dataset = ("dataset=csv", "dataset.name=games", *(f"dataset.{k}={file}" for k, file in files.items()), length)
+        chosen.append(("games", dataset, {"sasrec": (), "gru4rec": ()}, 1))
     return [
-        Case(f"{name} {model}", dataset, model, seeds, 300, 5, timed, RECBOLE[model], ours(model))
-        for name, dataset, models, timed in found
+        case(f"{name} {model}", dataset, model, options.batch_size, seeds=seeds, timed_epochs=timed_epochs)
+        for name, dataset, models, timed_epochs in chosen
         for model, seeds in models.items()
         if not options.only or f"{name} {model}" in options.only
     ]
 
 
-def ours(model: str) -> dict[str, list[str]]:
-    """Our variants of a model."""
-    return {variant: overrides[model] for variant, overrides in VARIANTS.items()}
+def case(
+    name: str,
+    dataset: tuple[str, ...],
+    model: str,
+    batch_size: int,
+    *,
+    seeds: tuple[int, ...],
+    epochs: int = 300,
+    patience: int = 5,
+    timed_epochs: int,
+) -> Case:
+    """Make a case of both sides' settings; see `Case`."""
+    training = [f"training.{each}={batch_size}" for each in ("batch_size", "micro_batch_size")]
+    equal = [f"student.{each}" for each in (*EQUAL[model], *training, "training.learning_rate=1e-3")]
+    recbole = {**RECBOLE[model], "train_batch_size": batch_size}
+    variants = {"equal": equal, "own settings": OWN[model]}
+    return Case(name, dataset, model, seeds, epochs, patience, timed_epochs, recbole, variants)
 
 
 def parse() -> argparse.Namespace:
@@ -138,6 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
     parser.add_argument("--games-dir", help="folder with interactions.csv and items.csv of Amazon games")
     parser.add_argument("--work", default="result/student_vs_recbole", help="folder for data and what has been trained")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="rows of an optimizer step, where settings are equal"
+    )
     parser.add_argument("--pieces", default="all", choices=("all", "quality", "timing"), help="see above")
     parser.add_argument("--only", action="append", metavar="CASE", help='such as "ml100k sasrec"; may be repeated')
     options = parser.parse_args()
@@ -153,15 +157,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)  # told in the result; the work is done by other processes
     rounds = 2 if options.quick else options.rounds
     headline, samples = {}, {}
-    for case in cases(options):
-        bench = Bench(case, options, prepared(case.dataset, Path(options.work).resolve()))
+    for each in cases(options):
+        bench = Bench(each, options, prepared(each.dataset, Path(options.work).resolve()))
         quality = bench.quality(train=options.pieces != "timing")
         timing = {} if options.pieces == "quality" else bench.timing(rounds)
         numbers = case_headline(timing, quality)
-        headline |= {f"{case.name}{variant and ' '}{variant}: {k}": v for (variant, k), v in numbers.items()}
-        if case.name == HEADLINE_CASE or options.quick:
+        headline |= {f"{each.name}{variant and ' '}{variant}: {k}": v for (variant, k), v in numbers.items()}
+        if each.name == HEADLINE_CASE or options.quick:
             headline |= {k: v for (variant, k), v in numbers.items() if variant == shown(HEADLINE_VARIANT)}
-        samples[case.name] = {**bench.about(), "quality": quality, "timing": timing}
+        samples[each.name] = {**bench.about(), "quality": quality, "timing": timing}
     write_result(options, headline, samples)
 
 
@@ -293,23 +297,25 @@ class Bench:
         return result
 
     def quality(self, train: bool) -> dict[str, list[dict[str, Any]]]:
-        """Train each side and seed to its best, or take what has been trained before; by side.
+        """Runs to the best of each side, one a seed; see `trained`. Those that are not there are left out."""
+        found = {side: [self.trained(side, seed, train) for seed in self.case.seeds] for side in self.sides}
+        return {side: kept for side, runs in found.items() if (kept := [run for run in runs if run])}
+
+    def trained(self, side: str, seed: int, train: bool = True) -> dict[str, Any] | None:
+        """Train one side to its best validation score, or take what has been trained before.
 
         Args:
-            train: Whether to train what is missing; otherwise it is left out.
+            side: One of `sides`.
+            seed: Seed of the run.
+            train: Whether to train where nothing has been.
         """
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in self.sides}
-        for seed in self.case.seeds:
-            for side in self.sides:
-                job = self.job(side, seed, self.case.epochs, self.case.patience)
-                key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
-                out = self.work / "quality" / f"{self.case.name} {side} seed {seed} {key}".replace(" ", "_")
-                if train and not (out / "quality.json").is_file():
-                    # Written last: a folder without it has not been checked.
-                    write_json(out / "quality.json", {"seed": seed, **summary(self.run(job, out))})
-                if (out / "quality.json").is_file():
-                    found[side].append(read_json(out / "quality.json"))
-        return {side: results for side, results in found.items() if results}
+        job = self.job(side, seed, self.case.epochs, self.case.patience)
+        key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
+        out = self.work / "quality" / f"{self.case.name} {side} seed {seed} {key}".replace(" ", "_")
+        if train and not (out / "quality.json").is_file():
+            # Written last: a folder without it has not been checked.
+            write_json(out / "quality.json", {"seed": seed, **summary(self.run(job, out))})
+        return read_json(out / "quality.json") if (out / "quality.json").is_file() else None
 
     def timing(self, rounds: int) -> dict[str, list[dict[str, Any]]]:
         """Time a few epochs of each side, in turn; who goes first changes from round to round. By side, per round."""

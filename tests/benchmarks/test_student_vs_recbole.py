@@ -105,7 +105,7 @@ def test_the_headline_joins_seconds_and_quality():
 @pytest.fixture
 def comparison(data, tmp_path):
     """A case whose two sides are run by ``run``, given in place of their processes."""
-    case = bench.Case("toy sasrec", (), "sasrec", (1, 2), 9, 3, 2, bench.RECBOLE["sasrec"], bench.ours("sasrec"))
+    case = bench.case("toy sasrec", (), "sasrec", 64, seeds=(1, 2), timed_epochs=2)
     options = types.SimpleNamespace(work=tmp_path, recbole_python=sys.executable, threads=1)
     return bench.Bench(case, options, data)
 
@@ -121,7 +121,7 @@ def test_what_has_been_trained_is_not_trained_again(comparison, monkeypatch):
     monkeypatch.setattr(comparison, "run", run)
     assert comparison.quality(train=False) == {}
     found = comparison.quality(train=True)
-    assert jobs == [(side, seed) for seed in (1, 2) for side in ("recbole", "equal", "own settings")]
+    assert jobs == [(side, seed) for side in ("recbole", "equal", "own settings") for seed in (1, 2)]
     assert comparison.quality(train=False) == comparison.quality(train=True) == found
     assert len(jobs) == 6
     assert found["recbole"][1]["test_metrics"]["hr@1"] == pytest.approx(1 / 3)
@@ -146,8 +146,7 @@ def test_sides_take_turns(comparison, monkeypatch):
 @pytest.mark.slow
 def test_our_side_gives_what_the_stage_gives(tmp_path):
     overrides = ("dataset=toy", "dataset.n_users=60", "dataset.n_items=60", f"dataset.history_length={LENGTH}")
-    tiny = ["student.model.width=8", "student.training.batch_size=64", "student.training.micro_batch_size=64"]
-    case = bench.Case("toy gru4rec", overrides, "gru4rec", (), 3, 3, 3, bench.RECBOLE["gru4rec"], {"equal": tiny})
+    case = bench.case("toy gru4rec", overrides, "gru4rec", 64, seeds=(), timed_epochs=3)
     data = bench.prepared(overrides, tmp_path)
     options = types.SimpleNamespace(work=tmp_path, recbole_python=sys.executable, threads=1)
     comparison = bench.Bench(case, options, data)
