@@ -31,7 +31,7 @@ from recbole.utils import get_model, init_seed
 from llm2rec.core.metrics import target_ranks
 
 
-class _Timed(Trainer):  # type: ignore[misc, unused-ignore]
+class _Timed(Trainer):
     """RecBole's trainer with a clock; `history` has one entry an epoch."""
 
     def __init__(self, config: Any, model: Any) -> None:
