@@ -32,11 +32,29 @@ from llm2rec.core.metrics import target_ranks
 
 
 class _Timed(Trainer):
-    """RecBole's trainer with a clock; `history` has one entry an epoch."""
+    """RecBole's trainer with a clock, and a checkpoint of its own kind after every epoch, to go on after a kill.
 
-    def __init__(self, config: Any, model: Any) -> None:
+    Attributes:
+        history: One entry an epoch.
+    """
+
+    def __init__(self, config: Any, model: Any, out: Path) -> None:
         super().__init__(config, model)
+        self.saved_model_file = str(out / "best.pth")
+        self._last, self._told = out / "last.pth", out / "history.json"
         self.history: list[dict[str, float]] = []
+        if self._last.is_file():
+            best = self.saved_model_file
+            self.resume_checkpoint(self._last)
+            self.saved_model_file = best
+            self.history = json.loads(self._told.read_text())[: self.start_epoch]
+
+    def keep(self, epoch: int, _: float) -> None:
+        """Write what has been reached; called when an epoch has been evaluated."""
+        self._told.write_text(json.dumps(self.history))
+        aside = self._last.with_suffix(".partial")
+        self._save_checkpoint(epoch, verbose=False, saved_model_file=str(aside))
+        aside.replace(self._last)
 
     def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
         start, processor_start = time.perf_counter(), time.process_time()
@@ -57,7 +75,7 @@ def configuration(job: dict[str, Any]) -> Any:
     """RecBole's configuration: its defaults but for what the job and the comparison ask for."""
     settings = {
         "data_path": job["data_path"],
-        "checkpoint_dir": str(Path(job["out"]) / "saved"),
+        "checkpoint_dir": job["out"],
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
         "USER_ID_FIELD": "user_id",
         "ITEM_ID_FIELD": "item_id",
@@ -124,8 +142,8 @@ def main() -> None:
     np.savez(out / "rows.npz", **{f"{name}_{key}": v for name, each in rows.items() for key, v in each.items()})
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, loaders["train"].dataset).to(config["device"])
-    trainer = _Timed(config, model)
-    trainer.fit(loaders["train"], loaders["validation"], verbose=False)
+    trainer = _Timed(config, model, out)
+    trainer.fit(loaders["train"], loaders["validation"], verbose=False, callback_fn=trainer.keep)
     own = trainer.evaluate(loaders["test"])  # loads the best weights
     scores = [each["ndcg@10"] for each in trainer.history]
     result = {

@@ -268,9 +268,11 @@ class Bench:
         return common | {"overrides": [f"student={case.model}", *case.variants[side], *limits]}
 
     def run(self, job: dict[str, Any], out: Path) -> dict[str, Any]:
-        """Run a side in a process of its own, in an empty folder, and check what it gives back."""
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        """Run a side in a process of its own and check what it gives back.
+
+        RecBole's side goes on where it was killed, from what lies in ``out``; ours is fast enough to begin again.
+        """
+        out.mkdir(parents=True, exist_ok=True)
         told = {**job, "out": str(out)}
         if job["side"] == "recbole":
             python, script = self.options.recbole_python, "recbole_side.py"
@@ -283,7 +285,7 @@ class Bench:
         print(f">>> {self.case.name}, {job['side']}, seed {job['seed']}", flush=True)
         threads = str(self.options.threads)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        with open(out / "log.txt", "w") as log:
+        with open(out / "log.txt", "a") as log:
             command = [str(python), str(HERE / script), str(out / "job.json")]
             done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
@@ -324,8 +326,9 @@ class Bench:
         for number in range(rounds):
             first = number % len(self.sides)
             for side in self.sides[first:] + self.sides[:first]:
-                epochs = self.case.timed_epochs
-                history = self.run(self.job(side, 1, epochs, epochs), self.work / "timing")["history"]
+                epochs, out = self.case.timed_epochs, self.work / "timing"
+                shutil.rmtree(out, ignore_errors=True)
+                history = self.run(self.job(side, 1, epochs, epochs), out)["history"]
                 columns = {name: [each[name] for each in history] for name in (*MEASURED, "pass_processor_seconds")}
                 found[side].append({"medians": {k: statistics.median(v) for k, v in columns.items()}, **columns})
         return found
