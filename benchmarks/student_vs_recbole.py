@@ -167,7 +167,7 @@ def main() -> None:
         if each.name == HEADLINE_CASE or options.quick:
             headline |= {k: v for (variant, k), v in numbers.items() if variant == shown(HEADLINE_VARIANT)}
         samples[each.name] = {**bench.about(), "quality": quality, "timing": timing}
-    write_result(options, headline, samples)
+        write_result(options, headline, samples)  # after each case, for whoever cannot wait for the last
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
