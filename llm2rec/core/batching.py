@@ -3,6 +3,9 @@
 The effective batch is the same for every number of processes and micro-batches; only its division differs. Since all
 of it is known ahead, a loss can be summed over rows and divided by the row count of all ranks and micro-batches, and
 a killed run continues at the next step without any sampler state.
+
+What is divided are units: most often single training rows, but a unit may carry several rows that one forward pass
+answers together. Sizes of batches and numbers of steps are always counted in rows.
 """
 
 from collections.abc import Iterator
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llm2rec.core.errors import ConfigError
 
 __all__ = ["OptimizerStep", "epoch_batches", "micro_batch_count", "optimizer_steps"]
 
@@ -21,9 +26,10 @@ class OptimizerStep:
     """One rank's share of one optimizer step."""
 
     micro_batches: list[NDArray[np.int64]]
-    """Row numbers of each micro-batch, never empty."""
+    """Units of each micro-batch, never empty: row numbers, unless rows come several at a time."""
     weights: list[NDArray[np.float32]]
-    """1 for each row, 0 for a row that only fills an otherwise empty micro-batch, so that all ranks stay in step."""
+    """1 for each row of those units, in their order; 0 for the rows of a unit that only fills an otherwise empty
+    micro-batch, so that all ranks stay in step."""
     n_rows: int
     """Rows of this step over all ranks and micro-batches."""
 
@@ -34,35 +40,63 @@ def micro_batch_count(batch_size: int, micro_batch_size: int, n_processes: int) 
 
 
 def epoch_batches(
-    rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int, lengths: NDArray[np.int64] | None = None
+    units: NDArray[np.int64],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    lengths: NDArray[np.int64] | None = None,
+    sizes: NDArray[np.int64] | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Shuffle ``rows`` and cut them into effective batches; the last one may be smaller.
+    """Shuffle ``units`` and cut them into effective batches; the last one may be smaller.
 
     Args:
-        rows: Row numbers of shape ``(M,)``.
+        units: Numbers of the units, shape ``(M,)``.
         batch_size: Rows per optimizer step, over all ranks.
         seed: Seed of the run.
         epoch: Epoch, from 0; each has its own order.
-        lengths: Tokens of each row, shape ``(M,)``. Where given, rows of similar length share a batch (less padding):
+        lengths: Tokens of each unit, shape ``(M,)``. Where given, units of similar length share a batch (less padding):
             each window of 64 batches is sorted by length, then the batches are shuffled.
+        sizes: Rows of each unit by its number; None means 1 each. Units stay whole: a unit belongs to the batch in
+            which its last row would fall if rows were counted off ``batch_size`` at a time. There are then as many
+            batches as for single rows, and each misses ``batch_size`` by less than the largest unit.
 
     Returns:
-        Row numbers per effective batch. Every row occurs exactly once.
+        Units of each effective batch. Every unit occurs exactly once.
+
+    Raises:
+        ConfigError: If a unit is larger than a batch, so that some batch might go without any.
     """
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(rows))
+    order = generator.permutation(len(units))
     if lengths is None:
-        return [rows[order[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
+        return _cut(units[order], batch_size, sizes)
     window = _WINDOW * batch_size
     for start in range(0, len(order), window):
         part = order[start : start + window]
         order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
-    batches = [rows[order[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
+    batches = _cut(units[order], batch_size, sizes)
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
+def _cut(units: NDArray[np.int64], batch_size: int, sizes: NDArray[np.int64] | None) -> list[NDArray[np.int64]]:
+    if sizes is None:
+        return [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
+    rows = sizes[units]
+    if rows.max(initial=0) > batch_size:
+        raise ConfigError(
+            f"`batch_size` is {batch_size}, but up to {rows.max()} training rows come in one piece; raise it to at "
+            "least that."
+        )
+    last_row = np.cumsum(rows) - 1
+    return np.split(units, np.flatnonzero(np.diff(last_row // batch_size)) + 1)
+
+
 def optimizer_steps(
-    batches: list[NDArray[np.int64]], n_micro_batches: int, rank: int, n_processes: int
+    batches: list[NDArray[np.int64]],
+    n_micro_batches: int,
+    rank: int,
+    n_processes: int,
+    sizes: NDArray[np.int64] | None = None,
 ) -> Iterator[OptimizerStep]:
     """Divide effective batches among ranks and micro-batches, as evenly as possible.
 
@@ -71,15 +105,21 @@ def optimizer_steps(
         n_micro_batches: Micro-batches per rank and step.
         rank: This process.
         n_processes: Number of processes.
+        sizes: Rows of each unit by its number; None means 1 each.
 
     Yields:
         This rank's share of each step.
     """
+
+    def n_rows(units: NDArray[np.int64]) -> int:
+        return len(units) if sizes is None else int(sizes[units].sum())
+
     for batch in batches:
         shares = np.array_split(batch, n_processes * n_micro_batches)
         mine = shares[rank * n_micro_batches : (rank + 1) * n_micro_batches]
+        filled = [(share, np.ones) if len(share) else (batch[:1], np.zeros) for share in mine]
         yield OptimizerStep(
-            micro_batches=[share if len(share) else batch[:1] for share in mine],
-            weights=[np.ones(len(s), np.float32) if len(s) else np.zeros(1, np.float32) for s in mine],
-            n_rows=len(batch),
+            micro_batches=[units for units, _ in filled],
+            weights=[weigh(n_rows(units), np.float32) for units, weigh in filled],
+            n_rows=n_rows(batch),
         )

@@ -171,24 +171,29 @@ class Engine:
         return self.training.epochs * self.training.steps_per_epoch(n_rows)
 
     def steps(
-        self, rows: NDArray[np.int64], start: int = 0, lengths: NDArray[np.int64] | None = None
+        self,
+        units: NDArray[np.int64],
+        start: int = 0,
+        lengths: NDArray[np.int64] | None = None,
+        sizes: NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[int, OptimizerStep]]:
         """Number and rows of each optimizer step, over all epochs; SIGTERM waits for the step it comes in meanwhile.
 
         Args:
-            rows: Row numbers to train on, shape ``(M,)``, the same on every process.
+            units: Row numbers to train on, or numbers of pieces of several rows, the same on every process.
             start: Steps already done.
-            lengths: Tokens of each row, to put rows of similar length together; see `epoch_batches`.
+            lengths: Tokens of each unit, to put units of similar length together; see `epoch_batches`.
+            sizes: Rows of each unit by its number; None means 1 each.
 
         Yields:
             The step's number from 0 and this process's share of its rows.
         """
         settings = self.training
-        per_epoch = settings.steps_per_epoch(len(rows))
+        per_epoch = settings.steps_per_epoch(len(units) if sizes is None else int(sizes[units].sum()))
         with self._termination.awaited():
             for epoch in range(start // per_epoch, settings.epochs):
-                batches = epoch_batches(rows, settings.batch_size, self.seed, epoch, lengths)
-                shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes)
+                batches = epoch_batches(units, settings.batch_size, self.seed, epoch, lengths, sizes)
+                shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes, sizes)
                 for number, share in enumerate(shares, epoch * per_epoch):
                     if number >= start:
                         yield number, share

@@ -13,7 +13,8 @@ class TrainingSettings:
 
     Attributes:
         epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
-        batch_size: Rows per optimizer step, over all processes and micro-batches.
+        batch_size: Rows per optimizer step, over all processes and micro-batches. Where rows come several at a time
+            (`student.examples=sequences`) these stay together, and the number is met on average.
         micro_batch_size: Rows per process and forward pass at most; smaller needs less memory, same numbers.
         learning_rate: Peak learning rate.
         min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.

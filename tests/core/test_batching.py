@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.batching import epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.errors import ConfigError
 
 SIZES = {
     "n_rows": st.integers(1, 70),
@@ -98,3 +99,50 @@ def test_rows_of_similar_length_share_a_batch():
     assert spread[0] < spread[1] / 10
     firsts = [lengths[batch].mean() for batch in sorted_in]
     assert firsts != sorted(firsts)  # and yet training does not go from short to long
+
+
+PIECES = {
+    "pieces": st.lists(st.integers(1, 9), min_size=1, max_size=60),
+    "extra": st.integers(0, 15),
+    "micro": st.integers(1, 20),
+    "n_processes": st.integers(1, 4),
+    "epoch": st.integers(0, 3),
+    "by_length": st.booleans(),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(**PIECES)
+def test_pieces_of_several_rows_stay_whole_and_make_as_many_steps(pieces, extra, micro, n_processes, epoch, by_length):
+    sizes = np.array(pieces)
+    batch_size = int(sizes.max()) + extra
+    batches = epoch_batches(np.arange(len(sizes)), batch_size, 0, epoch, sizes if by_length else None, sizes)
+    assert len(batches) == -(-sizes.sum() // batch_size)
+    assert sorted(np.concatenate(batches)) == list(range(len(sizes)))
+    assert all(abs(sizes[batch].sum() - batch_size) < sizes.max() for batch in batches[:-1] if not by_length)
+
+    count = micro_batch_count(batch_size, micro, n_processes)
+    shares = [list(optimizer_steps(batches, count, rank, n_processes, sizes)) for rank in range(n_processes)]
+    for batch, *of_ranks in zip(batches, *shares, strict=True):
+        counted = []
+        for step in of_ranks:
+            assert step.n_rows == sizes[batch].sum()
+            assert len(step.micro_batches) == len(step.weights) == count
+            for part, weights in zip(step.micro_batches, step.weights, strict=True):
+                assert len(weights) == sizes[part].sum() > 0
+                assert set(weights) in ({0}, {1})
+                counted.extend(part if weights[0] else [])
+        assert counted == batch.tolist()  # whatever the division, in this order
+
+
+def test_pieces_by_hand():
+    """Rows 0-2 | 3 4 | 5-8 | 9 in steps of 4: a piece goes where its last row goes."""
+    sizes = np.array([3, 2, 4, 1])
+    order = np.concatenate(epoch_batches(np.arange(4), 10, 0, 0, None, sizes))
+    ends, batches = np.cumsum(sizes[order]) - 1, epoch_batches(np.arange(4), 4, 0, 0, None, sizes)
+    assert [batch.tolist() for batch in batches] == [order[ends // 4 == step].tolist() for step in range(3)]
+
+
+def test_a_piece_larger_than_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="`batch_size` is 4, but up to 5 training rows come in one piece; raise it"):
+        epoch_batches(np.arange(3), 4, 0, 0, sizes=np.array([1, 5, 2]))
