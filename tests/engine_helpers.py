@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
+from llm2rec.data.recdata import SEQUENCE_FEATURES
+from llm2rec.data.splitting import EXAMPLE_FEATURES
 from llm2rec.student.datamodule import SequenceData
 
 
@@ -75,6 +78,34 @@ def random_rows(n_rows, n_items, max_length, seed=0):
         for _ in range(n_rows)
     ]
     return sequence_data(rows, n_items, max_length)
+
+
+def examples_of(sequences, history_length, held_out=0):
+    """All prefixes of all users but the last ``held_out``, as `llm2rec.data` would write them."""
+    rows = [
+        {
+            "example_id": 0,
+            "user_id": str(user),
+            "user_index": user,
+            "position": position,
+            "history": items[max(0, position - history_length) : position],
+            "target": items[position],
+            "timestamp": position,
+        }
+        for user, items in enumerate(sequences)
+        for position in range(1, len(items) - held_out)
+    ]
+    rows = [row | {"example_id": number} for number, row in enumerate(rows)]
+    return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
+
+
+def sequences_of(sequences):
+    """The users' whole sequences, as `llm2rec.data` would write them."""
+    rows = [
+        {"user_index": user, "user_id": str(user), "items": items, "timestamps": list(range(len(items)))}
+        for user, items in enumerate(sequences)
+    ]
+    return Dataset.from_list(rows, features=SEQUENCE_FEATURES)
 
 
 def written(folder, name):

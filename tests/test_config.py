@@ -252,6 +252,25 @@ def test_every_student_has_a_file_with_the_numbers_of_its_constructor(name):
     assert dataclasses.asdict(settings.model) | {"n_items": inspect.Parameter.empty} == defaults
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student=caser", "student.examples=sequences"], "which Caser does not; use `student.examples=windows`"),
+        (["student=sasrec", "student.examples=sequences"], "add `student.model.positions=oldest`"),
+        (["student=gru4rec", "student.examples=rows"], "student.examples is 'rows', expected 'windows' or 'sequences'"),
+    ],
+)
+def test_examples_that_a_student_cannot_read_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build(composed(*overrides).student, kinds()["student"])
+
+
+def test_students_that_read_sequences_are_told_apart():
+    for overrides in (["student=gru4rec"], ["student=sasrec", "student.model.positions=oldest"]):
+        settings = build(composed(*overrides, "student.examples=sequences").student, kinds()["student"])
+        assert settings.examples == "sequences"
+
+
 def test_caser_takes_the_heights_of_the_released_program():
     settings = build(composed("student=caser", "student.model.heights=[2,3,4]").student, kinds()["student"])
     model = build_model(settings.name, n_items=9, **dataclasses.asdict(settings.model))

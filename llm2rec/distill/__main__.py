@@ -17,6 +17,7 @@ from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
+from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
 
@@ -49,10 +50,8 @@ def main(cfg: Config, run: Run) -> None:
         align=settings.embedding.alignment_weight > 0,
         fusion_sides=settings.embedding.fusion_sides,
     )
-    train, validation = (
-        SequenceData.of(data.splits[split], data.n_items, student_settings.model.max_length)
-        for split in ("train", "validation")
-    )
+    train = training_data(data, student_settings.examples, student_settings.model.max_length)
+    validation = SequenceData.of(data.splits["validation"], data.n_items, student_settings.model.max_length)
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
     with run.phase("train"):
         train_distilled(

@@ -53,20 +53,20 @@ class DistilledStudent(nn.Module):
                 student.output_items = FusedItemTable(teacher_vectors, student.width, fusion_scale)
         self.to_teacher = nn.Linear(student.width, teacher_vectors.shape[1]) if align else None
 
-    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """User vectors; see the student's own ``forward``."""
-        return self.student(history, lengths)
+        return self.student(*inputs)
 
     def score(self, users: Tensor) -> Tensor:
         """Logits over all items, shape ``(B, N)``."""
         return self.student.score(users)
 
     @torch.no_grad()
-    def logits_without_dropout(self, history: Tensor, lengths: Tensor) -> Tensor:
+    def logits_without_dropout(self, *inputs: Tensor) -> Tensor:
         """Logits ``(B, N)`` of a second pass in evaluation mode; the mode is put back and no gradient flows."""
         mode = self.student.training
         self.student.eval()
-        logits = self.student.score(self.student(history, lengths))
+        logits = self.student.score(self.student(*inputs))
         self.student.train(mode)
         return logits
 

@@ -2,7 +2,6 @@
 
 from functools import lru_cache, partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from llm2rec.distill.kd_losses import (
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData
+from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, popularity_propensity, sampled_bce
 
@@ -35,7 +34,7 @@ __all__ = ["distillation_losses", "objective", "train_distilled"]
 
 def train_distilled(
     model: DistilledStudent,
-    train: SequenceData,
+    train: TrainingData,
     teacher: TeacherOutputs,
     validation: SequenceData,
     policy: SelectionPolicy,
@@ -75,28 +74,29 @@ def train_distilled(
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
-    rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
+    max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
     per_epoch, weights_in = training.steps_per_epoch(len(train)), lru_cache(1)(partial(policy.weights, len(train)))
     wrapped.train()
-    for step, share in engine.progress(engine.steps(rows, record.step), "distil", max_steps, initial=record.step):
+    for step, share in engine.progress(steps, "distil", max_steps, initial=record.step):
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
         epoch = step // per_epoch
-        for micro_rows, weights in zip(share.micro_batches, share.weights, strict=True):
-            batch = train.batch(micro_rows, engine.device)
-            targets = train.targets.numpy()[micro_rows] if settings.ranking.confidence == "per_row" else None
-            told = teacher.batch(micro_rows, settings.ranking.top_k, engine.device, targets)
-            negatives = sampler.draw(micro_rows, epoch).to(engine.device) if sampler else None  # (B,)
-            distilled = torch.from_numpy(weights_in(epoch)[micro_rows]).to(engine.device)
+        for units, weights in zip(share.micro_batches, share.weights, strict=True):
+            batch = train.batch(units, engine.device)
+            rows = batch.rows
+            targets = train.targets.numpy()[rows] if settings.ranking.confidence == "per_row" else None
+            told = teacher.batch(rows, settings.ranking.top_k, engine.device, targets)
+            negatives = sampler.draw(rows, epoch).to(engine.device) if sampler else None  # (B,)
+            distilled = torch.from_numpy(weights_in(epoch)[rows]).to(engine.device)
             with engine.accumulate(wrapped):
-                users = wrapped(batch.history, batch.lengths)  # (B, D)
+                users = wrapped(*batch.inputs)  # (B, D)
                 losses = distillation_losses(  # each (B,)
                     model, users, batch, told, distilled, settings, negatives=negatives, propensity=propensity
                 )
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step, micro_rows)
+                engine.backward(sums["loss"], share.n_rows, step, rows)
                 engine.step(wrapped, optimizer)
             record.add_losses(sums)
         record.finish_step(step, share.n_rows)
@@ -149,7 +149,7 @@ def distillation_losses(
     """
     logits, ranking = model.score(users), settings.ranking  # (B, N)
     again = ranking.weight > 0 and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
-    compared = model.logits_without_dropout(batch.history, batch.lengths) if again else logits
+    compared = model.logits_without_dropout(*batch.inputs) if again else logits
     losses = objective(
         logits, batch.targets, told, distilled, settings, negatives=negatives, propensity=propensity, compared=compared
     )

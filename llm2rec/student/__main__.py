@@ -7,6 +7,7 @@ from llm2rec.core.run import Run
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
+from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
 from llm2rec.student.trainer_baseline import train_baseline
@@ -20,10 +21,8 @@ def main(cfg: Config, run: Run) -> None:
     engine = open_engine(cfg, run, settings.training)
     arguments = {"n_items": data.n_items, **asdict(settings.model)}
     model = build_model(settings.name, **arguments)
-    train, validation = (
-        SequenceData.of(data.splits[split], data.n_items, settings.model.max_length)
-        for split in ("train", "validation")
-    )
+    train = training_data(data, settings.examples, settings.model.max_length)
+    validation = SequenceData.of(data.splits["validation"], data.n_items, settings.model.max_length)
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
     with run.phase("train"):
         model = train_baseline(model, train, validation, engine, select_on=cfg.metrics.select_on, seen=seen)

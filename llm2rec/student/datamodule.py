@@ -1,6 +1,7 @@
 """Prepared examples as tensors: padded histories, lengths and targets."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,22 +14,32 @@ from llm2rec.core.ranking import Pairs
 from llm2rec.core.seed import derived_seed
 from llm2rec.student.unshown import UnshownItems
 
-__all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData"]
+__all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData", "TrainingData"]
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Some rows of a split.
+    """Some rows of a split: B' of them, in B sequences; each row is a sequence of its own unless ``at`` is there.
 
     Attributes:
         history: Item ids, shape ``(B, L)``, int64, oldest first, padded on the right with ``n_items``.
-        lengths: Real items per row, shape ``(B,)``, int64.
-        targets: Target items, shape ``(B,)``, int64.
+        lengths: Real items per sequence, shape ``(B,)``, int64.
+        targets: Target items, shape ``(B',)``, int64.
+        rows: Row numbers in the split, shape ``(B',)``, int64.
+        at: Where each row's history ends in the flattened ``history``, shape ``(B',)``, int64; None where row b is
+            sequence b and ends where it ends.
     """
 
     history: Tensor
     lengths: Tensor
     targets: Tensor
+    rows: NDArray[np.int64]
+    at: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a student's ``forward`` takes to give one user vector per row."""
+        return (self.history, self.lengths) if self.at is None else (self.history, self.lengths, self.at)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,20 @@ class SequenceData:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def max_length(self) -> int:
+        """Longest history, L."""
+        return self.history.shape[1]
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Row numbers, shape ``(M,)``: what an epoch shuffles."""
+        return np.arange(len(self))
+
+    @property
+    def sizes(self) -> None:
+        """Each unit is one row."""
 
     @classmethod
     def of(cls, split: Dataset, n_items: int, max_length: int) -> "SequenceData":
@@ -74,7 +99,50 @@ class SequenceData:
             history=self.history[index].to(device, torch.int64, non_blocking=True),
             lengths=self.lengths[index].to(device, torch.int64, non_blocking=True),
             targets=self.targets[index].to(device, torch.int64, non_blocking=True),
+            rows=rows,
         )
+
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
+        index = torch.from_numpy(rows)
+        return torch.cat([self.history[index], self.targets[index].unsqueeze(1)], dim=1).numpy().astype(np.int64)
+
+
+class TrainingData(Protocol):
+    """What a student trains on, however its rows are divided into units that one forward pass takes whole.
+
+    Row numbers are those of the training split, so what others say of rows, such as a teacher, is found by the
+    ``rows`` of a batch.
+    """
+
+    def __len__(self) -> int:
+        """Rows, M; not units."""
+
+    @property
+    def n_items(self) -> int:
+        """Number of items, N; also the padding id."""
+
+    @property
+    def targets(self) -> Tensor:
+        """Target items, shape ``(M,)``, int32."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest history, L."""
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Numbers of the units, which an epoch shuffles."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64] | None:
+        """Rows of each unit; None means 1 each."""
+
+    def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
+        """Gather the rows of ``units``, in their order."""
+
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +163,9 @@ class SeenItems:
     def of(cls, split: Dataset, sequences: Dataset) -> "SeenItems":
         """Read a split and the sequences of `llm2rec.data`."""
         lists = sequences.with_format("arrow")[:].column("items").combine_chunks()
-        columns = split.with_format("numpy")[:]
-        starts = lists.offsets.to_numpy().astype(np.int64)[columns["user_index"]]
-        return cls(lists.values.to_numpy(), starts, columns["position"].astype(np.int64))
+        table = split.with_format("arrow")[:]  # other formats would make a Python object of every history
+        starts = lists.offsets.to_numpy().astype(np.int64)[table.column("user_index").to_numpy()]
+        return cls(lists.values.to_numpy(), starts, table.column("position").to_numpy().astype(np.int64))
 
     def pairs(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Pairs:
         """What each of some rows had seen: places in ``rows`` and item ids, a pair for every interaction."""
@@ -121,15 +189,15 @@ class NegativeSampler:
     so neither batches, processes nor a resumed run change it.
 
     Args:
-        data: Training rows.
+        data: Training rows, `SequenceData` or `SegmentData`.
         seed: Seed of the run.
 
     Raises:
         ConfigError: If a row could show the whole catalogue.
     """
 
-    def __init__(self, data: SequenceData, seed: int) -> None:
-        shown = data.history.shape[1] + 1
+    def __init__(self, data: TrainingData, seed: int) -> None:
+        shown = data.max_length + 1
         if data.n_items <= shown:
             raise ConfigError(
                 f"the catalogue has {data.n_items} items and a row may show {shown} of them, so that no negative may "
@@ -143,8 +211,7 @@ class NegativeSampler:
         if epoch != self._epoch:
             generator = np.random.default_rng(derived_seed(self._seed, "negatives", epoch))
             self._epoch, self._uniform = epoch, generator.random(len(self._data))
-        index = torch.from_numpy(rows)
-        history, targets = self._data.history[index].numpy(), self._data.targets[index].numpy()
-        unshown = UnshownItems(history, targets, self._data.n_items)
+        shown = self._data.shown(rows)  # (B, L + 1), the target last
+        unshown = UnshownItems(shown[:, :-1], shown[:, -1], self._data.n_items)
         nth = np.minimum((self._uniform[rows] * unshown.counts).astype(np.int64), unshown.counts - 1)
         return torch.from_numpy(unshown.nth(nth[:, None])[:, 0])

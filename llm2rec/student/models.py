@@ -1,7 +1,8 @@
 """Sequential recommenders: a history of item ids in, one vector per user out.
 
 Histories are padded on the right. SASRec and GRU4Rec are causal, so the vector at the last real item has seen all real
-items and no padding; no attention mask is needed. Caser moves the items to the right itself and leaves padding out.
+items and no padding; no attention mask is needed. It also is what they would answer had the history ended at any
+earlier item, so that one pass can answer many rows. Caser moves the items to the right itself and leaves padding out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,9 @@ class SequentialRecommender(nn.Module):
 class SASRec(SequentialRecommender):
     """Self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781), with layer norm ahead.
 
-    Positions are counted from the most recent item, so that histories of different lengths agree on what "last" is.
+    Positions are counted from the most recent item, so that histories of different lengths agree on what "last" is, or
+    from the oldest, as in the paper, so that an item has the same position in every pass that begins where this one
+    does. Of a history longer than L the last L items are read, so their oldest is where counting begins.
 
     Args:
         n_items: Number of items, N.
@@ -71,6 +74,7 @@ class SASRec(SequentialRecommender):
         n_heads: Attention heads; must divide ``width``.
         dropout: Dropout probability on embeddings, attention and feed-forward outputs.
         tie_items: Whether one item table serves input and output.
+        positions: Whether they are counted from the most ``recent`` item or from the ``oldest``.
     """
 
     def __init__(
@@ -82,8 +86,12 @@ class SASRec(SequentialRecommender):
         n_heads: int = 2,
         dropout: float = 0.2,
         tie_items: bool = True,
+        positions: str = "recent",
     ) -> None:
         super().__init__(n_items, width, max_length, dropout, tie_items)
+        if positions not in ("recent", "oldest"):
+            raise ConfigError(f"`positions` is {positions!r}, expected 'recent' or 'oldest'.")
+        self.counts_from = positions
         if width % n_heads or n_blocks < 1:
             raise ConfigError(
                 f"expected `n_blocks` >= 1 and `n_heads` that divide `width`, got {n_blocks}, {n_heads}, {width}."
@@ -94,22 +102,33 @@ class SASRec(SequentialRecommender):
         self.last_block = _Block(width, n_heads, dropout)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, history: Tensor, lengths: Tensor, at: Tensor | None = None) -> Tensor:
         """Represent users.
 
         Args:
             history: Item ids of shape ``(B, L)``, oldest first, padded on the right.
             lengths: Real items per row, shape ``(B,)``, at least 1.
+            at: Where in the flattened ``history`` a user is asked for, shape ``(B',)``: what was read up to and with
+                that item. None asks once per row, at its last real item.
 
         Returns:
-            User vectors of shape ``(B, D)``.
+            User vectors of shape ``(B, D)``, or ``(B', D)``.
+
+        Raises:
+            ConfigError: If ``at`` is given and positions are counted from the most recent item, which each ``at`` has
+                its own.
         """
         steps = torch.arange(history.shape[1], device=history.device)
-        age = (lengths.unsqueeze(1) - 1 - steps).clamp(min=0)  # (B, L); 0 is the most recent item
-        x = self.dropout(self.input_items(history) + self.positions[age])
+        if self.counts_from == "oldest":
+            positions = self.positions[steps]  # (L, D)
+        elif at is None:
+            positions = self.positions[(lengths.unsqueeze(1) - 1 - steps).clamp(min=0)]  # (B, L, D); 0 is the last
+        else:
+            raise ConfigError("users within a history need `positions='oldest'`; this SASRec counts from the recent.")
+        x = self.dropout(self.input_items(history) + positions)
         for block in self.blocks:
             x = block(x)
-        return self.norm(self.last_block.last(x, lengths))
+        return self.norm(self.last_block.last(x, lengths) if at is None else self.last_block.at(x, at))
 
 
 class _Block(nn.Module):
@@ -126,10 +145,11 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, L, D)`` to ``(B, L, D)``; no position sees a later one."""
-        q, k, v = (self._heads(part) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
-        drop = self.dropout if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True)
-        return self._add(x, mixed)
+        return self._add(x, self._attended(x))
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """What `forward` gives at ``places`` of the flattened rows, ``(B', D)``, and only there after attention."""
+        return self._add(x.flatten(0, 1)[places], self._attended(x).flatten(0, 1)[places])
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """What `forward` gives at each row's last real position, ``(B, D)``, at a fraction of its cost."""
@@ -146,15 +166,22 @@ class _Block(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(
             self._heads(q), self._heads(k), self._heads(v), attn_mask=real[:, None, None], dropout_p=drop
         )
-        return self._add(x[rows, lengths - 1].unsqueeze(1), mixed).squeeze(1)
+        return self._add(x[rows, lengths - 1], mixed.flatten(1))
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """What each position takes from itself and those before it, ``(B, L, D)``."""
+        q, k, v = (self._heads(part) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
+        drop = self.dropout if self.training else 0.0
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """Cut ``(B, L, D)`` into heads, ``(B, heads, L, D / heads)``."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add what attention mixed, then what the feed-forward layer makes of it."""
-        x = x + nn.functional.dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        """Add to ``(..., D)`` what attention mixed, then what the feed-forward layer makes of it."""
+        x = x + nn.functional.dropout(self.out(mixed), self.dropout, self.training)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -186,10 +213,10 @@ class GRU4Rec(SequentialRecommender):
         self.gru = nn.GRU(width, hidden_width, n_layers, batch_first=True, dropout=between)
         self.out = nn.Linear(hidden_width, width)
 
-    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """Represent users; shapes as in `SASRec.forward`."""
+    def forward(self, history: Tensor, lengths: Tensor, at: Tensor | None = None) -> Tensor:
+        """Represent users; arguments as in `SASRec.forward`."""
         states, _ = self.gru(self.dropout(self.input_items(history)))
-        return self.out(_last(states, lengths))
+        return self.out(_last(states, lengths) if at is None else states.flatten(0, 1)[at])
 
 
 class Caser(SequentialRecommender):
@@ -247,7 +274,7 @@ class Caser(SequentialRecommender):
             nn.init.zeros_(layer.bias)
 
     def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """Represent users; shapes as in `SASRec.forward`."""
+        """Represent users, at their last real items only; shapes as in `SASRec.forward`."""
         items, n_padding = self._moved_right(history, lengths)
         x = self.input_items(items).transpose(1, 2)  # (B, D, L); zeros, then the items, the most recent last
         found = [self._strongest(layer(x), n_padding) for layer in self.horizontal]

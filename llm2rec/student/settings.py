@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from llm2rec.core.errors import ConfigError
 from llm2rec.core.training import TrainingSettings
 
 __all__ = [
@@ -40,10 +41,12 @@ class SASRecSettings(ModelSettings):
     Attributes:
         n_blocks: Transformer blocks.
         n_heads: Attention heads.
+        positions: Whether they are counted from the most ``recent`` item or from the ``oldest``.
     """
 
     n_blocks: int = 1
     n_heads: int = 2
+    positions: str = "recent"
 
 
 @dataclass
@@ -83,11 +86,20 @@ class StudentSettings:
         name: Name in `llm2rec.student.models.MODELS`.
         model: Arguments of the model.
         training: Length, batch and rate; distillation uses the same.
+        examples: What a forward pass reads for the training rows: ``windows`` (each row's own history) or
+            ``sequences`` (pieces of users' sequences, each answering many rows; see
+            `llm2rec.student.segments.SegmentData`). Every row is trained once an epoch in both, and sizes of batches
+            count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
     """
 
     name: str = "???"
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    examples: str = "windows"
+
+    def __post_init__(self) -> None:
+        if self.examples not in ("windows", "sequences"):
+            raise ConfigError(f"student.examples is {self.examples!r}, expected 'windows' or 'sequences'.")
 
 
 @dataclass
@@ -96,6 +108,15 @@ class SASRecStudent(StudentSettings):
 
     name: str = "sasrec"
     model: SASRecSettings = field(default_factory=SASRecSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples == "sequences" and self.model.positions != "oldest":
+            raise ConfigError(
+                f"student.examples=sequences answers a row at every item it reads, but student.model.positions="
+                f"{self.model.positions} counts from each row's own last item; add `student.model.positions=oldest`, "
+                "or use `student.examples=windows`."
+            )
 
 
 @dataclass
@@ -112,3 +133,11 @@ class CaserStudent(StudentSettings):
 
     name: str = "caser"
     model: CaserSettings = field(default_factory=CaserSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples == "sequences":
+            raise ConfigError(
+                "student.examples=sequences needs a student that reads item by item, which Caser does not; use "
+                "`student.examples=windows`, or student=sasrec or gru4rec."
+            )

@@ -1,13 +1,12 @@
 """Train a student on its own task alone: the baseline that distillation has to beat."""
 
-import numpy as np
 import torch
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import SeenItems, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import SequentialRecommender
@@ -17,7 +16,7 @@ __all__ = ["train_baseline"]
 
 def train_baseline(
     model: SequentialRecommender,
-    train: SequenceData,
+    train: TrainingData,
     validation: SequenceData,
     engine: Engine,
     *,
@@ -42,19 +41,19 @@ def train_baseline(
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
-    rows, max_steps = np.arange(len(train)), engine.max_steps(len(train))
+    max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
     wrapped.train()
-    for step, share in engine.progress(engine.steps(rows, record.step), "student", max_steps, initial=record.step):
+    for step, share in engine.progress(steps, "student", max_steps, initial=record.step):
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
-        for micro_rows, weights in zip(share.micro_batches, share.weights, strict=True):
-            batch = train.batch(micro_rows, engine.device)
+        for units, weights in zip(share.micro_batches, share.weights, strict=True):
+            batch = train.batch(units, engine.device)
             with engine.accumulate(wrapped):
-                users = wrapped(batch.history, batch.lengths)  # (B, D)
+                users = wrapped(*batch.inputs)  # (B, D)
                 losses = cross_entropy(model.score(users), batch.targets)  # (B,)
                 loss = (losses * torch.from_numpy(weights).to(losses)).sum()
-                engine.backward(loss, share.n_rows, step, micro_rows)
+                engine.backward(loss, share.n_rows, step, batch.rows)
                 engine.step(wrapped, optimizer)
             record.add_losses({"loss": loss})
         record.finish_step(step, share.n_rows)

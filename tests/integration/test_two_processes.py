@@ -58,6 +58,19 @@ def test_losses_and_metrics_are_those_of_one_process(stage, one, two):
     assert records[0]["parameters"] == records[1]["parameters"]
 
 
+def test_a_student_of_sequences_learns_in_two_processes_what_it_learns_in_one(one, tmp_path):
+    """Pieces of sequences hold different numbers of rows, so that the shares of two processes are uneven."""
+    told = f"distill.teacher_outputs={one[0] / 'data' / 'teacher_outputs' / 'toy' / 'ilora-tiny_random'}"
+    options = [*STUDENT, told, "student.examples=sequences", "student.model.positions=oldest"]
+    found = []
+    for name, launcher in (("one", {}), ("two", {"launcher": TORCHRUN})):
+        run(tmp_path / name, "distill", *options, **launcher)
+        found.extend(runs(tmp_path / name))
+    first, second = map(history, found)
+    assert close_histories(first, second, 1e-4)
+    assert not close_histories(first, history(one[1]["distill"]), 1e-4)  # windows are something else
+
+
 def test_weights_are_those_of_one_process(one, two):
     pairs = [(adapter(one[1]["teacher"]), adapter(two[1]["teacher"]))]
     pairs += [(student(one[1][stage]), student(two[1][stage])) for stage in ("student", "distill")]

@@ -1,15 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
-from engine_helpers import engine_in, random_rows
+from datasets import concatenate_datasets
+from engine_helpers import engine_in, examples_of, random_rows, sequences_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.metrics import target_ranks
 from llm2rec.data import Toy, prepare
-from llm2rec.data.recdata import SEQUENCE_FEATURES
-from llm2rec.data.splitting import EXAMPLE_FEATURES
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import build_model
@@ -17,33 +15,6 @@ from llm2rec.student.models import build_model
 N = 9
 ITEMS = st.integers(0, N - 1)
 SEQUENCES = st.lists(st.lists(ITEMS, min_size=2, max_size=8), min_size=1, max_size=6)
-
-
-def examples_of(sequences, history_length):
-    """All prefixes of all users, as `llm2rec.data` would write them."""
-    rows = [
-        {
-            "example_id": 0,
-            "user_id": str(user),
-            "user_index": user,
-            "position": position,
-            "history": items[max(0, position - history_length) : position],
-            "target": items[position],
-            "timestamp": position,
-        }
-        for user, items in enumerate(sequences)
-        for position in range(1, len(items))
-    ]
-    rows = [row | {"example_id": number} for number, row in enumerate(rows)]
-    return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
-
-
-def sequences_of(sequences):
-    rows = [
-        {"user_index": user, "user_id": str(user), "items": items, "timestamps": list(range(len(items)))}
-        for user, items in enumerate(sequences)
-    ]
-    return Dataset.from_list(rows, features=SEQUENCE_FEATURES)
 
 
 def slow_tensors(split, max_length):

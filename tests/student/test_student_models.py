@@ -185,6 +185,26 @@ def test_positions_are_counted_from_the_most_recent_item():
     torch.testing.assert_close(ages[0][0, :2], ages[1][0, 1:])
 
 
+def test_positions_may_be_counted_from_the_oldest_item():
+    """Histories that begin alike agree until they part."""
+    model = built("sasrec", positions="oldest")
+    read = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model(torch.tensor([[3, 4, N]]), torch.tensor([2]))
+    model(torch.tensor([[3, 4, 9]]), torch.tensor([3]))
+    torch.testing.assert_close(read[0][0, :2], read[1][0, :2])
+    torch.testing.assert_close(read[0][0, :2], model.input_items(torch.tensor([3, 4])) + model.positions[:2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+def test_users_at_the_last_item_are_those_asked_for_without_a_place(name, training):
+    changes = {"positions": "oldest"} if name == "sasrec" else {}
+    model, history = built(name, dropout=0.0, **changes).train(training), histories()
+    places = torch.arange(4) * L + LENGTHS - 1
+    torch.testing.assert_close(model(history, LENGTHS, places[[2, 0]]), model(history, LENGTHS)[[2, 0]])
+
+
 def caser_by_loops(model, items):
     """What Caser answers to one history, a list of ids, as the paper writes it down: no tensors but the weights."""
     table = model.input_items.weight.tolist()

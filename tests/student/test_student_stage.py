@@ -99,3 +99,11 @@ def test_resuming_with_other_settings_fails_before_training(launch, caplog):
     assert r"student.training.learning_rate (was" in (run / "log.txt").read_text()
     assert (run / "student" / "model.safetensors").stat().st_mtime_ns == weights
     assert Path.cwd() == run.parent.parent  # Hydra has gone back
+
+
+def test_a_student_learns_from_sequences(launch):
+    run = launch("student.examples=sequences", "student.model.positions=oldest")
+    model = load_student(run / "student")
+    assert model.counts_from == "oldest"
+    losses = [e["train/loss"] for e in json.loads((run / "metrics" / "validation.json").read_text())["history"]]
+    assert losses[1] < losses[0]

@@ -1,0 +1,140 @@
+"""Training rows grouped by user, so that one causal pass over a piece of a sequence answers many of them.
+
+A row alone costs a pass over its whole history. But a causal model has, at every item it reads, the user vector of the
+row whose history ends there; reading a piece of L items once answers up to L rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.data import RecData
+from llm2rec.student.datamodule import SequenceBatch, SequenceData, TrainingData
+
+__all__ = ["SegmentData", "training_data"]
+
+
+@dataclass(frozen=True)
+class SegmentData:
+    """The rows of a split in segments: pieces of a user's sequence of at most L items that are read in one pass.
+
+    The first segment of a user reads up to L items and answers a row at each. Every later one begins with the last
+    ``L - stride`` items of the one before, which it reads for context alone, and answers the next ``stride`` rows; so
+    each row is answered exactly once, by a pass that has seen at least ``L - stride + 1`` items before its target, or
+    all there are. Segments are offsets into the sequences; nothing is copied or padded before a batch is made.
+
+    Attributes:
+        items: All users' sequences, one after the other, shape ``(interactions,)``, int32; memory-mapped.
+        user_starts: Where each row's user begins in ``items``, shape ``(M,)``, int64.
+        places: Where each row's target lies in ``items``, shape ``(M,)``, int64.
+        targets: Target items, shape ``(M,)``, int32.
+        starts: Where each segment begins in ``items``, shape ``(S,)``, int64.
+        first_rows: First row that each segment answers, shape ``(S,)``, int64.
+        sizes: Rows that each segment answers, shape ``(S,)``, int64; they follow on the first.
+        n_items: Number of items, N; also the padding id.
+        max_length: Most items a segment holds, L.
+    """
+
+    items: NDArray[np.int32]
+    user_starts: NDArray[np.int64]
+    places: NDArray[np.int64]
+    targets: Tensor
+    starts: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    n_items: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Numbers of the segments, shape ``(S,)``: what an epoch shuffles."""
+        return np.arange(len(self.sizes))
+
+    @classmethod
+    def of(
+        cls, split: Dataset, sequences: Dataset, n_items: int, max_length: int, stride: int | None = None
+    ) -> "SegmentData":
+        """Cut the rows of a split of `llm2rec.data` into segments.
+
+        Args:
+            split: Training rows; those of a user follow each other in the order of time.
+            sequences: Each user's whole sequence.
+            n_items: Number of items, N.
+            max_length: Most items a segment holds, L.
+            stride: Rows that each segment of a user but the first answers, 1 to L; half of L if None.
+        """
+        stride = stride or -(-max_length // 2)
+        lists = sequences.with_format("arrow")[:].column("items").combine_chunks()
+        items, offsets = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
+        table = split.with_format("arrow")[:]
+        users, positions = (table.column(name).to_numpy().astype(np.int64) for name in ("user_index", "position"))
+        user_starts = offsets[users]
+        places = user_starts + positions  # (M,)
+
+        follows = (np.diff(users) == 0) & (np.diff(positions) == 1)
+        run_rows = np.concatenate([[0], np.flatnonzero(~follows) + 1])  # (R,): first row of each unbroken run
+        run_sizes = np.diff(run_rows, append=len(users))
+        # A run's first segment may reach further: it reads from the user's first item on as long as that fits.
+        first_sizes = np.minimum(run_sizes, np.maximum(stride, max_length + 1 - positions[run_rows]))
+        n_later = -(-(run_sizes - first_sizes) // stride)  # (R,)
+        run = np.repeat(np.arange(len(run_rows)), n_later + 1)  # (S,): each segment's run
+        nth = _counting(n_later + 1)  # (S,): 0, 1, ... within each run
+        stops = np.minimum(first_sizes[run] + nth * stride, run_sizes[run])  # (S,): one past the last row, in its run
+        begins = np.where(nth == 0, 0, first_sizes[run] + (nth - 1) * stride)
+        ends = places[run_rows[run] + stops - 1]  # (S,): the last target, which is not read
+        starts = np.maximum(user_starts[run_rows[run]], ends - max_length)
+        targets = torch.from_numpy(items[places])
+        return cls(
+            items, user_starts, places, targets, starts, run_rows[run] + begins, stops - begins, n_items, max_length
+        )
+
+    def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
+        """Gather the segments ``units`` of shape ``(B,)``, as long as the longest of them, and the rows they answer."""
+        sizes, starts = self.sizes[units], self.starts[units]
+        rows = np.repeat(self.first_rows[units], sizes) + _counting(sizes)  # (B',)
+        lengths = self.places[self.first_rows[units] + sizes - 1] - starts  # (B,)
+        slots = np.arange(lengths.max())
+        real = slots < lengths[:, None]  # (B, longest)
+        history = np.where(real, self.items[np.where(real, starts[:, None] + slots, 0)], self.n_items)
+        segment = np.repeat(np.arange(len(units)), sizes)  # (B',)
+        at = segment * len(slots) + self.places[rows] - 1 - starts[segment]
+        return SequenceBatch(
+            history=torch.from_numpy(history.astype(np.int64)).to(device, non_blocking=True),
+            lengths=torch.from_numpy(lengths).to(device, non_blocking=True),
+            targets=self.targets[torch.from_numpy(rows)].to(device, torch.int64, non_blocking=True),
+            rows=rows,
+            at=torch.from_numpy(at).to(device, non_blocking=True),
+        )
+
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What ``rows`` show: their last L items, padded, and their targets; shape ``(B, L + 1)``."""
+        source = self.places[rows, None] - np.arange(self.max_length, -1, -1)
+        real = source >= self.user_starts[rows, None]
+        return np.where(real, self.items[np.where(real, source, 0)], self.n_items).astype(np.int64)
+
+
+def training_data(data: RecData, examples: str, max_length: int) -> TrainingData:
+    """Read the training rows of a dataset for a student.
+
+    Args:
+        data: The dataset.
+        examples: ``windows`` or ``sequences``; see `StudentSettings`.
+        max_length: Longest history that the student reads.
+    """
+    if examples == "windows":
+        return SequenceData.of(data.splits["train"], data.n_items, max_length)
+    # No longer than the histories that the student is going to be asked about.
+    longest = min(max_length, data.history_length)
+    return SegmentData.of(data.splits["train"], data.sequences, data.n_items, longest)
+
+
+def _counting(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count 0, 1, ..., size-1 for each size, in one flat array: (2, 3) gives 0 1 0 1 2."""
+    return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
