@@ -102,10 +102,10 @@ class SequenceData:
             rows=rows,
         )
 
-    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
         index = torch.from_numpy(rows)
-        return torch.cat([self.history[index], self.targets[index].unsqueeze(1)], dim=1).numpy().astype(np.int64)
+        return torch.cat([self.history[index], self.targets[index].unsqueeze(1)], dim=1).numpy()
 
 
 class TrainingData(Protocol):
@@ -141,7 +141,7 @@ class TrainingData(Protocol):
     def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
         """Gather the rows of ``units``, in their order."""
 
-    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
 
 

@@ -113,11 +113,11 @@ class SegmentData:
             at=torch.from_numpy(at).to(device, non_blocking=True),
         )
 
-    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their last L items, padded, and their targets; shape ``(B, L + 1)``."""
         source = self.places[rows, None] - np.arange(self.max_length, -1, -1)
         real = source >= self.user_starts[rows, None]
-        return np.where(real, self.items[np.where(real, source, 0)], self.n_items).astype(np.int64)
+        return np.where(real, self.items[np.where(real, source, 0)], self.n_items)
 
 
 def training_data(data: RecData, examples: str, max_length: int) -> TrainingData:

@@ -68,7 +68,8 @@ def test_a_student_of_sequences_learns_in_two_processes_what_it_learns_in_one(on
         found.extend(runs(tmp_path / name))
     first, second = map(history, found)
     assert close_histories(first, second, 1e-4)
-    assert not close_histories(first, history(one[1]["distill"]), 1e-4)  # windows are something else
+    windows = history(one[1]["distill"])  # something else, or nothing was tried
+    assert abs(first[0]["train/loss"] - windows[0]["train/loss"]) > 1e-3
 
 
 def test_weights_are_those_of_one_process(one, two):
