@@ -1,5 +1,7 @@
 """Item vectors of a student: a free table, or one fused with the teacher's vectors (DLLM2Rec)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,16 @@ class ItemTable(nn.Module):
 
     Padding is id ``n_items``, one past the last item: its vector is zero, gets no gradient and is never scored.
 
+    Looking items up adds rows to the gradient, not a matrix of its own: one dense gradient is there at most, whatever
+    the table is used for in a step.
+
     Args:
         n_items: Number of items, N.
         width: Width of the vectors, D.
+
+    Attributes:
+        sparse_gradients: Whether a gradient of some rows reaches the optimizer as it is, for optimizers that touch
+            those rows only; else it is made dense.
     """
 
     def __init__(self, n_items: int, width: int) -> None:
@@ -23,14 +32,34 @@ class ItemTable(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         with torch.no_grad():
             self.weight[n_items] = 0
+        self.sparse_gradients = False
+        self._watch_gradient()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy: hooks belong to the tensor that was copied."""
+        super().__setstate__(state)
+        self._watch_gradient()
+
+    def _watch_gradient(self) -> None:
+        if self.weight.requires_grad:
+            self.weight.register_post_accumulate_grad_hook(self._make_dense)
+
+    def _make_dense(self, weight: Tensor) -> None:
+        """Change a gradient of lookups alone before the optimizer, DDP or DeepSpeed see it."""
+        if weight.grad is not None and weight.grad.is_sparse and not self.sparse_gradients:
+            weight.grad = weight.grad.to_dense()
+
+    def with_padding(self) -> Tensor:
+        """Vectors of all items and of padding, shape ``(N + 1, D)``: a plain table's own weight, no copy."""
+        return self.weight
 
     def vectors(self) -> Tensor:
         """Vectors of all items, shape ``(N, D)``."""
-        return self.weight[: self.n_items]
+        return self.with_padding()[: self.n_items]
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """Look up ``item_ids`` of shape ``(B, L)``, padding included; returns ``(B, L, D)``."""
-        return nn.functional.embedding(item_ids, self.weight, padding_idx=self.n_items)
+        """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
+        return nn.functional.embedding(item_ids, self.weight, padding_idx=self.n_items, sparse=True)
 
 
 class FusedItemTable(ItemTable):
@@ -56,10 +85,10 @@ class FusedItemTable(ItemTable):
         self.projection = nn.Linear(teacher_vectors.shape[1], width, bias=False)
         self.scale = scale
 
-    def vectors(self) -> Tensor:
-        """Vectors of all items, shape ``(N, D)``."""
-        return super().vectors() + self.scale * self.projection(self.teacher_vectors[: self.n_items])
+    def with_padding(self) -> Tensor:
+        """Vectors of all items and of padding, shape ``(N + 1, D)``."""
+        return self.weight + self.scale * self.projection(self.teacher_vectors)
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """Look up ``item_ids`` of shape ``(B, L)``, padding included; returns ``(B, L, D)``."""
+        """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
         return super().forward(item_ids) + self.scale * self.projection(self.teacher_vectors[item_ids])
