@@ -164,6 +164,8 @@ def test_wrong_types_are_refused_at_every_depth(override):
     [
         ("student.training.batch_size=0", "`batch_size` is 0"),
         ("distill.ranking.beta=0", "beta > 0"),
+        ("student.loss.name=bpr", "student.loss.name is 'bpr', expected 'cross_entropy', 'sampled_softmax', 'bce' or"),
+        ("student.item_optimizer=sgd", "student.item_optimizer is 'sgd', expected 'adamw' or 'rowwise'"),
         ("llm.pooling=max", "llm.pooling is 'max'"),
         ("llm=minilm llm.path=???", "path"),
         ("teacher.precision=float8", "teacher.precision is 'float8'"),

@@ -112,6 +112,11 @@ class Engine:
         return self.accelerator.num_processes
 
     @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed divides the optimizer's state among processes."""
+        return getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
+
+    @property
     def device(self) -> torch.device:
         """Where batches belong."""
         return self.accelerator.device

@@ -13,6 +13,7 @@ __all__ = [
     "NonFiniteError",
     "TeacherOutputsError",
     "UnknownItemError",
+    "one_of",
 ]
 
 
@@ -46,3 +47,14 @@ class NonFiniteError(Llm2RecError, FloatingPointError):
 
 class Interrupted(Llm2RecError, RuntimeError):
     """A training that was asked to end (SIGTERM) and has written a checkpoint to go on from."""
+
+
+def one_of(name: str, value: str, *allowed: str) -> None:
+    """Refuse a setting that is not one of the allowed values.
+
+    Raises:
+        ConfigError: Naming the setting, its value and what was expected.
+    """
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ConfigError(f"{name} is {value!r}, expected {', '.join(others)} or {last}.")

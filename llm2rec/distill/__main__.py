@@ -55,7 +55,17 @@ def main(cfg: Config, run: Run) -> None:
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
     with run.phase("train"):
         train_distilled(
-            model, train, teacher, validation, policy, engine, settings, select_on=cfg.metrics.select_on, seen=seen
+            model,
+            train,
+            teacher,
+            validation,
+            policy,
+            engine,
+            settings,
+            loss=student_settings.loss,
+            item_optimizer=student_settings.item_optimizer,
+            select_on=cfg.metrics.select_on,
+            seen=seen,
         )
     if engine.is_main:
         items = data.items.with_format("arrow")[:]

@@ -7,7 +7,8 @@ Defaults are DLLM2Rec as its paper describes it (arXiv 2405.00338); `DLLM2RecCod
 from dataclasses import dataclass, field
 from functools import partial
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, one_of
+from llm2rec.student import settings as student
 
 __all__ = ["DLLM2RecCodeSettings", "DistillSettings", "DrosSettings", "EmbeddingSettings", "RankingSettings"]
 
@@ -64,36 +65,27 @@ class RankingSettings:
             )
         if self.top_k < 1 or self.beta <= 0:
             raise ConfigError(f"distill.ranking: expected top_k >= 1 and beta > 0, got {self.top_k} and {self.beta}.")
-        _one_of("distill.ranking.confidence", self.confidence, "per_candidate", "per_row")
-        _one_of("distill.ranking.negative", self.negative, "none", "one_minus_score", "one_minus_probability")
+        one_of("distill.ranking.confidence", self.confidence, "per_candidate", "per_row")
+        one_of("distill.ranking.negative", self.negative, "none", "one_minus_score", "one_minus_probability")
 
 
 @dataclass
-class DrosSettings:
-    """Distributionally robust optimisation (DROS, SIGIR 2023); formula in `llm2rec.student.losses.dros`.
+class DrosSettings(student.DrosSettings):
+    """DROS of the recipe, instead of the student's own.
+
+    Its weight, α, is that of the DROS losses beside the student's own loss and inside the ranking loss alike.
 
     Attributes:
-        weight: Weight of the DROS losses, α, beside the student's own loss and inside the ranking loss alike; 0 leaves
-            them out.
-        beta: Robust radius.
-        propensity_power: Exponent on the popularity of items, which weighs them; 0 weighs all alike.
         in_ranking: DROS of the teacher's candidates inside the ranking loss: ``none`` (paper), ``per_row``, or
             ``broadcast`` (program: a candidate's loss is weighed by the batch's mean weight at its rank; needs each
             optimizer step to be one micro-batch on one process).
     """
 
-    weight: float = 0.0
-    beta: float = 1.0
-    propensity_power: float = 0.05
     in_ranking: str = "none"
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.propensity_power < 0 or self.beta <= 0:
-            raise ConfigError(
-                "distill.dros: expected weight >= 0, propensity_power >= 0 and beta > 0, got "
-                f"{self.weight}, {self.propensity_power} and {self.beta}."
-            )
-        _one_of("distill.dros.in_ranking", self.in_ranking, "none", "per_row", "broadcast")
+        super().__post_init__()
+        one_of("distill.dros.in_ranking", self.in_ranking, "none", "per_row", "broadcast")
 
 
 @dataclass
@@ -117,8 +109,8 @@ class EmbeddingSettings:
     standardise: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input")
-        _one_of("distill.embedding.alignment", self.alignment, "mse", "cosine")
+        one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input")
+        one_of("distill.embedding.alignment", self.alignment, "mse", "cosine")
         if self.alignment_weight < 0:
             raise ConfigError(f"distill.embedding.alignment_weight is {self.alignment_weight}, expected 0 or more.")
 
@@ -135,8 +127,9 @@ class DistillSettings:
     Attributes:
         name: Name of the recipe.
         teacher_outputs: Folder of the teacher's outputs.
-        own_loss: The student's own task: ``cross_entropy`` over the catalogue, or ``sampled_bce`` (program): binary
-            cross-entropy of the target and one sampled negative.
+        own_loss: The student's own task: ``student``, as `student.loss` says, so that a distilled student and its
+            baseline differ in nothing else; or what the recipe fixes: ``cross_entropy`` over the catalogue, or
+            ``sampled_bce`` (program): binary cross-entropy of the target and one sampled negative.
         dros: Robust losses.
         ranking: Ranking distillation.
         embedding: Embedding distillation.
@@ -144,18 +137,23 @@ class DistillSettings:
 
     name: str = "dllm2rec"
     teacher_outputs: str = "???"
-    own_loss: str = "cross_entropy"
+    own_loss: str = "student"
     dros: DrosSettings = field(default_factory=DrosSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
     def __post_init__(self) -> None:
-        _one_of("distill.own_loss", self.own_loss, "cross_entropy", "sampled_bce")
+        one_of("distill.own_loss", self.own_loss, "student", "cross_entropy", "sampled_bce")
 
     @property
     def needs_negatives(self) -> bool:
         """Whether any loss is about a sampled negative."""
         return self.own_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether any loss but the student's own is about the scores of all items."""
+        return self.ranking.weight > 0 or self.dros.weight > 0
 
     @property
     def robust_ranking(self) -> bool:
@@ -176,9 +174,3 @@ class DLLM2RecCodeSettings(DistillSettings):
     embedding: EmbeddingSettings = field(
         default_factory=partial(EmbeddingSettings, fusion_sides="input", standardise=False)
     )
-
-
-def _one_of(name: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        *others, last = map(repr, allowed)
-        raise ConfigError(f"{name} is {value!r}, expected {', '.join(others)} or {last}.")

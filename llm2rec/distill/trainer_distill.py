@@ -1,5 +1,6 @@
 """Train a student on its own task and on what the teacher wrote down (DLLM2Rec)."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.distill.kd_losses import (
@@ -28,6 +28,9 @@ from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, popularity_propensity, sampled_bce
+from llm2rec.student.optimizer import student_optimizer
+from llm2rec.student.own_loss import OwnLoss
+from llm2rec.student.settings import LossSettings
 
 __all__ = ["distillation_losses", "objective", "train_distilled"]
 
@@ -41,6 +44,8 @@ def train_distilled(
     engine: Engine,
     settings: DistillSettings,
     *,
+    loss: LossSettings | None = None,
+    item_optimizer: str = "adamw",
     select_on: str = "ndcg@10",
     seen: SeenItems | None = None,
 ) -> DistilledStudent:
@@ -54,6 +59,8 @@ def train_distilled(
         policy: Which rows are distilled.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
         settings: Weights of the losses.
+        loss: The student's own task, where ``settings.own_loss`` leaves it to the student; cross-entropy if None.
+        item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that decides.
         seen: Items to leave out of the validation rankings; None ranks all items.
 
@@ -61,16 +68,17 @@ def train_distilled(
         The unwrapped model with the best weights, in evaluation mode.
 
     Raises:
-        ConfigError: If losses about a whole optimizer step are asked for and a step is divided, or if a catalogue is
-            too small for the negatives that are asked for.
+        ConfigError: If losses about a whole optimizer step are asked for and a step is divided, if a catalogue is too
+            small for the negatives that are asked for, if DROS is asked for twice, or DeepSpeed is to update rows.
     """
     if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
         _refuse_divided_steps(engine)
+    own_loss = _own_loss(model, loss or LossSettings(), train, engine, settings)
     training, record = engine.training, TrainingRecord(engine, select_on)
     sampler = NegativeSampler(train, engine.seed) if settings.needs_negatives else None
     propensity = popularity_propensity(train.targets, train.n_items, settings.dros.propensity_power)  # (N,)
     propensity = propensity.to(engine.device, torch.float32)
-    wrapped, optimizer = engine.prepare(model, adamw(model, training.learning_rate, training.weight_decay))
+    wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
@@ -91,8 +99,9 @@ def train_distilled(
             distilled = torch.from_numpy(weights_in(epoch)[rows]).to(engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(*batch.inputs)  # (B, D)
+                own = own_loss and partial(own_loss, users, batch.targets, rows, epoch=epoch, step=step)
                 losses = distillation_losses(  # each (B,)
-                    model, users, batch, told, distilled, settings, negatives=negatives, propensity=propensity
+                    model, users, batch, told, distilled, settings, own=own, negatives=negatives, propensity=propensity
                 )
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
@@ -120,6 +129,20 @@ def _refuse_divided_steps(engine: Engine) -> None:
         )
 
 
+def _own_loss(
+    model: DistilledStudent, loss: LossSettings, train: TrainingData, engine: Engine, settings: DistillSettings
+) -> OwnLoss | None:
+    """The student's own task, or None where the recipe has one."""
+    if settings.own_loss != "student":
+        return None
+    if loss.dros.weight > 0 and settings.dros.weight > 0:
+        raise ConfigError(
+            f"student.loss.dros.weight is {loss.dros.weight} and distill.dros.weight is {settings.dros.weight}, which "
+            "would count DROS twice; set one of them to 0."
+        )
+    return OwnLoss(model.student, loss, train.targets, engine.seed)
+
+
 def distillation_losses(
     model: DistilledStudent,
     users: Tensor,
@@ -128,6 +151,7 @@ def distillation_losses(
     distilled: Tensor,
     settings: DistillSettings,
     *,
+    own: Callable[..., dict[str, Tensor]] | None = None,
     negatives: Tensor | None = None,
     propensity: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -140,6 +164,8 @@ def distillation_losses(
         told: What the teacher says of them.
         distilled: Weight of each row's distillation losses, shape ``(B,)``.
         settings: Weights of the losses.
+        own: `OwnLoss` of these rows, still to be told the logits; None computes what ``settings.own_loss`` names,
+            cross-entropy where that is ``student``.
         negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
         propensity: Of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
 
@@ -147,12 +173,23 @@ def distillation_losses(
         ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` where they are asked
         for, each of shape ``(B,)``.
     """
-    logits, ranking = model.score(users), settings.ranking  # (B, N)
-    again = ranking.weight > 0 and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
-    compared = model.logits_without_dropout(*batch.inputs) if again else logits
-    losses = objective(
-        logits, batch.targets, told, distilled, settings, negatives=negatives, propensity=propensity, compared=compared
-    )
+    ranking = settings.ranking
+    if own is not None and not settings.needs_logits:
+        losses = _named(own())
+    else:
+        logits = model.score(users)  # (B, N)
+        again = ranking.weight > 0 and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
+        losses = objective(
+            logits,
+            batch.targets,
+            told,
+            distilled,
+            settings,
+            own=own and own(logits=logits),
+            negatives=negatives,
+            propensity=propensity,
+            compared=model.logits_without_dropout(*batch.inputs) if again else logits,
+        )
     if settings.embedding.alignment_weight > 0:
         aligned = alignment_loss(
             model.projected(batch.targets), model.teacher_vectors[batch.targets], settings.embedding.alignment
@@ -169,6 +206,7 @@ def objective(
     distilled: Tensor,
     settings: DistillSettings,
     *,
+    own: dict[str, Tensor] | None = None,
     negatives: Tensor | None = None,
     propensity: Tensor | None = None,
     compared: Tensor | None = None,
@@ -181,6 +219,7 @@ def objective(
         told: What the teacher says of the rows.
         distilled: Weight of each row's ranking loss, shape ``(B,)``.
         settings: Weights and kinds of the losses.
+        own: What `OwnLoss` gave; None as in `distillation_losses`.
         negatives: As in `distillation_losses`.
         propensity: As in `distillation_losses`.
         compared: Logits that the student's own top K is read off, shape ``(B, N)``; ``logits`` if None.
@@ -191,10 +230,9 @@ def objective(
     ranking, alpha = settings.ranking, settings.dros.weight
     if settings.own_loss == "sampled_bce":
         assert negatives is not None
-        losses = {"loss_student": sampled_bce(logits, targets, negatives)}
-    else:
-        losses = {"loss_student": cross_entropy(logits, targets)}
-    total = losses["loss_student"]
+        own = {"loss": sampled_bce(logits, targets, negatives)}
+    losses = _named(own or {"loss": cross_entropy(logits, targets)})
+    total = losses.pop("loss")
     if alpha > 0:
         assert propensity is not None
         asked = torch.cat([targets.unsqueeze(1), *([told.ranking] if settings.robust_ranking else [])], dim=1)
@@ -212,6 +250,11 @@ def objective(
         losses["loss_ranking"] = distilled * raised
         total = total + ranking.weight * losses["loss_ranking"]
     return {"loss": total, **losses}
+
+
+def _named(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's own losses under the names they have beside others."""
+    return {"loss_student": own["loss"], **own}
 
 
 def candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:

@@ -25,7 +25,16 @@ def main(cfg: Config, run: Run) -> None:
     validation = SequenceData.of(data.splits["validation"], data.n_items, settings.model.max_length)
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
     with run.phase("train"):
-        model = train_baseline(model, train, validation, engine, select_on=cfg.metrics.select_on, seen=seen)
+        model = train_baseline(
+            model,
+            train,
+            validation,
+            engine,
+            loss=settings.loss,
+            item_optimizer=settings.item_optimizer,
+            select_on=cfg.metrics.select_on,
+            seen=seen,
+        )
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
         save_student(run.folder / "student", model, settings.name, arguments, items)

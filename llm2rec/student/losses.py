@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["at_least_float32", "cross_entropy", "dros", "popularity_propensity", "sampled_bce"]
+__all__ = [
+    "at_least_float32",
+    "calibrated_bce",
+    "calibration_power",
+    "cross_entropy",
+    "dros",
+    "popularity_propensity",
+    "sampled_bce",
+    "sampled_softmax",
+]
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -41,6 +50,59 @@ def sampled_bce(logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """
     scores = at_least_float32(logits.gather(1, torch.stack([targets, negatives], dim=1)))
     return -0.5 * (functional.logsigmoid(scores[:, 0]) + functional.logsigmoid(-scores[:, 1]))
+
+
+def sampled_softmax(positive: Tensor, negative: Tensor, log_expected: Tensor, hits: Tensor) -> Tensor:
+    """Cross-entropy whose sum over the catalogue is estimated from a sample, with log-Q correction.
+
+    ``log( exp(s_t) + Σ_{k: j_k ≠ t} exp(s_{j_k} - log(K q_{j_k})) ) - s_t``: each negative stands for all the items
+    that might have been drawn in its place, so that the expectation of the sum is that over the whole catalogue,
+    whatever the proposal (Bengio and Senécal, 2008). The target is always there, not drawn, and has no correction.
+
+    Args:
+        positive: Scores s_t of the targets, shape ``(B,)``.
+        negative: Scores of the K negatives, drawn with replacement, shape ``(B, K)``.
+        log_expected: How often each was to be expected among them, ``log(K q_j)``, shape ``(K,)`` or ``(B, K)``.
+        hits: Where a negative is the target by accident and does not count, shape ``(B, K)``.
+
+    Returns:
+        Losses of shape ``(B,)``, in nats; with all items drawn just as often as expected, `cross_entropy`.
+    """
+    own = at_least_float32(positive).unsqueeze(1)
+    corrected = (at_least_float32(negative) - log_expected).masked_fill(hits, -torch.inf)
+    return (torch.cat([own, corrected], dim=1) - own).logsumexp(dim=1)
+
+
+def calibrated_bce(positive: Tensor, negative: Tensor, hits: Tensor, power: float = 1.0) -> Tensor:
+    """Binary cross-entropy of the target and K negatives: ``-(β log σ(s⁺) + Σ_k log(1 - σ(s⁻_k))) / (K + 1)``.
+
+    With ``β = 1`` the loss of SASRec (Kang and McAuley, arXiv 1808.09781, K = 1) as a mean; with a smaller
+    one gBCE (Petrov and Macdonald, arXiv 2308.07192), see `calibration_power`.
+
+    Args:
+        positive: Scores s⁺ of the targets, shape ``(B,)``.
+        negative: Scores s⁻, shape ``(B, K)``.
+        hits: Where a negative is the target by accident and does not count, neither in the sum nor in K; ``(B, K)``.
+        power: β.
+
+    Returns:
+        Losses of shape ``(B,)``, in nats.
+    """
+    own = power * functional.logsigmoid(at_least_float32(positive))
+    others = functional.logsigmoid(-at_least_float32(negative)).masked_fill(hits, 0.0).sum(dim=1)
+    return -(own + others) / (1 + (~hits).sum(dim=1))
+
+
+def calibration_power(n_negatives: int, n_items: int, calibration: float) -> float:
+    """β of gBCE: ``α (t (1 - 1/α) + 1/α)`` with the sampling rate ``α = K / (N - 1)`` (arXiv 2308.07192).
+
+    Args:
+        n_negatives: K.
+        n_items: N.
+        calibration: t; 0 is plain binary cross-entropy, 1 gives scores whose sigmoids are probabilities.
+    """
+    rate = n_negatives / (n_items - 1)
+    return rate * (calibration * (1 - 1 / rate) + 1 / rate)
 
 
 def popularity_propensity(targets: Tensor, n_items: int, power: float) -> Tensor:

@@ -1,15 +1,18 @@
 """What a student can be told; Hydra schemas and plain values at once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, one_of
 from llm2rec.core.training import TrainingSettings
 
 __all__ = [
     "CaserSettings",
     "CaserStudent",
+    "DrosSettings",
     "GRU4RecSettings",
     "GRU4RecStudent",
+    "LossSettings",
     "ModelSettings",
     "SASRecSettings",
     "SASRecStudent",
@@ -79,6 +82,86 @@ class CaserSettings(ModelSettings):
 
 
 @dataclass
+class DrosSettings:
+    """Distributionally robust optimisation (DROS, SIGIR 2023); formula in `llm2rec.student.losses.dros`.
+
+    Attributes:
+        weight: Weight of the DROS loss beside the student's own loss; 0 leaves it out.
+        beta: Robust radius.
+        propensity_power: Exponent on the popularity of items, which weighs them; 0 weighs all alike.
+    """
+
+    weight: float = 0.0
+    beta: float = 1.0
+    propensity_power: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.propensity_power < 0 or self.beta <= 0:
+            raise ConfigError(
+                "dros: expected weight >= 0, propensity_power >= 0 and beta > 0, got "
+                f"{self.weight}, {self.propensity_power} and {self.beta}."
+            )
+
+
+_LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cross_entropy": {},
+    "sampled_softmax": {"n_negatives": 256, "sharing": "step", "proposal": "uniform"},
+    "bce": {"n_negatives": 1, "sharing": "row"},
+    "gbce": {"n_negatives": 256, "sharing": "row", "calibration": 0.75},
+}
+
+
+@dataclass
+class LossSettings:
+    """The student's own task; formulas in `llm2rec.student.losses`.
+
+    What is null takes the default of its loss, named below, and a loss refuses what it does not read.
+
+    Attributes:
+        name: ``cross_entropy`` over the whole catalogue, computed in blocks where it is large; or against sampled
+            negatives, at a cost that no catalogue changes: ``sampled_softmax``, ``bce`` (SASRec) or ``gbce`` (gSASRec).
+        n_negatives: Negatives, K: 256 for ``sampled_softmax`` and ``gbce``, 1 for ``bce``.
+        sharing: ``row``: each row has negatives of its own, a function of seed, epoch and row, and costs K gathered
+            vectors; the default of ``bce`` and ``gbce``. ``step``: all rows of an optimizer step share theirs, a
+            function of seed and step, and cost one matrix product; the default of ``sampled_softmax``, and the choice
+            for many negatives.
+        proposal: How ``sampled_softmax`` draws: ``uniform`` (default) or by ``popularity`` in the training rows; the
+            correction makes either an estimate of the whole sum. The others draw uniformly.
+        calibration: t of ``gbce``, 0 to 1; 0.75 by default, as in the paper.
+        dros: Robust loss in addition, over the whole catalogue whatever the loss.
+    """
+
+    name: str = "cross_entropy"
+    n_negatives: int | None = None
+    sharing: str | None = None
+    proposal: str | None = None
+    calibration: float | None = None
+    dros: DrosSettings = field(default_factory=DrosSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, and options that the chosen loss would not read."""
+        one_of("student.loss.name", self.name, *_LOSS_DEFAULTS)
+        for option in ("n_negatives", "sharing", "proposal", "calibration"):
+            readers = [name for name, defaults in _LOSS_DEFAULTS.items() if option in defaults]
+            if getattr(self, option) is not None and self.name not in readers:
+                raise ConfigError(
+                    f"student.loss.{option} is {getattr(self, option)!r}, which {self.name} does not read; leave it "
+                    f"null, or choose a loss that does: {', '.join(readers)}."
+                )
+        if self.n_negatives is not None and self.n_negatives < 1:
+            raise ConfigError(f"student.loss.n_negatives is {self.n_negatives}, expected at least 1.")
+        if self.calibration is not None and not 0 <= self.calibration <= 1:
+            raise ConfigError(f"student.loss.calibration is {self.calibration}, expected 0 to 1.")
+        one_of("student.loss.sharing", self.sharing or "row", "row", "step")
+        one_of("student.loss.proposal", self.proposal or "uniform", "uniform", "popularity")
+
+    def completed(self) -> "LossSettings":
+        """The same with the defaults of its loss in the place of null."""
+        defaults = _LOSS_DEFAULTS[self.name]
+        return replace(self, **{option: value for option, value in defaults.items() if getattr(self, option) is None})
+
+
+@dataclass
 class StudentSettings:
     """A student and its training.
 
@@ -90,16 +173,20 @@ class StudentSettings:
             ``sequences`` (pieces of users' sequences, each answering many rows; see
             `llm2rec.student.segments.SegmentData`). Every row is trained once an epoch in both, and sizes of batches
             count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
+        loss: Its own task; distillation uses the same unless its recipe names another.
+        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.rowwise`.
     """
 
     name: str = "???"
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     examples: str = "windows"
+    loss: LossSettings = field(default_factory=LossSettings)
+    item_optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
-        if self.examples not in ("windows", "sequences"):
-            raise ConfigError(f"student.examples is {self.examples!r}, expected 'windows' or 'sequences'.")
+        one_of("student.examples", self.examples, "windows", "sequences")
+        one_of("student.item_optimizer", self.item_optimizer, "adamw", "rowwise")
 
 
 @dataclass

@@ -4,12 +4,13 @@ import torch
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
 from llm2rec.student.datamodule import SeenItems, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
-from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import SequentialRecommender
+from llm2rec.student.optimizer import student_optimizer
+from llm2rec.student.own_loss import OwnLoss
+from llm2rec.student.settings import LossSettings
 
 __all__ = ["train_baseline"]
 
@@ -20,28 +21,37 @@ def train_baseline(
     validation: SequenceData,
     engine: Engine,
     *,
+    loss: LossSettings | None = None,
+    item_optimizer: str = "adamw",
     select_on: str = "ndcg@10",
     seen: SeenItems | None = None,
 ) -> SequentialRecommender:
-    """Train with full-softmax cross-entropy and keep the weights that validate best.
+    """Train on the student's own task and keep the weights that validate best.
 
     Args:
         model: Freshly initialised student.
         train: Training rows.
         validation: Rows for early stopping; the test split is never seen here.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
+        loss: The task; full-softmax cross-entropy if None.
+        item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that decides.
         seen: Items to leave out of the validation rankings; None ranks all items.
 
     Returns:
         The unwrapped model with the best weights, in evaluation mode.
+
+    Raises:
+        ConfigError: If the catalogue is too small for the negatives, or DeepSpeed is to update rows.
     """
     settings, record = engine.training, TrainingRecord(engine, select_on)
-    wrapped, optimizer = engine.prepare(model, adamw(model, settings.learning_rate, settings.weight_decay))
+    own_loss = OwnLoss(model, loss or LossSettings(), train.targets, engine.seed)
+    wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
     max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
+    per_epoch = settings.steps_per_epoch(len(train))
     wrapped.train()
     for step, share in engine.progress(steps, "student", max_steps, initial=record.step):
         if record.stopping.should_stop:
@@ -51,11 +61,12 @@ def train_baseline(
             batch = train.batch(units, engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(*batch.inputs)  # (B, D)
-                losses = cross_entropy(model.score(users), batch.targets)  # (B,)
-                loss = (losses * torch.from_numpy(weights).to(losses)).sum()
-                engine.backward(loss, share.n_rows, step, batch.rows)
+                losses = own_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)  # each (B,)
+                counted = torch.from_numpy(weights).to(engine.device)
+                sums = {name: (values * counted).sum() for name, values in losses.items()}
+                engine.backward(sums["loss"], share.n_rows, step, batch.rows)
                 engine.step(wrapped, optimizer)
-            record.add_losses({"loss": loss})
+            record.add_losses(sums)
         record.finish_step(step, share.n_rows)
 
         if settings.evaluation_is_due(record.step, len(train)):

@@ -22,6 +22,7 @@ PROMISED = {
     "teacher_step.py": {"time_vs_lora_gate_cached", "time_vs_lora_gate_computed", "tokens_per_second"},
     "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},
     "serving_latency.py": {"one_user_vs_matvec", "one_user_p99_ms_10000", "many_users_p50_ms_1000"},
+    "catalogue_memory.py": {"peak_vs_state_1e4", "beyond_state_vs_1e3_1e4", "peak_vs_plain_1e4", "time_vs_plain_1e4"},
     "teacher_export.py": {"tokens_per_second_vs_forward", "tokens_per_second_vs_frozen", "padding_share"},
 }
 

@@ -319,7 +319,7 @@ def test_shares_may_be_zero_where_ranking_is_left_out_or_no_weight_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": -1.0}, r"distill\.dros: expected weight >= 0.*got -1\.0, 0\.05 and 1\.0"),
+        ({"weight": -1.0}, r"dros: expected weight >= 0.*got -1\.0, 0\.05 and 1\.0"),
         ({"beta": 0.0}, r"beta > 0, got 0\.0, 0\.05 and 0\.0"),
         ({"propensity_power": -1.0}, "propensity_power >= 0"),
         ({"in_ranking": "yes"}, r"dros\.in_ranking is 'yes', expected 'none', 'per_row' or 'broadcast'"),
@@ -331,7 +331,7 @@ def test_robust_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_an_unknown_loss_of_the_student_is_refused():
-    with pytest.raises(ConfigError, match=r"own_loss is 'bpr', expected 'cross_entropy' or 'sampled_bce'"):
+    with pytest.raises(ConfigError, match=r"own_loss is 'bpr', expected 'student', 'cross_entropy' or 'sampled_bce'"):
         DistillSettings(own_loss="bpr")
 
 

@@ -22,9 +22,11 @@ from llm2rec.distill.settings import (
 )
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
+from llm2rec.student import settings as student_settings
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, sampled_bce
 from llm2rec.student.models import MODELS, build_model
+from llm2rec.student.settings import LossSettings
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L, K = 12, 4, 5
@@ -108,6 +110,41 @@ def test_without_any_distillation_it_is_the_baseline_bit_for_bit(tmp_path):
     for entry in ours["history"]:
         assert entry.pop("train/loss_student") == entry["train/loss"]
     assert ours == theirs
+
+
+@pytest.mark.parametrize("loss", [LossSettings("bce", 3), LossSettings(dros=student_settings.DrosSettings(weight=0.2))])
+def test_a_distilled_student_has_its_baselines_own_task(tmp_path, loss):
+    def trained(name, settings):
+        engine = engine_in(tmp_path / name, **TRAINING)
+        return train_distilled(
+            distilled(settings), TRAIN, TEACHER, VALIDATION, SelectionPolicyAll(), engine, settings, loss=loss
+        ).student.state_dict()
+
+    baseline = train_baseline(plain(), TRAIN, VALIDATION, engine_in(tmp_path / "plain", **TRAINING), loss=loss)
+    assert_same_weights(trained("alone", settings_of(ranking=0.0, fusion=0.0)), baseline.state_dict())
+    trained("ranked", settings_of(fusion=0.0))
+    own, ranked = (written(tmp_path / name, "validation")["history"][0] for name in ("plain", "ranked"))
+    assert {"train/loss_student", "train/loss_ranking"} <= ranked.keys()
+    assert ("train/loss_dros" in ranked) == ("train/loss_dros" in own) == (loss.dros.weight > 0)
+    fixed = replace(settings_of(ranking=0.0, fusion=0.0), own_loss="cross_entropy")
+    plain_ce = train_baseline(plain(), TRAIN, VALIDATION, engine_in(tmp_path / "ce", **TRAINING))
+    assert_same_weights(trained("fixed", fixed), plain_ce.state_dict())
+
+
+def test_dros_twice_is_refused(tmp_path):
+    settings = replace(settings_of(), dros=DrosSettings(weight=0.5))
+    loss = LossSettings(dros=student_settings.DrosSettings(weight=0.2))
+    with pytest.raises(ConfigError, match=r"student\.loss\.dros\.weight is 0\.2 and distill\.dros\.weight is 0\.5"):
+        train_distilled(
+            distilled(settings),
+            TRAIN,
+            TEACHER,
+            VALIDATION,
+            SelectionPolicyAll(),
+            engine_in(tmp_path),
+            settings,
+            loss=loss,
+        )
 
 
 def losses_of(settings, weights=None, teacher=TEACHER, model=None):
