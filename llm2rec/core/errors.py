@@ -57,4 +57,5 @@ def one_of(name: str, value: str, *allowed: str) -> None:
     """
     if value not in allowed:
         *others, last = map(repr, allowed)
-        raise ConfigError(f"{name} is {value!r}, expected {', '.join(others)} or {last}.")
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise ConfigError(f"{name} is {value!r}, expected {expected}.")

@@ -40,7 +40,8 @@ def main(cfg: Config, run: Run) -> None:
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:
-        logger.info("items are scored with vectors of their own: the teacher is fused on the input side only")
+        side = settings.embedding.fusion_sides
+        logger.info("items are scored with vectors of their own: the teacher is fused on the %s side only", side)
         arguments["tie_items"] = False
     vectors = standardised(teacher.embeddings) if settings.embedding.standardise else teacher.embeddings
     model = DistilledStudent(
@@ -49,6 +50,8 @@ def main(cfg: Config, run: Run) -> None:
         fusion_scale=settings.embedding.fusion_scale,
         align=settings.embedding.alignment_weight > 0,
         fusion_sides=settings.embedding.fusion_sides,
+        alignment_sides=settings.embedding.alignment_sides,
+        initialise=settings.embedding.initialise,
     )
     train = training_data(data, student_settings.examples, student_settings.model.max_length)
     validation = SequenceData.of(data.splits["validation"], data.n_items, student_settings.model.max_length)

@@ -1,7 +1,8 @@
-"""The distillation losses of DLLM2Rec (arXiv 2405.00338, section 4). Pure functions, one value per row, in nats.
+"""The distillation losses of DLLM2Rec (arXiv 2405.00338, section 4), and others of the field to compare them with.
 
-Where the paper and its released program (github.com/istarryn/DLLM2Rec, ``main.py``) differ, an argument chooses, and
-its text says which is which. Symbols: B rows, K teacher candidates, N items, D width.
+Pure functions, one value per row, in nats. Where the paper and its released program (github.com/istarryn/DLLM2Rec,
+``main.py``) differ, an argument chooses, and its text says which is which. Symbols: B rows, K teacher candidates, N
+items, D width.
 """
 
 import math
@@ -16,8 +17,11 @@ __all__ = [
     "alignment_loss",
     "confidence_weights",
     "consistency_weights",
+    "contrastive_alignment",
     "importance_weights",
+    "listwise_loss",
     "negative_term",
+    "pairwise_loss",
     "position_weights",
     "ranking_loss",
     "robust_term",
@@ -195,6 +199,67 @@ def robust_term(robust: Tensor, weights: Tensor, kind: str, rows: Tensor | None 
     raise ValueError(f"`kind` is {kind!r}, expected 'per_row' or 'broadcast'.")
 
 
+def listwise_loss(
+    student_logits: Tensor, ranking: Tensor, distance: Tensor, *, temperature: float = 1.0, over: str = "catalogue"
+) -> Tensor:
+    """How far the student's distribution is from the teacher's over its own top K: ``T² · KL(p ‖ q)``.
+
+    ``p_i ∝ exp(-distance_i / T)`` over the K candidates, which for negative log-probabilities is the teacher's own
+    distribution, sharpened or flattened. ``q_i ∝ exp(ŷ_i / T)`` over the same K candidates (``candidates``: ListNet,
+    Cao et al., ICML 2007, with the teacher as the judge; says nothing of how the candidates compare with other items)
+    or over all N items (``catalogue``: soft labels whose mass all lies on the K candidates). The factor T² keeps
+    gradients of one size whatever T is (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        student_logits: ŷ, shape ``(B, N)``.
+        ranking: Teacher's candidates, shape ``(B, K)``.
+        distance: Lower means surer, shape ``(B, K)``.
+        temperature: T; larger makes both distributions flatter.
+        over: ``candidates`` or ``catalogue``.
+
+    Returns:
+        Shape ``(B,)``, nats at T = 1; 0 where both distributions agree, which over the catalogue is a limit.
+    """
+    if over not in ("candidates", "catalogue"):
+        raise ValueError(f"`over` is {over!r}, expected 'candidates' or 'catalogue'.")
+    distance = at_least_float32(distance)
+    # Of differences, so that no division overflows.
+    probs = torch.softmax((distance.amin(dim=1, keepdim=True) - distance) / temperature, dim=1)
+    logits = at_least_float32(student_logits) / temperature
+    scores = logits.gather(1, ranking)
+    log_probs = scores - (scores if over == "candidates" else logits).logsumexp(dim=1, keepdim=True)
+    return temperature**2 * -(torch.special.entr(probs) + probs * log_probs).sum(dim=1)
+
+
+def pairwise_loss(
+    student_logits: Tensor, ranking: Tensor, kind: str, *, margin: float = 1.0, negatives: Tensor | None = None
+) -> Tensor:
+    """Order each pair of candidates as the teacher does; the mean over the pairs of a row.
+
+    With s the student's score of the better candidate minus that of the worse: ``-log σ(s)`` for ``ranknet`` (Burges et
+    al., ICML 2005), ``max(0, margin - s)`` for ``margin``. Only the teacher's order counts, not its confidences.
+
+    Args:
+        student_logits: ŷ, shape ``(B, N)``.
+        ranking: Teacher's candidates, best first, shape ``(B, K)``.
+        kind: ``ranknet`` or ``margin``.
+        margin: Gap that is enough for ``margin``.
+        negatives: One item per row that all candidates are to stay above, shape ``(B,)``. Without it the loss leaves
+            open how the candidates compare with the rest of the catalogue.
+
+    Returns:
+        Shape ``(B,)``; nats for ``ranknet``.
+    """
+    if kind not in ("ranknet", "margin"):
+        raise ValueError(f"`kind` is {kind!r}, expected 'ranknet' or 'margin'.")
+    ordered = ranking if negatives is None else torch.cat([ranking, negatives.unsqueeze(1)], dim=1)
+    scores = at_least_float32(student_logits.gather(1, ordered))
+    better, worse = torch.triu_indices(ordered.shape[1], ordered.shape[1], offset=1, device=scores.device)
+    gaps = scores[:, better] - scores[:, worse]  # (B, pairs)
+    losses = -functional.logsigmoid(gaps) if kind == "ranknet" else functional.relu(margin - gaps)
+    return losses.mean(dim=1)
+
+
 def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Tensor:
     """Pull projected student vectors to the teacher's.
 
@@ -211,3 +276,24 @@ def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Ten
     if kind == "cosine":
         return 1 - functional.cosine_similarity(at_least_float32(projected), teacher_vectors, dim=1)
     raise ValueError(f"`kind` is {kind!r}, expected 'mse' or 'cosine'.")
+
+
+def contrastive_alignment(projected: Tensor, teacher_vectors: Tensor, items: Tensor, temperature: float) -> Tensor:
+    """Tell an item's teacher vector from those of all other items (InfoNCE, van den Oord et al., arXiv 1807.03748).
+
+    ``-log( exp(cos(x, z_i) / τ) / Σ_j exp(cos(x, z_j) / τ) )``, j over the whole catalogue: unlike with the other items
+    of a batch, as in contrastive distillation of images (Tian et al., arXiv 1910.10699), the value of a row depends on
+    no other row, and no item is its own negative.
+
+    Args:
+        projected: x, student's vectors of ``items`` in the teacher's space, shape ``(B, d_teacher)``.
+        teacher_vectors: z, of all items, shape ``(N, d_teacher)``.
+        items: i, shape ``(B,)``.
+        temperature: τ.
+
+    Returns:
+        Shape ``(B,)``, nats.
+    """
+    unit = functional.normalize(at_least_float32(projected), dim=1)
+    cosines = unit @ functional.normalize(teacher_vectors.to(unit), dim=1).T  # (B, N)
+    return functional.cross_entropy(cosines / temperature, items, reduction="none")

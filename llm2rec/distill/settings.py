@@ -13,13 +13,31 @@ from llm2rec.student import settings as student
 __all__ = ["DLLM2RecCodeSettings", "DistillSettings", "DrosSettings", "EmbeddingSettings", "RankingSettings"]
 
 
+# What each ranking loss can do with a sampled negative.
+_NEGATIVES = {
+    "weighted_bce": ("none", "one_minus_score", "one_minus_probability"),
+    "listwise": ("none",),
+    "ranknet": ("none", "ranked_last"),
+    "margin": ("none", "ranked_last"),
+}
+
+
 @dataclass
 class RankingSettings:
     """Ranking distillation; formulas in `llm2rec.distill.kd_losses`.
 
     Attributes:
         weight: Weight of the ranking loss in the total, λ_d; 0 leaves it out.
+        loss: ``weighted_bce`` (paper and program): each candidate is pulled up by its weight. ``listwise``: KL
+            divergence from the teacher's distribution over its K candidates. ``ranknet`` and ``margin``: the teacher's
+            order, pair by pair. All but the first know neither weights nor what belongs to them (``beta``,
+            ``gamma_*``, ``confidence``, ``normalise_consistency``, ``weight_floor``, ``renormalise``,
+            ``consistency_dropout``).
         top_k: Teacher candidates used per row, K.
+        temperature: Of ``listwise``; larger makes both distributions flatter.
+        over: Where ``listwise`` normalises the student: ``catalogue``, or ``candidates``, which compares the K with one
+            another only.
+        margin: Gap between the scores of a pair that is enough for ``margin``.
         beta: Ranks over which the position weight falls by a factor e.
         gamma_position: Share of the position weight.
         gamma_confidence: Share of the confidence weight.
@@ -34,11 +52,16 @@ class RankingSettings:
         consistency_dropout: Whether the student's own top K is read off its training pass, dropout and all (program);
             otherwise off a second pass without dropout.
         negative: What one sampled negative adds per candidate: ``none`` (paper), ``one_minus_score`` (-log σ(1 - s),
-            program), or ``one_minus_probability`` (-log(1 - σ(s)), binary cross-entropy).
+            program), or ``one_minus_probability`` (-log(1 - σ(s)), binary cross-entropy). With ``ranknet`` and
+            ``margin`` it is ``none``, or ``ranked_last``: the negative forms a pair with every candidate.
     """
 
     weight: float = 0.5
+    loss: str = "weighted_bce"
     top_k: int = 10
+    temperature: float = 1.0
+    over: str = "catalogue"
+    margin: float = 1.0
     beta: float = 1.0
     gamma_position: float = 0.3
     gamma_confidence: float = 0.5
@@ -66,7 +89,20 @@ class RankingSettings:
         if self.top_k < 1 or self.beta <= 0:
             raise ConfigError(f"distill.ranking: expected top_k >= 1 and beta > 0, got {self.top_k} and {self.beta}.")
         one_of("distill.ranking.confidence", self.confidence, "per_candidate", "per_row")
-        one_of("distill.ranking.negative", self.negative, "none", "one_minus_score", "one_minus_probability")
+        one_of("distill.ranking.loss", self.loss, *_NEGATIVES)
+        one_of("distill.ranking.over", self.over, "catalogue", "candidates")
+        if not (0 < self.temperature < float("inf") and 0 < self.margin < float("inf")):
+            raise ConfigError(
+                "distill.ranking: expected a positive `temperature` and `margin`, got "
+                f"{self.temperature} and {self.margin}."
+            )
+        with_loss = "" if self.loss == "weighted_bce" else f" (with loss={self.loss})"
+        one_of(f"distill.ranking.negative{with_loss}", self.negative, *_NEGATIVES[self.loss])
+        if self.loss in ("ranknet", "margin") and self.top_k < 2 and self.negative == "none":
+            raise ConfigError(
+                f"distill.ranking.loss is {self.loss!r} and `top_k` is 1, which leaves no pair; raise `top_k`, or set "
+                "`negative=ranked_last`."
+            )
 
 
 @dataclass
@@ -95,9 +131,17 @@ class EmbeddingSettings:
     Attributes:
         fusion_scale: Item vector = offset + fusion_scale · projected teacher vector (the paper); 0 leaves it out.
         fusion_sides: ``both`` (paper): items are read and scored with fused vectors. ``input`` (program): items are
-            scored with plain vectors of their own, whatever `student.model.tie_items` says.
+            scored with plain vectors of their own, whatever `student.model.tie_items` says. ``output``: they are read
+            with plain ones instead.
         alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out.
-        alignment: ``mse`` or ``cosine``.
+        alignment: ``mse``, ``cosine``, or ``contrastive``: telling an item's teacher vector from all others.
+        alignment_sides: Whether vectors that items are read with are pulled (``input``), those that they are scored
+            with (``output``), or ``both`` (the mean of both losses). With one table for both sides there is but one.
+        alignment_temperature: Of ``contrastive``, whose cosines lie within -1 to 1; smaller looks at the most similar
+            items more.
+        initialise: What the student's own item vectors start from: random numbers (``none``), or the teacher's vectors
+            along their main directions (``pca``), or so that each direction varies alike (``whitened``); see
+            `llm2rec.core.vectors.principal_components`.
         standardise: Centre the teacher's vectors and give each unit length first, so that `fusion_scale` means the
             same for every teacher; the program takes them as they are.
     """
@@ -106,18 +150,27 @@ class EmbeddingSettings:
     fusion_sides: str = "both"
     alignment_weight: float = 0.0
     alignment: str = "cosine"
+    alignment_sides: str = "input"
+    alignment_temperature: float = 0.1
+    initialise: str = "none"
     standardise: bool = True
 
     def __post_init__(self) -> None:
-        one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input")
-        one_of("distill.embedding.alignment", self.alignment, "mse", "cosine")
+        one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input", "output")
+        one_of("distill.embedding.alignment", self.alignment, "mse", "cosine", "contrastive")
+        one_of("distill.embedding.alignment_sides", self.alignment_sides, "input", "output", "both")
+        one_of("distill.embedding.initialise", self.initialise, "none", "pca", "whitened")
+        if not 0 < self.alignment_temperature < float("inf"):
+            raise ConfigError(
+                f"distill.embedding.alignment_temperature is {self.alignment_temperature}, expected a positive number."
+            )
         if self.alignment_weight < 0:
             raise ConfigError(f"distill.embedding.alignment_weight is {self.alignment_weight}, expected 0 or more.")
 
     @property
     def unties(self) -> bool:
         """Whether items must be scored with vectors of their own."""
-        return self.fusion_scale != 0 and self.fusion_sides == "input"
+        return self.fusion_scale != 0 and self.fusion_sides != "both"
 
 
 @dataclass
@@ -144,6 +197,11 @@ class DistillSettings:
 
     def __post_init__(self) -> None:
         one_of("distill.own_loss", self.own_loss, "student", "cross_entropy", "sampled_bce")
+        if self.ranking.loss != "weighted_bce" and self.dros.in_ranking != "none":
+            raise ConfigError(
+                f"distill.dros.in_ranking is {self.dros.in_ranking!r}, which weighs candidates as only "
+                f"distill.ranking.loss=weighted_bce does, and that is {self.ranking.loss!r}; leave it at 'none'."
+            )
 
     @property
     def needs_negatives(self) -> bool:

@@ -4,25 +4,29 @@ import torch
 from torch import Tensor, nn
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.student.items import FusedItemTable
+from llm2rec.core.vectors import principal_components
+from llm2rec.distill.kd_losses import alignment_loss, contrastive_alignment
+from llm2rec.student.items import FusedItemTable, ItemTable
 from llm2rec.student.models import SequentialRecommender
 
 __all__ = ["DistilledStudent"]
 
 
 class DistilledStudent(nn.Module):
-    """A student whose item vectors are tied to the teacher's, by fusion, by alignment, or both.
+    """A student whose item vectors are tied to the teacher's: by their start, by fusion, by alignment, or several.
 
     Args:
         student: Freshly initialised student; its item tables are replaced where fusion is asked for.
         teacher_vectors: Shape ``(N, d_teacher)``.
         fusion_scale: Weight of the projected teacher vectors in the item vectors; 0 leaves the tables alone.
         align: Whether alignment losses will be asked for.
-        fusion_sides: ``both`` fuses the vectors that items are read and scored with; ``input`` only the former, and
-            needs a student that keeps them apart.
+        fusion_sides: ``both`` fuses the vectors that items are read and scored with; ``input`` only the former,
+            ``output`` only the latter, and these two need a student that keeps them apart.
+        alignment_sides: ``input``, ``output`` or ``both``; all but ``input`` need a student that keeps them apart.
+        initialise: ``none``, ``pca`` or ``whitened``: what the student's own vectors of all its tables start from.
 
     Raises:
-        ConfigError: If fusion on the input side alone is asked of a student with one table for both sides.
+        ConfigError: If one side alone is asked of a student with one table for both sides.
     """
 
     teacher_vectors: Tensor
@@ -35,23 +39,43 @@ class DistilledStudent(nn.Module):
         fusion_scale: float,
         align: bool,
         fusion_sides: str = "both",
+        alignment_sides: str = "input",
+        initialise: str = "none",
     ) -> None:
         super().__init__()
-        if fusion_scale and fusion_sides == "input" and student.tie_items:
+        if fusion_scale and fusion_sides != "both" and student.tie_items:
             raise ConfigError(
-                "fusion on the input side alone needs a student that scores items with vectors of their own; build it "
-                "with `tie_items=False`, or fuse on both sides."
+                f"fusion on the {fusion_sides} side alone needs a student that scores items with vectors of their own; "
+                "build it with `tie_items=False`, or fuse on both sides."
+            )
+        if align and alignment_sides != "input" and student.tie_items:
+            raise ConfigError(
+                f"distill.embedding.alignment_sides is {alignment_sides!r}, but the student scores items with the "
+                "vectors that it reads; leave it at 'input', or give it two tables with "
+                "`student.model.tie_items=false`."
             )
         self.student = student
         self.register_buffer("teacher_vectors", teacher_vectors, persistent=False)
         if fusion_scale:
-            student.input_items = FusedItemTable(teacher_vectors, student.width, fusion_scale)
-            # The paper's item vector serves both sides; untied tables each get their own projection.
-            if student.tie_items:
-                student.output_items = student.input_items
-            elif fusion_sides == "both":
-                student.output_items = FusedItemTable(teacher_vectors, student.width, fusion_scale)
-        self.to_teacher = nn.Linear(student.width, teacher_vectors.shape[1]) if align else None
+            self._fuse(fusion_scale, fusion_sides)
+        if initialise != "none":
+            start = principal_components(teacher_vectors, student.width, whiten=initialise == "whitened")
+            for table in {id(table): table for table in (student.input_items, student.output_items)}.values():
+                table.start_from(start)
+        sides = ("input", "output") if alignment_sides == "both" else (alignment_sides,)
+        self.to_teacher = nn.ModuleDict(
+            {side: nn.Linear(student.width, teacher_vectors.shape[1]) for side in sides} if align else {}
+        )
+
+    def _fuse(self, scale: float, sides: str) -> None:
+        student, vectors = self.student, self.teacher_vectors
+        if sides != "output":
+            student.input_items = FusedItemTable(vectors, student.width, scale)
+        # The paper's item vector serves both sides; untied tables each get their own projection.
+        if student.tie_items:
+            student.output_items = student.input_items
+        elif sides != "input":
+            student.output_items = FusedItemTable(vectors, student.width, scale)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """User vectors; see the student's own ``forward``."""
@@ -70,7 +94,27 @@ class DistilledStudent(nn.Module):
         self.student.train(mode)
         return logits
 
-    def projected(self, item_ids: Tensor) -> Tensor:
-        """Student's vectors of ``item_ids`` (shape ``(B,)``) in the teacher's space, shape ``(B, d_teacher)``."""
-        assert self.to_teacher is not None, "built without alignment"
-        return self.to_teacher(self.student.input_items(item_ids.unsqueeze(1)).squeeze(1))
+    def projected(self, item_ids: Tensor) -> dict[str, Tensor]:
+        """Student's vectors of ``item_ids`` (shape ``(B,)``) in the teacher's space, ``(B, d_teacher)``, by side."""
+        tables: dict[str, ItemTable] = {"input": self.student.input_items, "output": self.student.output_items}
+        return {side: to(tables[side](item_ids.unsqueeze(1)).squeeze(1)) for side, to in self.to_teacher.items()}
+
+    def alignment(self, item_ids: Tensor, kind: str, temperature: float) -> Tensor:
+        """How far the student's vectors of ``item_ids`` are from the teacher's; the mean over the aligned sides.
+
+        Args:
+            item_ids: Shape ``(B,)``.
+            kind: ``mse``, ``cosine`` or ``contrastive``.
+            temperature: Of ``contrastive``.
+
+        Returns:
+            Shape ``(B,)``.
+        """
+        assert self.to_teacher, "built without alignment"
+        losses = [
+            contrastive_alignment(projected, self.teacher_vectors, item_ids, temperature)
+            if kind == "contrastive"
+            else alignment_loss(projected, self.teacher_vectors[item_ids], kind)
+            for projected in self.projected(item_ids).values()
+        ]
+        return torch.stack(losses).mean(dim=0)

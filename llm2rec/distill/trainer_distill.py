@@ -12,11 +12,12 @@ from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.record import TrainingRecord
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.distill.kd_losses import (
-    alignment_loss,
     confidence_weights,
     consistency_weights,
     importance_weights,
+    listwise_loss,
     negative_term,
+    pairwise_loss,
     position_weights,
     ranking_loss,
     robust_term,
@@ -178,7 +179,8 @@ def distillation_losses(
         losses = _named(own())
     else:
         logits = model.score(users)  # (B, N)
-        again = ranking.weight > 0 and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
+        weighs = ranking.weight > 0 and ranking.loss == "weighted_bce"
+        again = weighs and ranking.gamma_consistency > 0 and not ranking.consistency_dropout
         losses = objective(
             logits,
             batch.targets,
@@ -191,9 +193,8 @@ def distillation_losses(
             compared=model.logits_without_dropout(*batch.inputs) if again else logits,
         )
     if settings.embedding.alignment_weight > 0:
-        aligned = alignment_loss(
-            model.projected(batch.targets), model.teacher_vectors[batch.targets], settings.embedding.alignment
-        )
+        embedding = settings.embedding
+        aligned = model.alignment(batch.targets, embedding.alignment, embedding.alignment_temperature)
         losses["loss_alignment"] = distilled * aligned
         losses["loss"] = losses["loss"] + settings.embedding.alignment_weight * losses["loss_alignment"]
     return losses
@@ -239,7 +240,10 @@ def objective(
         robust = dros(logits, asked, propensity, settings.dros.beta)  # (B, 1 or 1 + K), the target's first
         losses["loss_dros"] = robust[:, 0]
         total = total + alpha * losses["loss_dros"]
-    if ranking.weight > 0:
+    if ranking.weight > 0 and ranking.loss != "weighted_bce":
+        losses["loss_ranking"] = distilled * order_loss(logits, told, ranking, negatives)
+        total = total + ranking.weight * losses["loss_ranking"]
+    elif ranking.weight > 0:
         weights = candidate_weights(logits if compared is None else compared, told, ranking)  # (B, K)
         raised = ranking_loss(logits, told.ranking, weights)  # (B,)
         if ranking.negative != "none":
@@ -255,6 +259,14 @@ def objective(
 def _named(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The student's own losses under the names they have beside others."""
     return {"loss_student": own["loss"], **own}
+
+
+def order_loss(logits: Tensor, told: TeacherBatch, settings: RankingSettings, negatives: Tensor | None) -> Tensor:
+    """The ranking losses that are not the paper's, as the settings say; returns shape ``(B,)``."""
+    if settings.loss == "listwise":
+        return listwise_loss(logits, told.ranking, told.distance, temperature=settings.temperature, over=settings.over)
+    below = negatives if settings.negative == "ranked_last" else None
+    return pairwise_loss(logits, told.ranking, settings.loss, margin=settings.margin, negatives=below)
 
 
 def candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 __all__ = ["FusedItemTable", "ItemTable"]
 
+_INITIAL_STD = 0.02
+
 
 class ItemTable(nn.Module):
     """A learnable vector per item.
@@ -29,7 +31,7 @@ class ItemTable(nn.Module):
         super().__init__()
         self.n_items = n_items
         self.weight = nn.Parameter(torch.empty(n_items + 1, width))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=_INITIAL_STD)
         with torch.no_grad():
             self.weight[n_items] = 0
         self.sparse_gradients = False
@@ -52,6 +54,15 @@ class ItemTable(nn.Module):
     def with_padding(self) -> Tensor:
         """Vectors of all items and of padding, shape ``(N + 1, D)``: a plain table's own weight, no copy."""
         return self.weight
+
+    @torch.no_grad()
+    def start_from(self, coordinates: Tensor) -> None:
+        """Put ``coordinates`` (shape ``(N, c)``, c at most D) in place of as many random columns.
+
+        They are scaled, all by one factor, to the spread that random numbers have here; other columns stay random.
+        """
+        scaled = coordinates * (_INITIAL_STD / coordinates.std())
+        self.weight[: self.n_items, : coordinates.shape[1]] = scaled.to(self.weight)
 
     def vectors(self) -> Tensor:
         """Vectors of all items, shape ``(N, D)``."""

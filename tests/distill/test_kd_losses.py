@@ -12,8 +12,11 @@ from llm2rec.distill.kd_losses import (
     alignment_loss,
     confidence_weights,
     consistency_weights,
+    contrastive_alignment,
     importance_weights,
+    listwise_loss,
     negative_term,
+    pairwise_loss,
     position_weights,
     ranking_loss,
     robust_term,
@@ -229,6 +232,138 @@ def test_confidence_gradcheck():
     assert gradcheck(lambda d: row_confidence_weights(d, 3), (distance[:, 0],))
 
 
+def test_listwise_by_hand():
+    distance = -torch.tensor([[0.6, 0.3]]).log()  # 2/3 and 1/3 among the two
+    logits = torch.tensor([[math.log(3.0), 0.0, math.log(4.0)]])  # 3/4, 1/4 among the two; 3/8, 1/8 among all
+    ranking = torch.tensor([[0, 1]])
+    own = 2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)
+    for over, mass in (("candidates", 1.0), ("catalogue", 0.5)):
+        crossed = 2 / 3 * math.log(0.75 * mass) + 1 / 3 * math.log(0.25 * mass)
+        loss = listwise_loss(logits, ranking, distance, over=over)
+        assert loss.tolist() == pytest.approx([own - crossed], rel=1e-5)
+    # At T = 2, roots: teacher sqrt 2 to 1, student sqrt 3 to 1.
+    teacher, student = (math.sqrt(odds) / (1 + math.sqrt(odds)) for odds in (2, 3))
+    expected = teacher * math.log(teacher / student) + (1 - teacher) * math.log((1 - teacher) / (1 - student))
+    loss = listwise_loss(logits, ranking, distance, temperature=2.0, over="candidates")
+    assert loss.tolist() == pytest.approx([4 * expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("over", ["candidates", "catalogue"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_listwise_agrees_with_torchs_divergence(over, temperature):
+    torch.manual_seed(0)
+    logits, ranking = torch.randn(4, 9), torch.stack([torch.randperm(9)[:3] for _ in range(4)])
+    distance = torch.rand(4, 3)
+    teacher = torch.softmax(-distance / temperature, dim=1)
+    if over == "candidates":
+        student = torch.log_softmax(logits.gather(1, ranking) / temperature, dim=1)
+    else:
+        student = torch.log_softmax(logits / temperature, dim=1).gather(1, ranking)
+    expected = torch.nn.functional.kl_div(student, teacher, reduction="none").sum(dim=1) * temperature**2
+    torch.testing.assert_close(
+        listwise_loss(logits, ranking, distance, temperature=temperature, over=over), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_listwise_is_zero_and_still_where_student_and_teacher_agree():
+    distance = torch.tensor([[0.1, 0.7, 2.0]], dtype=torch.float64)
+    logits = torch.zeros(1, 5, dtype=torch.float64)
+    logits[:, :3] = 5 - distance  # a constant changes no distribution
+    for over, rest in (("candidates", 0.0), ("catalogue", -1e3)):
+        logits[:, 3:] = rest
+        given = logits.clone().requires_grad_()
+        loss = listwise_loss(given, torch.tensor([[0, 1, 2]]), distance, over=over)
+        loss.sum().backward()
+        torch.testing.assert_close(loss, torch.zeros(1, dtype=torch.float64), atol=1e-12, rtol=0)
+        torch.testing.assert_close(given.grad, torch.zeros_like(given), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ranknet", "margin"])
+@pytest.mark.parametrize("negatives", [None, torch.tensor([5, 0, 8, 8])])
+def test_pairwise_agrees_with_a_loop(kind, negatives):
+    torch.manual_seed(0)
+    logits, ranking = 2 * torch.randn(4, 9), torch.stack([torch.randperm(8)[:3] for _ in range(4)])
+    expected = []
+    for row in range(4):
+        items = [*ranking[row].tolist(), *([] if negatives is None else [negatives[row].item()])]
+        pairs = [(a, b) for place, a in enumerate(items) for b in items[place + 1 :]]
+        gaps = [(logits[row, a] - logits[row, b]).item() for a, b in pairs]
+        each = [math.log1p(math.exp(-gap)) if kind == "ranknet" else max(0.0, 0.5 - gap) for gap in gaps]
+        expected.append(sum(each) / len(each))
+    loss = pairwise_loss(logits, ranking, kind, margin=0.5, negatives=negatives)
+    torch.testing.assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_pairwise_by_hand():
+    logits = torch.tensor([[math.log(3.0), 0.0, 7.0]])
+    ranking = torch.tensor([[0, 1]])
+    assert pairwise_loss(logits, ranking, "ranknet").tolist() == pytest.approx([-math.log(0.75)])
+    assert pairwise_loss(logits, ranking.flip(1), "ranknet").tolist() == pytest.approx([-math.log(0.25)])
+    assert pairwise_loss(logits, ranking, "margin", margin=1.0).tolist() == [0]  # log 3 is more than 1
+    assert pairwise_loss(logits, ranking.flip(1), "margin", margin=1.0).tolist() == pytest.approx([1 + math.log(3)])
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+def test_extreme_logits_and_distances_leave_the_other_ranking_losses_finite(scale):
+    logits = torch.tensor([[scale, -scale, 0.0, scale]], requires_grad=True)
+    ranking = torch.tensor([[1, 0, 2]])
+    losses = [
+        *(
+            listwise_loss(logits, ranking, d, over=over)
+            for over in ("candidates", "catalogue")
+            for d in (torch.tensor([[0.0, scale, 2 * scale]]), torch.full((1, 3), 3e38))
+        ),
+        *(pairwise_loss(logits, ranking, kind) for kind in ("ranknet", "margin")),
+    ]
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(gradient).all()
+
+
+LOSSES = {
+    "listwise over candidates": lambda x, r, d: listwise_loss(x, r, d, temperature=1.5, over="candidates"),
+    "listwise over the catalogue": lambda x, r, d: listwise_loss(x, r, d, temperature=0.5),
+    "ranknet": lambda x, r, d: pairwise_loss(x, r, "ranknet"),
+    "margin": lambda x, r, d: pairwise_loss(x, r, "margin", negatives=torch.tensor([0, 3, 6])),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_other_ranking_losses_gradcheck(loss):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    ranking = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
+    distance = torch.rand(3, 4, dtype=torch.float64)
+    assert gradcheck(lambda x: LOSSES[loss](x, ranking, distance), (logits,))
+
+
+def test_ranking_losses_of_unknown_kind_are_refused():
+    given = torch.zeros(1, 3), torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match="`over` is 'all', expected 'candidates' or 'catalogue'"):
+        listwise_loss(*given, torch.zeros(1, 2), over="all")
+    with pytest.raises(ValueError, match="`kind` is 'bpr', expected 'ranknet' or 'margin'"):
+        pairwise_loss(*given, "bpr")
+
+
+def test_contrastive_alignment_by_hand():
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    ours = torch.tensor([[5.0, 0.0], [0.0, -0.5]])  # cosines 1, 0, -1 and 0, -1, 0
+    loss = contrastive_alignment(ours, teacher, torch.tensor([0, 1]), 0.5)
+    expected = [math.log(math.e**2 + 1 + math.e**-2) - 2, math.log(2 + math.e**-2) + 2]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_alignment_gradcheck_and_zero_vectors():
+    torch.manual_seed(0)
+    ours, teacher = (torch.randn(n, 4, dtype=torch.float64, requires_grad=n == 3) for n in (3, 6))
+    items = torch.tensor([0, 5, 2])
+    assert gradcheck(lambda x: contrastive_alignment(x, teacher, items, 0.3), (ours,))
+    zero = torch.zeros(1, 4, requires_grad=True)
+    contrastive_alignment(zero, torch.zeros(6, 4), torch.tensor([1]), 0.1).sum().backward()
+    assert torch.isfinite(zero.grad).all()
+
+
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_alignment_gradcheck(kind):
     torch.manual_seed(0)
@@ -304,6 +439,20 @@ def test_weights_are_those_of_the_released_program(number):
             {"negative": "two"},
             r"ranking\.negative is 'two', expected 'none', 'one_minus_score' or 'one_minus_probability'",
         ),
+        ({"loss": "bpr"}, r"ranking\.loss is 'bpr', expected 'weighted_bce', 'listwise', 'ranknet' or 'margin'"),
+        ({"over": "all"}, r"ranking\.over is 'all', expected 'catalogue' or 'candidates'"),
+        ({"temperature": 0.0}, r"positive `temperature` and `margin`, got 0\.0 and 1\.0"),
+        ({"margin": math.nan}, r"positive `temperature` and `margin`, got 1\.0 and nan"),
+        (
+            {"loss": "listwise", "negative": "one_minus_score"},
+            r"negative \(with loss=listwise\) is 'one_minus_score', expected 'none'",
+        ),
+        (
+            {"loss": "ranknet", "negative": "one_minus_score"},
+            r"negative \(with loss=ranknet\) is 'one_minus_score', expected 'none' or 'ranked_last'",
+        ),
+        ({"negative": "ranked_last"}, r"ranking\.negative is 'ranked_last'"),
+        ({"loss": "margin", "top_k": 1}, r"'margin' and `top_k` is 1, which leaves no pair.*negative=ranked_last"),
     ],
 )
 def test_ranking_settings_that_cannot_work_are_refused(settings, message):
@@ -335,11 +484,19 @@ def test_an_unknown_loss_of_the_student_is_refused():
         DistillSettings(own_loss="bpr")
 
 
+def test_dros_of_candidates_needs_their_weights():
+    with pytest.raises(ConfigError, match=r"in_ranking is 'per_row'.*loss=weighted_bce does, and that is 'listwise'"):
+        DistillSettings(ranking=RankingSettings(loss="listwise"), dros=DrosSettings(in_ranking="per_row"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alignment": "l1"}, "alignment is 'l1', expected 'mse' or 'cosine'"),
-        ({"fusion_sides": "output"}, "fusion_sides is 'output', expected 'both' or 'input'"),
+        ({"alignment": "l1"}, "alignment is 'l1', expected 'mse', 'cosine' or 'contrastive'"),
+        ({"fusion_sides": "neither"}, "fusion_sides is 'neither', expected 'both', 'input' or 'output'"),
+        ({"alignment_sides": "neither"}, "alignment_sides is 'neither', expected 'input', 'output' or 'both'"),
+        ({"alignment_temperature": 0.0}, r"alignment_temperature is 0\.0, expected a positive number"),
+        ({"initialise": "random"}, "initialise is 'random', expected 'none', 'pca' or 'whitened'"),
         ({"alignment_weight": -1.0}, r"alignment_weight is -1\.0, expected 0 or more"),
     ],
 )

@@ -4,7 +4,8 @@ import torch
 from engine_helpers import assert_same_weights
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.vectors import standardised
+from llm2rec.core.vectors import principal_components, standardised
+from llm2rec.distill.kd_losses import alignment_loss, contrastive_alignment
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.items import FusedItemTable, ItemTable
@@ -140,9 +141,11 @@ def test_without_fusion_and_alignment_the_student_is_as_it_was():
 def test_alignment_projects_the_items_that_are_read_in():
     model = DistilledStudent(plain(tie_items=False), vectors(), fusion_scale=0.0, align=True)
     ids = torch.tensor([4, 4, 0])
-    expected = model.student.input_items.weight[ids] @ model.to_teacher.weight.T + model.to_teacher.bias
-    torch.testing.assert_close(model.projected(ids), expected)
-    assert model.projected(torch.tensor([2])).shape == (1, WIDTH)
+    to = model.to_teacher["input"]
+    expected = model.student.input_items.weight[ids] @ to.weight.T + to.bias
+    assert model.projected(ids).keys() == {"input"}
+    torch.testing.assert_close(model.projected(ids)["input"], expected)
+    assert model.projected(torch.tensor([2]))["input"].shape == (1, WIDTH)
 
 
 def test_a_fused_student_is_served_without_its_teacher():
@@ -151,3 +154,87 @@ def test_a_fused_student_is_served_without_its_teacher():
     served.load_served(model.student.weights_to_serve())
     history, lengths = torch.tensor([[1, 2, 3, N], [5, N, N, N]]), torch.tensor([3, 1])
     torch.testing.assert_close(served.score(served(history, lengths)), model.score(model(history, lengths)))
+
+
+@pytest.mark.parametrize(("sides", "expected"), [("output", ["output"]), ("both", ["input", "output"])])
+@pytest.mark.parametrize("kind", ["mse", "cosine", "contrastive"])
+def test_alignment_pulls_the_sides_it_is_told_to(kind, sides, expected):
+    model = DistilledStudent(plain(tie_items=False), vectors(), fusion_scale=0.0, align=True, alignment_sides=sides)
+    ids = torch.tensor([4, 4, 0])
+    tables = {"input": model.student.input_items, "output": model.student.output_items}
+    assert list(model.projected(ids)) == expected
+    by_hand = []
+    for side in expected:
+        to = model.to_teacher[side]
+        projected = tables[side].weight[ids] @ to.weight.T + to.bias
+        by_hand.append(
+            contrastive_alignment(projected, vectors(), ids, 0.2)
+            if kind == "contrastive"
+            else alignment_loss(projected, vectors()[ids], kind)
+        )
+    loss = model.alignment(ids, kind, 0.2)
+    torch.testing.assert_close(loss, sum(by_hand) / len(expected))
+    loss.sum().backward()
+    moved = [side for side, table in tables.items() if table.weight.grad is not None]
+    assert moved == expected
+
+
+def test_fusion_on_the_output_side_reads_plain_vectors():
+    model = DistilledStudent(plain(False), vectors(), fusion_scale=0.3, align=False, fusion_sides="output")
+    student = model.student
+    assert (type(student.input_items), type(student.output_items)) == (ItemTable, FusedItemTable)
+    users = torch.randn(2, D)
+    fused = student.output_items.weight[:N] + 0.3 * vectors() @ student.output_items.projection.weight.T
+    torch.testing.assert_close(model.score(users), users @ fused.T)
+
+
+def test_one_side_alone_of_a_single_table_is_refused():
+    with pytest.raises(ConfigError, match=r"fusion on the output side alone needs .* build it with `tie_items=False`"):
+        DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False, fusion_sides="output")
+    with pytest.raises(ConfigError, match=r"alignment_sides is 'both'.*student\.model\.tie_items=false"):
+        DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=True, alignment_sides="both")
+    DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=False, alignment_sides="both")
+
+
+@pytest.mark.parametrize(("n_items", "width"), [(30, 5), (6, 40)])  # more items than numbers each, and fewer
+def test_main_directions_are_those_of_a_singular_value_decomposition(n_items, width):
+    given = torch.randn(n_items, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centred = given - given.mean(dim=0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    ours = principal_components(given, 4)
+    assert (ours.shape, ours.dtype) == ((n_items, 4), torch.float32)
+    torch.testing.assert_close(ours.abs(), (left * singular)[:, :4].abs().float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(principal_components(given, 4, whiten=True).square().mean(dim=0), torch.ones(4))
+    assert (ours.gather(0, ours.abs().argmax(dim=0, keepdim=True)) > 0).all()
+    torch.testing.assert_close(principal_components(-given, 4).abs(), ours.abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_main_directions_by_hand():
+    given = torch.tensor([[3.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [-3.0, 1.0]])  # the second number says nothing
+    assert principal_components(given, 2).tolist() in ([[3], [1], [-1], [-3]], [[-3], [-1], [1], [3]])
+    assert principal_components(torch.ones(4, 3), 2).shape == (4, 0)
+
+
+@pytest.mark.parametrize("tie_items", [True, False])
+@pytest.mark.parametrize("fusion", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["pca", "whitened"])
+def test_item_vectors_start_from_the_teachers(kind, fusion, tie_items):
+    model = DistilledStudent(plain(tie_items), vectors(), fusion_scale=fusion, align=False, initialise=kind)
+    student, start = model.student, principal_components(vectors(), D, whiten=kind == "whitened")
+    width = start.shape[1]
+    assert width == WIDTH  # the teacher's are narrower than the student's here
+    for table in (student.input_items, student.output_items):
+        ours = table.weight[:N, :width]
+        torch.testing.assert_close(ours, start * (0.02 / start.std()))
+        assert ours.std().item() == pytest.approx(0.02)
+        assert table.weight[N].abs().sum() == 0
+        assert 0 < table.weight[:N, width:].std() < 0.05  # random, as without
+
+
+def test_a_wide_teacher_gives_as_many_directions_as_the_student_has_numbers():
+    wide = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    table = ItemTable(50, D)
+    table.start_from(principal_components(wide, D))
+    torch.testing.assert_close(table.vectors().std(), torch.tensor(0.02))
+    spread = table.vectors().std(dim=0)
+    assert (spread[:-1] >= spread[1:]).all()

@@ -11,7 +11,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.distill.data_bridge import TeacherOutputs
-from llm2rec.distill.kd_losses import alignment_loss, ranking_loss
+from llm2rec.distill.kd_losses import alignment_loss, listwise_loss, pairwise_loss, ranking_loss
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import (
     DistillSettings,
@@ -69,6 +69,8 @@ def distilled(settings, seed=0, teacher=TEACHER, name="sasrec"):
         fusion_scale=settings.embedding.fusion_scale,
         align=settings.embedding.alignment_weight > 0,
         fusion_sides=settings.embedding.fusion_sides,
+        alignment_sides=settings.embedding.alignment_sides,
+        initialise=settings.embedding.initialise,
     )
 
 
@@ -185,7 +187,7 @@ def test_losses_of_a_row_by_hand(kind):
                 for share, item in zip(shares, ranking, strict=True)
             )
             target = batch.targets[row : row + 1]
-            aligned = alignment_loss(model.projected(target), TEACHER.embeddings[target], kind).item()
+            aligned = alignment_loss(model.projected(target)["input"], TEACHER.embeddings[target], kind).item()
             own = -logits[row].log_softmax(0)[target].item()
             assert losses["loss_ranking"][row].item() == pytest.approx(told, rel=1e-5)
             assert losses["loss_alignment"][row].item() == pytest.approx(aligned, rel=1e-5)
@@ -306,6 +308,19 @@ def test_every_student_can_be_distilled_and_resumed(tmp_path, name, settings):
     assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
 
 
+@pytest.mark.parametrize("initialise", ["pca", "whitened"])
+@pytest.mark.parametrize("alignment_sides", ["output", "both"])
+def test_every_form_of_embedding_distillation_is_trained_and_resumed(tmp_path, initialise, alignment_sides):
+    changes = {"fusion_sides": "output", "alignment_sides": alignment_sides, "initialise": initialise}
+    base = settings_of(alignment=0.4, kind="contrastive")
+    settings = replace(base, embedding=replace(base.embedding, **changes))
+    whole = train_in(tmp_path / "whole", settings)
+    assert all(entry["train/loss_alignment"] > 0 for entry in written(tmp_path / "whole", "validation")["history"])
+    with pytest.raises(Killed):
+        train_in(tmp_path / "broken", settings, kind=killed_at(7))
+    assert_same_weights(train_in(tmp_path / "broken", settings, seed=7).state_dict(), whole.state_dict())
+
+
 @pytest.mark.parametrize("name", ["sasrec", "caser"])  # GRU4Rec learns too slowly for so few steps
 def test_a_good_teacher_helps_where_targets_are_noise(tmp_path, name):
     """Targets say nothing, the teacher knows what comes next."""
@@ -402,6 +417,58 @@ def test_the_programs_objective_agrees_with_loops_gradients_included():
 def test_objective_gradcheck(settings):
     logits, *rest = rows_by_hand(3)
     assert torch.autograd.gradcheck(lambda x: objective_of(settings, (x, *rest))["loss"], (logits,))
+
+
+BEYOND = {
+    "listwise": code(**{"dros.in_ranking": "none", "ranking.negative": "none", "ranking.loss": "listwise"}),
+    "ranknet": code(**{"dros.in_ranking": "none", "ranking.negative": "none", "ranking.loss": "ranknet"}),
+    "margin": code(**{"dros.in_ranking": "none", "ranking.negative": "none", "ranking.loss": "margin"}),
+}
+
+
+@pytest.mark.parametrize("loss", BEYOND)
+def test_other_ranking_losses_take_the_papers_place_and_leave_the_rest(loss):
+    given, settings = rows_by_hand(), BEYOND[loss]
+    logits, _, told, negatives, _ = given
+    ranked = replace(
+        settings, ranking=replace(settings.ranking, negative="ranked_last" if loss != "listwise" else "none")
+    )
+    expected = {
+        "listwise": lambda: listwise_loss(logits, told.ranking, told.distance),
+        "ranknet": lambda: pairwise_loss(logits, told.ranking, "ranknet", negatives=negatives),
+        "margin": lambda: pairwise_loss(logits, told.ranking, "margin", negatives=negatives),
+    }[loss]()
+    distilled = [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
+    losses = objective_of(ranked, given, distilled)
+    torch.testing.assert_close(losses["loss_ranking"], torch.tensor(distilled) * expected)
+    others = objective_of(code(**{"ranking.weight": 0.0}), given, distilled)
+    torch.testing.assert_close(losses["loss"], others["loss"] + 0.7 * losses["loss_ranking"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "switch", "value"),
+    [
+        ("listwise", "temperature", 2.0),
+        ("listwise", "over", "candidates"),
+        ("ranknet", "negative", "ranked_last"),
+        ("margin", "negative", "ranked_last"),
+        ("margin", "margin", 0.5),
+    ],
+)
+def test_each_switch_of_the_other_ranking_losses_changes_them(loss, switch, value):
+    given, settings = rows_by_hand(), BEYOND[loss]
+    changed = replace(settings, ranking=replace(settings.ranking, **{switch: value}))
+    whole, other = (objective_of(each, given)["loss"] for each in (settings, changed))
+    assert not torch.allclose(whole.mean(), other.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", BEYOND)
+def test_other_ranking_losses_are_trained_and_resumed(tmp_path, loss):
+    settings = replace(BEYOND[loss], own_loss="cross_entropy")
+    whole = train_in(tmp_path / "whole", settings)
+    with pytest.raises(Killed):
+        train_in(tmp_path / "broken", settings, kind=killed_at(7))
+    assert_same_weights(train_in(tmp_path / "broken", settings, seed=7).state_dict(), whole.state_dict())
 
 
 SWITCHES = {
