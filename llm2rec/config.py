@@ -97,11 +97,51 @@ class ActiveConfig:
 
 
 @dataclass
-class RandomActiveConfig(ActiveConfig):
-    """Schema of ``conf/active/random.yaml``; see `SelectionPolicyRandom`."""
+class BudgetedActiveConfig(ActiveConfig):
+    """What every policy with a budget can be told; see `llm2rec.distill.selection_policy`."""
 
     budget: float = MISSING
+    final_budget: float | None = None
+    over_epochs: int = 10
+
+
+@dataclass
+class RandomActiveConfig(BudgetedActiveConfig):
+    """Schema of ``conf/active/random.yaml``; see `SelectionPolicyRandom`."""
+
     seed: int = MISSING
+
+
+@dataclass
+class TeacherActiveConfig(BudgetedActiveConfig):
+    """Schema of ``conf/active/confidence.yaml`` and ``uncertainty.yaml``; see `SelectionPolicyConfidence`."""
+
+    measure: str = MISSING
+
+
+@dataclass
+class DisagreementActiveConfig(BudgetedActiveConfig):
+    """Schema of ``conf/active/disagreement.yaml``; see `SelectionPolicyDisagreement`."""
+
+    measure: str = MISSING
+    top_k: int = MISSING
+    refresh_epochs: int = MISSING
+
+
+@dataclass
+class MetaActiveConfig(ActiveConfig):
+    """Schema of ``conf/active/meta.yaml``; see `SelectionPolicyMeta`."""
+
+    refresh_epochs: int = MISSING
+
+
+@dataclass
+class CustomActiveConfig(ActiveConfig):
+    """Schema of ``conf/active/custom.yaml``; see `policy_named`."""
+
+    _convert_: str = "all"
+    policy: str = MISSING
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -154,7 +194,15 @@ def register(decide: Callable[..., str] = run_folder) -> None:
         "teacher": {"ilora": TeacherSettings},
         "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent, "caser": CaserStudent},
         "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
-        "active": {"all": ActiveConfig, "random": RandomActiveConfig},
+        "active": {
+            "all": ActiveConfig,
+            "random": RandomActiveConfig,
+            "confidence": TeacherActiveConfig,
+            "uncertainty": TeacherActiveConfig,
+            "disagreement": DisagreementActiveConfig,
+            "meta": MetaActiveConfig,
+            "custom": CustomActiveConfig,
+        },
         "metrics": {"recsys": MetricsConfig},
         "logging": {"default": LoggingConfig},
         "paths": {"default": PathsConfig},

@@ -59,7 +59,8 @@ def composed(*overrides):
 def required(group, name):
     """Overrides that give a file's required values."""
     given = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
-    missing = [f"{group}.{key}=given" for key, value in given.items() if value == "???"]
+    real = {"policy": "llm2rec.distill.selection_policy.SelectionPolicyAll"}  # imported when it is built
+    missing = [f"{group}.{key}={real.get(key, 'given')}" for key, value in given.items() if value == "???"]
     return missing + ["teacher.recommender_run=given"] * (name in ("ilora_hybrid", "ilora_paper", "ilora_code"))
 
 

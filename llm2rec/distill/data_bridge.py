@@ -1,6 +1,8 @@
 """Read a teacher's outputs (DESIGN 4.3) and refuse what does not belong to this dataset.
 
-Files without a manifest, such as those of the released DLLM2Rec program, are read as distances.
+Files without a manifest, such as those of the released DLLM2Rec program, are read as distances. A teacher that was
+given a budget has labelled some rows only: its tables then hold a line per labelled row, and ``rows.npy`` says which
+rows these are. That program knows no such file and reads tables with a line for every training row.
 """
 
 import logging
@@ -22,7 +24,7 @@ __all__ = ["TeacherBatch", "TeacherOutputs", "read_outputs"]
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS, RANKING, CONFIDENCE = "all_embeddings.pt", "myrank_train", "confidence_train"
+EMBEDDINGS, RANKING, CONFIDENCE, ROWS = "all_embeddings.pt", "myrank_train", "confidence_train", "rows.npy"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class TeacherBatch:
     distance: Tensor
     target_distance: Tensor | None = None
 
+    def first(self, top_k: int) -> "TeacherBatch":
+        """The same with the best ``top_k`` candidates only."""
+        return replace(self, ranking=self.ranking[:, :top_k], distance=self.distance[:, :top_k])
+
 
 @dataclass(frozen=True)
 class TeacherOutputs:
@@ -50,12 +56,19 @@ class TeacherOutputs:
         ranking: Item ids, best first, shape ``(M, K)``, int32; memory-mapped where the twin file is there.
         distance: Lower means surer, shape ``(M, K)``, float32.
         manifest: What the manifest says; empty without one.
+        labelled: Training rows that ``ranking`` and ``distance`` are about, one per line of theirs, ascending; None
+            where they are about all rows.
     """
 
     embeddings: Tensor
     ranking: NDArray[np.int32]
     distance: NDArray[np.float32]
     manifest: dict[str, Any]
+    labelled: NDArray[np.int64] | None = None
+
+    def rows_labelled(self, n_rows: int) -> NDArray[np.int64]:
+        """Numbers of the labelled rows among ``n_rows`` training rows, ascending."""
+        return np.arange(n_rows) if self.labelled is None else self.labelled
 
     def batch(
         self,
@@ -64,7 +77,12 @@ class TeacherOutputs:
         device: torch.device | str = "cpu",
         targets: NDArray[np.int64] | None = None,
     ) -> TeacherBatch:
-        """Gather the best ``top_k`` candidates of ``rows``, and the distances of ``targets``; both ``(B,)``."""
+        """Gather the best ``top_k`` candidates of ``rows``, and the distances of ``targets``; both ``(B,)``.
+
+        Of a row that is not labelled, what is said of another one is given: such rows must have no weight.
+        """
+        if self.labelled is not None:
+            rows = np.searchsorted(self.labelled, rows).clip(max=len(self.labelled) - 1)
         told = TeacherBatch(
             torch.from_numpy(self.ranking[rows, :top_k].astype(np.int64)).to(device),
             torch.from_numpy(np.ascontiguousarray(self.distance[rows, :top_k])).to(device),
@@ -103,8 +121,11 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     embeddings = _embeddings(folder, n_items)
     if ranking.shape != confidence.shape:
         raise _refused(folder, f"{RANKING} has shape {ranking.shape} but {CONFIDENCE} has {confidence.shape}")
-    if len(ranking) != n_rows:
-        raise _refused(folder, f"they hold {len(ranking)} rows, the training split has {n_rows}")
+    labelled = _labelled(folder, manifest, n_rows)
+    n_labelled = n_rows if labelled is None else len(labelled)
+    if len(ranking) != n_labelled:
+        expected = f"the training split has {n_rows}" if labelled is None else f"{ROWS} names {n_labelled}"
+        raise _refused(folder, f"they hold {len(ranking)} rows, {expected}")
     if ranking.shape[1] < top_k:
         raise _refused(
             folder, f"they hold {ranking.shape[1]} candidates per row, `distill.ranking.top_k` asks for {top_k}; "
@@ -118,7 +139,7 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
         row = int(np.argmax(~np.isfinite(confidence).all(axis=1)))
         raise _refused(folder, f"row {row} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
     distance = _as_distance(confidence, manifest.get("confidence", "distance"), folder)
-    return TeacherOutputs(embeddings, ranking, distance, manifest)
+    return TeacherOutputs(embeddings, ranking, distance, manifest, labelled)
 
 
 def _refused(folder: Path, why: str) -> TeacherOutputsError:
@@ -148,6 +169,21 @@ def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
         if sha256_of_file(folder / name) != expected:
             raise _refused(folder, f"{name} has changed since it was written (its hash is not the manifest's)")
     return manifest
+
+
+def _labelled(folder: Path, manifest: dict[str, Any], n_rows: int) -> NDArray[np.int64] | None:
+    """Which rows are labelled, where the manifest says that not all are."""
+    if ROWS not in manifest.get("sha256", {}):
+        return None
+    try:
+        rows = np.load(folder / ROWS, allow_pickle=False)
+    except ValueError as error:
+        raise _refused(folder, f"{ROWS} is damaged ({error})") from error
+    if rows.ndim != 1 or rows.dtype != np.int64 or not len(rows) or (np.diff(rows) <= 0).any():
+        raise _refused(folder, f"{ROWS} is no list of row numbers in ascending order")
+    if rows[0] < 0 or rows[-1] >= n_rows:
+        raise _refused(folder, f"{ROWS} names rows {rows[0]} to {rows[-1]}, the training split has {n_rows}")
+    return rows
 
 
 def _embeddings(folder: Path, n_items: int) -> Tensor:

@@ -1,61 +1,333 @@
 """Which training rows are distilled, and with what weight.
 
-A policy answers once per epoch for all rows; the trainer multiplies each row's distillation losses by its weight. The
-row's own task is always trained. A new policy is one class here or anywhere, named by ``_target_`` in ``conf/active``.
+A policy answers at the start of an epoch, for all rows at once; the trainer multiplies each row's distillation losses
+by its weight. The row's own task is always trained. A new policy is one class in any file that Python can import,
+chosen with ``active=custom active.policy=module.Class``; nothing else has to know of it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.metrics import target_ranks
+from llm2rec.distill.evidence import Evidence, ScoredRows
+from llm2rec.distill.kd_losses import consistency_weights
 
-__all__ = ["SelectionPolicy", "SelectionPolicyAll", "SelectionPolicyRandom"]
+__all__ = [
+    "SelectionPolicy",
+    "SelectionPolicyAll",
+    "SelectionPolicyConfidence",
+    "SelectionPolicyDisagreement",
+    "SelectionPolicyMeta",
+    "SelectionPolicyRandom",
+    "SelectionPolicyUncertainty",
+    "policy_named",
+]
 
 
 class SelectionPolicy(ABC):
     """Chooses and weighs rows for distillation."""
 
     @abstractmethod
-    def weights(self, n_rows: int, epoch: int) -> NDArray[np.float32]:
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the training rows for one epoch.
 
-        A pure function of its arguments, so that every process and a resumed run get the same answer.
+        Every process asks at the same moment and must get the same answer, so that chance may only come from a seed and
+        the epoch. What is read off the student is kept with the run: a resumed epoch goes on with the same weights.
 
         Args:
-            n_rows: Number of training rows, M.
-            epoch: Epoch, from 0.
+            evidence: What can be known at this moment: rows, epoch, the teacher's outputs, the student as it is.
 
         Returns:
-            Weights of shape ``(M,)``, 0 for rows that are not distilled.
+            Weights of shape ``(M,)``, 0 for rows that are not distilled; of rows that the teacher has not labelled too.
         """
+
+    def rows_to_label(self, n_rows: int) -> NDArray[np.int64] | None:
+        """The rows that have to be labelled before this policy can choose, known before there is any teacher.
+
+        The teacher labels these alone, and distillation refuses outputs without them.
+
+        Args:
+            n_rows: Training rows, M.
+
+        Returns:
+            Row numbers, ascending; None for a policy that chooses among whatever rows are labelled, for which the
+            teacher labels all.
+        """
+        return None
+
+    def decided_at(self, epoch: int) -> int:
+        """The epoch, at most ``epoch``, at whose start the weights of ``epoch`` are decided; by default itself."""
+        return epoch
 
 
 class SelectionPolicyAll(SelectionPolicy):
     """Every row counts fully: DLLM2Rec as published."""
 
-    def weights(self, n_rows: int, epoch: int) -> NDArray[np.float32]:
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh all rows 1."""
-        return np.ones(n_rows, np.float32)
+        return np.ones(evidence.n_rows, np.float32)
+
+    def rows_to_label(self, n_rows: int) -> NDArray[np.int64]:
+        """All of them."""
+        return np.arange(n_rows)
 
 
-class SelectionPolicyRandom(SelectionPolicy):
-    """A fixed random part of the rows: what any cleverer policy has to beat at the same budget.
+class _Budgeted(SelectionPolicy):
+    """Distils a part of the rows, which may grow or shrink linearly over the first epochs.
 
     Args:
-        budget: Part of the rows that is distilled, above 0 up to 1.
-        seed: Seed of the choice.
+        budget: Part of all training rows that is distilled in epoch 0, above 0 up to 1.
+        final_budget: That from epoch ``over_epochs`` on; None keeps ``budget``.
+        over_epochs: Epochs from the one to the other.
     """
 
-    def __init__(self, budget: float, seed: int) -> None:
-        if not 0 < budget <= 1:
-            raise ConfigError(f"active.budget is {budget}, expected a part of the rows above 0 and up to 1.")
-        self.budget, self.seed = budget, seed
+    def __init__(self, budget: float, final_budget: float | None = None, over_epochs: int = 10) -> None:
+        for name, value in (("budget", budget), ("final_budget", budget if final_budget is None else final_budget)):
+            if not 0 < value <= 1:
+                raise ConfigError(f"active.{name} is {value}, expected a part of the rows above 0 and up to 1.")
+        if over_epochs < 1:
+            raise ConfigError(f"active.over_epochs is {over_epochs}, expected at least 1.")
+        self.budget, self.over_epochs = budget, over_epochs
+        self.final_budget = budget if final_budget is None else final_budget
 
-    def weights(self, n_rows: int, epoch: int) -> NDArray[np.float32]:
-        """Weigh the chosen rows 1 and the others 0; the choice is the same in every epoch."""
-        weights = np.zeros(n_rows, np.float32)
-        n_chosen = max(1, round(self.budget * n_rows))
-        weights[np.random.default_rng([self.seed, n_rows]).permutation(n_rows)[:n_chosen]] = 1
+    def n_chosen(self, n_rows: int, epoch: int) -> int:
+        """Rows of M that are distilled in ``epoch``; at least 1."""
+        done = min(epoch / self.over_epochs, 1.0)
+        return max(1, round(((1 - done) * self.budget + done * self.final_budget) * n_rows))
+
+    def largest(self, values: NDArray[Any], evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the labelled rows of the largest ``values`` (shape ``(labelled,)``) 1; of equal ones the earlier rows.
+
+        Raises:
+            ConfigError: If the budget is more than what is labelled.
+        """
+        n_chosen = self.n_chosen(evidence.n_rows, evidence.epoch)
+        if n_chosen > len(evidence.rows):
+            raise ConfigError(
+                f"the budget of epoch {evidence.epoch} is {n_chosen} rows, but the teacher has labelled "
+                f"{len(evidence.rows)} of {evidence.n_rows}; lower `active.budget` and `active.final_budget`, or label "
+                "more."
+            )
+        weights = np.zeros(evidence.n_rows, np.float32)
+        weights[evidence.rows[np.argsort(-values, kind="stable")[:n_chosen]]] = 1
         return weights
+
+
+class SelectionPolicyRandom(_Budgeted):
+    """A fixed random part of the rows: what any cleverer policy has to beat at the same budget.
+
+    A smaller budget chooses among the rows of a larger one.
+
+    Args:
+        budget: As in every policy with a budget: part of the rows in epoch 0.
+        seed: Seed of the choice.
+        final_budget: Part from epoch ``over_epochs`` on; None keeps ``budget``.
+        over_epochs: Epochs from the one to the other.
+    """
+
+    def __init__(self, budget: float, seed: int, final_budget: float | None = None, over_epochs: int = 10) -> None:
+        super().__init__(budget, final_budget, over_epochs)
+        self.seed = seed
+
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the chosen rows 1 and the others 0; the choice is the same in every epoch of the same budget."""
+        weights = np.zeros(evidence.n_rows, np.float32)
+        weights[self._first(evidence.n_rows, self.n_chosen(evidence.n_rows, evidence.epoch))] = 1
+        return weights
+
+    def rows_to_label(self, n_rows: int) -> NDArray[np.int64]:
+        """The rows of the largest budget of any epoch."""
+        return np.sort(self._first(n_rows, max(self.n_chosen(n_rows, epoch) for epoch in (0, self.over_epochs))))
+
+    def _first(self, n_rows: int, n_chosen: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, n_rows]).permutation(n_rows)[:n_chosen]
+
+
+_MEASURES = ("best", "margin", "entropy")
+
+
+class _ByTheTeacher(_Budgeted):
+    """Chooses by how sure the teacher is of a row, read off the distances in its files.
+
+    Args:
+        budget: Part of the rows in epoch 0.
+        measure: ``best``: the distance of its first candidate (least confidence, where distances are negative
+            log-probabilities). ``margin``: how much farther the second one is. ``entropy``: of the distribution
+            ``∝ exp(-distance)`` over all stored candidates. The three of the active learning literature (Settles,
+            Computer Sciences Technical Report 1648, University of Wisconsin-Madison, 2009).
+        final_budget: Part from epoch ``over_epochs`` on; None keeps ``budget``.
+        over_epochs: Epochs from the one to the other.
+    """
+
+    def __init__(
+        self, budget: float, measure: str = "entropy", final_budget: float | None = None, over_epochs: int = 10
+    ) -> None:
+        super().__init__(budget, final_budget, over_epochs)
+        if measure not in _MEASURES:
+            raise ConfigError(f"active.measure is {measure!r}, expected one of {', '.join(_MEASURES)}.")
+        self.measure = measure
+
+    def uncertainty(self, evidence: Evidence) -> NDArray[np.float64]:
+        """How unsure the teacher is of each labelled row, shape ``(labelled,)``; larger is less sure.
+
+        Raises:
+            ConfigError: If a margin is asked for and there is one candidate per row.
+        """
+        distance = evidence.teacher.distance.astype(np.float64)
+        if self.measure == "best":
+            return distance[:, 0]
+        if self.measure == "margin":
+            if distance.shape[1] < 2:
+                raise ConfigError(
+                    "active.measure is 'margin', but the teacher's files hold one candidate per row; export more with "
+                    "`teacher.export.top_k`."
+                )
+            return distance[:, 0] - distance[:, 1]
+        probs = torch.softmax(-torch.from_numpy(distance), dim=1)
+        return torch.special.entr(probs).sum(dim=1).numpy()
+
+
+class SelectionPolicyConfidence(_ByTheTeacher):
+    """Distils the rows that the teacher is surest of: what it says there is most likely right."""
+
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the rows of least uncertainty 1 and the others 0."""
+        return self.largest(-self.uncertainty(evidence), evidence)
+
+
+class SelectionPolicyUncertainty(_ByTheTeacher):
+    """Distils the rows that the teacher is least sure of: there it says more than which item is the target."""
+
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the rows of most uncertainty 1 and the others 0."""
+        return self.largest(self.uncertainty(evidence), evidence)
+
+
+class _Refreshed(SelectionPolicy):
+    """Looks at the student again every so many epochs; each look costs a forward pass over all labelled rows."""
+
+    refresh_epochs: int
+
+    def refreshed_every(self, refresh_epochs: int) -> None:
+        if refresh_epochs < 1:
+            raise ConfigError(f"active.refresh_epochs is {refresh_epochs}, expected at least 1.")
+        self.refresh_epochs = refresh_epochs
+
+    def decided_at(self, epoch: int) -> int:
+        """The last epoch of a multiple of ``refresh_epochs``."""
+        return epoch - epoch % self.refresh_epochs
+
+
+class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
+    """Distils the rows where the student, as it is now, is farthest from the teacher.
+
+    Args:
+        budget: Part of the rows in epoch 0.
+        measure: ``overlap``: the part of the teacher's first K that is not among the student's. ``rank``: the place of
+            the teacher's first candidate in the student's ranking of the catalogue, ties counted against the student.
+        top_k: K of ``overlap``; at most what the teacher's files hold.
+        refresh_epochs: Epochs from one look at the student to the next.
+        final_budget: Part from epoch ``over_epochs`` on; None keeps ``budget``. A new part waits for the next look.
+        over_epochs: Epochs from the one to the other.
+    """
+
+    def __init__(
+        self,
+        budget: float,
+        measure: str = "overlap",
+        top_k: int = 10,
+        refresh_epochs: int = 1,
+        final_budget: float | None = None,
+        over_epochs: int = 10,
+    ) -> None:
+        super().__init__(budget, final_budget, over_epochs)
+        if measure not in ("overlap", "rank"):
+            raise ConfigError(f"active.measure is {measure!r}, expected 'overlap' or 'rank'.")
+        if top_k < 1:
+            raise ConfigError(f"active.top_k is {top_k}, expected at least 1.")
+        self.measure, self.top_k = measure, top_k
+        self.refreshed_every(refresh_epochs)
+
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the rows of most disagreement 1 and the others 0."""
+        return self.largest(evidence.student.each_row(self.disagreement), evidence)
+
+    def disagreement(self, scored: ScoredRows) -> Tensor:
+        """How far the student is from the teacher, shape ``(B,)``."""
+        if self.measure == "rank":
+            return target_ranks(scored.logits, scored.told.ranking[:, 0])
+        shared = consistency_weights(scored.logits, scored.told.ranking[:, : self.top_k], self.top_k)
+        return 1 - shared.mean(dim=1)
+
+
+class SelectionPolicyMeta(_Refreshed):
+    """Weighs rows by how much learning from the teacher there lowers the validation loss: the idea of Ren et al. 2018.
+
+    Learning to reweight examples (arXiv 1803.09050, equations 11 to 13) takes the weight of a row to be the positive
+    part of ``-∂L_validation(θ - Σ_i ε_i ∇L_i(θ)) / ∂ε_i`` at ε = 0, which is ``⟨∇L_validation(θ), ∇L_i(θ)⟩``. Here, at
+    the start of an epoch:
+
+    - L_i is the ranking loss of training row i, as configured, and L_validation the mean cross-entropy over the
+      validation rows. The test split is never read.
+    - θ stands for the vectors that items are scored with, ``(N, D)``, and nothing below them, for which the product has
+      a closed form: with user vector u_i and ``δ_i = ∂L_i / ∂logits_i``, a row's gradient is ``δ_i ⊗ u_i``, so that its
+      product with the validation gradient G is ``δ_i · (G u_i)``. One forward pass over the rows gives all.
+    - Dropout is off. Weights are ``max(0, product)``, over their mean over the labelled rows, so that rows weigh 1 on
+      average, as with ``all``; if no row helps, all weigh 0.
+
+    The paper does this for each batch and all parameters. Since validation rows decide weights here and early stopping
+    too, validation metrics flatter this policy; compare it with others on the test split only.
+
+    Args:
+        refresh_epochs: Epochs from one look at the student to the next.
+    """
+
+    def __init__(self, refresh_epochs: int = 1) -> None:
+        self.refreshed_every(refresh_epochs)
+
+    def weights(self, evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the labelled rows by what they do for validation."""
+        gradient = evidence.student.validation_gradient()  # (N, D)
+
+        def usefulness(scored: ScoredRows) -> Tensor:
+            return (scored.ranking_gradient() * (scored.users @ gradient.T)).sum(dim=1)
+
+        useful = np.maximum(evidence.student.each_row(usefulness), 0)
+        mean = useful.mean(dtype=np.float64)
+        weights = np.zeros(evidence.n_rows, np.float32)
+        weights[evidence.rows] = useful / mean if mean > 0 else 0
+        return weights
+
+
+def policy_named(policy: str, arguments: Mapping[str, Any]) -> SelectionPolicy:
+    """Build a policy that somebody else wrote.
+
+    Args:
+        policy: Its class, as ``module.Class``, with a module that Python finds from where the command is launched.
+        arguments: Of its constructor, by name.
+
+    Raises:
+        ConfigError: If there is no such class, it is no policy, or the arguments are not its own.
+    """
+    module, _, name = policy.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"active.policy is {policy!r}, which cannot be imported ({error}); expected `module.Class` of a module in "
+            "the folder of the launch or on PYTHONPATH."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, SelectionPolicy)):
+        raise ConfigError(f"active.policy is {policy!r}, which is no subclass of {SelectionPolicy.__module__}.")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"active.policy {policy!r} cannot be built from {dict(arguments)}: {error}.") from error

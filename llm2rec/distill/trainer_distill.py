@@ -1,9 +1,11 @@
 """Train a student on its own task and on what the teacher wrote down (DLLM2Rec)."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
@@ -11,6 +13,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.record import TrainingRecord
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
+from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.kd_losses import (
     confidence_weights,
     consistency_weights,
@@ -23,6 +26,7 @@ from llm2rec.distill.kd_losses import (
     robust_term,
     row_confidence_weights,
 )
+from llm2rec.distill.selection import Selection
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
@@ -57,7 +61,7 @@ def train_distilled(
         train: Training rows.
         teacher: What the teacher wrote for these rows.
         validation: Rows for early stopping.
-        policy: Which rows are distilled.
+        policy: Which rows are distilled, with what weight.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
         settings: Weights of the losses.
         loss: The student's own task, where ``settings.own_loss`` leaves it to the student; cross-entropy if None.
@@ -71,6 +75,7 @@ def train_distilled(
     Raises:
         ConfigError: If losses about a whole optimizer step are asked for and a step is divided, if a catalogue is too
             small for the negatives that are asked for, if DROS is asked for twice, or DeepSpeed is to update rows.
+        TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
     if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
         _refuse_divided_steps(engine)
@@ -79,25 +84,37 @@ def train_distilled(
     sampler = NegativeSampler(train, engine.seed) if settings.needs_negatives else None
     propensity = popularity_propensity(train.targets, train.n_items, settings.dros.propensity_power)  # (N,)
     propensity = propensity.to(engine.device, torch.float32)
+
+    def ranking_losses(
+        epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch
+    ) -> Tensor:
+        negatives = sampler.draw(rows, epoch).to(engine.device) if sampler else None
+        return _ranking_losses(logits, targets, told, settings, negatives, propensity)
+
+    def student_now(epoch: int) -> StudentNow:
+        return StudentNow(model.student, train, validation, teacher, engine, partial(ranking_losses, epoch))
+
+    selection = Selection(policy, len(train), teacher, student_now, engine.run.folder / "selection")
     wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
     max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
-    per_epoch, weights_in = training.steps_per_epoch(len(train)), lru_cache(1)(partial(policy.weights, len(train)))
+    per_epoch = training.steps_per_epoch(len(train))
     wrapped.train()
     for step, share in engine.progress(steps, "distil", max_steps, initial=record.step):
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
         epoch = step // per_epoch
+        row_weights = selection.weights(epoch)  # (M,)
         for units, weights in zip(share.micro_batches, share.weights, strict=True):
             batch = train.batch(units, engine.device)
             rows = batch.rows
             targets = train.targets.numpy()[rows] if settings.ranking.confidence == "per_row" else None
             told = teacher.batch(rows, settings.ranking.top_k, engine.device, targets)
             negatives = sampler.draw(rows, epoch).to(engine.device) if sampler else None  # (B,)
-            distilled = torch.from_numpy(weights_in(epoch)[rows]).to(engine.device)
+            distilled = torch.from_numpy(row_weights[rows]).to(engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(*batch.inputs)  # (B, D)
                 own = own_loss and partial(own_loss, users, batch.targets, rows, epoch=epoch, step=step)
@@ -117,7 +134,35 @@ def train_distilled(
         if engine.checkpoint_is_due(record.step, len(train)):
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
+    selection.close()
     return model.eval()
+
+
+def _ranking_losses(
+    logits: Tensor,
+    targets: Tensor,
+    told: TeacherBatch,
+    settings: DistillSettings,
+    negatives: Tensor | None,
+    propensity: Tensor,
+) -> Tensor:
+    """The ranking losses of some rows, ``(B,)``, for policies that weigh rows by them."""
+    if settings.ranking.weight == 0:
+        raise ConfigError(
+            "the selection policy weighs rows by their ranking loss, but `distill.ranking.weight` is 0; give it a "
+            "weight, or use another policy (`active=random`)."
+        )
+    whole = torch.ones(len(logits), device=logits.device)
+    losses = objective(
+        logits,
+        targets,
+        told.first(settings.ranking.top_k),
+        whole,
+        settings,
+        negatives=negatives,
+        propensity=propensity,
+    )
+    return losses["loss_ranking"]
 
 
 def _refuse_divided_steps(engine: Engine) -> None:

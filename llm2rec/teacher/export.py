@@ -5,6 +5,10 @@ myrank_train.txt       (training rows, K) item ids, best first
 confidence_train.txt   (training rows, K), their scores
 *.npy                  memory-mapped twins of the two text files
 manifest.json          what the scores are, shapes, fingerprint, hashes
+
+Where only some training rows are labelled, the tables hold a line for each of these alone, and
+
+rows.npy               (labelled rows,) their numbers, int64, ascending
 """
 
 import logging
@@ -82,6 +86,7 @@ def write_outputs(
     about: dict[str, Any],
     *,
     by_distance: bool = False,
+    labelled: NDArray[np.int64] | None = None,
 ) -> None:
     """Put the blocks together and write the teacher outputs; for one process.
 
@@ -92,6 +97,7 @@ def write_outputs(
         settings: What the confidences are.
         about: What the manifest says besides shapes and hashes: dataset, fingerprint, teacher, commit.
         by_distance: Whether the scores are negative distances; the confidences are then distances.
+        labelled: Numbers of the training rows that were ranked, ascending; None if all were.
     """
     parts = [load_file(block) for block in blocks]
     ranking = np.concatenate([part["items"] for part in parts])
@@ -105,6 +111,8 @@ def write_outputs(
         torch.save(item_vectors.detach().cpu().contiguous(), aside / "all_embeddings.pt")
         np.save(aside / "myrank_train.npy", ranking)
         np.save(aside / "confidence_train.npy", confidence)
+        if labelled is not None:
+            np.save(aside / "rows.npy", labelled)
         np.savetxt(aside / "myrank_train.txt", ranking, fmt="%d")
         np.savetxt(aside / "confidence_train.txt", confidence, fmt="%.9g")  # 9 digits give every float32 back
         manifest = {

@@ -6,7 +6,7 @@ import torch
 from distill_helpers import FINGERPRINT, teacher_for, write_manifest, write_teacher
 
 from llm2rec.core.errors import TeacherOutputsError
-from llm2rec.distill.data_bridge import read_outputs
+from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
 
 ROWS, ITEMS, K = 6, 9, 4
 REMEDY = r".*distill\.teacher_outputs=FOLDER"
@@ -213,4 +213,61 @@ def test_probabilities_must_be_positive(tmp_path, teacher):
 def test_an_unknown_kind_of_score_is_refused(tmp_path, teacher):
     write_teacher(tmp_path, teacher, kind="logits")
     with pytest.raises(TeacherOutputsError, match="confidences of kind 'logits' are not known"):
+        read(tmp_path)
+
+
+# ---- some rows labelled ----------------------------------------------------------------------------------------------
+
+LABELLED = np.array([1, 2, 5])
+
+
+def write_some(folder, teacher, rows=LABELLED, lines=3, **values):
+    """Files of a teacher that was given a budget."""
+    some = TeacherOutputs(teacher.embeddings, teacher.ranking[:lines], teacher.distance[:lines], {})
+    write_teacher(folder, some, manifest=False)
+    np.save(folder / "rows.npy", rows)
+    write_manifest(folder, confidence="neg_log_prob", fingerprint=FINGERPRINT, **values)
+    return folder
+
+
+def test_rows_are_found_where_only_some_are_labelled(tmp_path, teacher):
+    outputs = read(write_some(tmp_path, teacher))
+    assert outputs.labelled.tolist() == outputs.rows_labelled(ROWS).tolist() == LABELLED.tolist()
+    batch = outputs.batch(np.array([5, 1, 2]), top_k=2, targets=teacher.ranking[[2, 0, 1], 1].astype(np.int64))
+    assert batch.ranking.tolist() == teacher.ranking[[2, 0, 1], :2].tolist()
+    assert batch.distance.tolist() == teacher.distance[[2, 0, 1], :2].tolist()
+    assert batch.target_distance.tolist() == pytest.approx(teacher.distance[[2, 0, 1], 1].tolist())
+    assert outputs.batch(np.array([0, 3, 4]), top_k=2).ranking.shape == (3, 2)  # something, for rows without weight
+    assert teacher.rows_labelled(ROWS).tolist() == list(range(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "message"),
+    [
+        (np.array([1, 2]), 3, r"they hold 3 rows, rows\.npy names 2"),
+        (np.array([1, 2, 6]), 3, r"rows\.npy names rows 1 to 6, the training split has 6"),
+        (np.array([-1, 2, 5]), 3, r"rows\.npy names rows -1 to 5, the training split has 6"),
+        (np.array([2, 1, 5]), 3, r"rows\.npy is no list of row numbers in ascending order"),
+        (np.array([1, 1, 5]), 3, r"rows\.npy is no list of row numbers in ascending order"),
+        (np.array([1.0, 2.0, 5.0]), 3, r"rows\.npy is no list of row numbers in ascending order"),
+        (np.array([[1, 2, 5]]), 3, r"rows\.npy is no list of row numbers in ascending order"),
+        (np.array([1, 2, None]), 3, r"rows\.npy is damaged"),
+    ],
+)
+def test_labelled_rows_that_do_not_fit_are_refused(tmp_path, teacher, rows, lines, message):
+    with pytest.raises(TeacherOutputsError, match=message + REMEDY):
+        read(write_some(tmp_path, teacher, rows, lines))
+
+
+def test_labelled_rows_that_were_changed_are_refused(tmp_path, teacher):
+    write_some(tmp_path, teacher)
+    np.save(tmp_path / "rows.npy", np.array([1, 2, 4]))
+    with pytest.raises(TeacherOutputsError, match=rf"rows\.npy has changed since it was written{REMEDY}"):
+        read(tmp_path)
+
+
+def test_rows_that_nobody_vouches_for_are_not_trusted(tmp_path, teacher):
+    write_some(tmp_path, teacher)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(TeacherOutputsError, match="they hold 3 rows, the training split has 6"):
         read(tmp_path)

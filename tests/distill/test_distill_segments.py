@@ -40,8 +40,8 @@ PROGRAM = replace(PROGRAM, ranking=replace(PROGRAM.ranking, top_k=4))
 class Uneven(SelectionPolicy):
     """Weights that tell all rows and epochs apart."""
 
-    def weights(self, n_rows, epoch):
-        return np.linspace(0, 1 + epoch, n_rows, dtype=np.float32)
+    def weights(self, evidence):
+        return np.linspace(0, 1 + evidence.epoch, evidence.n_rows, dtype=np.float32)
 
 
 def users(longest):

@@ -5,6 +5,7 @@ from engine_helpers import assert_same_weights
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.vectors import principal_components, standardised
+from llm2rec.distill.evidence import Evidence
 from llm2rec.distill.kd_losses import alignment_loss, contrastive_alignment
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
 from llm2rec.distill.student import DistilledStudent
@@ -14,8 +15,13 @@ from llm2rec.student.models import MODELS, build_model
 N, D, WIDTH = 9, 6, 5
 
 
+def moment(n_rows, epoch=0):
+    """What a policy is shown that looks at neither teacher nor student."""
+    return Evidence(n_rows, epoch, np.arange(n_rows), None, None)
+
+
 def test_all_weighs_every_row_one():
-    weights = SelectionPolicyAll().weights(7, epoch=3)
+    weights = SelectionPolicyAll().weights(moment(7, epoch=3))
     assert weights.dtype == np.float32
     assert weights.tolist() == [1] * 7
 
@@ -24,7 +30,7 @@ def test_all_weighs_every_row_one():
     ("budget", "n_rows", "chosen"), [(0.25, 40, 10), (1.0, 7, 7), (0.001, 10, 1), (0.5, 3, 2), (1, 1, 1)]
 )
 def test_random_keeps_its_budget(budget, n_rows, chosen):
-    weights = SelectionPolicyRandom(budget, seed=0).weights(n_rows, epoch=0)
+    weights = SelectionPolicyRandom(budget, seed=0).weights(moment(n_rows))
     assert weights.shape == (n_rows,)
     assert weights.dtype == np.float32
     assert sorted(weights.tolist(), reverse=True) == [1] * chosen + [0] * (n_rows - chosen)
@@ -32,10 +38,10 @@ def test_random_keeps_its_budget(budget, n_rows, chosen):
 
 def test_random_is_a_choice_of_its_seed_and_the_same_in_every_epoch():
     policy = SelectionPolicyRandom(0.5, seed=1)
-    first = policy.weights(100, epoch=0).tolist()
-    assert policy.weights(100, epoch=5).tolist() == first
-    assert SelectionPolicyRandom(0.5, seed=1).weights(100, epoch=0).tolist() == first
-    assert SelectionPolicyRandom(0.5, seed=2).weights(100, epoch=0).tolist() != first
+    first = policy.weights(moment(100)).tolist()
+    assert policy.weights(moment(100, epoch=5)).tolist() == first
+    assert SelectionPolicyRandom(0.5, seed=1).weights(moment(100)).tolist() == first
+    assert SelectionPolicyRandom(0.5, seed=2).weights(moment(100)).tolist() != first
     assert first != sorted(first, reverse=True)  # not simply the first rows
 
 

@@ -230,8 +230,8 @@ def test_rows_of_weight_zero_tell_nothing():
 
 
 class Nobody(SelectionPolicy):
-    def weights(self, n_rows, epoch):
-        return np.zeros(n_rows, np.float32)
+    def weights(self, evidence):
+        return np.zeros(evidence.n_rows, np.float32)
 
 
 def test_a_policy_that_chooses_nobody_trains_the_plain_student(tmp_path):
@@ -244,8 +244,8 @@ def test_a_policy_that_chooses_nobody_trains_the_plain_student(tmp_path):
 
 
 class Odd(SelectionPolicy):
-    def weights(self, n_rows, epoch):
-        return (np.arange(n_rows) % 2).astype(np.float32)
+    def weights(self, evidence):
+        return (np.arange(evidence.n_rows) % 2).astype(np.float32)
 
 
 def test_rows_are_chosen_by_the_policy_and_not_by_their_place_in_a_batch(tmp_path):
@@ -270,9 +270,9 @@ class ByEpoch(SelectionPolicy):
     def __init__(self):
         self.asked = []
 
-    def weights(self, n_rows, epoch):
-        self.asked.append((n_rows, epoch))
-        return (np.arange(n_rows) % 3 == epoch % 3).astype(np.float32)
+    def weights(self, evidence):
+        self.asked.append((evidence.n_rows, evidence.epoch))
+        return (np.arange(evidence.n_rows) % 3 == evidence.epoch % 3).astype(np.float32)
 
 
 def test_a_policy_is_asked_once_an_epoch(tmp_path):

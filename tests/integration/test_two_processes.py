@@ -123,6 +123,17 @@ def test_a_killed_launch_goes_on_in_one_process(one, tmp_path):
     assert close_histories(history(one[1]["teacher"]), history(killed), 1e-4)
 
 
+def test_rows_are_weighed_alike_in_two_processes(one, tmp_path):
+    """Validation gradients are summed and rows measured over both."""
+    where = f"distill.teacher_outputs={one[0] / 'data' / 'teacher_outputs' / 'toy' / 'ilora-tiny_random'}"
+    found = []
+    for name, launcher in (("one", {}), ("two", {"launcher": TORCHRUN})):
+        done = run(tmp_path / name, "distill", *STUDENT, where, "active=meta", **launcher)
+        assert done.stderr.count("mean weight 1.000") == 3, done.stderr
+        found.append(history(runs(tmp_path / name)[-1]))
+    assert close_histories(*found, 1e-4)
+
+
 # ---- DeepSpeed ZeRO-2 ------------------------------------------------------------------------------------------------
 
 

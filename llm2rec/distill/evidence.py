@@ -1,0 +1,162 @@
+"""What a selection policy may look at: the teacher's outputs, and the student as it is at this moment."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.engine import Engine
+from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
+from llm2rec.student.datamodule import SequenceData, TrainingData
+from llm2rec.student.models import SequentialRecommender
+
+__all__ = ["Evidence", "RankingLosses", "ScoredRows", "StudentNow"]
+
+
+class RankingLosses(Protocol):
+    """The ranking losses that are being trained."""
+
+    def __call__(self, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch) -> Tensor:
+        """Of ``logits`` ``(B, N)``, the rows' numbers and targets, and what the teacher says of them; ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Some labelled training rows as the student sees them now, dropout off.
+
+    Attributes:
+        rows: Row numbers, shape ``(B,)``.
+        users: User vectors, shape ``(B, D)``.
+        logits: Scores of all items, shape ``(B, N)``; they and ``users`` carry no gradient.
+        targets: Shape ``(B,)``.
+        told: What the teacher says of the rows, all its stored candidates.
+        losses: The ranking losses that are being trained, as a function of logits; returns shape ``(B,)``. (Those of
+            ``distill.dros.in_ranking=broadcast`` weigh a row by the mean of the rows that are scored at once.)
+    """
+
+    rows: NDArray[np.int64]
+    users: Tensor
+    logits: Tensor
+    targets: Tensor
+    told: TeacherBatch
+    losses: Callable[[Tensor], Tensor]
+
+    def ranking_gradient(self) -> Tensor:
+        """Gradient of each row's ranking loss with respect to its logits, shape ``(B, N)``."""
+        with torch.enable_grad():
+            logits = self.logits.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.losses(logits).sum(), logits)
+        return gradient
+
+
+class StudentNow:
+    """The student at the start of an epoch. Its methods are collectives: every process must call them alike.
+
+    Args:
+        model: Unwrapped student.
+        train: Training rows.
+        validation: Validation rows.
+        teacher: What the teacher says.
+        engine: Divides the rows among processes.
+        ranking_losses: The ranking losses that are being trained.
+        batch_size: Rows scored at once.
+
+    Attributes:
+        was_read: Whether anything has been asked of it.
+    """
+
+    def __init__(
+        self,
+        model: SequentialRecommender,
+        train: TrainingData,
+        validation: SequenceData,
+        teacher: TeacherOutputs,
+        engine: Engine,
+        ranking_losses: RankingLosses,
+        batch_size: int = 512,
+    ) -> None:
+        self._model, self._train, self._validation = model, train, validation
+        self._teacher, self._engine, self._losses = teacher, engine, ranking_losses
+        self._batch_size, self.was_read = batch_size, False
+
+    def each_row(self, measure: Callable[[ScoredRows], Tensor]) -> NDArray[np.float32]:
+        """Measure every labelled row.
+
+        Args:
+            measure: Gives a number per row, shape ``(B,)``, which must not depend on the rows it is asked with.
+
+        Returns:
+            Shape ``(labelled,)``, in the order of `Evidence.rows`, the same on every process.
+        """
+        labelled = self._teacher.rows_labelled(len(self._train))
+        values = torch.zeros(len(labelled), device=self._engine.device)
+        for places, targets, users, logits in self._scored(self._train, labelled):
+            rows = labelled[places]
+            told = self._teacher.batch(
+                rows, self._teacher.ranking.shape[1], self._engine.device, self._train.targets.numpy()[rows]
+            )
+            losses = partial(self._losses, rows=rows, targets=targets, told=told)
+            measured = measure(ScoredRows(rows, users, logits, targets, told, losses))
+            values[torch.from_numpy(places).to(values.device)] = measured.to(values)
+        return self._engine.sum_tensor(values).cpu().numpy()
+
+    def validation_gradient(self) -> Tensor:
+        """Gradient of the validation rows' mean cross-entropy with respect to the vectors that items are scored with.
+
+        Returns:
+            Shape ``(N, D)``, the same on every process.
+        """
+        gradient = torch.zeros(self._validation.n_items, self._model.width, device=self._engine.device)
+        for _, targets, users, logits in self._scored(self._validation, np.arange(len(self._validation))):
+            errors = torch.softmax(logits.float(), dim=1)  # (B, N)
+            errors[torch.arange(len(errors)), targets] -= 1
+            gradient += errors.T @ users.float()
+        return self._engine.sum_tensor(gradient) / len(self._validation)
+
+    def _scored(
+        self, data: TrainingData, rows: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
+        """This process's share of ``rows``, block by block: places in ``rows``, targets, user vectors and logits."""
+        self.was_read = True
+        mode = self._model.training
+        self._model.eval()
+        place = np.full(len(data), -1)
+        place[rows] = np.arange(len(rows))
+        units = rows if data.sizes is None else data.units  # sequences answer all their rows, wanted or not
+        block = max(1, self._batch_size * len(data.units) // len(data))
+        mine = units[self._engine.my_rows(len(units))]
+        for start in range(0, len(mine), block):
+            batch = data.batch(mine[start : start + block], self._engine.device)
+            wanted = torch.from_numpy(place[batch.rows] >= 0)
+            if not bool(wanted.any()):
+                continue
+            with torch.no_grad():
+                users = self._model(*batch.inputs)[wanted.to(self._engine.device)]
+                logits = self._model.score(users)
+            targets = batch.targets[wanted.to(self._engine.device)]
+            yield place[batch.rows][wanted.numpy()], targets, users, logits
+        self._model.train(mode)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a policy may look at when it weighs the rows.
+
+    Attributes:
+        n_rows: Training rows, M.
+        epoch: The epoch that begins, from 0.
+        rows: Numbers of the rows that the teacher has labelled, ascending, shape ``(labelled,)``.
+        teacher: What it says of them: row i of its tables is about training row ``rows[i]``.
+        student: The student now.
+    """
+
+    n_rows: int
+    epoch: int
+    rows: NDArray[np.int64]
+    teacher: TeacherOutputs
+    student: StudentNow
