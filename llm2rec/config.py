@@ -34,6 +34,7 @@ class PathsConfig:
         processed_dir: Prepared datasets.
         llm_dir: Language models made here, and what they computed that can be used again.
         teacher_outputs_dir: Teacher outputs, ``<dataset>/<name>/``.
+        dllm2rec_dir: What `llm2rec.distill.export_dllm2rec` writes for the released DLLM2Rec program.
         result_dir: Run folders.
     """
 
@@ -42,6 +43,7 @@ class PathsConfig:
     processed_dir: str = MISSING
     llm_dir: str = MISSING
     teacher_outputs_dir: str = MISSING
+    dllm2rec_dir: str = MISSING
     result_dir: str = MISSING
 
 

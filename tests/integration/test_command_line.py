@@ -167,3 +167,17 @@ def test_a_multirun_trains_each_seed_in_a_folder_of_its_own(tmp_path):
     evaluated = run(tmp_path, "evaluate", *TOY)
     assert "sasrec [1]" in evaluated.stderr
     assert "sasrec [2]" in evaluated.stderr
+
+
+@pytest.mark.slow
+def test_the_released_programs_files_are_written_by_a_command(chain):
+    folder, _, _ = chain
+    done = run(folder, "distill.export_dllm2rec", *TOY)
+    written = files_of(folder / "data" / "dllm2rec")
+    assert written == {
+        *(f"data/toy/{name}" for name in ("data_statis.df", "train_data.df", "val_data.csv", "test_data.csv")),
+        *(f"tocf/toy/{name}" for name in ("all_embeddings.pt", "myrank_train.txt", "confidence_train.txt")),
+    }
+    assert "run its main.py there with --data toy" in done.stderr
+    record = json.loads((runs(folder)[-1] / "run.json").read_text())
+    assert (record["stage"], record["status"]) == ("distill.export_dllm2rec", "finished")

@@ -1,0 +1,42 @@
+"""``python -m llm2rec.distill.export_dllm2rec``: write the files of the released DLLM2Rec program.
+
+Its own command then trains on them: ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>``.
+"""
+
+import logging
+
+from llm2rec.config import Config
+from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.processes import is_first_process
+from llm2rec.core.run import Run
+from llm2rec.distill.data_bridge import read_outputs
+from llm2rec.distill.export_dllm2rec.layout import write_data, write_teacher
+from llm2rec.distill.settings import DistillSettings
+from llm2rec.stage import build, open_data, stage
+
+logger = logging.getLogger(__name__)
+
+
+@stage("distill.export_dllm2rec")
+def main(cfg: Config, run: Run) -> None:
+    """Write the dataset and the teacher's outputs in the program's layout; one process does it all."""
+    settings = build(cfg.distill, DistillSettings)
+    data = open_data(cfg, run)
+    n_rows = len(data.splits["train"])
+    teacher = read_outputs(
+        from_launch_folder(settings.teacher_outputs, cfg.paths.root),
+        n_rows=n_rows,
+        n_items=data.n_items,
+        fingerprint=data.fingerprint,
+        top_k=settings.ranking.top_k,
+    )
+    folder = from_launch_folder(cfg.paths.dllm2rec_dir, cfg.paths.root)
+    if is_first_process():
+        with run.phase("export"):
+            write_teacher(folder / "tocf" / data.name, teacher, n_rows)
+            write_data(folder / "data" / data.name, data)
+    logger.info("files for DLLM2Rec in %s: run its main.py there with --data %s", folder, data.name)
+
+
+if __name__ == "__main__":
+    main()
