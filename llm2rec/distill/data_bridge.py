@@ -131,6 +131,12 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
             folder, f"they hold {ranking.shape[1]} candidates per row, `distill.ranking.top_k` asks for {top_k}; "
             "lower it or export more with `teacher.export.top_k`"
         )  # fmt: skip
+    found = {
+        "rows": len(ranking), "top_k": ranking.shape[1], "n_items": len(embeddings), "width": embeddings.shape[1]
+    }  # fmt: skip
+    for name, value in found.items():
+        if manifest.get(name, value) != value:
+            raise _refused(folder, f"manifest.json says `{name}` is {manifest[name]}, the files hold {value}")
     lowest, highest = int(ranking.min()), int(ranking.max())
     if lowest < 0 or highest >= n_items:
         row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
@@ -158,6 +164,8 @@ def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path)
     except ValueError as error:
         raise _refused(folder, f"manifest.json is not JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise _refused(folder, f"manifest.json holds a {type(manifest).__name__}, expected an object")
     if manifest.get("fingerprint") != fingerprint:
         raise _refused(
             folder, f"they were made for dataset {manifest.get('dataset')!r} with fingerprint "
@@ -207,7 +215,14 @@ def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> ND
     """The memory-mapped twin where the manifest vouches for it, else the text file."""
     twin, text = folder / f"{name}.npy", folder / f"{name}.txt"
     if twin.name in manifest.get("sha256", {}):
-        return np.load(twin, mmap_mode="r", allow_pickle=False)
+        try:
+            mapped = np.load(twin, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise _refused(folder, f"{twin.name} is damaged ({error})") from error
+        if mapped.ndim != 2 or mapped.dtype != dtype:
+            expected = f"(rows, K) of {np.dtype(dtype)}"
+            raise _refused(folder, f"{twin.name} is {mapped.shape} of {mapped.dtype}, expected {expected}")
+        return mapped
     if not text.is_file():
         raise _refused(folder, f"{text.name} is missing")
     try:

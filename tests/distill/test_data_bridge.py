@@ -196,6 +196,40 @@ def test_a_broken_manifest_is_refused(tmp_path, teacher):
         read(tmp_path)
 
 
+def test_a_manifest_that_is_no_object_is_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(TeacherOutputsError, match=rf"manifest\.json holds a list, expected an object{REMEDY}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "found"), [("rows", ROWS), ("top_k", K), ("n_items", ITEMS), ("width", 5)])
+def test_a_manifest_that_says_other_sizes_than_its_files_is_refused(tmp_path, teacher, name, found):
+    write_teacher(tmp_path, teacher, manifest=False)
+    write_manifest(tmp_path, fingerprint=FINGERPRINT, **{name: found})
+    read(tmp_path)
+    write_manifest(tmp_path, fingerprint=FINGERPRINT, **{name: found + 1})
+    message = rf"manifest\.json says `{name}` is {found + 1}, the files hold {found}{REMEDY}"
+    with pytest.raises(TeacherOutputsError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("twin", "message"),
+    [
+        (np.zeros((ROWS, K)), r"myrank_train\.npy is \(6, 4\) of float64, expected \(rows, K\) of int32"),
+        (np.zeros(ROWS, np.int32), r"myrank_train\.npy is \(6,\) of int32, expected \(rows, K\) of int32"),
+        (np.array([None]), r"myrank_train\.npy is damaged"),
+    ],
+)
+def test_a_twin_that_is_no_table_is_refused(tmp_path, teacher, twin, message):
+    write_teacher(tmp_path, teacher, twin=True, manifest=False)
+    np.save(tmp_path / "myrank_train.npy", twin)
+    write_manifest(tmp_path, confidence="neg_log_prob", fingerprint=FINGERPRINT)
+    with pytest.raises(TeacherOutputsError, match=message + REMEDY):
+        read(tmp_path)
+
+
 def test_a_manifest_without_a_fingerprint_is_refused(tmp_path, teacher):
     write_teacher(tmp_path, teacher)
     write_manifest(tmp_path, confidence="neg_log_prob")
