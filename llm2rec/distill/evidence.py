@@ -34,7 +34,7 @@ class ScoredRows:
         users: User vectors, shape ``(B, D)``.
         logits: Scores of all items, shape ``(B, N)``; they and ``users`` carry no gradient.
         targets: Shape ``(B,)``.
-        told: What the teacher says of the rows, all its stored candidates.
+        told: What the teacher says of the rows: all its stored candidates, and the distances of the targets.
         losses: The ranking losses that are being trained, as a function of logits; returns shape ``(B,)``. (Those of
             ``distill.dros.in_ranking=broadcast`` weigh a row by the mean of the rows that are scored at once.)
     """
@@ -48,9 +48,8 @@ class ScoredRows:
 
     def ranking_gradient(self) -> Tensor:
         """Gradient of each row's ranking loss with respect to its logits, shape ``(B, N)``."""
-        with torch.enable_grad():
-            logits = self.logits.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.losses(logits).sum(), logits)
+        logits = self.logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.losses(logits).sum(), logits)
         return gradient
 
 

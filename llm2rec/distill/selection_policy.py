@@ -212,11 +212,11 @@ class SelectionPolicyUncertainty(_ByTheTeacher):
 
 
 class _Refreshed(SelectionPolicy):
-    """Looks at the student again every so many epochs; each look costs a forward pass over all labelled rows."""
+    """Looks at the student every ``refresh_epochs`` epochs; each look costs a forward pass over all labelled rows."""
 
     refresh_epochs: int
 
-    def refreshed_every(self, refresh_epochs: int) -> None:
+    def _refresh_every(self, refresh_epochs: int) -> None:
         if refresh_epochs < 1:
             raise ConfigError(f"active.refresh_epochs is {refresh_epochs}, expected at least 1.")
         self.refresh_epochs = refresh_epochs
@@ -254,7 +254,7 @@ class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
         if top_k < 1:
             raise ConfigError(f"active.top_k is {top_k}, expected at least 1.")
         self.measure, self.top_k = measure, top_k
-        self.refreshed_every(refresh_epochs)
+        self._refresh_every(refresh_epochs)
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the rows of most disagreement 1 and the others 0."""
@@ -291,7 +291,7 @@ class SelectionPolicyMeta(_Refreshed):
     """
 
     def __init__(self, refresh_epochs: int = 1) -> None:
-        self.refreshed_every(refresh_epochs)
+        self._refresh_every(refresh_epochs)
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the labelled rows by what they do for validation."""
