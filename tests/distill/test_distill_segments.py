@@ -18,6 +18,7 @@ from engine_helpers import (
 )
 
 from llm2rec.core.engine import Engine
+from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
@@ -95,3 +96,24 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path):
     resumed = train_in(tmp_path / "broken", train, PAPER, model_seed=7, **changes)
     assert_same_weights(resumed.state_dict(), whole.state_dict())
     assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
+
+
+@pytest.mark.parametrize("labelled", [None, 3], ids=["all labelled", "every third"])
+def test_a_policy_sees_of_each_row_what_it_sees_with_windows(tmp_path, labelled):
+    sequences = users(L + 1)
+    windows = SequenceData.of(examples_of(sequences, L), N, L)
+    teacher = teacher_for(len(windows), N, K)
+    if labelled is not None:
+        kept = np.arange(0, len(windows), labelled)
+        teacher = replace(teacher, ranking=teacher.ranking[kept], distance=teacher.distance[kept], labelled=kept)
+    torch.manual_seed(0)
+    model = build_model("sasrec", n_items=N, width=16, max_length=L, positions="oldest")
+    engine = engine_in(tmp_path)
+
+    def asked(train):
+        now = StudentNow(model, train, VALIDATION, teacher, engine, lambda logits, **_: logits.sum(dim=1), batch_size=7)
+        return now.each_row(
+            lambda scored: scored.logits.gather(1, scored.targets[:, None])[:, 0] + scored.told.ranking[:, 0]
+        )
+
+    np.testing.assert_allclose(asked(segments_of(sequences)), asked(windows), rtol=1e-5)
