@@ -38,17 +38,7 @@ def adamw(
         ConfigError: If a factor is not a positive finite number, or no trained parameter has its component.
     """
     ratios, decays = dict(lr_ratios or {}), dict(weight_decays or {})
-    if strangers := decays.keys() - ratios.keys():
-        raise ConfigError(
-            f"weight decays are given for {', '.join(sorted(strangers))}, expected components that have a "
-            "learning-rate ratio too; give them one, 1 for the rate of the rest."
-        )
-    for component, ratio in ratios.items():
-        if not 0 < ratio < float("inf"):
-            raise ConfigError(
-                f"the learning-rate ratio of {component!r} is {ratio}, expected a positive finite number; 1 trains it "
-                "at the rate of the rest."
-            )
+    _check(ratios, decays)
     tables = {id(parameter) for parameter in rowwise}
     groups: dict[tuple[bool, str | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -74,3 +64,17 @@ def adamw(
         lr=lr,
         fused=True,
     )
+
+
+def _check(ratios: Mapping[str, float], decays: Mapping[str, float]) -> None:
+    if strangers := decays.keys() - ratios.keys():
+        raise ConfigError(
+            f"weight decays are given for {', '.join(sorted(strangers))}, expected components that have a "
+            "learning-rate ratio too; give them one, 1 for the rate of the rest."
+        )
+    for component, ratio in ratios.items():
+        if not 0 < ratio < float("inf"):
+            raise ConfigError(
+                f"the learning-rate ratio of {component!r} is {ratio}, expected a positive finite number; 1 trains it "
+                "at the rate of the rest."
+            )

@@ -64,7 +64,7 @@ def train_distilled(
         policy: Which rows are distilled, with what weight.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
         settings: Weights of the losses.
-        loss: The student's own task, where ``settings.own_loss`` leaves it to the student; cross-entropy if None.
+        loss: The student's own task where ``settings.own_loss`` leaves it to the student; None for cross-entropy.
         item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that decides.
         seen: Items to leave out of the validation rankings; None ranks all items.
@@ -77,22 +77,11 @@ def train_distilled(
             small for the negatives that are asked for, if DROS is asked for twice, or DeepSpeed is to update rows.
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
-    if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
-        _refuse_divided_steps(engine)
-    own_loss = _own_loss(model, loss or LossSettings(), train, engine, settings)
+    row_losses = _RowLosses(model, train, teacher, engine, settings, loss or LossSettings())
     training, record = engine.training, TrainingRecord(engine, select_on)
-    sampler = NegativeSampler(train, engine.seed) if settings.needs_negatives else None
-    propensity = popularity_propensity(train.targets, train.n_items, settings.dros.propensity_power)  # (N,)
-    propensity = propensity.to(engine.device, torch.float32)
-
-    def ranking_losses(
-        epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch
-    ) -> Tensor:
-        negatives = sampler.draw(rows, epoch).to(engine.device) if sampler else None
-        return _ranking_losses(logits, targets, told, settings, negatives, propensity)
 
     def student_now(epoch: int) -> StudentNow:
-        return StudentNow(model.student, train, validation, teacher, engine, partial(ranking_losses, epoch))
+        return StudentNow(model.student, train, validation, teacher, engine, partial(row_losses.ranking, epoch))
 
     selection = Selection(policy, len(train), teacher, student_now, engine.run.folder / "selection")
     wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
@@ -110,20 +99,12 @@ def train_distilled(
         row_weights = selection.weights(epoch)  # (M,)
         for units, weights in zip(share.micro_batches, share.weights, strict=True):
             batch = train.batch(units, engine.device)
-            rows = batch.rows
-            targets = train.targets.numpy()[rows] if settings.ranking.confidence == "per_row" else None
-            told = teacher.batch(rows, settings.ranking.top_k, engine.device, targets)
-            negatives = sampler.draw(rows, epoch).to(engine.device) if sampler else None  # (B,)
-            distilled = torch.from_numpy(row_weights[rows]).to(engine.device)
             with engine.accumulate(wrapped):
                 users = wrapped(*batch.inputs)  # (B, D)
-                own = own_loss and partial(own_loss, users, batch.targets, rows, epoch=epoch, step=step)
-                losses = distillation_losses(  # each (B,)
-                    model, users, batch, told, distilled, settings, own=own, negatives=negatives, propensity=propensity
-                )
+                losses = row_losses(users, batch, row_weights, epoch=epoch, step=step)  # each (B,)
                 counted = torch.from_numpy(weights).to(engine.device)
                 sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step, rows)
+                engine.backward(sums["loss"], share.n_rows, step, batch.rows)
                 engine.step(wrapped, optimizer)
             record.add_losses(sums)
         record.finish_step(step, share.n_rows)
@@ -138,31 +119,68 @@ def train_distilled(
     return model.eval()
 
 
-def _ranking_losses(
-    logits: Tensor,
-    targets: Tensor,
-    told: TeacherBatch,
-    settings: DistillSettings,
-    negatives: Tensor | None,
-    propensity: Tensor,
-) -> Tensor:
-    """The ranking losses of some rows, ``(B,)``, for policies that weigh rows by them."""
-    if settings.ranking.weight == 0:
-        raise ConfigError(
-            "the selection policy weighs rows by their ranking loss, but `distill.ranking.weight` is 0; give it a "
-            "weight, or use another policy (`active=random`)."
+class _RowLosses:
+    """Losses of rows on their own task and on what the teacher wrote of them; arguments as in `train_distilled`."""
+
+    def __init__(
+        self,
+        model: DistilledStudent,
+        train: TrainingData,
+        teacher: TeacherOutputs,
+        engine: Engine,
+        settings: DistillSettings,
+        loss: LossSettings,
+    ) -> None:
+        if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
+            _refuse_divided_steps(engine)
+        self._model, self._train, self._teacher, self._settings = model, train, teacher, settings
+        self._device = engine.device
+        self._own = _own_loss(model, loss, train, engine, settings)
+        self._sampler = NegativeSampler(train, engine.seed) if settings.needs_negatives else None
+        propensity = popularity_propensity(train.targets, train.n_items, settings.dros.propensity_power)  # (N,)
+        self._propensity = propensity.to(engine.device, torch.float32)
+
+    def __call__(
+        self, users: Tensor, batch: SequenceBatch, row_weights: NDArray[np.float32], *, epoch: int, step: int
+    ) -> dict[str, Tensor]:
+        """Losses of a batch by name, each of shape ``(B,)``; ``row_weights`` ``(M,)`` weigh what is distilled."""
+        rows, settings = batch.rows, self._settings
+        targets = self._train.targets.numpy()[rows] if settings.ranking.confidence == "per_row" else None
+        return distillation_losses(
+            self._model,
+            users,
+            batch,
+            self._teacher.batch(rows, settings.ranking.top_k, self._device, targets),
+            torch.from_numpy(row_weights[rows]).to(self._device),
+            settings,
+            own=self._own and partial(self._own, users, batch.targets, rows, epoch=epoch, step=step),
+            negatives=self._negatives(rows, epoch),
+            propensity=self._propensity,
         )
-    whole = torch.ones(len(logits), device=logits.device)
-    losses = objective(
-        logits,
-        targets,
-        told.first(settings.ranking.top_k),
-        whole,
-        settings,
-        negatives=negatives,
-        propensity=propensity,
-    )
-    return losses["loss_ranking"]
+
+    def ranking(
+        self, epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch
+    ) -> Tensor:
+        """The ranking losses of some rows, ``(B,)``, for policies that weigh rows by them."""
+        settings = self._settings
+        if settings.ranking.weight == 0:
+            raise ConfigError(
+                "the selection policy weighs rows by their ranking loss, but `distill.ranking.weight` is 0; give it a "
+                "weight, or use another policy (`active=random`)."
+            )
+        losses = objective(
+            logits,
+            targets,
+            told.first(settings.ranking.top_k),
+            torch.ones(len(logits), device=logits.device),
+            settings,
+            negatives=self._negatives(rows, epoch),
+            propensity=self._propensity,
+        )
+        return losses["loss_ranking"]
+
+    def _negatives(self, rows: NDArray[np.int64], epoch: int) -> Tensor | None:
+        return self._sampler.draw(rows, epoch).to(self._device) if self._sampler else None
 
 
 def _refuse_divided_steps(engine: Engine) -> None:
