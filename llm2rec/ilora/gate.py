@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -70,7 +71,8 @@ class Gate(nn.Module):
             )
         weight = next(self.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(device_type=weight.device.type, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(weight.device.type)  # the meta device has none
+        with torch.autocast(weight.device.type, enabled=False) if has_autocast else nullcontext():
             logits = self.logits(gate_input.to(device=weight.device, dtype=dtype))
             return self.mix(logits.to(dtype) / self.temperature)
 

@@ -82,7 +82,8 @@ class _AddMixtureOfDropped(torch.autograd.Function):
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device, where shapes are tried out, has none
+    return torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else x.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -311,7 +311,9 @@ class ILoraRecommender(LLMTeacher):
         else:
             embeddings = self.embeddings(input_ids, item_ids)
             hidden = self.llm(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
-        with torch.autocast(hidden.device.type, enabled=False):  # scores of thousands of items need float32
+        has_autocast = torch.amp.is_autocast_available(hidden.device.type)  # the meta device has none
+        # Scores of thousands of items need float32.
+        with torch.autocast(hidden.device.type, enabled=False) if has_autocast else nullcontext():
             users = nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
             logits = cast(Tensor, self.head(users, recommender_users))
             return without_history(logits, history, keep) if self.exclude_history else logits
