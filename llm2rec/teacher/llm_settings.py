@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["LLMSettings", "PromptSettings", "TinyRandomSettings"]
+__all__ = ["LLMSettings", "PromptSettings", "ShapeSettings", "TinyRandomSettings"]
 
 POOLINGS = ("last", "mean", "cls")
 WORDINGS = ("plain", "domain")
@@ -51,6 +51,35 @@ class PromptSettings:
 
 
 @dataclass
+class ShapeSettings:
+    """A model's sizes, by the names of transformers' configurations; None takes the default of the model's type.
+
+    Attributes:
+        model_type: Architecture, such as ``llama``.
+        hidden_size: Width of hidden states.
+        intermediate_size: Inner width of a layer's feed-forward part.
+        num_hidden_layers: Layers.
+        num_attention_heads: Attention heads.
+        num_key_value_heads: Heads of keys and values, where queries share them.
+        head_dim: Width of a head, where it is not ``hidden_size / num_attention_heads``.
+        vocab_size: Tokens known.
+        max_position_embeddings: Longest text.
+        tie_word_embeddings: Whether the language-model head is the table of embeddings.
+    """
+
+    model_type: str = "???"
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+    tie_word_embeddings: bool = False
+
+
+@dataclass
 class LLMSettings:
     """A language model from a folder in Hugging Face's layout, or from the Hub.
 
@@ -60,6 +89,7 @@ class LLMSettings:
         pooling: Which hidden states represent a text: the ``last`` token's, the ``mean``, or the first's (``cls``).
         prompt: How a history becomes text.
         trust_remote_code: Whether code that comes with the model may run.
+        shape: The model's sizes, for `llm2rec.plan` alone, which uses them where the model itself is not at hand.
     """
 
     name: str = "???"
@@ -67,6 +97,7 @@ class LLMSettings:
     pooling: str = "last"
     prompt: PromptSettings = field(default_factory=PromptSettings)
     trust_remote_code: bool = False
+    shape: ShapeSettings | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:

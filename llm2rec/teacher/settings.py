@@ -7,7 +7,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.training import TrainingSettings
 from llm2rec.teacher.curriculum import CURRICULA
 from llm2rec.teacher.heads import HEADS
-from llm2rec.teacher.llm_settings import LLMSettings, PromptSettings, TinyRandomSettings
+from llm2rec.teacher.llm_settings import LLMSettings, PromptSettings, ShapeSettings, TinyRandomSettings
 from llm2rec.teacher.unread import check_unread
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ExportSettings",
     "LLMSettings",
     "PromptSettings",
+    "ShapeSettings",
     "TeacherSettings",
     "TinyRandomSettings",
     "TitleSettings",
