@@ -17,6 +17,7 @@ from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
+from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
@@ -164,6 +165,8 @@ class Config:
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
         runs: What to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of run
             folders.
+        plan: What `llm2rec.plan` plans for.
+        gpus: On how many GPUs; `llm2rec.plan` reads it, the launcher decides.
     """
 
     dataset: DatasetSpec = MISSING
@@ -178,6 +181,8 @@ class Config:
     seed: int = 42
     resume: str | None = None
     runs: Any = "latest"
+    plan: PlanSettings = MISSING
+    gpus: int = 1
 
 
 def register(decide: Callable[..., str] = run_folder) -> None:
@@ -208,6 +213,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
         "metrics": {"recsys": MetricsConfig},
         "logging": {"default": LoggingConfig},
         "paths": {"default": PathsConfig},
+        "plan": {"plan": PlanSettings},
     }
     for group, nodes in schemas.items():
         for name, node in nodes.items():

@@ -21,6 +21,7 @@ BELOW = {
     "teacher": {"core", "data", "ilora", "student"},
     "distill": {"core", "data", "student"},
     "evaluate": {"core", "data", "ilora", "student", "teacher", "distill"},
+    "plan": {"core", "data", "ilora", "student", "teacher"},
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},
 }
 TOP = {"config", "stage"}  # above all rooms; only the stages' `__main__` may import them

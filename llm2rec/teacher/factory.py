@@ -33,7 +33,15 @@ from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSetting
 from llm2rec.teacher.text_vectors import TitleVectors, read_titles
 from llm2rec.teacher.title_model import TitleRecommender
 
-__all__ = ["TeacherRecipe", "build_teacher", "load_teacher", "popularity_bias", "save_teacher"]
+__all__ = [
+    "TeacherRecipe",
+    "adapter_config",
+    "build_teacher",
+    "load_teacher",
+    "popularity_bias",
+    "save_teacher",
+    "with_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def build_teacher(
             f"{recommender and recommender.name!r}; open it with `open_recommender`."
         )
     gate_source = gate_source_of(recipe.gate_input, recommender)
-    config = _adapter_config(settings, gate_source.width)  # checked before the model is loaded
+    config = adapter_config(settings, gate_source.width)  # checked before the model is loaded
     _check_export(settings, data)
     prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain, seed)
     _check_prompts(prompts, recipe)
@@ -140,7 +148,7 @@ def build_teacher(
         _check_side_by_side(base, llm.prompt)
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
     items = _read_items(base, prompts, recipe, bias, device)
-    model = base if config is None else _adapted(base, config)
+    model = base if config is None else with_adapter(base, config)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     teacher = _assemble(model, prompts, recipe, items, recommender)
@@ -172,8 +180,12 @@ def _recipe(llm: LLMSettings, source: str, settings: TeacherSettings, device: to
     )
 
 
-def _adapted(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """The language model with a fresh adapter."""
+def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The language model with a fresh adapter; ``config`` is what `adapter_config` made.
+
+    Raises:
+        ConfigError: If the model has no such layers, or they are not linear.
+    """
     if isinstance(config, LoraConfig) and config.target_modules is None:  # the layers that iLoRA takes
         config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
     try:
@@ -191,8 +203,16 @@ def _read_items(
     return {"vectors": title_vectors(base.base_model, prompts, recipe.pooling, device), "bias": bias}
 
 
-def _adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftConfig | None:
-    """The adapter's configuration; None for a language model that stays as it is."""
+def adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftConfig | None:
+    """The adapter's configuration; None for a language model that stays as it is.
+
+    Args:
+        settings: The teacher's settings.
+        gate_width: Width of the gate's input; None for that of the language model.
+
+    Raises:
+        ConfigError: If the adapter's settings cannot work.
+    """
     adapter = settings.adapter
     task = TaskType.FEATURE_EXTRACTION if settings.objective == "item" else TaskType.CAUSAL_LM
     try:

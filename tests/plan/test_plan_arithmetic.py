@@ -1,0 +1,251 @@
+"""Sizes by hand, what each ZeRO stage divides, files, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.plan.cards import CARDS
+from llm2rec.plan.disk import disk_bytes
+from llm2rec.plan.measure import Cost
+from llm2rec.plan.memory import (
+    BUCKET_ELEMENTS,
+    CONTEXT_BYTES,
+    Memory,
+    host_bytes,
+    largest_rows,
+    memory_at_rest,
+    quantisation_bytes,
+)
+from llm2rec.plan.models import PlannedTeacher, Sizes, TeacherShape
+from llm2rec.plan.pace import Pace, processor
+from llm2rec.plan.settings import PlanSettings, check_plan
+from llm2rec.plan.shape import config_of_shape, model_config
+from llm2rec.plan.workload import Workload, rows_per_micro_batch
+from llm2rec.teacher.settings import AdapterSettings, LLMSettings, ShapeSettings, TeacherSettings
+
+D, INNER, LAYERS, VOCABULARY, N_ITEMS = 64, 128, 2, 100, 30
+PER_LAYER = 4 * D * D + 3 * D * INNER  # q, k, v, o; gate, up, down
+
+
+def planned(precision, **settings):
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=D,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    teacher = TeacherSettings(adapter=AdapterSettings(r=8, num_experts=4), **settings)
+    return PlannedTeacher(TeacherShape(config, teacher, precision, "last", N_ITEMS, 10, 16)).sizes
+
+
+def test_weights_by_hand():
+    norms = (2 * LAYERS + 1) * D
+    whole = VOCABULARY * D + norms
+    adapter = LAYERS * 8 * (4 * (D + D) + 3 * (D + INNER))
+    sizes = planned("bfloat16")
+    assert sizes.frozen_parameters == LAYERS * PER_LAYER + whole
+    assert sizes.frozen_bytes == {"quantised": 0, "constants": 0, "whole": 2 * (LAYERS * PER_LAYER + whole)}
+    assert sizes.trained_parameters == adapter + 4 * D  # the gate
+    assert sizes.item_bytes == 4 * (N_ITEMS * D + N_ITEMS)
+    assert sum(planned("float32").frozen_bytes.values()) == 4 * sizes.frozen_parameters
+    rows = LAYERS * (4 * D + 2 * INNER + D)
+    assert planned("int8").frozen_bytes == {"quantised": LAYERS * PER_LAYER, "constants": 4 * rows, "whole": 2 * whole}
+    assert planned("int4").frozen_bytes == {
+        "quantised": LAYERS * PER_LAYER // 2,
+        "constants": 4 * LAYERS * PER_LAYER // 64,
+        "whole": 2 * whole,
+    }
+    # The title objective has a language-model head, which is never packed, and keeps titles on the host.
+    title = planned("int8", objective="title")
+    assert title.frozen_bytes["whole"] == 2 * (whole + VOCABULARY * D)
+    assert title.item_bytes == 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_weights_are_those_that_bitsandbytes_makes(precision, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from llm2rec.teacher.llm import load_model
+
+    config = AutoConfig.for_model(
+        "llama", hidden_size=D, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=4, vocab_size=100
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = LLMSettings(name="tiny", path=str(tmp_path))
+    model = load_model(str(tmp_path), settings, precision, torch.device("cpu"), writes=True)
+    real = sum(each.nbytes for each in model.parameters())
+    for module in model.modules():
+        if precision == "int8" and type(module).__name__ == "Linear8bitLt":
+            real += (module.state.SCB if module.weight.SCB is None else module.weight.SCB).nbytes
+        if precision == "int4" and type(module).__name__ == "Linear4bit":
+            real += 4 * module.weight.quant_state.absmax.numel()  # a CPU that was evaluated on may hold them in 16 bits
+    shape = TeacherShape(config, TeacherSettings(objective="title"), precision, "last", N_ITEMS, 10, 16, on_cpu=True)
+    assert sum(PlannedTeacher(shape).sizes.frozen_bytes.values()) == real
+
+
+SIZES = Sizes(1_000_000, {"quantised": 0, "constants": 0, "whole": 2_000_000}, 1000, 500, (0, 0))
+
+
+def at_rest(stage, gpus=4, sizes=SIZES, wide=False, on_cpu=False):
+    return memory_at_rest(sizes, stage, gpus, 80e9, wide=wide, on_cpu=on_cpu).parts
+
+
+def test_what_each_stage_divides():
+    common = {"weights": 2_000_000, "items": 500, "context": CONTEXT_BYTES}
+    assert at_rest("0", gpus=1) == common | {"trained": 4000, "gradients": 4000, "optimizer": 8000, "buckets": 0}
+    assert at_rest("0") == common | {"trained": 4000, "gradients": 4000, "optimizer": 8000, "buckets": 4000}
+    zero = {"trained": 2000, "buckets": 2 * BUCKET_ELEMENTS}
+    assert at_rest("2") == common | zero | {"gradients": 1000, "optimizer": 3000}
+    assert at_rest("2_offload") == common | zero | {"gradients": 0, "optimizer": 0}
+    assert at_rest("3") == common | zero | {
+        "weights": 500_000,
+        "trained": 500,
+        "gradients": 1000,
+        "optimizer": 3000,
+        "gathered": 2 * 1_001_000,
+    }
+    assert at_rest("2", wide=True)["trained"] == 4000
+    assert at_rest("0", on_cpu=True)["context"] == 0
+
+
+def test_what_is_offloaded_lies_in_the_machines_memory():
+    host = host_bytes(1000, 100, 10, 8, 20, 4, offload=True)
+    assert host == {"rows": 4 * 100 * 12, "gate_inputs": 4 * 100 * 8, "export": 16 * 100 * 20, "optimizer": 4000}
+    assert host_bytes(1000, 100, 10, 0, 0, 4, offload=False)["optimizer"] == 0
+
+
+def test_products_of_packed_matrices_take_more():
+    sizes = Sizes(0, {}, 0, 0, (20, 10))
+    assert quantisation_bytes(sizes, "bfloat16", 1000, on_cpu=False) == 0
+    assert quantisation_bytes(sizes, "int4", 1000, on_cpu=False) == 2 * 20 * 10
+    assert quantisation_bytes(sizes, "int8", 1, on_cpu=True) == 4 * 20 * 10
+    assert quantisation_bytes(sizes, "int8", 1000, on_cpu=True) == 1000 * (3 * 10 + 4 * 20)
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"), [(5, 0), (10, 1), (45, 4), (49, 4), (79, 5), (94, 6), (95, 6), (1000, 8)]
+)
+def test_the_largest_micro_batch_fits_and_one_more_does_not(room, expected):
+    def peak(rows):
+        return max(10 * rows, 15 * rows if rows > 4 else 0)  # another part of the step takes over at 5 rows
+
+    found = largest_rows(peak, room, 8)
+    assert found == expected
+    assert found == 0 or peak(found) <= room
+
+
+def test_fits_is_up_to_what_the_card_holds():
+    memory = Memory({"a": 60, "b": 39}, 100)
+    assert memory.fits
+    assert memory.with_activations(1).fits
+    assert not memory.with_activations(2).fits
+
+
+def test_the_slowest_of_operations_bytes_and_launches_counts():
+    pace = Pace(1e12, 1e9)
+    assert pace.seconds(Cost(2e12, 1e12, (0,), 10, 10)) == 2
+    assert pace.seconds(Cost(1e12, 1e12, (0,), 3_000_000_000, 10)) == 3
+    assert pace.seconds(Cost(0, 0, (0,), 0, 1_000_000)) == pytest.approx(10)
+    assert pace.update_seconds(1_000_000_000) == pytest.approx(28)
+
+
+def test_this_machine_is_measured():
+    card = processor()
+    assert card.memory_bytes > 2**28
+    assert min(card.tflops, card.bandwidth) > 0
+
+
+def test_files_are_as_large_as_those_that_are_written(tmp_path):
+    """Rankings and confidences of the form that `write_outputs` gives them."""
+    rows, k, n_items, width = 400, 20, 900, 16
+    generator = np.random.default_rng(0)
+    np.savetxt(tmp_path / "ranking.txt", generator.integers(n_items, size=(rows, k)), fmt="%d")
+    scores = -np.log(generator.dirichlet(np.ones(n_items), size=rows)[:, :k]).astype(np.float32)
+    np.savetxt(tmp_path / "confidence.txt", scores, fmt="%.9g")
+    real = sum(file.stat().st_size for file in tmp_path.iterdir())
+    work = Workload(n_items, rows, rows, 0, 10, 1.0, 1, 1.0, 1, 1.0, 1, 77, {})
+    disk = disk_bytes(SIZES, work, width=width, gate_width=8, top_k=k, zero=False, student=5)
+    assert disk["outputs_text"] == pytest.approx(real, rel=0.05)
+    assert disk["outputs_mapped"] == disk["outputs_blocks"] == 8 * rows * k
+    assert disk["outputs_embeddings"] == disk["title_vectors"] == 4 * n_items * width
+    assert disk["checkpoints"] == 28 * SIZES.trained_parameters
+    assert (disk["gate_inputs"], disk["prepared_data"], disk["student"]) == (4 * 8 * rows, 77, 20)
+    without = disk_bytes(SIZES, work, width=width, gate_width=0, top_k=0, zero=True, student=5)
+    assert without["outputs_text"] == without["outputs_embeddings"] == without["gate_inputs"] == 0
+    assert without["checkpoints"] == 36 * SIZES.trained_parameters
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"card": "v100"}, r"plan.card is 'v100', expected one of a100_40gb, .*rtx_4090, cpu"),
+        ({"utilisation": 0.0}, r"plan.utilisation is 0.0, expected a share above 0"),
+        ({"utilisation": 1.5}, r"plan.utilisation is 1.5"),
+        ({"zero_stage": "1"}, r"plan.zero_stage is '1', expected one of auto, 0, 2, 2_offload, 3"),
+        ({"n_items": 0}, r"plan.n_items is 0, expected at least 1"),
+        ({"characters_per_token": 0.0}, r"plan.characters_per_token is 0.0"),
+    ],
+)
+def test_values_that_cannot_be_planned_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        PlanSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "precision", "message"),
+    [
+        (PlanSettings(), 0, "bfloat16", "gpus is 0, expected at least 1"),
+        (PlanSettings(zero_stage="3"), 8, "int8", "take plan.zero_stage=2, .* or teacher.precision=bfloat16"),
+        (PlanSettings(zero_stage="3"), 8, "int4", "quantised ones cannot be divided"),
+        (PlanSettings(card="cpu"), 2, "float32", "plan.card is 'cpu', gpus 2"),
+        (PlanSettings(card="cpu", zero_stage="2"), 1, "float32", "plan.zero_stage '2', expected one process"),
+    ],
+)
+def test_combinations_that_cannot_be_launched_are_refused(settings, gpus, precision, message):
+    with pytest.raises(ConfigError, match=message):
+        check_plan(settings, gpus, precision)
+
+
+def test_the_stage_is_that_of_the_launch_configurations():
+    assert check_plan(PlanSettings(), 1, "int8") == "0"
+    assert check_plan(PlanSettings(), 8, "int8") == "2"
+    assert check_plan(PlanSettings(zero_stage="3"), 8, "bfloat16") == "3"
+
+
+@pytest.mark.parametrize(("gpus", "rows"), [(1, 32), (2, 32), (4, 32), (8, 16), (64, 2), (200, 1)])
+def test_rows_of_a_gpu(gpus, rows):
+    training = TeacherSettings().training
+    training.batch_size, training.micro_batch_size = 128, 32
+    assert rows_per_micro_batch(training, gpus) == rows
+
+
+def test_a_model_that_cannot_be_read_needs_a_shape(tmp_path):
+    llm = LLMSettings(name="far", path=str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"llm.shape"):
+        model_config(llm, tmp_path, tmp_path, [])
+    llm.shape = ShapeSettings("llama", 64, 128, 2, 4, None, None, 100, 512)
+    config, source, said = model_config(llm, tmp_path, tmp_path, [])
+    assert (config.hidden_size, config.num_key_value_heads, source) == (64, 4, None)
+    assert "`llm.shape`" in said
+    AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4).save_pretrained(tmp_path / "absent")
+    config, source, said = model_config(llm, tmp_path, tmp_path, [])
+    assert (config.hidden_size, source) == (32, str(tmp_path / "absent"))
+    assert "its own configuration" in said
+
+
+def test_a_shape_with_gaps_or_of_no_known_type_is_refused():
+    with pytest.raises(ConfigError, match="lacks intermediate_size, num_hidden_layers"):
+        config_of_shape(ShapeSettings("llama", 64))
+    with pytest.raises(ConfigError, match="model_type is 'lama'"):
+        config_of_shape(ShapeSettings("lama", 64, 128, 2, 4, None, None, 100, 512))
+
+
+def test_every_card_is_plausible():
+    for card in CARDS.values():
+        assert 20e9 <= card.memory_bytes <= 150e9
+        assert card.float32_tflops < card.tflops
+        assert 1e11 < card.bandwidth < 1e13
+        assert card.source

@@ -1,0 +1,193 @@
+"""The stage: what a user types, and what it says."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from llm2rec.config import register
+from llm2rec.core.training import TrainingSettings
+from llm2rec.plan.cards import CARDS
+from llm2rec.plan.models import PlannedTeacher, TeacherShape
+from llm2rec.plan.planner import Job, plan
+from llm2rec.plan.report import format_plan, told_bytes, told_seconds
+from llm2rec.plan.settings import PlanSettings
+from llm2rec.plan.shape import config_of_shape
+from llm2rec.plan.workload import EstimatedPrompts, workload_of
+from llm2rec.stage import build
+from llm2rec.student.settings import LossSettings, SASRecStudent
+from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+from command_helpers import TOY, run, runs
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+# Parameters that the models' cards and files give, without a head of its own where it is tied to the embeddings.
+PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "qwen3_0_6b": 596_049_920,
+    "smollm2_360m": 361_821_120,
+    "minilm": 22_713_216,
+}
+
+
+def composed(*overrides):
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=["paths.root=/somewhere", *overrides])
+
+
+def shape_of(llm, **settings):
+    config = config_of_shape(build(composed(f"llm={llm}").llm, LLMSettings).shape)
+    teacher = TeacherSettings(tuning="none", objective="item" if llm == "minilm" else "title", **settings)
+    return TeacherShape(config, teacher, "bfloat16", "last", 10, 10, 16)
+
+
+def test_every_llm_on_the_hub_says_its_shape():
+    named = {file.stem for file in (CONF / "llm").glob("*.yaml")}
+    assert named - {"tiny_random"} == PARAMETERS.keys()
+    for name in PARAMETERS:
+        assert "shape" in yaml.safe_load((CONF / "llm" / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("llm", PARAMETERS)
+def test_shapes_have_the_parameters_of_the_models(llm):
+    assert PlannedTeacher(shape_of(llm)).sizes.frozen_parameters == PARAMETERS[llm]
+
+
+def job(llm="llama2_7b", card="a100_80gb", gpus=1, stage="0", precision="bfloat16", plan_settings=None, **settings):
+    given = plan_settings or PlanSettings(n_items=1000, n_rows=50_000, prompt_tokens=200)
+    teacher = TeacherSettings(**{"training": TrainingSettings(5, 128, 32), **settings})
+    config = config_of_shape(build(composed(f"llm={llm}").llm, LLMSettings).shape)
+    work = workload_of(given, teacher, None, None, gpus, "given")
+    shape = TeacherShape(config, teacher, precision, "last", work.n_items, work.history_length, 64)
+    student = SASRecStudent(training=TrainingSettings(100, 512, 512))
+    return Job(shape, student, work, CARDS[card], 0.4, gpus, stage)
+
+
+def test_a_step_takes_the_operations_of_its_weights_twice():
+    planned = plan(job("llama2_7b"))
+    weights = planned["sizes"]["frozen_parameters"] - 32000 * 4096  # the table is looked up, not multiplied
+    assert planned["speed"]["forward_flops_per_token"] == pytest.approx(2 * weights, rel=0.1)
+    assert planned["speed"]["flops_per_token"] == pytest.approx(4 * weights, rel=0.15)
+    rate = planned["speed"]["tokens_per_second"] * planned["speed"]["flops_per_token"]
+    assert rate == pytest.approx(0.4 * 312e12)
+    epochs, rows = 5, 50_000
+    assert planned["seconds"]["training"] == pytest.approx(
+        epochs * rows * 200 / planned["speed"]["tokens_per_second"], rel=0.01
+    )
+
+
+def test_what_does_not_fit_is_told_with_changes_that_make_it_fit():
+    planned = plan(job("llama2_7b", card="rtx_4090"))
+    assert not planned["fits"]
+    told = " ".join(planned["advice"])
+    rows = int(re.search(r"micro_batch_size=(\d+)", told)[1])
+    precision = re.search(r"teacher.precision=(int\d)", told)[1]
+    smaller = TrainingSettings(5, 128, rows)
+    on = "gradient_checkpointing=true" in told
+    assert plan(job("llama2_7b", card="rtx_4090", training=smaller, gradient_checkpointing=on))["fits"]
+    assert plan(job("llama2_7b", card="rtx_4090", precision=precision, gradient_checkpointing=True))["fits"]
+
+
+def test_a_catalogue_that_no_card_holds_is_named():
+    given = PlanSettings(n_items=100_000_000, n_rows=1_000_000_000, prompt_tokens=100)
+    planned = plan(job("smollm2_360m", card="l40s", plan_settings=given))
+    assert not planned["fits"]
+    assert not planned["student"]["memory"]["fits"]
+    assert any("100,000,000 titles" in each for each in planned["advice"])
+    assert any(
+        "student.item_optimizer=rowwise with student.loss.name=sampled_softmax" in each for each in planned["advice"]
+    )
+    assert planned["disk_bytes"]["gate_inputs"] == 4 * 960 * 1_000_000_000
+    remedied = replace(
+        job("smollm2_360m", card="l40s", plan_settings=given),
+        student=SASRecStudent(item_optimizer="rowwise", loss=LossSettings("sampled_softmax")),
+    )
+    assert plan(remedied)["student"]["memory"]["fits"]
+
+
+def test_many_gpus_share_rows_and_weights():
+    one, eight = (plan(job("smollm2_360m", gpus=gpus, stage=stage)) for gpus, stage in ((1, "0"), (8, "3")))
+    assert (one["rows_per_micro_batch"], eight["rows_per_micro_batch"]) == (32, 16)
+    # Small micro-batches of a small model wait for launches, so that eight are not eight times as fast.
+    assert one["seconds"]["training"] / 8 < eight["seconds"]["training"] < one["seconds"]["training"]
+    weights = [
+        each["memory"][stage]["with_checkpointing"]["parts"]["weights"] for each, stage in ((one, "0"), (eight, "3"))
+    ]
+    assert weights[1] == pytest.approx(weights[0] / 8, abs=8)
+    text = format_plan(eight, "A heading", ["an assumption"])
+    assert "ZeRO-3" in text
+    assert "an assumption" in text
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("  -"))
+
+
+def test_estimated_prompts_show_what_fits():
+    """Ten characters a title and one a separator make three tokens and one, after one that begins the prompt."""
+    settings = PromptSettings(max_tokens=13, max_items=4)
+    prompts = EstimatedPrompts(["t" * 9] * 20, settings, "game", 3.0)
+    history = np.zeros((4, 6), np.int32)
+    lengths = np.array([1, 2, 3, 6], np.int32)
+    # 12 of the 13 tokens are left for titles of 4, which are three.
+    np.testing.assert_array_equal(prompts.token_counts(history, lengths), [5, 9, 13, 13])
+    np.testing.assert_array_equal(prompts.title_token_counts(), [4] * 20)
+    wide = EstimatedPrompts(["t" * 9] * 20, PromptSettings(max_tokens=200), "game", 3.0)
+    candidates, targets = np.zeros((4, 5), np.int64), np.zeros(4, np.int64)
+    listed = wide.answered_token_counts(history, lengths, candidates, targets)
+    unlisted = wide.answered_token_counts(history, lengths, None, targets)
+    texts = len("The next game is one of these:")
+    np.testing.assert_array_equal(listed - unlisted, [5 * 4 + -(-texts // 3)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("llm", "expected"),
+    [
+        (["llm=tiny_random", "plan.card=cpu"], "counted by its tokenizer"),
+        (["llm=llama2_7b", "teacher.precision=int8", "gpus=1"], "6,607,343,616 frozen"),
+    ],
+)
+@pytest.mark.slow
+def test_the_stage_plans_without_a_network(tmp_path, llm, expected):
+    done = run(tmp_path, "plan", *TOY, *llm)
+    assert expected in done.stderr
+    (folder,) = runs(tmp_path)
+    planned = json.loads((folder / "metrics" / "plan.json").read_text())
+    assert planned["fits"]
+    assert planned["memory"]["0"]["without_checkpointing"]["total"] == sum(
+        planned["memory"]["0"]["without_checkpointing"]["parts"].values()
+    )
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_refusal_is_one_line(tmp_path):
+    done = run(tmp_path, "plan", "gpus=8", "plan.zero_stage=3", "teacher.precision=int8", check=False)
+    assert done.returncode == 1
+    assert "take plan.zero_stage=2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(5, "5 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.0 GiB"), (5000 * 2**40, "5,000.0 TiB")]
+)
+def test_bytes_are_told(size, told):
+    assert told_bytes(size) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(5, "5.0 s"), (600, "10.0 min"), (36000, "10.0 h"), (864000, "10.0 days"), (315576000, "10.0 years")],
+)
+def test_times_are_told(seconds, told):
+    assert told_seconds(seconds) == told
