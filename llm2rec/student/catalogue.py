@@ -6,6 +6,7 @@ products where the plain form costs three, and memory for one tile instead of th
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from llm2rec.student.items import ItemTable
 __all__ = ["blocked_cross_entropy", "blocked_dros", "catalogue_logsumexp", "fits_in_a_tile"]
 
 # Logits in a tile. 4 MiB of them stay in a processor's cache; a GPU needs more work per kernel.
-_TILE = {"cpu": 2**20, "cuda": 2**25}
+_TILE = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
 _LOG2_E = math.log2(math.e)
 
 
@@ -89,7 +90,7 @@ def catalogue_logsumexp(
     Returns:
         Shape ``(B,)``, in the dtype of ``items``.
     """
-    with torch.autocast(users.device.type, enabled=False):
+    with _without_autocast(users.device):
         result: Tensor = _Logsumexp.apply(users.to(items.dtype), items, n_items, curvature, left_out)
     return result
 
@@ -126,7 +127,7 @@ class _Logsumexp(torch.autograd.Function):
         of_users = torch.zeros_like(users)
         of_items, is_new, is_returned = _place_for_gradient(items) if ctx.needs_input_grad[1] else (None, True, True)
         weighted = users * gradient.unsqueeze(1)
-        with torch.autocast(users.device.type, enabled=False):  # a backward pass may run under it
+        with _without_autocast(users.device):  # a backward pass may run under it
             for rows, columns in _tiles(len(users), ctx.n_items, users.device):
                 exponents, scores = _exponents(users, items, curvature, left_out, rows, columns)
                 shares = exponents.sub_(powers[rows].unsqueeze(1)).exp2_()  # of each item in its row's sum
@@ -140,6 +141,11 @@ class _Logsumexp(torch.autograd.Function):
         if of_items is not None and not is_returned:
             items.grad = of_items
         return of_users.mul_(gradient.unsqueeze(1)), of_items if is_returned else None, None, None, None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device, where shapes are tried out, has none
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 def _place_for_gradient(items: Tensor) -> tuple[Tensor, bool, bool]:
