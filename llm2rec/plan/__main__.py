@@ -50,7 +50,9 @@ def main(cfg: Config, run: Run) -> None:
         f"training reaches {utilisation:.0%} of the card's rate, {'as given' if settings.utilisation else 'as usual'} "
         f"(plan.utilisation){many}",
         *(f"{name}: {source}" for name, source in work.sources.items()),
-        "training runs all its epochs, and memory is that of the longest prompts, without gaps between blocks",
+        "training runs all its epochs, and memory is that of the longest prompts, without gaps between blocks"
+        + (" (glibc leaves as much again and more; MALLOC_MMAP_THRESHOLD_=65536 in the environment, none)" * on_cpu),
+        *(["the student reads windows, which takes longer than sequences"] * (student.examples == "sequences")),
     ]
     run.write_metrics("plan", {**planned, "llm": llm.name, "assumptions": assumptions})
     run.note(label=f"plan {llm.name} {precision}", fits=planned["fits"])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llm2rec.core.batching import micro_batch_count
-from llm2rec.plan.cards import Card
+from llm2rec.plan.cards import CPU, Card, usual_utilisation
 from llm2rec.plan.disk import disk_bytes
 from llm2rec.plan.memory import Memory, host_bytes, largest_rows, memory_at_rest, quantisation_bytes
 from llm2rec.plan.models import Sizes, TeacherShape, teacher_costs
@@ -108,7 +108,9 @@ class _Planner:
         return resting.with_activations(self.cost("ranking", rows, tokens, export.top_k).peak_bytes)
 
     def _is_open(self, stage: str) -> bool:
-        return stage == "0" or (not self.on_cpu and not (stage == "3" and self.shape.precision in _QUANTISED))
+        """Whether a stage is worth a look: the chosen one, and with several GPUs all that can be launched."""
+        others = self.job.gpus > 1 and not (stage == "3" and self.shape.precision in _QUANTISED)
+        return stage == self.job.zero_stage or others
 
     def _peak_with(self, checkpointing: bool) -> Callable[[int], int]:
         return lambda rows: self.peak(rows, checkpointing)
@@ -149,7 +151,8 @@ class _Planner:
         job, training = self.job, self.job.student.training
         rows = rows_per_micro_batch(training, 1)
         planned = plan_student(job.student, self.work.n_items, rows)
-        pace = Pace(job.utilisation * job.card.float32_tflops * 1e12, job.card.bandwidth)
+        share = usual_utilisation(CPU if self.on_cpu else "", "float32")
+        pace = Pace(share * job.card.float32_tflops * 1e12, job.card.bandwidth)
         n_micro = micro_batch_count(training.batch_size, training.micro_batch_size, 1)
         step = n_micro * pace.seconds(planned.cost) + planned.update_bytes / pace.bandwidth
         context = self.at_rest("0").parts["context"]
@@ -233,9 +236,9 @@ def _advice(job: Job, planner: _Planner, memory: dict[str, Any], export: Memory,
             f"{planner.sizes.item_bytes / 2**30:.0f} GiB: a language model of smaller width, or fewer items "
             "(dataset.k_core)."
         )
-    if not memory[job.zero_stage][_label(on)]["fits"]:
+    elif not memory[job.zero_stage][_label(on)]["fits"]:
         advice += _remedies(job, planner, memory)
-    if not export.fits:
+    if not export.fits and planner.at_rest(job.zero_stage).fits:
         advice.append("The export does not fit: lower teacher.export.batch_tokens.")
     if not student["memory"]["fits"]:
         advice.append(

@@ -66,7 +66,8 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     ]
     for name in parts["without_checkpointing"]:
         values = [told_bytes(parts[kind][name]) for kind in parts]
-        lines.append(f"  {name:<30}{values[0]:>14}{values[1]:>16}")
+        if parts["without_checkpointing"][name] > 0:
+            lines.append(f"  {name:<30}{values[0]:>14}{values[1]:>16}")
     for stage, kinds in plan["memory"].items():
         told = [kinds[kind] for kind in parts]
         marks = [told_bytes(each["total"]) + (" fits" if each["fits"] else " NO  ") for each in told]
