@@ -41,8 +41,10 @@ class Locked(NamedTuple):
 def _wanted(package: dict[str, Any], groups: set[str], environment: dict[str, str] | None) -> bool:
     if package.get("optional"):
         return False
+    # No extra is asked for. The older `packaging` in the pip of a fresh Python 3.11 has no value for it by itself.
+    environment = {"extra": "", **(environment or {})}
     markers = package.get("markers")
-    for group in groups & set(package["groups"]):
+    for group in sorted(groups & set(package["groups"])):
         # One marker for all groups, or a table with one per group; a group that is missing there is unconditional.
         marker = markers.get(group) if isinstance(markers, dict) else markers
         if marker is None or Marker(marker).evaluate(environment):

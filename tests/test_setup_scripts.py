@@ -130,6 +130,20 @@ def test_differences_name_what_is_not_as_locked(lock_reader: ModuleType, tmp_pat
     assert "installed missing" in found[0]
 
 
+def test_a_fresh_environment_reads_the_lock_with_the_pip_it_has(lock_reader: ModuleType, tmp_path: Path) -> None:
+    # The pip of a fresh Python may be years older than ours, and its copy of `packaging` knows less.
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    run = subprocess.run(
+        [tmp_path / "fresh" / "bin" / "python", lock_reader.__file__, "list", "--variant", "cpu", "--no-dev"],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stderr == ""
+    listed = [line.split("==")[0] for line in run.stdout.splitlines() if "==" in line]
+    assert listed == [package.name for package in lock_reader.locked_packages(variant="cpu", dev=False)]
+
+
 def test_lock_names_no_package_index() -> None:
     assert "[package.source]" not in (ROOT / "poetry.lock").read_text()
 
