@@ -81,31 +81,31 @@ def trained(ndcg, best_epochs):
 def test_the_headline_joins_seconds_and_quality():
     timing = {
         "recbole": rounds([8.0, 40.0, 9.0], [3.0, 6.0, 3.0]),
-        "equal": rounds([2.0, 4.0, 3.0], [1.0, 1.0, 1.0]),
-        "own settings": rounds([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+        "sequences": rounds([2.0, 4.0, 3.0], [1.0, 1.0, 1.0]),
+        "windows": rounds([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
     }
-    quality = {"recbole": trained([0.1, 0.3], [10, 20]), "equal": trained([0.3, 0.3], [4, 6])}
+    quality = {"recbole": trained([0.1, 0.3], [10, 20]), "sequences": trained([0.3, 0.3], [4, 6])}
     assert bench.case_headline(timing, quality) == {
-        ("", "pass_speedup"): 4.0,  # of 4, 10 and 3
-        ("", "evaluation_speedup"): 3.0,
-        ("", "ndcg10_ours"): 0.3,
-        ("", "ndcg10_recbole"): 0.2,
-        ("", "epochs_to_best_ours"): 5,
-        ("", "epochs_to_best_recbole"): 15,
-        ("", "seconds_to_best_ours"): 5 * (3.0 + 1.0),
-        ("", "seconds_to_best_recbole"): 15 * (9.0 + 3.0),
-        ("", "time_to_best_speedup"): 9.0,
-        ("own settings", "pass_speedup"): 9.0,
-        ("own settings", "evaluation_speedup"): 3.0,
+        ("sequences", "pass_speedup"): 4.0,  # of 4, 10 and 3
+        ("sequences", "evaluation_speedup"): 3.0,
+        ("sequences", "ndcg10_ours"): 0.3,
+        ("sequences", "ndcg10_recbole"): 0.2,
+        ("sequences", "epochs_to_best_ours"): 5,
+        ("sequences", "epochs_to_best_recbole"): 15,
+        ("sequences", "seconds_to_best_ours"): 5 * (3.0 + 1.0),
+        ("sequences", "seconds_to_best_recbole"): 15 * (9.0 + 3.0),
+        ("sequences", "time_to_best_speedup"): 9.0,
+        ("windows", "pass_speedup"): 9.0,
+        ("windows", "evaluation_speedup"): 3.0,
     }
     assert bench.case_headline({}, {}) == {}
-    assert ("", "time_to_best_speedup") not in bench.case_headline({}, quality)
+    assert ("sequences", "time_to_best_speedup") not in bench.case_headline({}, quality)
 
 
 @pytest.fixture
 def comparison(data, tmp_path):
     """A case whose two sides are run by ``run``, given in place of their processes."""
-    case = bench.case("toy sasrec", (), "sasrec", 64, seeds=(1, 2), timed_epochs=2)
+    case = bench.case("toy sasrec", (), "sasrec", seeds=(1, 2), timed_epochs=2)
     options = types.SimpleNamespace(work=tmp_path, recbole_python=sys.executable, threads=1)
     return bench.Bench(case, options, data)
 
@@ -121,11 +121,11 @@ def test_what_has_been_trained_is_not_trained_again(comparison, monkeypatch):
     monkeypatch.setattr(comparison, "run", run)
     assert comparison.quality(train=False) == {}
     found = comparison.quality(train=True)
-    assert jobs == [(side, seed) for side in ("recbole", "equal", "own settings") for seed in (1, 2)]
+    assert jobs == [(side, seed) for side in ("recbole", "sequences", "windows") for seed in (1, 2)]
     assert comparison.quality(train=False) == comparison.quality(train=True) == found
     assert len(jobs) == 6
     assert found["recbole"][1]["test_metrics"]["hr@1"] == pytest.approx(1 / 3)
-    assert (found["equal"][0]["epochs"], found["equal"][0]["best_epoch"]) == (3, 2)
+    assert (found["sequences"][0]["epochs"], found["sequences"][0]["best_epoch"]) == (3, 2)
 
 
 def test_sides_take_turns(comparison, monkeypatch):
@@ -138,19 +138,19 @@ def test_sides_take_turns(comparison, monkeypatch):
 
     monkeypatch.setattr(comparison, "run", run)
     timing = comparison.timing(3)
-    recbole, equal, own = comparison.sides
-    assert sides == [recbole, equal, own, equal, own, recbole, own, recbole, equal]
+    recbole, ours, other = comparison.sides
+    assert sides == [recbole, ours, other, ours, other, recbole, other, recbole, ours]
     assert [each["pass_seconds"] for each in timing["recbole"]] == [[1.0, 1.0], [6.0, 6.0], [8.0, 8.0]]
 
 
 @pytest.mark.slow
 def test_our_side_gives_what_the_stage_gives(tmp_path):
     overrides = ("dataset=toy", "dataset.n_users=60", "dataset.n_items=60", f"dataset.history_length={LENGTH}")
-    case = bench.case("toy gru4rec", overrides, "gru4rec", 64, seeds=(), timed_epochs=3)
+    case = bench.case("toy gru4rec", overrides, "gru4rec", seeds=(), timed_epochs=3)
     data = bench.prepared(overrides, tmp_path)
     options = types.SimpleNamespace(work=tmp_path, recbole_python=sys.executable, threads=1)
     comparison = bench.Bench(case, options, data)
-    result = comparison.run(comparison.job("equal", 1, 3, 3), tmp_path / "out")
+    result = comparison.run(comparison.job("sequences", 1, 3, 3), tmp_path / "out")
     (run,) = (tmp_path / "out" / "result").iterdir()
     validation = read_json(run / "metrics" / "validation.json")
     assert [each["ndcg@10"] for each in result["history"]] == [each["val/ndcg@10"] for each in validation["history"]]
