@@ -102,4 +102,7 @@ class FusedItemTable(ItemTable):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
-        return super().forward(item_ids) + self.scale * self.projection(self.teacher_vectors[item_ids])
+        # Histories share items, and the teacher's vectors are wide: each item of the batch is projected once.
+        distinct, places = torch.unique(item_ids, return_inverse=True)
+        projected = self.scale * self.projection(self.teacher_vectors[distinct])
+        return super().forward(item_ids) + nn.functional.embedding(places, projected)

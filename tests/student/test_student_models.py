@@ -138,12 +138,17 @@ def fused_table(seed=0, width=5, scale=0.7):
 
 def test_a_fused_vector_is_offset_plus_scaled_projection():
     table = fused_table()
-    ids = torch.tensor([[0, 7, N]])
-    expected = table.weight[ids] + 0.7 * (table.teacher_vectors[ids] @ table.projection.weight.T)
-    torch.testing.assert_close(table(ids), expected)
+    ids = torch.tensor([[0, 7, N], [7, 7, 1]])  # repeated, and in no order
+    by_hand = table.weight[ids] + 0.7 * (table.teacher_vectors[ids] @ table.projection.weight.T)
+    torch.testing.assert_close(table(ids), by_hand)
     torch.testing.assert_close(table.vectors(), table(torch.arange(N)[None])[0])
     assert table.projection.bias is None
     assert "teacher_vectors" not in table.state_dict()
+    upstream = torch.randn(2, 3, D)
+    expected = torch.autograd.grad(by_hand, [table.weight, table.projection.weight], upstream)
+    expected[0][N] = 0  # padding learns nothing
+    table(ids).backward(upstream)
+    torch.testing.assert_close([table.weight.grad, table.projection.weight.grad], list(expected))
 
 
 def test_padding_of_a_fused_table_stays_zero_through_training():
