@@ -104,5 +104,5 @@ class FusedItemTable(ItemTable):
         """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
         # Histories share items, and the teacher's vectors are wide: each item of the batch is projected once.
         distinct, places = torch.unique(item_ids, return_inverse=True)
-        projected = self.scale * self.projection(self.teacher_vectors[distinct])
+        projected = self.scale * self.projection(self.teacher_vectors.index_select(0, distinct))
         return super().forward(item_ids) + nn.functional.embedding(places, projected)
