@@ -91,6 +91,29 @@ def test_dros_is_the_programs_expression(items, beta):
     assert gradcheck(lambda x: dros(x, items, propensity, beta), (logits,))
 
 
+def plain_dros(logits, items, propensity, beta):
+    """The definition, by autograd: for each item asked about, a sum over the catalogue."""
+    exponents = propensity * logits.square() / beta
+    columns = []
+    for item in items.T:
+        own = propensity[item] * (logits.gather(1, item[:, None])[:, 0] - 1).square() / beta
+        columns.append(exponents.scatter(1, item[:, None], own[:, None]).logsumexp(1))
+    return torch.stack(columns, dim=1)
+
+
+@pytest.mark.parametrize("n_asked", [1, 4, 9])
+def test_dros_is_its_definition_with_its_gradients(n_asked):
+    torch.manual_seed(0)
+    propensity, upstream = torch.rand(9, dtype=torch.float64), torch.randn(5, n_asked, dtype=torch.float64)
+    items = torch.stack([torch.randperm(9)[:n_asked] for _ in range(5)])  # of nine, so that nothing may be left
+    logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    results = []
+    for form in (dros, plain_dros):
+        losses = form(logits, items, propensity, 0.8)
+        results.append((losses.detach(), *torch.autograd.grad(losses, logits, upstream)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e4, 1e15])
 def test_dros_of_extreme_logits_is_finite_where_the_programs_is_not(scale):
     logits = torch.tensor([[scale, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
