@@ -1,1 +1,64 @@
-"""LLM recommendation, distilled: an iLoRA teacher, DLLM2Rec distillation, and a small student that can be served."""
+"""LLM recommendation, distilled: an iLoRA teacher, DLLM2Rec distillation, and a small student that can be served.
+
+What a notebook needs, each name imported when it is first used:
+
+    run                 run a stage: data, student, teacher, distill, evaluate
+    load_data           open a prepared dataset; `prepare` makes one of `CsvTables`, `MovieLens100K` or `Toy`
+    Recommender         a finished student, distilled or not, that answers
+    TeacherRecommender  a finished teacher that answers
+    load_student        the student itself, a torch module
+    ILoraConfig         instance-wise LoRA for any language model, by PEFT
+
+`examples/notebook.py` uses them all.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm2rec.data import CsvTables, MovieLens100K, Toy, prepare
+    from llm2rec.data import load as load_data
+    from llm2rec.ilora import ILoraConfig
+    from llm2rec.launch import run
+    from llm2rec.recommend import Recommendation, Recommender
+    from llm2rec.recommend.teacher import TeacherRecommender
+    from llm2rec.student.store import load_student
+
+__all__ = [
+    "CsvTables",
+    "ILoraConfig",
+    "MovieLens100K",
+    "Recommendation",
+    "Recommender",
+    "TeacherRecommender",
+    "Toy",
+    "load_data",
+    "load_student",
+    "prepare",
+    "run",
+]
+
+_FROM = {
+    "CsvTables": "data.CsvTables",
+    "ILoraConfig": "ilora.ILoraConfig",
+    "MovieLens100K": "data.MovieLens100K",
+    "Recommendation": "recommend.Recommendation",
+    "Recommender": "recommend.Recommender",
+    "TeacherRecommender": "recommend.teacher.TeacherRecommender",
+    "Toy": "data.Toy",
+    "load_data": "data.load",
+    "load_student": "student.store.load_student",
+    "prepare": "data.prepare",
+    "run": "launch.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _FROM[name].rpartition(".")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,8 +1,9 @@
-"""The README's program runs as it stands, on a tiny model in the place of the one it names."""
+"""The README's programs run as they stand, on a tiny model in the place of the one that the first names."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -13,8 +14,12 @@ from llm2rec.teacher.settings import TinyRandomSettings
 README = Path(__file__).parents[1] / "README.md"
 
 
+def programs():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_example_of_ilora_runs(tmp_path, monkeypatch, capsys):
-    [program] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    [program] = [program for program in programs() if "ILoraConfig" in program]
     assert len(program.splitlines()) <= 45
     folder = make_tiny_random(TinyRandomSettings(name="tiny"), tmp_path, ["Good morning", "hey", "Dear Sir or Madam"])
     program, replaced = re.subn(r'^name = ".*"$', f"name = {str(folder)!r}", program, flags=re.MULTILINE)
@@ -40,3 +45,13 @@ def test_the_example_of_ilora_runs(tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         torch.testing.assert_close(folded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_example_of_a_student_runs(tmp_path, monkeypatch, capsys):
+    [program] = [program for program in programs() if "llm2rec.run" in program]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, str(README), "exec"), names := {})
+    assert names["run"].parent == tmp_path / "result"
+    told = capsys.readouterr().out
+    assert told.count("Recommendation(") == 5

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -10,13 +11,29 @@ import pyarrow as pa
 
 from llm2rec.core.errors import ConfigError, DataError, UnknownItemError
 
-__all__ = ["By", "ItemNames", "Unknown"]
+__all__ = ["By", "ItemNames", "Recommendation", "Unknown", "check_choice"]
 
 By = Literal["id", "title"]
 Unknown = Literal["error", "drop"]
 
 _COMPARED = 20_000  # titles that one is compared with letter by letter, which takes microseconds each
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item of an answer.
+
+    Attributes:
+        item_id: Its id, as in the raw data.
+        title: Its title.
+        score: Of a student the inner product of user and item vector, comparable within one answer only; of a teacher
+            the log-probability, in nats. Larger is better.
+    """
+
+    item_id: str
+    title: str
+    score: float
 
 
 class ItemNames:
@@ -81,6 +98,31 @@ class ItemNames:
                 f"the model knows none of the {len(history)} items of the history, such as {history[-1]!r}."
             )
         return items
+
+    def histories(
+        self, histories: Sequence[Sequence[str]], by: By = "id", unknown: Unknown = "error"
+    ) -> list[list[int]]:
+        """Find the items of several histories; see `items`, whose errors come with the number of the history."""
+        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
+            raise DataError("`histories` is a list of histories, each a list of strings; for one, `recommend_one`.")
+        found = []
+        for number, history in enumerate(histories):
+            try:
+                found.append(self.items(history, by, unknown))
+            except DataError as error:
+                if len(histories) == 1:
+                    raise
+                raise type(error)(f"history {number}: {error}") from error
+        return found
+
+    def check_k(self, k: int) -> None:
+        """Refuse to look for no items, or for more than there are.
+
+        Raises:
+            ConfigError: If ``k`` is not between 1 and the size of the catalogue.
+        """
+        if not 1 <= k <= len(self):
+            raise ConfigError(f"`k` is {k}, expected 1 to the {len(self)} items of the catalogue.")
 
     def _item(self, name: str, by: By) -> int | None:
         if by == "id":

@@ -1,7 +1,6 @@
 """Answer histories with the items of a finished student."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +8,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llm2rec.core.errors import CheckpointError, ConfigError, DataError
-from llm2rec.core.files import read_json
+from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.ranking import Catalogue, Pairs
-from llm2rec.recommend.names import By, ItemNames, Unknown, check_choice
+from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
+from llm2rec.recommend.runs import finished
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_item_table, load_student
 
-__all__ = ["Recommendation", "Recommender"]
+__all__ = ["Recommender"]
 
 _BATCH_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One item of an answer.
-
-    Attributes:
-        item_id: Its id, as in the raw data.
-        title: Its title.
-        score: Inner product of user and item vector; larger is better, and comparable within one answer only.
-    """
-
-    item_id: str
-    title: str
-    score: float
 
 
 class Recommender:
@@ -82,7 +66,7 @@ class Recommender:
         check_choice("search", search, SearchKind)
         if index is not None and search == "exact":
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
-        folder = _checked(Path(run_folder)) / "student"
+        folder = finished(Path(run_folder), "student", "distill") / "student"
         names = ItemNames(load_item_table(folder))
         try:
             model = load_student(folder).to(device)
@@ -120,18 +104,8 @@ class Recommender:
             DataError: If a history is empty, or none of its items is known.
             ConfigError: If ``k`` or a choice cannot be.
         """
-        if not 1 <= k <= len(self.names):
-            raise ConfigError(f"`k` is {k}, expected 1 to the {len(self.names)} items of the catalogue.")
-        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
-            raise DataError("`histories` is a list of histories, each a list of strings; for one, `recommend_one`.")
-        items = []
-        for number, history in enumerate(histories):
-            try:
-                items.append(self.names.items(history, by, unknown))
-            except DataError as error:
-                if len(histories) == 1:
-                    raise
-                raise type(error)(f"history {number}: {error}") from error
+        self.names.check_k(k)
+        items = self.names.histories(histories, by, unknown)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(items), _BATCH_ROWS):
             answers += self._answers(items[start : start + _BATCH_ROWS], k, mask_seen)
@@ -189,20 +163,3 @@ class Recommender:
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         items = np.concatenate([np.array(history, np.int64) for history in histories])
         return torch.from_numpy(rows).to(self._device), torch.from_numpy(items).to(self._device)
-
-
-def _checked(folder: Path) -> Path:
-    """The folder, if it is that of a finished student.
-
-    Raises:
-        CheckpointError: If it is not.
-    """
-    if not (folder / "run.json").is_file():
-        raise CheckpointError(f"{folder} is no run folder (it holds no run.json); name one, such as result/result_...")
-    record = read_json(folder / "run.json")
-    if record["stage"] not in ("student", "distill") or record["status"] != "finished":
-        raise CheckpointError(
-            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of student "
-            "and distill can answer."
-        )
-    return folder

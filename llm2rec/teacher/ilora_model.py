@@ -31,9 +31,9 @@ from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
 from llm2rec.teacher.recommender import TrainedRecommender
 
-__all__ = ["ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
+__all__ = ["EXCLUDED", "ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
 
-_EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
+EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
@@ -67,7 +67,7 @@ def without_history(scores: Tensor, history: Tensor, keep: Tensor | None) -> Ten
     Returns:
         Shape ``(B, N)``.
     """
-    penalty = scores.new_zeros(len(scores), scores.shape[1] + 1).scatter(1, history, _EXCLUDED)
+    penalty = scores.new_zeros(len(scores), scores.shape[1] + 1).scatter(1, history, EXCLUDED)
     if keep is not None:
         penalty = penalty.scatter(1, keep.unsqueeze(1), 0.0)
     return scores - penalty[:, :-1]

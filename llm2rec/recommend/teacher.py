@@ -1,0 +1,99 @@
+"""Answer histories with the items that a finished teacher holds to be next."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm2rec.data import RecData
+from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown
+from llm2rec.recommend.runs import finished
+from llm2rec.teacher.factory import load_teacher
+from llm2rec.teacher.ilora_model import EXCLUDED
+from llm2rec.teacher.interfaces import ITeacherRecommender
+
+__all__ = ["TeacherRecommender"]
+
+
+class TeacherRecommender:
+    """A teacher that answers in ids and titles, in the words of `Recommender`, a language model's pass per history.
+
+    Args:
+        model: The teacher, in evaluation mode.
+        names: Ids and titles of its items.
+        max_length: Most items of a history that it reads.
+    """
+
+    def __init__(self, model: ITeacherRecommender, names: ItemNames, max_length: int) -> None:
+        self.model, self.names, self.max_length = model, names, max_length
+
+    @classmethod
+    def load(cls, run_folder: Path | str, data: RecData, *, device: torch.device | str = "cpu") -> "TeacherRecommender":
+        """Load the teacher of a finished run of `llm2rec.teacher`.
+
+        Args:
+            run_folder: The run's folder.
+            data: The dataset it was trained on, whose titles it reads.
+            device: Where to compute.
+
+        Raises:
+            CheckpointError: If the folder holds no finished teacher, or its language model is no longer there.
+        """
+        folder = finished(Path(run_folder), "teacher") / "teacher"
+        model, _ = load_teacher(folder, data, torch.device(device))
+        return cls(model, ItemNames(data.items.with_format("arrow")[:]), data.history_length)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        by: By = "id",
+        unknown: Unknown = "error",
+        batch_size: int = 8,
+    ) -> list[list[Recommendation]]:
+        """Find the items that are likeliest to come next, for each of several histories.
+
+        Args:
+            histories: Raw ids (or titles, see ``by``), oldest first; the most recent ones are read.
+            k: How many items; where the teacher leaves the history out, a history that leaves fewer gets fewer.
+            by: ``id`` or ``title``: what the histories consist of.
+            unknown: ``error`` refuses items that are not in the data, ``drop`` leaves them out.
+            batch_size: Histories a pass reads at once.
+
+        Returns:
+            A list for each history, best first.
+
+        Raises:
+            UnknownItemError: If an item is unknown; titles come with those most like them.
+            DataError: If a history is empty, or none of its items is known.
+            ConfigError: If ``k`` or a choice cannot be.
+        """
+        self.names.check_k(k)
+        items = [history[-self.max_length :] for history in self.names.histories(histories, by, unknown)]
+        answers: list[list[Recommendation]] = []
+        for start in range(0, len(items), batch_size):
+            answers += self._answers(items[start : start + batch_size], k)
+        return answers
+
+    def recommend_one(
+        self, history: Sequence[str], k: int = 10, *, by: By = "id", unknown: Unknown = "error"
+    ) -> list[Recommendation]:
+        """Find the likeliest items for one history; see `recommend`."""
+        return self.recommend([history], k, by=by, unknown=unknown)[0]
+
+    def _answers(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:
+        padded = np.full((len(histories), self.max_length), len(self.names), np.int32)
+        for row, history in enumerate(histories):
+            padded[row, : len(history)] = history
+        best = self.model.best_items(padded, np.array([len(history) for history in histories], np.int32), k)
+        raw_ids, titles = self.names.raw_ids, self.names.titles
+        return [
+            [
+                Recommendation(raw_ids[item], titles[item], score)
+                for item, score in zip(row, scores, strict=True)
+                if score > -EXCLUDED / 2  # else it is out of the running
+            ]
+            for row, scores in zip(*(each.tolist() for each in best), strict=True)
+        ]
