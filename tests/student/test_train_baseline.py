@@ -194,7 +194,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path):
 
     model.register_forward_pre_hook(poison)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan at step 2, over the training examples \d+(, \d+)*; lower"
+        NonFiniteError, match=r"the loss is not finite at step 2, over the training examples \d+(, \d+)*; lower"
     ):
         train_baseline(model, TRAIN, VALIDATION, engine)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
