@@ -5,7 +5,8 @@
 The chain runs once unkilled, on a tiny generated dataset: data preparation, teacher (training, then export), student,
 distillation, evaluation. Each kill then starts a stage in a copy of the folder it began in, sends SIGKILL to its whole
 process group at a uniformly random moment of the unkilled duration, and gives the same command again with
-`resume=<run>`; a process that was killed before it made a run folder is started again as it was.
+`resume=<run>`; a process that was killed before it made a run folder is started again as it was. Stages are forked from
+a process that has imported all libraries and done nothing else: kills fall on their work, not on seconds of imports.
 
 kills    how many processes were killed while they ran
 lost     after how many the command could not be brought to its end, or a result was missing
@@ -17,25 +18,30 @@ which run, commit and overrides a file says that it came from.
 
 import argparse
 import collections
+import contextlib
 import hashlib
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Read once by the libraries below; a fork takes no threads along, so there must be none.
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
 import harness
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
 TOY = ["dataset.n_users=60", "dataset.n_items=60", "dataset.n_worlds=5"]
 STUDENT = ["student.training.epochs=8", "student.training.batch_size=37", "student.training.checkpoint_every_steps=5"]
 COMMANDS = {
@@ -96,6 +102,7 @@ def main() -> None:
     parts = ["data", "student"] if options.quick else list(PARTS)
     n_kills = options.kills or (2 if options.quick else 50)
 
+    import_all(sorted({PARTS[part] for part in parts}))
     generator, samples = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as name:
         whole = run_whole(Path(name), [stage for stage in COMMANDS if stage in parts])
@@ -121,12 +128,12 @@ def run_whole(folder: Path, stages: list[str]) -> Whole:
         shutil.copytree(work, whole.before[stage])
         began, export = time.monotonic(), None
         process = start(work, COMMANDS[stage])
-        while process.poll() is None:
-            time.sleep(0.01)
+        while process.exitcode is None:
+            process.join(0.01)
             if export is None and any(work.glob("result/*/export")):
                 export = time.monotonic() - began
         seconds = time.monotonic() - began
-        if process.returncode != 0:
+        if process.exitcode != 0:
             raise SystemExit(f"{stage} failed without being killed:\n{(work / 'output.txt').read_text()}")
         whole.spans[stage] = (0.0, seconds)
         if export is not None:
@@ -149,8 +156,8 @@ def kill_once(part: str, whole: Whole, generator: random.Random, work: Path) -> 
     left = state_of(work, run)
     resume = [] if run is None else [f"resume={run.relative_to(work)}"]
     process = start(work, [*COMMANDS[stage], *resume])
-    process.wait(SECONDS_AT_MOST)
-    found = results(work, stage, new_run(work, before)) if process.returncode == 0 else {}
+    process.join(SECONDS_AT_MOST)
+    found = results(work, stage, new_run(work, before)) if process.exitcode == 0 else {}
     expected = whole.results[stage]
     return {
         "part": part,
@@ -158,34 +165,46 @@ def kill_once(part: str, whole: Whole, generator: random.Random, work: Path) -> 
         "left": left,
         "lost": sorted(expected.keys() - found.keys()),
         "unequal": sorted(name for name in found if found[name] != expected.get(name)),
-        "error": last_line(work) if process.returncode != 0 else None,
+        "error": last_line(work) if process.exitcode != 0 else None,
     }
 
 
-def start(work: Path, command: list[str]) -> subprocess.Popen[bytes]:
+def start(work: Path, command: list[str]) -> Any:
     """Start a stage in a process group of its own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")}
-    with open(work / "output.txt", "wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", f"llm2rec.{command[0]}", *command[1:]],
-            cwd=work,
-            env=inherited | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = FORK.Process(target=_run, args=(work, command))
+    process.start()
+    return process
+
+
+def _run(work: Path, command: list[str]) -> None:
+    os.setsid()
+    os.chdir(work)
+    handle = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = [f"llm2rec.{command[0]}", *command[1:]]
+    importlib.import_module(f"llm2rec.{command[0]}.__main__").main()
+
+
+def import_all(stages: list[str]) -> None:
+    """Import what the stages would, late imports included."""
+    for name in ("matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    for stage in stages:
+        importlib.import_module(f"llm2rec.{stage}.__main__")
 
 
 def start_and_kill(work: Path, command: list[str], moment: float) -> bool:
     """Start a stage and kill it and all it has started after ``moment`` seconds; False if it had ended by then."""
-    began = time.monotonic()
     process = start(work, command)
-    while process.poll() is None and time.monotonic() - began < moment:
-        time.sleep(min(0.005, max(0.0, moment - (time.monotonic() - began))))
-    if process.poll() is not None:
+    process.join(moment)
+    if process.exitcode is not None:
         return False
-    os.killpg(process.pid, signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    with contextlib.suppress(ProcessLookupError):  # so young that it has no group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+    return bool(process.exitcode == -signal.SIGKILL)
 
 
 def new_run(work: Path, before: Path) -> Path | None:
@@ -234,8 +253,8 @@ def _without(value: Any) -> Any:
 
 def last_line(work: Path) -> str:
     """The last line that a command wrote, without this machine's folders."""
-    lines: Iterator[str] = reversed((work / "output.txt").read_text().strip().splitlines())
-    return next(lines, "").replace(str(work), ".").replace(str(ROOT), ".")
+    lines = (work / "output.txt").read_text().strip().splitlines()
+    return (lines or [""])[-1].replace(str(work), ".").replace(str(ROOT), ".")
 
 
 if __name__ == "__main__":
