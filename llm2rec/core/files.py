@@ -29,6 +29,9 @@ _REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO
 )  # fmt: skip
 
+_NO_REASON = r"inline_container|PytorchStreamWriter failed|\d+ requested and \d+ written"
+"""How torch and NumPy tell of a write that failed, without saying why."""
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -52,12 +55,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def _refusal(error: Exception) -> str | None:
     """What the system has refused, or None if the error is of another kind."""
-    if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in _REFUSALS else None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-    if told and int(told[1]) in _REFUSALS:
-        return os.strerror(int(told[1]))
-    return "the disk may be full" if "PytorchStreamWriter failed" in str(error) else None  # torch.save tells no more
+    number = error.errno if isinstance(error, OSError) else None
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(told[1])
+    if number is not None:
+        return os.strerror(number) if number in _REFUSALS else None
+    return "the disk may be full" if re.search(_NO_REASON, str(error)) else None
 
 
 @contextmanager

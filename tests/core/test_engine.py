@@ -1,4 +1,5 @@
 import random
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from engine_helpers import engine_in
 from safetensors.torch import load_file
 from torch import nn
 
-from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.errors import CheckpointError, ConfigError, StorageError
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
 from llm2rec.core.seed import derived_seed, seed_everything
@@ -260,6 +261,21 @@ def test_a_failed_writer_leaves_the_older_checkpoint(tmp_path):
         engine.save_checkpoint(model, optimizer, {"step": 2, "value": float("nan")})
     assert engine.load_checkpoint(model, optimizer) == {"step": 1}
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path):
+    engine = engine_in(tmp_path)
+    model, optimizer = trained(engine)
+    engine.save_checkpoint(model, optimizer, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes a file
+    try:
+        with pytest.raises(StorageError, match=r"step_000000002 could not be written \(File too large\); nothing"):
+            engine.save_checkpoint(model, optimizer, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
+    assert engine.load_checkpoint(model, optimizer) == {"step": 1}
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
