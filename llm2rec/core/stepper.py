@@ -199,7 +199,8 @@ class Stepper:
         """Divide the work into smaller micro-batches, from this step on."""
         put_back()
         n_processes = self.accelerator.num_processes
-        rows = -(-self.training.batch_size // (n_processes * self.n_micro_batches))
+        # Those of this very step, which may be smaller than others; over all processes, so that all come to the same.
+        rows = -(-min(share.n_rows, self.training.batch_size) // (n_processes * self.n_micro_batches))
         told = f"out of memory at step {step} with micro-batches of {rows} rows ({message})"
         if self.undivided:
             raise OutOfMemoryError(f"{told}; {self.undivided} needs each step in one piece: lower `batch_size`.")
@@ -216,7 +217,7 @@ class Stepper:
             torch.cuda.empty_cache()
         if self.accelerator.is_main_process:
             logger.warning(
-                "%s; going on with %d. Steps keep their %d rows, and results are those of `micro_batch_size=%d`.",
+                "%s; going on with %d. Steps keep their %d rows; from here on all is as with `micro_batch_size=%d`.",
                 told, self.micro_batch_size, self.training.batch_size, self.micro_batch_size,
             )  # fmt: skip
         return optimizer_step(

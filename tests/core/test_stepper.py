@@ -67,9 +67,9 @@ def test_a_gpu_that_is_too_small_ends_with_what_smaller_micro_batches_give(tmp_p
     assert max(seen[3:]) == 2, "no step after it tries more again"
     assert engine.n_micro_batches == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"out of memory at step 0 with micro-batches of {rows} rows (CUDA out of memory. Tried to allocate 2.00 GiB); "
-        f"going on with {rows // 2}. Steps keep their 8 rows, and results are those of `micro_batch_size={rows // 2}`."
-        for rows in (8, 4)
+        f"out of memory at step 0 with micro-batches of {2 * half} rows (CUDA out of memory. Tried to allocate 2.00 "
+        f"GiB); going on with {half}. Steps keep their 8 rows; from here on all is as with `micro_batch_size={half}`."
+        for half in (4, 2)
     ]
     small, _ = trained(engine_in(tmp_path / "small", micro_batch_size=2, **SETTINGS))
     assert_same_weights(model.state_dict(), small.state_dict())  # running statistics too
