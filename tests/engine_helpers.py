@@ -118,3 +118,23 @@ def assert_same_weights(ours, theirs):
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
+
+
+def out_of_memory_above(module, n_rows, *, in_backward=False):
+    """Let training passes of more rows than this end as on a GPU that is too small; returns the rows of each pass.
+
+    The error comes once the pass has drawn its dropout and moved its running statistics, or from its backward pass.
+    """
+    seen = []
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.")
+
+    def hook(module, _, output):
+        if module.training:
+            seen.append(len(output))
+            if len(output) > n_rows:
+                output.register_hook(fail) if in_backward else fail()
+
+    module.register_forward_hook(hook)
+    return seen

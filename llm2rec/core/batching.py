@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["OptimizerStep", "epoch_batches", "micro_batch_count", "optimizer_steps"]
+__all__ = ["OptimizerStep", "epoch_batches", "micro_batch_count", "optimizer_step", "optimizer_steps"]
 
 _WINDOW = 64  # effective batches whose rows are sorted together by length
 
@@ -32,6 +32,10 @@ class OptimizerStep:
     micro-batch, so that all ranks stay in step."""
     n_rows: int
     """Rows of this step over all ranks and micro-batches."""
+    batch: NDArray[np.int64]
+    """Units of all ranks, to divide them anew."""
+    sizes: NDArray[np.int64] | None
+    """Rows of each unit by its number; None means 1 each."""
 
 
 def micro_batch_count(batch_size: int, micro_batch_size: int, n_processes: int) -> int:
@@ -91,6 +95,41 @@ def _cut(units: NDArray[np.int64], batch_size: int, sizes: NDArray[np.int64] | N
     return np.split(units, np.flatnonzero(np.diff(last_row // batch_size)) + 1)
 
 
+def optimizer_step(
+    batch: NDArray[np.int64],
+    n_micro_batches: int,
+    rank: int,
+    n_processes: int,
+    sizes: NDArray[np.int64] | None = None,
+) -> OptimizerStep:
+    """Divide an effective batch among ranks and micro-batches, as evenly as possible.
+
+    Args:
+        batch: Units of the effective batch, the same on every rank.
+        n_micro_batches: Micro-batches per rank and step.
+        rank: This process.
+        n_processes: Number of processes.
+        sizes: Rows of each unit by its number; None means 1 each.
+
+    Returns:
+        This rank's share.
+    """
+
+    def n_rows(units: NDArray[np.int64]) -> int:
+        return len(units) if sizes is None else int(sizes[units].sum())
+
+    shares = np.array_split(batch, n_processes * n_micro_batches)
+    mine = shares[rank * n_micro_batches : (rank + 1) * n_micro_batches]
+    filled = [(share, np.ones) if len(share) else (batch[:1], np.zeros) for share in mine]
+    return OptimizerStep(
+        micro_batches=[units for units, _ in filled],
+        weights=[weigh(n_rows(units), np.float32) for units, weigh in filled],
+        n_rows=n_rows(batch),
+        batch=batch,
+        sizes=sizes,
+    )
+
+
 def optimizer_steps(
     batches: list[NDArray[np.int64]],
     n_micro_batches: int,
@@ -98,28 +137,6 @@ def optimizer_steps(
     n_processes: int,
     sizes: NDArray[np.int64] | None = None,
 ) -> Iterator[OptimizerStep]:
-    """Divide effective batches among ranks and micro-batches, as evenly as possible.
-
-    Args:
-        batches: Effective batches, the same on every rank.
-        n_micro_batches: Micro-batches per rank and step.
-        rank: This process.
-        n_processes: Number of processes.
-        sizes: Rows of each unit by its number; None means 1 each.
-
-    Yields:
-        This rank's share of each step.
-    """
-
-    def n_rows(units: NDArray[np.int64]) -> int:
-        return len(units) if sizes is None else int(sizes[units].sum())
-
+    """Divide effective batches one after the other; see `optimizer_step`."""
     for batch in batches:
-        shares = np.array_split(batch, n_processes * n_micro_batches)
-        mine = shares[rank * n_micro_batches : (rank + 1) * n_micro_batches]
-        filled = [(share, np.ones) if len(share) else (batch[:1], np.zeros) for share in mine]
-        yield OptimizerStep(
-            micro_batches=[units for units, _ in filled],
-            weights=[weigh(n_rows(units), np.float32) for units, weigh in filled],
-            n_rows=n_rows(batch),
-        )
+        yield optimizer_step(batch, n_micro_batches, rank, n_processes, sizes)

@@ -7,7 +7,7 @@ and no loss: a loop calls it, not the other way round.
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.batching import OptimizerStep, epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.batching import OptimizerStep, epoch_batches, optimizer_step
 from llm2rec.core.checkpoint import (
     load_optimizer,
     load_weights,
@@ -28,13 +28,14 @@ from llm2rec.core.checkpoint import (
     trainable_weights,
     trained_buffers,
 )
-from llm2rec.core.errors import Interrupted, NonFiniteError
-from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.core.errors import Interrupted
+from llm2rec.core.files import read_json, replaced_folder, storage_errors, write_json
 from llm2rec.core.processes import agree, process_arguments
 from llm2rec.core.progress import progress
 from llm2rec.core.run import Run
 from llm2rec.core.schedule import warmup_cosine
 from llm2rec.core.seed import seed_everything
+from llm2rec.core.stepper import MicroBatches, Stepper
 from llm2rec.core.termination import Termination
 from llm2rec.core.training import TrainingSettings
 
@@ -78,13 +79,8 @@ class Engine:
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
-        self.n_micro_batches = micro_batch_count(
-            self.training.batch_size, self.training.micro_batch_size, self.n_processes
-        )
-        # Set here, not in the constructor above, where the launcher's environment would win.
-        self.accelerator.gradient_accumulation_steps = self.n_micro_batches
-        self.seed = seed
-        self._show_progress, self._resting = show_progress, frozenset[str]()
+        self._stepper = Stepper(self.accelerator, self.training, self.log)
+        self.seed, self._show_progress = seed, show_progress
         self._termination, self._is_ending = Termination(), False
         self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
         seed_everything(seed)  # the same initial weights on every process
@@ -169,7 +165,18 @@ class Engine:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.training.micro_batch_size
             plugin.deepspeed_config["gradient_accumulation_steps"] = self.n_micro_batches
             plugin.deepspeed_config["gradient_clipping"] = self.training.max_grad_norm
-        return cast(tuple[Model, Any], self.accelerator.prepare(model, optimizer))
+        wrapped, prepared = self.accelerator.prepare(model, optimizer)
+        self._stepper.prepare(model, wrapped, prepared)
+        return cast(Model, wrapped), prepared
+
+    @property
+    def n_micro_batches(self) -> int:
+        """Micro-batches per process and step; more of them once a GPU has been too small."""
+        return self._stepper.n_micro_batches
+
+    def keep_undivided(self, reason: str) -> None:
+        """Refuse to divide steps any further, since ``reason`` (a setting) needs each in one piece."""
+        self._stepper.undivided = reason
 
     def max_steps(self, n_rows: int) -> int:
         """Optimizer steps of a whole training over ``n_rows`` rows."""
@@ -198,10 +205,9 @@ class Engine:
         with self._termination.awaited():
             for epoch in range(start // per_epoch, settings.epochs):
                 batches = epoch_batches(units, settings.batch_size, self.seed, epoch, lengths, sizes)
-                shares = optimizer_steps(batches, self.n_micro_batches, self.rank, self.n_processes, sizes)
-                for number, share in enumerate(shares, epoch * per_epoch):
+                for number, batch in enumerate(batches, epoch * per_epoch):
                     if number >= start:
-                        yield number, share
+                        yield number, optimizer_step(batch, self.n_micro_batches, self.rank, self.n_processes, sizes)
 
     def begin_step(self, step: int, max_steps: int, optimizer: Any, resting: Collection[str] = ()) -> float:
         """Seed dropout for global step ``step`` and set its learning rate.
@@ -226,55 +232,45 @@ class Engine:
             min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
             warmup_start_lr=settings.warmup_start_ratio * settings.learning_rate,
         )
-        self._resting = frozenset(resting)
+        self._stepper.resting = frozenset(resting)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group.get("name") in resting else lr * group.get("lr_ratio", 1.0)
         return lr
 
-    def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Context of one micro-batch: gradients are synchronised after the last one of a step only."""
-        return self.accelerator.accumulate(model)
-
-    def backward(self, loss_sum: Tensor, n_rows: int, step: int, rows: NDArray[np.int64]) -> None:
-        """Back-propagate the part that one micro-batch adds to the mean loss of its step.
+    def train_step(
+        self, step: int, share: OptimizerStep, passes: Callable[[OptimizerStep], MicroBatches]
+    ) -> dict[str, float] | None:
+        """Follow the gradient of the mean loss of a step's rows, after `begin_step`; a collective.
 
         Args:
-            loss_sum: Sum of the losses of this micro-batch's rows.
-            n_rows: Rows of the step over all ranks and micro-batches; the mean is over these.
-            step: Global step, for the error.
-            rows: Training rows of this micro-batch (their example ids), shape ``(B,)``, for the error.
+            step: Global step, from 0.
+            share: This process's rows of it.
+            passes: A generator of training rows and losses, for each micro-batch of a share; see `MicroBatches`. Where
+                a GPU runs out of memory it is called again, with the same rows in smaller micro-batches.
+
+        Returns:
+            Sums of the losses over this process's rows by name, or None if the step was skipped.
 
         Raises:
-            NonFiniteError: If the loss is not finite; no gradient has been applied.
+            NonFiniteError: If loss or gradient is not finite and steps are not, or no longer, to be skipped; no
+                gradient has been applied.
+            OutOfMemoryError: If the step does not fit, however it is divided.
         """
-        if not torch.isfinite(loss_sum):
-            raise NonFiniteError(
-                f"the loss is {loss_sum.item()} at step {step}, over the training examples "
-                f"{', '.join(map(str, rows.tolist()))}; lower `learning_rate`, set `max_grad_norm`, or train in a "
-                "wider number format. The last checkpoint is untouched."
-            )
-        # Accelerate and DeepSpeed divide by the number of micro-batches and average over ranks: undo both.
-        self.accelerator.backward(loss_sum * (self.n_processes * self.n_micro_batches / n_rows))
-
-    def step(self, model: nn.Module, optimizer: Any) -> None:
-        """Clip and apply the gradients; does nothing before the last micro-batch of a step."""
-        if self.training.max_grad_norm > 0 and self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.training.max_grad_norm)
-        for group in optimizer.param_groups if self.accelerator.sync_gradients else ():
-            if group.get("name") in self._resting:
-                for parameter in group["params"]:
-                    parameter.grad = None  # which AdamW leaves out; a zero would move its averages on
-        optimizer.step()
-        optimizer.zero_grad()
+        return self._stepper.take(step, share, passes)
 
     # Telling --------------------------------------------------------------------------------------------------------
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars to TensorBoard."""
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+            with storage_errors(self.run.folder / "tensorboard"):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+                self._writer.flush()
+
+    def log_steps(self, step: int) -> None:
+        """Write what there is to show of the last steps to TensorBoard."""
+        self.log(self._stepper.scalars(), step)
 
     def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of this process's and all others' ``values``; a collective."""
@@ -337,10 +333,9 @@ class Engine:
             with replaced_folder(target) as folder:
                 save_tensors(trainable_weights(model), folder / "model.safetensors")
                 save_tensors(tensors, folder / "optimizer.safetensors")
-                write_json(folder / "state.json", state)
-            for folder in older:
-                if folder != target:
-                    shutil.rmtree(folder)
+                write_json(folder / "state.json", {**state, "steps": self._stepper.state()})
+            for folder in [each for each in older if each != target][: -self.training.keep_checkpoints + 1 or None]:
+                shutil.rmtree(folder)
         self.wait()
         if self._is_ending:
             raise Interrupted(
@@ -364,7 +359,9 @@ class Engine:
         load_weights(model, folder / "model.safetensors")
         load_optimizer(model, optimizer.optimizer, folder / "optimizer.safetensors")
         logger.info("resuming at %s", folder.name)
-        return cast(dict[str, Any], read_json(folder / "state.json"))
+        state = cast(dict[str, Any], read_json(folder / "state.json"))
+        self._stepper.restore(state.pop("steps"))
+        return state
 
     def drop_checkpoints(self) -> None:
         """Delete the checkpoints of a finished run, whose best weights are kept elsewhere; the last thing a stage does.

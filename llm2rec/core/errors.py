@@ -11,6 +11,8 @@ __all__ = [
     "Interrupted",
     "Llm2RecError",
     "NonFiniteError",
+    "OutOfMemoryError",
+    "StorageError",
     "TeacherOutputsError",
     "UnknownItemError",
     "one_of",
@@ -43,6 +45,14 @@ class CheckpointError(Llm2RecError, RuntimeError):
 
 class NonFiniteError(Llm2RecError, FloatingPointError):
     """A loss or gradient that is not finite."""
+
+
+class OutOfMemoryError(Llm2RecError, MemoryError):
+    """A training step that does not fit into the GPU's memory, however it is divided."""
+
+
+class StorageError(Llm2RecError, OSError):
+    """A file that cannot be written: the disk is full, or the folder may not be written to."""
 
 
 class Interrupted(Llm2RecError, RuntimeError):

@@ -1,29 +1,82 @@
 """Files that are never seen half-written: write aside, flush to disk, rename."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "replaced_file", "replaced_folder", "sha256_of_file", "write_json"]
+from llm2rec.core.errors import StorageError
+
+__all__ = [
+    "flush_folder",
+    "read_json",
+    "remove_leftovers",
+    "replaced_file",
+    "replaced_folder",
+    "sha256_of_file",
+    "storage_errors",
+    "write_json",
+]
+
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO
+)  # fmt: skip
+
+_NO_REASON = r"inline_container|PytorchStreamWriter failed|\d+ requested and \d+ written"
+"""How torch and NumPy tell of a write that failed, without saying why."""
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Tell in one form that ``path`` cannot be written, whatever the library says that writes it.
+
+    Raises:
+        StorageError: Instead of an error of a full disk, a quota, or a folder that may not be written to.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if (reason := _refusal(error)) is None:
+            raise
+        raise StorageError(
+            f"{path} could not be written ({reason}); nothing that was there before has changed. Make room, or make "
+            "the folder writable, and give the same command again, with `resume=` the run's folder where it has one."
+        ) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the system has refused, or None if the error is of another kind."""
+    number = error.errno if isinstance(error, OSError) else None
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(told[1])
+    if number is not None:
+        return os.strerror(number) if number in _REFUSALS else None
+    return "the disk may be full" if re.search(_NO_REASON, str(error)) else None
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        _flush(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            _flush(aside)
+            os.replace(aside, path)
+            _flush(path.parent)  # the new name, too, before anything that relies on it happens
+        finally:
+            with suppress(OSError):  # a read-only folder: the error that brought us here tells more
+                aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -32,28 +85,55 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     A folder that is already there is moved away first, since a rename cannot replace a folder that holds files.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield aside
-        aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; results are for everybody in the group
-        for file in aside.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        try:
+            yield aside
+            aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; results are for everybody in the group
+            flush_folder(aside)
+            _put_in_place(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.replace(path, old)
+        os.replace(aside, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(aside, path)
+    _flush(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have a folder and all it holds on disk, before it gets the name that others read."""
+    for path in folder.rglob("*"):
+        _flush(path)
+    _flush(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers of `replaced_file` and `replaced_folder` that were killed have left in a folder.
+
+    Only for folders in which nobody else is writing.
+    """
+    for path in sorted(folder.rglob(".*")):  # parents before what they hold
+        if path.suffix in (".partial", ".old"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -1,5 +1,6 @@
 """Where things lie: the configuration, the run folder, the folder the user launched from."""
 
+import re
 import time
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from llm2rec.core.errors import CheckpointError
 from llm2rec.core.processes import agree, is_first_process
 
 __all__ = ["conf_folder", "from_launch_folder", "run_folder"]
+
+_NAME = r"result_\d{8}_\d{6}"
 
 
 def conf_folder() -> Path:
@@ -26,7 +29,7 @@ def run_folder(result_dir: str, resume: str | None, root: str) -> str:
 
     Args:
         result_dir: Where runs are kept.
-        resume: Folder of a run to continue, or None for a new run.
+        resume: Folder of a run to continue, however early it was killed, or None for a new run.
         root: Folder the user launched from.
 
     Returns:
@@ -37,7 +40,9 @@ def run_folder(result_dir: str, resume: str | None, root: str) -> str:
     """
     if resume:
         folder = from_launch_folder(resume, root)
-        if not (folder / "run.json").is_file():
+        # A run that was killed before it had written anything begins anew in its own folder.
+        began = folder.is_dir() and re.fullmatch(_NAME, folder.name) is not None
+        if not began and not (folder / "run.json").is_file():
             raise CheckpointError(
                 f"`resume` is {resume!r}, which holds no run.json; name the folder of an earlier run."
             )

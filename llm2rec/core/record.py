@@ -1,9 +1,8 @@
 """What a training loop has seen so far, so that it can be told, stored and taken up again."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from llm2rec.core.checkpoint import load_weights, save_tensors, trainable_weights
 from llm2rec.core.early_stopping import EarlyStopping
@@ -29,14 +28,20 @@ class TrainingRecord:
         self.step, self._history, self._sums, self._n_rows = 0, list[dict[str, float]](), dict[str, float](), 0
         self._best_file = engine.run.folder / "best.safetensors"
 
-    def add_losses(self, sums: dict[str, Tensor]) -> None:
-        """Add one micro-batch's loss sums, by name."""
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+    def finish_step(self, step: int, n_rows: int, sums: Mapping[str, float] | None) -> None:
+        """Note that step number ``step`` has been done.
 
-    def finish_step(self, step: int, n_rows: int) -> None:
-        """Note that step number ``step``, over ``n_rows`` rows of all processes, has been done."""
-        self.step, self._n_rows = step + 1, self._n_rows + n_rows
+        Args:
+            step: Global step, from 0.
+            n_rows: Its rows over all processes.
+            sums: This process's loss sums by name; None for a step that was skipped.
+        """
+        self.step = step + 1
+        if sums is None:
+            return
+        self._n_rows += n_rows
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def evaluated(self, model: Any, metrics: dict[str, float], *, waits: bool = True, **scalars: float) -> None:
         """Log losses and validation metrics of now; keep the trained weights if they are the best so far.
@@ -52,6 +57,7 @@ class TrainingRecord:
         losses = {name: value / self._n_rows for name, value in self.engine.sum_over_processes(self._sums).items()}
         values = {f"train/{k}": v for k, v in (losses | scalars).items()} | {f"val/{k}": v for k, v in metrics.items()}
         self.engine.log(values, self.step)
+        self.engine.log_steps(self.step)
         self._history.append({"step": self.step, **values})
         improved = self.stopping.update(metrics[self.select_on], self.step, waits=waits)
         told = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())

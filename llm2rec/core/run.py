@@ -3,13 +3,13 @@
 import datetime
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json, write_json
+from llm2rec.core.errors import CheckpointError, StorageError
+from llm2rec.core.files import read_json, remove_leftovers, write_json
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.processes import is_first_process
 
@@ -41,6 +41,8 @@ class Run:
         record = folder / "run.json"
         if record.is_file():
             run._check_resumable(read_json(record))
+            if is_first_process():
+                remove_leftovers(folder)
         elif is_first_process():
             write_json(folder / "config.json", config)
             write_json(
@@ -66,7 +68,8 @@ class Run:
         changed = [
             f"{key} (was {old!r}, now {new!r})"
             for key, old, new in _differences(saved, self.config)
-            if not key.startswith(("resume", "logging.", "paths.root"))  # none of these changes a result
+            # None of these changes a result; the last one where a GPU turns out to be too small.
+            if not key.startswith(("resume", "logging.", "paths.root")) and not key.endswith(".micro_batch_size")
         ]
         if changed:
             raise CheckpointError(
@@ -95,11 +98,17 @@ class Run:
         start = time.perf_counter()
         try:
             yield
-        finally:
-            path = self.folder / "metrics" / "time.json"
-            seconds = read_json(path) if path.is_file() else {}
-            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-            self.write_metrics("time", seconds)
+        except BaseException:
+            with suppress(StorageError):  # most likely what has brought us here
+                self._add_seconds(name, start)
+            raise
+        self._add_seconds(name, start)
+
+    def _add_seconds(self, name: str, start: float) -> None:
+        path = self.folder / "metrics" / "time.json"
+        seconds = read_json(path) if path.is_file() else {}
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        self.write_metrics("time", seconds)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,8 +1,9 @@
 """Random numbers as functions of seed, step and process, so that a resumed run draws what the unbroken one drew."""
 
 import hashlib
+from collections.abc import Callable
 
-__all__ = ["derived_seed", "seed_everything"]
+__all__ = ["derived_seed", "random_state", "seed_everything"]
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -22,3 +23,23 @@ def seed_everything(*parts: int | str) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_state() -> Callable[[], None]:
+    """Note the state of Python's, NumPy's and torch's generators (this process's device); returns what restores it."""
+    import random
+
+    import numpy as np
+    import torch
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+
+    return restore

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, one_of
 
 __all__ = ["TrainingSettings"]
 
@@ -15,7 +15,8 @@ class TrainingSettings:
         epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
         batch_size: Rows per optimizer step, over all processes and micro-batches. Where rows come several at a time
             (`student.examples=sequences`) these stay together, and the number is met on average.
-        micro_batch_size: Rows per process and forward pass at most; smaller needs less memory, same numbers.
+        micro_batch_size: Rows per process and forward pass at most; smaller needs less memory, same numbers. A GPU that
+            runs out of memory gets less by itself.
         learning_rate: Peak learning rate.
         min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.
         warmup_ratio: Part of all steps in which the learning rate rises linearly to its peak.
@@ -25,6 +26,10 @@ class TrainingSettings:
         patience: Evaluations without improvement after which training stops.
         evaluate_every_steps: Optimizer steps between evaluations; 0 means once an epoch.
         checkpoint_every_steps: Optimizer steps between checkpoints, besides the one after each evaluation; 0 for none.
+        keep_checkpoints: Checkpoints kept during the run, the newest ones; the best weights are kept besides.
+        nonfinite: What a loss or gradient that is not finite does: ``stop`` the run, or ``skip`` the step.
+        max_skipped: Steps skipped in the whole run after which the next one stops it all the same.
+        spike_ratio: Loss and gradient norm above this multiple of their recent median are logged; 0 logs none.
     """
 
     epochs: int = 100
@@ -39,9 +44,14 @@ class TrainingSettings:
     patience: int = 10
     evaluate_every_steps: int = 0
     checkpoint_every_steps: int = 0
+    keep_checkpoints: int = 1
+    nonfinite: str = "stop"
+    max_skipped: int = 10
+    spike_ratio: float = 10.0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train, all at once."""
+        one_of("training settings: `nonfinite`", self.nonfinite, "stop", "skip")
         problems = [
             f"`{name}` is {getattr(self, name)}, expected {expected}"
             for name, expected, ok in (
@@ -57,6 +67,9 @@ class TrainingSettings:
                 ("patience", "at least 1", self.patience >= 1),
                 ("evaluate_every_steps", "0 (once an epoch) or more", self.evaluate_every_steps >= 0),
                 ("checkpoint_every_steps", "0 (off) or more", self.checkpoint_every_steps >= 0),
+                ("keep_checkpoints", "at least 1", self.keep_checkpoints >= 1),
+                ("max_skipped", "0 or more", self.max_skipped >= 0),
+                ("spike_ratio", "0 (off) or above 1", self.spike_ratio == 0 or self.spike_ratio > 1),
             )
             if not ok
         ]

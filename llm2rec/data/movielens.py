@@ -119,6 +119,8 @@ class MovieLens100K(DatasetSpec):
                 while chunk := reply.read(1 << 16):
                     digest.update(chunk)
                     out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
             if digest.hexdigest() != self.md5:
                 raise DataError(
                     f"{self.url} has md5 {digest.hexdigest()}, expected {self.md5}: the download is damaged or the "

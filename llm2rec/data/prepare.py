@@ -19,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_from_disk
 
 from llm2rec.core.errors import DataError
+from llm2rec.core.files import flush_folder, storage_errors
 from llm2rec.data.filtering import Sequences, filter_and_number
 from llm2rec.data.recdata import (
     FORMAT_VERSION,
@@ -70,6 +71,21 @@ def prepare(spec: DatasetSpec, processed_dir: Path, raw_cache_dir: Path | None =
     raw = spec.read()
     sequences = filter_and_number(raw, spec)
     spans, split_counts = target_spans(sequences, spec)
+    with storage_errors(folder):
+        _write(folder, sequences, spans, split_counts, spec, key)
+    _log.info("prepared data written to %s", folder)
+    return load(folder)
+
+
+def _write(
+    folder: Path,
+    sequences: Sequences,
+    spans: Mapping[str, Span],
+    split_counts: Mapping[str, int],
+    spec: DatasetSpec,
+    key: str,
+) -> None:
+    """Write the whole folder aside and move it into its place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -82,12 +98,11 @@ def prepare(spec: DatasetSpec, processed_dir: Path, raw_cache_dir: Path | None =
                 sequences, {name: tables[name] for name in SPLIT_NAMES}, {**sequences.counts, **split_counts}
             ),
         )
-        _write_json(aside / "manifest.json", _manifest(tables, settings, key))
+        _write_json(aside / "manifest.json", _manifest(tables, spec.settings(), key))
+        flush_folder(aside)
         _move_into_place(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _log.info("prepared data written to %s", folder)
-    return load(folder)
 
 
 def _write_tables(

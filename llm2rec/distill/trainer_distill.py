@@ -8,10 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.batching import OptimizerStep
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.record import TrainingRecord
+from llm2rec.core.stepper import MicroBatches
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.kd_losses import (
@@ -88,6 +90,12 @@ def train_distilled(
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
+    def passes(step: int, row_weights: NDArray[np.float32], share: OptimizerStep) -> MicroBatches:
+        for units in share.micro_batches:
+            batch = train.batch(units, engine.device)
+            users = wrapped(*batch.inputs)  # (B, D)
+            yield batch.rows, row_losses(users, batch, row_weights, epoch=step // per_epoch, step=step)
+
     max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
     per_epoch = training.steps_per_epoch(len(train))
     wrapped.train()
@@ -95,19 +103,8 @@ def train_distilled(
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
-        epoch = step // per_epoch
-        row_weights = selection.weights(epoch)  # (M,)
-        for units, weights in zip(share.micro_batches, share.weights, strict=True):
-            batch = train.batch(units, engine.device)
-            with engine.accumulate(wrapped):
-                users = wrapped(*batch.inputs)  # (B, D)
-                losses = row_losses(users, batch, row_weights, epoch=epoch, step=step)  # each (B,)
-                counted = torch.from_numpy(weights).to(engine.device)
-                sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step, batch.rows)
-                engine.step(wrapped, optimizer)
-            record.add_losses(sums)
-        record.finish_step(step, share.n_rows)
+        sums = engine.train_step(step, share, partial(passes, step, selection.weights(step // per_epoch)))
+        record.finish_step(step, share.n_rows, sums)
 
         if training.evaluation_is_due(record.step, len(train)):
             metrics = ranking_metrics(rank_targets(model.student, validation, engine, seen=seen))
@@ -191,6 +188,7 @@ def _refuse_divided_steps(engine: Engine) -> None:
             "each; raise `student.training.micro_batch_size` to the batch size on one process, or use "
             "`distill.dros.in_ranking=per_row`."
         )
+    engine.keep_undivided("distill.dros.in_ranking=broadcast")
 
 
 def _own_loss(

@@ -1,10 +1,12 @@
 """Train a student on its own task alone: the baseline that distillation has to beat."""
 
-import torch
+from functools import partial
 
+from llm2rec.core.batching import OptimizerStep
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.record import TrainingRecord
+from llm2rec.core.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
@@ -50,6 +52,12 @@ def train_baseline(
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
 
+    def passes(step: int, share: OptimizerStep) -> MicroBatches:
+        for units in share.micro_batches:
+            batch = train.batch(units, engine.device)
+            users = wrapped(*batch.inputs)  # (B, D)
+            yield batch.rows, own_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)
+
     max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
     per_epoch = settings.steps_per_epoch(len(train))
     wrapped.train()
@@ -57,17 +65,8 @@ def train_baseline(
         if record.stopping.should_stop:
             break
         lr = engine.begin_step(step, max_steps, optimizer)
-        for units, weights in zip(share.micro_batches, share.weights, strict=True):
-            batch = train.batch(units, engine.device)
-            with engine.accumulate(wrapped):
-                users = wrapped(*batch.inputs)  # (B, D)
-                losses = own_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)  # each (B,)
-                counted = torch.from_numpy(weights).to(engine.device)
-                sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step, batch.rows)
-                engine.step(wrapped, optimizer)
-            record.add_losses(sums)
-        record.finish_step(step, share.n_rows)
+        sums = engine.train_step(step, share, partial(passes, step))
+        record.finish_step(step, share.n_rows, sums)
 
         if settings.evaluation_is_due(record.step, len(train)):
             metrics = ranking_metrics(rank_targets(model, validation, engine, seen=seen))

@@ -1,6 +1,7 @@
 """Train a teacher: one loop for all objectives, and the `item` objective."""
 
 import logging
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llm2rec.core.batching import OptimizerStep
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.core.optimizer import adamw
 from llm2rec.core.record import TrainingRecord
+from llm2rec.core.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.curriculum import is_hybrid
@@ -105,7 +108,7 @@ def train_teacher(
 
     watch = GateWatch(model, objective.validation.gate_inputs, engine)
     n_rows, balance_weight = len(train.rows), settings.balance_loss
-    positions, max_steps, per_epoch = np.arange(n_rows), engine.max_steps(n_rows), training.steps_per_epoch(n_rows)
+    positions, max_steps = np.arange(n_rows), engine.max_steps(n_rows)
     steps = engine.steps(positions, record.step, train.token_counts)
     wrapped.train()
     for step, share in engine.progress(steps, "teacher", max_steps, initial=record.step):
@@ -116,20 +119,8 @@ def train_teacher(
             model.refresh_titles()
         hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step, max_steps, engine.seed)
         lr = engine.begin_step(step, max_steps, optimizer, resting=() if hybrid else ("projector",))
-        use = mean_gates(model, train.gate_inputs, share, engine) if balance_weight > 0 else None  # (E,) or (G, E)
-        for micro, weights in zip(share.micro_batches, share.weights, strict=True):
-            gate_input = torch.from_numpy(train.gate_inputs[micro]).to(engine.device)
-            with engine.accumulate(wrapped), model.mixing(gate_input) as gates:  # they must outlive backward
-                losses = {"loss": objective.losses(wrapped, micro, hybrid=hybrid, epoch=step // per_epoch)}  # (B,)
-                if use is not None and gates is not None:
-                    losses |= {"loss_task": losses["loss"], "loss_balance": balance_losses(gates, use)}
-                    losses["loss"] = losses["loss_task"] + balance_weight * losses["loss_balance"]
-                counted = torch.from_numpy(weights).to(engine.device)
-                sums = {name: (values * counted).sum() for name, values in losses.items()}
-                engine.backward(sums["loss"], share.n_rows, step, train.rows[micro])
-                engine.step(wrapped, optimizer)
-            record.add_losses(sums)
-        record.finish_step(step, share.n_rows)
+        passes = partial(_passes, wrapped, model, objective, engine, balance_weight, hybrid, step)
+        record.finish_step(step, share.n_rows, engine.train_step(step, share, passes))
 
         if training.evaluation_is_due(record.step, n_rows):
             engine.average_buffers(model)
@@ -141,6 +132,30 @@ def train_teacher(
             engine.save_checkpoint(model, optimizer, record.state())
     record.finish(model)
     model.eval()
+
+
+def _passes(
+    wrapped: nn.Module,
+    model: LLMTeacher,
+    objective: Objective,
+    engine: Engine,
+    balance_weight: float,
+    hybrid: bool,
+    step: int,
+    share: OptimizerStep,
+) -> MicroBatches:
+    """Losses of a step's micro-batches; see `Engine.train_step`."""
+    train = objective.train
+    epoch = step // engine.training.steps_per_epoch(len(train.rows))
+    use = mean_gates(model, train.gate_inputs, share, engine) if balance_weight > 0 else None  # (E,) or (G, E)
+    for micro in share.micro_batches:
+        gate_input = torch.from_numpy(train.gate_inputs[micro]).to(engine.device)
+        with model.mixing(gate_input) as gates:  # they must outlive backward
+            losses = {"loss": objective.losses(wrapped, micro, hybrid=hybrid, epoch=epoch)}  # (B,)
+            if use is not None and gates is not None:
+                losses |= {"loss_task": losses["loss"], "loss_balance": balance_losses(gates, use)}
+                losses["loss"] = losses["loss_task"] + balance_weight * losses["loss_balance"]
+            yield train.rows[micro], losses
 
 
 def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:

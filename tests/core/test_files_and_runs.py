@@ -1,14 +1,21 @@
 import json
 import math
+import os
 import re
+import resource
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import feather
+from safetensors.torch import save_file
 
-from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.errors import CheckpointError, StorageError
+from llm2rec.core.files import read_json, remove_leftovers, replaced_file, replaced_folder, sha256_of_file, write_json
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
 from llm2rec.core.run import Run
 
@@ -66,6 +73,119 @@ def test_a_folder_is_replaced_as_a_whole_and_open_to_the_group(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
 
 
+def numpy_array(file):
+    with open(file, "wb") as opened:
+        np.save(opened, np.zeros(9000))
+
+
+WRITERS = {
+    "text": lambda file: file.write_text("x" * 9000),
+    "safetensors": lambda file: save_file({"x": torch.zeros(9000)}, file),
+    "torch": lambda file: torch.save(torch.zeros(9000), file),
+    "numpy": numpy_array,
+    "arrow": lambda file: feather.write_feather(pa.table({"x": range(9000)}), str(file), compression="uncompressed"),
+}
+
+
+@pytest.fixture
+def little_room():
+    """No file may grow beyond 5000 bytes: what a full disk does, to this process only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
+def test_a_full_disk_is_told_plainly_and_keeps_what_was_there(tmp_path, little_room, writer, replaced):
+    path = tmp_path / "it"
+    with replaced(path) as aside:
+        (aside if replaced is replaced_file else aside / "file").write_text("old")
+    kept = path if replaced is replaced_file else path / "file"
+
+    def write():
+        with replaced(path) as aside:
+            WRITERS[writer](aside if replaced is replaced_file else aside / "file")
+
+    with pytest.raises(
+        StorageError, match=rf"{re.escape(str(path))} could not be written \((File too large|the disk may be full)\)"
+    ):
+        write()
+    assert kept.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def read_only():
+    """A folder that holds a file and may not be written to, not even by a test that runs as root."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "kept").write_text("old")
+    folder.chmod(0o555)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(was)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, _: replaced_folder(path).__enter__()])
+@pytest.mark.parametrize("name", ["kept", "new", "deep/new"])
+def test_a_folder_that_may_not_be_written_to_is_told_plainly(read_only, write, name):
+    with pytest.raises(StorageError, match=r"could not be written \(Permission denied\); nothing .* make the folder"):
+        write(read_only / name, {})
+    assert [(file.name, file.read_text()) for file in read_only.iterdir()] == [("kept", "old")]
+
+
+def test_errors_of_another_kind_stay_what_they_are(tmp_path):
+    for error in (FileNotFoundError(2, "No such file"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)) as told, replaced_file(tmp_path / "a"):
+            raise error
+        assert told.value is error
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Files, the folders that hold them, and the name itself: each flushed, in this order."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def flushed(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".")[-1])
+        fsync(handle)
+
+    def named(source, target):
+        done.append("named")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    home = tmp_path / "home"
+    write_json(home / "a.json", {})
+    assert done == ["partial", "named", "home"]
+    done.clear()
+    with replaced_folder(home / "b") as aside:
+        (aside / "inner").mkdir()
+        (aside / "inner" / "file").write_text("x")
+    assert done == ["inner", "file", "partial", "named", "home"]
+
+
+def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path):
+    for name in (
+        ".a.json.7.partial",
+        "deep/.best.7.partial",
+        ".hydra/x.yaml",
+        "a.partial",
+        ".step_1.x.partial/w",
+        ".b.7.old/w",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".hydra/x.yaml", "a.partial"]
+
+
 def test_json_takes_paths_and_scalars_and_no_nan(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"path": Path("x/y"), "n": np.int64(3), "t": torch.tensor(0.5), "語": None})
@@ -102,6 +222,27 @@ def test_resuming_what_is_no_run_is_refused(tmp_path, resume):
 def test_resuming_finds_the_folder_from_where_it_was_typed(tmp_path):
     Run.start(tmp_path / "result" / "mine", "student", {})
     assert run_folder("elsewhere", "result/mine", str(tmp_path)) == str(tmp_path / "result" / "mine")
+
+
+def test_a_run_killed_before_it_had_written_anything_begins_anew_in_its_folder(tmp_path):
+    folder = tmp_path / "result" / "result_20260102_030405"
+    folder.mkdir(parents=True)
+    assert run_folder("result", "result/result_20260102_030405", str(tmp_path)) == str(folder)
+    write_json(folder / "config.json", {"half": "way"})
+    assert Run.start(folder, "student", CONFIG).record["status"] == "running"
+    assert read_json(folder / "config.json") == CONFIG
+
+
+def test_a_resumed_run_clears_what_its_killed_writers_left(tmp_path):
+    Run.start(tmp_path, "student", CONFIG)
+    (tmp_path / ".best.safetensors.77.partial").write_bytes(b"half")
+    Run.start(tmp_path, "student", CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
+def test_a_run_may_be_resumed_with_smaller_micro_batches(tmp_path):
+    for size in (8, 4):
+        Run.start(tmp_path, "student", {**CONFIG, "student": {"training": {"epochs": 3, "micro_batch_size": size}}})
 
 
 def test_paths_count_from_the_launch_folder(tmp_path):

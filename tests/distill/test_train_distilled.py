@@ -5,10 +5,19 @@ import numpy as np
 import pytest
 import torch
 from distill_helpers import teacher_for
-from engine_helpers import Killed, assert_same_weights, counting_rows, engine_in, killed_at, random_rows, written
+from engine_helpers import (
+    Killed,
+    assert_same_weights,
+    counting_rows,
+    engine_in,
+    killed_at,
+    out_of_memory_above,
+    random_rows,
+    written,
+)
 
 from llm2rec.core.engine import Engine
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, OutOfMemoryError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.kd_losses import alignment_loss, listwise_loss, pairwise_loss, ranking_loss
@@ -590,6 +599,32 @@ def test_micro_batches_change_nothing_where_no_loss_is_about_a_whole_step(tmp_pa
         return [entry["train/loss"] for entry in written(tmp_path / str(size), "validation")["history"]]
 
     assert losses_with(3) == pytest.approx(losses_with(8), rel=1e-5)
+
+
+def test_a_gpu_that_is_too_small_distils_the_same_student_as_smaller_micro_batches(tmp_path):
+    settings = settings_of(alignment=0.4)
+    expected = train_in(tmp_path / "small", settings, batch_size=8, micro_batch_size=2)
+    engine = engine_in(tmp_path / "lowered", **{**TRAINING, **WHOLE_STEPS})
+    model = distilled(settings)
+    seen = out_of_memory_above(model, 2)
+    train_distilled(model, TRAIN, TEACHER, VALIDATION, SelectionPolicyAll(), engine, settings)
+    assert seen[:3] == [8, 4, 2]
+    assert_same_weights(model.state_dict(), expected.state_dict())
+
+
+def test_a_broadcast_is_not_divided_by_a_gpu_that_is_too_small(tmp_path):
+    model, settings = distilled(code()), code()
+    out_of_memory_above(model, 4)
+    with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs each step in one piece"):
+        train_distilled(
+            model,
+            TRAIN,
+            TEACHER,
+            VALIDATION,
+            SelectionPolicyAll(),
+            engine_in(tmp_path, **{**TRAINING, **WHOLE_STEPS}),
+            settings,
+        )
 
 
 def test_a_broadcast_over_parts_of_a_step_is_refused(tmp_path):

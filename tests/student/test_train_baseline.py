@@ -8,6 +8,7 @@ from engine_helpers import (
     counting_rows,
     engine_in,
     killed_at,
+    out_of_memory_above,
     random_rows,
     written,
 )
@@ -194,9 +195,35 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path):
 
     model.register_forward_pre_hook(poison)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan at step 2, over the training examples \d+(, \d+)*; lower"
+        NonFiniteError, match=r"the loss is not finite at step 2, over the training examples \d+(, \d+)*; lower"
     ):
         train_baseline(model, TRAIN, VALIDATION, engine)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name == "step_000000002"
     assert all(torch.isfinite(v).all() for v in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_gpu_that_is_too_small_trains_the_same_student_as_smaller_micro_batches(tmp_path, in_backward):
+    expected = train_in(tmp_path / "small", micro_batch_size=2)
+    model, engine = student(), engine_in(tmp_path / "lowered", **{**SETTINGS, "micro_batch_size": 8})
+    seen = out_of_memory_above(model, 2, in_backward=in_backward)
+    train_baseline(model, TRAIN, VALIDATION, engine)
+    assert seen[:3] == [8, 4, 2]
+    assert_same_weights(model.state_dict(), expected.state_dict())
+    assert written(tmp_path / "lowered", "validation") == written(tmp_path / "small", "validation")
+
+
+def test_a_student_goes_on_without_the_steps_it_skips(tmp_path):
+    model, engine = student(), engine_in(tmp_path, **{**SETTINGS, "nonfinite": "skip", "max_skipped": 1})
+    calls = []
+
+    def poison(module, _, users):
+        calls.append(None)
+        return users * torch.nan if len(calls) == 8 else users  # in the third step
+
+    model.register_forward_hook(poison)
+    train_baseline(model, TRAIN, VALIDATION, engine)
+    history = written(tmp_path, "validation")["history"]
+    assert [entry["step"] for entry in history] == [5, 10, 15]
+    assert all(entry["train/loss"] == entry["train/loss"] for entry in history)

@@ -199,14 +199,17 @@ def test_the_projector_rests_while_text_is_shown(hybrid, data, tmp_path):
     model, seen, moments = hybrid(), [], []
 
     class Watching(Engine):
-        def step(self, wrapped, optimizer):
-            super().step(wrapped, optimizer)
-            if self.accelerator.sync_gradients:
-                seen.append(weights_of(model, "projector"))
-                resting = [
-                    p for group in optimizer.param_groups if group["name"] == "projector" for p in group["params"]
-                ]
-                moments.append(any(optimizer.state.get(parameter) for parameter in resting))
+        def begin_step(self, step, max_steps, optimizer, resting=()):
+            self.optimizer = optimizer
+            return super().begin_step(step, max_steps, optimizer, resting)
+
+        def train_step(self, *arguments):
+            sums = super().train_step(*arguments)
+            seen.append(weights_of(model, "projector"))
+            groups = [group for group in self.optimizer.param_groups if group["name"] == "projector"]
+            resting = [parameter for group in groups for parameter in group["params"]]
+            moments.append(any(self.optimizer.state.get(parameter) for parameter in resting))
+            return sums
 
     before = weights_of(model, "projector")
     train(model, data, tmp_path, kind=Watching, settings={"curriculum": "two_stage"}, weight_decay=0.5)

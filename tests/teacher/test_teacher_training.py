@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from engine_helpers import assert_same_weights, out_of_memory_above
 from teacher_helpers import build, engine_in, fit, randomise, split, teacher_rows
 
 from llm2rec.core.errors import ConfigError
@@ -217,3 +218,21 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 def test_export_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ConfigError, match=r"teacher\.export"):
         ExportSettings(**settings)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_gpu_that_is_too_small_trains_the_same_teacher_as_smaller_micro_batches(
+    in_backward, data, llm_folder, tmp_path
+):
+    """Held gates, their dropout and that of the experts, and the loss about a whole step included."""
+    adapter = {"dropout": 0.1, "gate": "dropout"}
+    expected, _ = build("llama", llm_folder, data, adapter=adapter)
+    rows = [teacher_rows(expected, split(data, name), np.arange(24)) for name in ("train", "validation")]
+    settings = {**TRAINING, "epochs": 1, "batch_size": 8}
+    fit(expected, *rows, engine_in(tmp_path / "small", **{**settings, "micro_batch_size": 2}), balance_loss=0.5)
+    model, _ = build("llama", llm_folder, data, adapter=adapter)
+    seen = out_of_memory_above(model, 2, in_backward=in_backward)
+    fit(model, *rows, engine_in(tmp_path / "lowered", **{**settings, "micro_batch_size": 8}), balance_loss=0.5)
+    assert seen[:3] == [8, 4, 2]
+    assert_same_weights(model.state_dict(), expected.state_dict())
+    assert history(tmp_path / "lowered") == history(tmp_path / "small")
