@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
-from llm2rec.core.files import read_json
 from llm2rec.core.ranking import Catalogue, Pairs
+from llm2rec.core.run import read_record
 from llm2rec.recommend.names import By, ItemNames, Unknown, check_choice
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
 from llm2rec.student.models import SequentialRecommender
@@ -83,11 +82,7 @@ class Recommender:
         if index is not None and search == "exact":
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
         folder = _checked(Path(run_folder)) / "student"
-        names = ItemNames(load_item_table(folder))
-        try:
-            model = load_student(folder).to(device)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the student in {folder} cannot be read ({error}); copy it again.") from error
+        names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
         if search == "exact":
             return cls(model, names)
         catalogue = Catalogue(model.output_items.vectors())
@@ -199,7 +194,7 @@ def _checked(folder: Path) -> Path:
     """
     if not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} is no run folder (it holds no run.json); name one, such as result/result_...")
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
         raise CheckpointError(
             f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of student "
