@@ -21,7 +21,10 @@ RUN python3 -m venv /usr/local/lib/poetry \
     && ln -s /usr/local/lib/poetry/bin/poetry /usr/local/bin/poetry
 
 # The container runs as the caller, who is not in /etc/passwd and does not own the mounted checkout.
+# Whoever starts it without naming a user is not root either: start_experiment_container.sh names the caller, and nobody
+# (65534) is the user of all others.
 RUN git config --system --add safe.directory /workspace
+USER 65534:65534
 
 WORKDIR /workspace
 

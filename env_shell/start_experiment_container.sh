@@ -39,6 +39,7 @@ options=(
   "$(terminal_option)"
   --name "$container"
   --user "$(id -u):$(id -g)"
+  --security-opt no-new-privileges
   --env HOME=/home/experiment
   --volume "$root:/workspace"
   --volume "$state/home:/home/experiment"

@@ -1,18 +1,21 @@
 """What every stage's ``__main__`` begins with: compose the configuration, open the run, tell errors plainly."""
 
+import errno
 import logging
+import math
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -25,10 +28,15 @@ from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
 
-__all__ = ["build", "open_data", "open_engine", "question", "stage"]
+__all__ = ["build", "built_object", "open_data", "open_engine", "question", "stage"]
 
 logger = logging.getLogger("llm2rec")
 _SECONDS_FOR_FIRST_PROCESS = 3.0
+# What the place of a file is to blame for, not the code: a file where a folder is asked for, rights, room.
+_OF_THE_PLACE = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 Settings = TypeVar("Settings")
 
 
@@ -47,6 +55,9 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
             folder = Path(HydraConfig.get().runtime.output_dir)
             _quiet_libraries()
             try:
+                _refuse_endless(cfg)
+                if cfg.seed < 0:
+                    raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
                 run = Run.start(folder, name, _plain(cfg))
                 logger.info("%s: %s", name, _shown(folder))
                 build(cfg.metrics, MetricsConfig)  # a metric that is not there would show after an epoch only
@@ -56,7 +67,7 @@ def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], N
                 function(cast(Config, cfg), run)
                 run.note(status="finished")
                 logger.info("%s: done, see %s", name, _shown(folder))
-            except (Llm2RecError, InstantiationException, OmegaConfBaseException) as error:
+            except (Llm2RecError, OmegaConfBaseException, OSError) as error:
                 _tell(error)
                 sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)  # as a shell tells a signal
 
@@ -85,7 +96,7 @@ def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]
             _quiet_libraries()
             try:
                 function(cfg)
-            except (Llm2RecError, OmegaConfBaseException) as error:
+            except (Llm2RecError, OmegaConfBaseException, OSError) as error:
                 _tell(error)
                 sys.exit(1)
 
@@ -105,6 +116,7 @@ def build(node: Any, kind: type[Settings]) -> Settings:
     Raises:
         ConfigError: If a required value is missing or a value cannot work.
     """
+    _refuse_endless(node)
     try:
         settings = OmegaConf.to_object(node)
     except MissingMandatoryValue as error:
@@ -115,6 +127,44 @@ def build(node: Any, kind: type[Settings]) -> Settings:
     if not isinstance(settings, kind):
         raise TypeError(f"expected {kind.__name__}, the node holds {type(settings).__name__}.")
     return settings
+
+
+def built_object(node: Any) -> Any:
+    """Make the object that ``_target_`` of a configuration node names, with the rest of the node as its arguments.
+
+    Raises:
+        ConfigError: If it is none of this library's, or a value cannot work.
+    """
+    _refuse_endless(node)
+    if not str(node._target_).startswith("llm2rec."):
+        raise ConfigError(
+            f"`{node._get_full_key('_target_')}` is {node._target_!r}, expected a name of this library; a class of "
+            "your own is given by `active=custom active.policy=module.Class`."
+        )
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, Llm2RecError):
+            raise cause from error
+        raise ConfigError(f"{node._target_} cannot be made: {cause}") from error
+
+
+def _refuse_endless(node: Any) -> None:
+    """Refuse NaN and infinity, which no setting can do anything with and most comparisons let pass."""
+    for key, value in _numbers(OmegaConf.to_container(node, resolve=False), node._get_full_key(None)):
+        if not math.isfinite(value):
+            raise ConfigError(f"`{key}` is {value}, expected a finite number.")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(each, f"{key}.{name}" if key else str(name))
 
 
 def open_data(cfg: Config, run: Run) -> RecData:
@@ -159,15 +209,31 @@ def _shown(folder: Path) -> str:
 
 
 def _tell(error: Exception) -> None:
-    cause: BaseException = error
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
+    """Tell an error in one line; one of the operating system that the code is to blame for stays loud.
+
+    Raises:
+        OSError: The error itself, if it is such a one.
+    """
     logger.debug("the error in full", exc_info=error)
+    if isinstance(error, OSError) and not isinstance(error, Llm2RecError):
+        error = _of_the_place(error)
     if not is_first_process():
         # What the first process meets too it tells itself, and the launcher ends us meanwhile. What is left is ours
         # alone, such as a loss that is not finite.
         time.sleep(_SECONDS_FOR_FIRST_PROCESS)
-    logger.error("%s: %s", type(cause).__name__, cause)
+    # One line, whatever library the message comes from.
+    logger.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+
+
+def _of_the_place(error: OSError) -> ConfigError:
+    """Say of an error of the operating system which place it is about.
+
+    Raises:
+        OSError: The error itself, if no place is to blame.
+    """
+    if error.errno not in _OF_THE_PLACE:
+        raise error
+    return ConfigError(f"{error.filename or 'a file'}: {error.strerror}; name another place, or make room there.")
 
 
 def _or_exit(function: Callable[..., str]) -> Callable[..., str]:
@@ -177,7 +243,8 @@ def _or_exit(function: Callable[..., str]) -> Callable[..., str]:
         try:
             return function(*arguments)
         except (Llm2RecError, OSError) as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")  # no log is open yet
+            told = error if isinstance(error, Llm2RecError) else _of_the_place(error)
+            sys.stderr.write(f"{type(told).__name__}: {told}\n")  # no log is open yet
             sys.exit(1)
 
     return guarded

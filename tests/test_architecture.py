@@ -26,6 +26,11 @@ BELOW = {
 }
 TOP = {"config", "stage"}  # above all rooms; only the stages' `__main__` may import them
 CONFIGURED = {"hydra", "omegaconf"}
+PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE = {
+    "pd.read_pickle", "pandas.read_pickle", "eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load",
+    "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
+}  # fmt: skip
 OPTIONAL = {"deepspeed", "bitsandbytes", "faiss", "onnx", "onnxruntime", "onnxscript"}
 
 
@@ -76,8 +81,11 @@ class TestEveryFile:
             assert not {name.split(".")[0] for name in imported(file)} & CONFIGURED
 
     def test_nothing_is_unpickled(self, file):
-        pickled = {name for name in imported(file) if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib"}}
-        assert pickled <= {"pickle.UnpicklingError"}  # the name of what torch.load raises
+        assert not {name for name in imported(file) if name.split(".")[0] in PICKLING}
+        # Under another name the calls below would not be seen.
+        assert not {*imported(file)} & {
+            f"{module}.load" for module in ("torch", "numpy", "yaml", "torch.jit", "torch.hub")
+        }
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
@@ -87,7 +95,25 @@ class TestEveryFile:
                 assert keywords.get("weights_only") == "True", f"line {node.lineno}"
             if called in {"np.load", "numpy.load"}:
                 assert keywords.get("allow_pickle") == "False", f"line {node.lineno}"
-            assert called not in {"pd.read_pickle", "eval", "exec"}, f"line {node.lineno}"
+            assert called not in UNSAFE, f"line {node.lineno}"
+            assert "allow_pickle" not in keywords or keywords["allow_pickle"] == "False", f"line {node.lineno}"
+
+    def test_code_of_models_runs_only_when_asked_for_by_name(self, file):
+        """Every reader of a language model is told what ``llm.trust_remote_code`` says."""
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                trusted = keywords.get("trust_remote_code", "False")
+                assert trusted == "False" or trusted.endswith(".trust_remote_code"), f"line {node.lineno}"
+                if re.fullmatch(r"Auto\w+\.from_pretrained|kind\.from_pretrained", ast.unparse(node.func)):
+                    assert "trust_remote_code" in keywords, f"line {node.lineno}"
+
+    def test_archives_are_never_unpacked(self, file):
+        """Members are read by name, so that none can be written outside of a folder."""
+        assert not {name for name in imported(file) if name.split(".")[0] == "tarfile"}
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in {"extract", "extractall", "unpack_archive"}, f"line {node.lineno}"
 
     def test_heavy_optional_libraries_are_imported_where_they_are_used(self, file):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -122,6 +148,11 @@ def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
         "hydra",
         "pickle.loads",
     }
+
+
+def test_no_file_of_the_configuration_trusts_code():
+    for file in (REPOSITORY / "conf").rglob("*.yaml"):
+        assert not re.search(r"trust_remote_code: *true", file.read_text(encoding="utf-8"), re.IGNORECASE), file.name
 
 
 LOADED = "import sys, json; import {}; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"

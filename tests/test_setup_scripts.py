@@ -529,6 +529,8 @@ def test_image_that_is_there_is_run_only(docker: Checkout) -> None:
     assert f"--volume {docker.root}:/workspace " in call
     assert "--workdir /workspace" in call
     assert f"--user {os.getuid()}:{os.getgid()}" in call
+    assert "--security-opt no-new-privileges" in call
+    assert "--privileged" not in call
     assert "--env HOME=" in call
     assert call.endswith("bash")
     assert " -it " not in call  # no terminal here
@@ -580,6 +582,12 @@ def test_dockerfile_follows_the_lock_and_copies_no_code(lock_reader: ModuleType)
     assert re.search(r"^FROM pytorch/pytorch:(.+?)-cuda", text, re.MULTILINE).group(1) == lock_reader.torch_version()  # type: ignore[union-attr]
     assert re.findall(r"^\s*(COPY|ADD)\b", text, re.MULTILINE) == []
     assert "WORKDIR /workspace" in text
+
+
+def test_image_is_nobody_elses_root() -> None:
+    users = re.findall(r"^USER (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert users
+    assert users[-1] not in ("root", "0")
 
 
 def test_dockerfile_passes_hadolint() -> None:

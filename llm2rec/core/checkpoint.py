@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ __all__ = [
     "load_optimizer",
     "load_weights",
     "optimizer_tensors",
+    "read_tensors",
     "save_tensors",
     "trainable_weights",
     "trained_buffers",
@@ -59,7 +61,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: If names or shapes differ from those of the model.
     """
-    stored = load_file(file)
+    stored = read_tensors(file)
     own = _trained(model)
     problems = [f"missing {name}" for name in own.keys() - stored.keys()]
     problems += [f"unknown {name}" for name in stored.keys() - own.keys()]
@@ -78,6 +80,18 @@ def load_weights(model: nn.Module, file: Path) -> None:
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write tensors by name; tied ones are written once each, as copies."""
     save_file({name: _to_cpu(tensor) for name, tensor in tensors.items()}, file)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); put it back as it was written.") from error
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
         CheckpointError: If a stored parameter is not the optimizer's.
     """
     stored: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(file).items():
+    for name, tensor in read_tensors(file).items():
         parameter, key = name.rsplit("/", 1)
         stored.setdefault(parameter, {})[key] = tensor
     if _is_zero(optimizer):

@@ -12,18 +12,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llm2rec.core.errors import StorageError
+from llm2rec.core.errors import DataError, StorageError
 
 __all__ = [
+    "check_hashes",
     "flush_folder",
     "read_json",
+    "read_object",
     "remove_leftovers",
     "replaced_file",
     "replaced_folder",
     "sha256_of_file",
     "storage_errors",
+    "write_hashes",
     "write_json",
 ]
+
+_HASHES = "manifest.json"
 
 _REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO
@@ -159,11 +164,69 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        DataError: If the file is missing, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); put it back as it was written.") from error
+    except (ValueError, RecursionError) as error:  # the latter: thousands of brackets within brackets
+        raise DataError(f"{path} is not JSON ({error}); put it back as it was written.") from error
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object with certain keys.
+
+    Args:
+        path: The file.
+        keys: Keys that must be there.
+
+    Raises:
+        DataError: If the file is missing, is not JSON, holds something else, or lacks a key.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}, expected an object; put it back as it was written.")
+    if missing := [key for key in keys if key not in value]:
+        raise DataError(f"{path} lacks {', '.join(map(repr, missing))}; put it back as it was written.")
+    return value
 
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:
+    """Write hashes of all files of a folder into its ``manifest.json``, by which `check_hashes` knows them again.
+
+    Args:
+        folder: The folder, complete but for this file.
+        editable: Files that may be changed by hand later.
+    """
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    write_json(
+        folder / _HASHES, {"sha256": {name: sha256_of_file(folder / name) for name in files if name not in editable}}
+    )
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare the files of a folder with what `write_hashes` wrote there; folders of earlier versions have nothing.
+
+    Raises:
+        DataError: If a file is missing or has changed, or the hashes themselves are damaged.
+    """
+    if not (folder / _HASHES).is_file():
+        return
+    for name, expected in read_object(folder / _HASHES, "sha256")["sha256"].items():
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} lacks {name}; copy the folder again, as a whole.")
+        if sha256_of_file(folder / name) != expected:
+            raise DataError(
+                f"{folder / name} has changed since it was written (its hash is not that in {_HASHES}); copy the "
+                "folder again, as a whole."
+            )

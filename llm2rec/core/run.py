@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2rec.core.errors import CheckpointError, StorageError
-from llm2rec.core.files import read_json, remove_leftovers, write_json
+from llm2rec.core.errors import CheckpointError, DataError, StorageError
+from llm2rec.core.files import read_object, remove_leftovers, replaced_file, write_json
 from llm2rec.core.git_info import git_state, library_versions
+from llm2rec.core.private import without_secrets
 from llm2rec.core.processes import is_first_process
 
-__all__ = ["Run"]
+__all__ = ["Run", "read_record"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Run:
         run = cls(folder, stage, config)
         record = folder / "run.json"
         if record.is_file():
-            run._check_resumable(read_json(record))
+            run._check_resumable(read_record(folder))
             if is_first_process():
                 remove_leftovers(folder)
         elif is_first_process():
-            write_json(folder / "config.json", config)
+            write_json(folder / "config.json", without_secrets(config))
+            _clean_hydra(folder)
             write_json(
                 record,
                 {
@@ -64,10 +66,10 @@ class Run:
                 f"{self.folder.name} is a run of stage {record['stage']!r}, not of {self.stage!r}; resume it with "
                 f"`-m llm2rec.{record['stage']}`."
             )
-        saved = read_json(self.folder / "config.json")
+        saved = read_object(self.folder / "config.json")
         changed = [
             f"{key} (was {old!r}, now {new!r})"
-            for key, old, new in _differences(saved, self.config)
+            for key, old, new in _differences(saved, without_secrets(self.config))
             # None of these changes a result; the last one where a GPU turns out to be too small.
             if not key.startswith(("resume", "logging.", "paths.root")) and not key.endswith(".micro_batch_size")
         ]
@@ -80,7 +82,7 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
-        return read_json(self.folder / "run.json")
+        return read_record(self.folder)
 
     def note(self, **values: Any) -> None:
         """Add ``values`` to ``run.json``."""
@@ -106,9 +108,39 @@ class Run:
 
     def _add_seconds(self, name: str, start: float) -> None:
         path = self.folder / "metrics" / "time.json"
-        seconds = read_json(path) if path.is_file() else {}
+        seconds = read_object(path) if path.is_file() else {}
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.write_metrics("time", seconds)
+
+
+def read_record(folder: Path, *keys: str) -> dict[str, Any]:
+    """Read a run's ``run.json``.
+
+    Args:
+        folder: The run's folder.
+        keys: What it must hold besides stage and status; a ``dataset`` has a name and a fingerprint.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    file = folder / "run.json"
+    try:
+        record = read_object(file, "stage", "status", *keys)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    dataset = record.get("dataset", {})
+    if not isinstance(dataset, dict) or ("dataset" in keys and not {"name", "fingerprint"} <= dataset.keys()):
+        raise CheckpointError(f"{file} says {dataset!r} of its `dataset`, expected a name and a fingerprint.")
+    return record
+
+
+def _clean_hydra(folder: Path) -> None:
+    """Take home folder and secrets out of what Hydra has written before any code of ours ran."""
+    for file in (folder / ".hydra").glob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        if (cleaned := without_secrets(text)) != text:
+            with replaced_file(file) as aside:
+                aside.write_text(cleaned, encoding="utf-8")
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,4 +1,7 @@
-"""Columns out of csv, tsv, parquet and JSON-lines files, with the line of every row for error messages."""
+"""Columns out of csv, tsv, parquet and JSON-lines files, with the line of every row for error messages.
+
+Files are read once, from front to back, a part at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import pyarrow.parquet as pa_parquet
 
 from llm2rec.core.errors import DataError
 from llm2rec.data._files import data_suffix, numbered_lines, shorten
+from llm2rec.data._spill import Spill
 
 __all__ = ["Column", "Table", "read_table"]
 
@@ -27,7 +31,7 @@ _JSON_LINES = (".jsonl", ".ndjson")
 
 # The csv module's own limit of 128 KiB a field would refuse long descriptions.
 _FIELD_LIMIT_CHARS = 1 << 27
-_ROWS_PER_CHUNK = 1 << 16
+_ROWS_PER_PART = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,30 @@ class Table:
 
     Attributes:
         path: The file.
-        columns: Values by our name; text for csv and tsv, the file's own types otherwise.
         names: The file's column name by our name.
         place: Words for where a row (from 0) is in the file, such as `a.csv, line 3`.
+        parts: Yields the columns by our name, some rows at a time; may be called again. Text for csv and tsv, the
+            file's own types otherwise, the same in all parts.
     """
 
     path: Path
-    columns: dict[str, pd.Series]
     names: dict[str, str]
     place: Callable[[int], str]
+    parts: Callable[[], Iterator[dict[str, pd.Series]]]
+
+    def whole(self) -> dict[str, pd.Series]:
+        """All rows of all columns."""
+        parts = list(self.parts())
+        return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in self.names}
 
 
-def read_table(path: Path, wanted: Mapping[str, Column]) -> Table:
+def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = None) -> Table:
     """Read columns of a file whose format its suffix tells.
 
     Args:
         path: The file.
         wanted: Columns by our name for them.
+        work: A folder for what does not fit into memory; None keeps all there.
 
     Returns:
         The columns, as many rows as the file has.
@@ -76,10 +87,11 @@ def read_table(path: Path, wanted: Mapping[str, Column]) -> Table:
         DataError: If the format or a column is unknown, the file is empty, or a row is malformed.
     """
     suffix = data_suffix(path)
+    spill = Spill(None if work is None else work / f"{path.name}.columns")
     if suffix in _DELIMITERS:
-        return _read_delimited(path, wanted, _DELIMITERS[suffix])
+        return _read_delimited(path, wanted, _DELIMITERS[suffix], spill)
     if suffix in _JSON_LINES:
-        return _read_json_lines(path, wanted)
+        return _read_json_lines(path, wanted, spill)
     if suffix == ".parquet":
         return _read_parquet(path, wanted)
     raise DataError(
@@ -99,7 +111,7 @@ def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str])
             raise DataError(f"{path}: column `{column.name}` is there {there.count(column.name)} times; keep one.")
 
 
-def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str) -> Table:
+def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, spill: Spill) -> Table:
     """Read with the csv module in its strict mode.
 
     Arrow reads several times faster, but an unclosed quote makes it swallow the rows up to the next quote without a
@@ -111,9 +123,9 @@ def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str) ->
         raise DataError(f"{path} is empty; expected a first line with the column names.")
     _require_columns(path, wanted, header)
     at = [header.index(column.name) for column in wanted.values()]
-    # Python strings are several times the size of Arrow's, so they are packed as they come.
-    chunks: list[list[pa.Array]] = [[] for _ in at]
-    while taken := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
+    empty = pa.table({ours: pa.array([], pa.large_string()) for ours in wanted})
+    spill.append(empty)
+    while taken := list(itertools.islice(rows, _ROWS_PER_PART)):
         for number, fields in taken:
             if len(fields) != len(header):
                 raise DataError(
@@ -121,15 +133,16 @@ def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str) ->
                     f"({shorten(delimiter.join(fields))}). Correct the line; a value that holds {delimiter!r} needs "
                     "double quotes."
                 )
-        for chunk, index in zip(chunks, at, strict=True):
-            chunk.append(pa.array([fields[index] for _, fields in taken], pa.large_string()))
-    columns = (pa.chunked_array(chunk, pa.large_string()).to_pandas().astype("str") for chunk in chunks)
-    return Table(
-        path=path,
-        columns=dict(zip(wanted, columns, strict=True)),
-        names={ours: column.name for ours, column in wanted.items()},
-        place=lambda row: _line_of_row(path, delimiter, row),
-    )
+        columns = [pa.array([fields[index] for _, fields in taken], pa.large_string()) for index in at]
+        spill.append(pa.table(dict(zip(wanted, columns, strict=True))))
+    spill.close()
+
+    def parts() -> Iterator[dict[str, pd.Series]]:
+        for part in spill.parts():
+            yield {ours: part[ours].to_pandas().astype("str") for ours in wanted}
+
+    names = {ours: column.name for ours, column in wanted.items()}
+    return Table(path, names, lambda row: _line_of_row(path, delimiter, row), parts)
 
 
 def _line_of_row(path: Path, delimiter: str, row: int) -> str:
@@ -173,71 +186,131 @@ def _opened(path: Path) -> Any:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _read_json_lines(path: Path, wanted: Mapping[str, Column]) -> Table:
-    values: dict[str, list[Any]] = {ours: [] for ours in wanted}
-    lines: list[int] = []
+def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill) -> Table:
+    kinds: dict[str, set[type]] = {ours: set() for ours in wanted}
+
+    def plain(value: Any, ours: str) -> str | None:
+        kinds[ours].add(type(value))
+        return None if value is None else str(value)  # of a float, what reads back as the same float
+
+    records = _records(path, wanted)
+    while taken := list(itertools.islice(records, _ROWS_PER_PART)):
+        columns = {ours: [plain(record[ours], ours) for record in taken] for ours in wanted}
+        spill.append(pa.table({ours: pa.array(each, pa.large_string()) for ours, each in columns.items()}))
+    spill.close()
+    if not any(kinds.values()):
+        raise DataError(f"{path} is empty; expected one JSON object a line.")
+
+    def parts() -> Iterator[dict[str, pd.Series]]:
+        for part in spill.parts():
+            yield {ours: _typed(part[ours].to_pandas().astype("str"), kinds[ours]) for ours in wanted}
+
+    names = {ours: column.name for ours, column in wanted.items()}
+    return Table(path, names, lambda row: _line_of_record(path, row), parts)
+
+
+def _records(path: Path, wanted: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
+    """Yield the values of each line, by our names."""
+    is_first = True
     for number, line in numbered_lines(path):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: thousands of brackets within brackets
             raise DataError(
                 f"{path}, line {number}: {shorten(line)} is not JSON ({error}); expected one object a line."
             ) from error
         if not isinstance(record, dict):
             raise DataError(f'{path}, line {number}: {shorten(line)} is not an object such as {{"user_id": ...}}.')
-        if not lines:
+        if is_first:
             _require_columns(path, wanted, list(record))
-        for ours, column in wanted.items():
-            value = record.get(column.name)
-            is_plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-            if not is_plain and not (value is None and column.nullable):
-                raise DataError(
-                    f"{path}, line {number}: `{column.name}` is {shorten(value)}, expected text or a number. Correct "
-                    f"the line, or name another column: dataset.{column.option}=COLUMN"
-                )
-            values[ours].append(value)
-        lines.append(number)
-    if not lines:
-        raise DataError(f"{path} is empty; expected one JSON object a line.")
-    return Table(
-        path=path,
-        columns={ours: _series(each) for ours, each in values.items()},
-        names={ours: column.name for ours, column in wanted.items()},
-        place=lambda row: f"{path}, line {lines[row]}",
-    )
+            is_first = False
+        values = {ours: record.get(column.name) for ours, column in wanted.items()}
+        for ours, value in values.items():
+            _check_value(value, wanted[ours], f"{path}, line {number}")
+        yield values
 
 
-def _series(values: list[Any]) -> pd.Series:
-    """Text where any value is text, so that 7 and "007" in one column stay themselves; numbers otherwise."""
-    if any(isinstance(value, str) for value in values):
-        return pd.Series([None if value is None else str(value) for value in values], dtype="str")
-    return pd.Series(values)
+def _check_value(value: Any, column: Column, where: str) -> None:
+    is_plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not is_plain and not (value is None and column.nullable):
+        raise DataError(
+            f"{where}: `{column.name}` is {shorten(value)}, expected text or a number. Correct the line, or name "
+            f"another column: dataset.{column.option}=COLUMN"
+        )
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise DataError(
+            f"{where}: `{column.name}` is a number beyond 64 bits, expected a smaller one, or text. Correct the line."
+        )
+
+
+def _line_of_record(path: Path, row: int) -> str:
+    """Say where a row is; read again, since this is only for errors."""
+    number, _ = next(itertools.islice(numbered_lines(path), row, None))
+    return f"{path}, line {number}"
+
+
+def _typed(values: pd.Series, kinds: set[type]) -> pd.Series:
+    """Text where any value of the column is text, so that 7 and "007" stay themselves; numbers otherwise."""
+    if str in kinds:
+        return values
+    numbers = kinds - {type(None)}
+    return values.astype("int64" if kinds == {int} else "float64") if numbers else values.astype(object)
 
 
 def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
-    try:
-        file = pa_parquet.ParquetFile(path)
-        _require_columns(path, wanted, file.schema_arrow.names)
-        table = file.read(columns=[column.name for column in wanted.values()])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({error}); save it again.") from error
-    columns = {}
-    for ours, column in wanted.items():
-        values = table[column.name]
-        if values.null_count and not column.nullable:
-            row = values.is_null().to_pylist().index(True)
-            raise DataError(
-                f"{path}, row {row + 1}: `{column.name}` is empty ({values.null_count} rows are like that). Fill or "
-                "remove such rows."
-            )
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        if pa.types.is_date(values.type):
-            values = values.cast(pa.timestamp("us"))  # pandas would make Python objects of dates
-        columns[ours] = values.to_pandas()
+    file = _opened_parquet(path)
+    _require_columns(path, wanted, file.schema_arrow.names)
+    for column in wanted.values():
+        if not column.nullable:
+            _refuse_holes(path, column)
+
+    def parts() -> Iterator[dict[str, pd.Series]]:
+        first = file.schema_arrow.empty_table().select([column.name for column in wanted.values()])
+        for part in itertools.chain([first], _parquet_parts(path, [column.name for column in wanted.values()])):
+            yield {ours: _of_parquet(part[column.name]) for ours, column in wanted.items()}
+
     return Table(
-        path=path,
-        columns=columns,
-        names={ours: column.name for ours, column in wanted.items()},
-        place=lambda row: f"{path}, row {row + 1}",
+        path, {ours: column.name for ours, column in wanted.items()}, lambda row: f"{path}, row {row + 1}", parts
     )
+
+
+def _opened_parquet(path: Path) -> pa_parquet.ParquetFile:
+    try:
+        return pa_parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a readable parquet file ({error}); save it again.")
+
+
+def _parquet_parts(path: Path, names: list[str]) -> Iterator[pa.Table]:
+    try:
+        with _opened_parquet(path) as file:
+            for batch in file.iter_batches(_ROWS_PER_PART, columns=names):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _refuse_holes(path: Path, column: Column) -> None:
+    n_rows = n_empty = first = 0
+    for part in _parquet_parts(path, [column.name]):
+        values = part[column.name]
+        if values.null_count and not n_empty:
+            first = n_rows + values.is_null().to_pylist().index(True)
+        n_empty, n_rows = n_empty + values.null_count, n_rows + len(values)
+    if n_empty:
+        raise DataError(
+            f"{path}, row {first + 1}: `{column.name}` is empty ({n_empty} rows are like that). Fill or remove such "
+            "rows."
+        )
+
+
+def _of_parquet(values: pa.ChunkedArray) -> pd.Series:
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_date(values.type):
+        values = values.cast(pa.timestamp("us"))  # pandas would make Python objects of dates
+    return values.to_pandas()

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import ast
 import html
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from llm2rec.core.errors import DataError
 from llm2rec.data._files import existing_file, numbered_lines, shorten
-from llm2rec.data.spec import DatasetSpec, RawData, path_field
+from llm2rec.data._spill import Spill
+from llm2rec.data.spec import DatasetSpec, RawParts, path_field
 
 __all__ = ["AmazonReviews"]
+
+
+_ROWS_PER_PART = 1 << 14
+_REVIEW = pa.schema(
+    {"user_id": pa.large_string(), "item_id": pa.large_string(), "timestamp": pa.int64(), "rating": pa.float64()}
+)
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,18 @@ class AmazonReviews(DatasetSpec):
         """
         return [existing_file(self.reviews, "reviews"), existing_file(self.metadata, "metadata")]
 
-    def read(self) -> RawData:
-        """Read reviews, then the titles of the products they name.
+    def read_parts(self, work: Path | None = None) -> RawParts:
+        """Read reviews, in parts, then the titles of the products they name.
 
         Raises:
             DataError: If a file is missing, of no known layout, or has a malformed row.
         """
         reviews, metadata = self.raw_files()
-        interactions = _read_reviews(reviews)
-        reviewed = dict.fromkeys(interactions["item_id"])
+        spill, reviewed = Spill(None if work is None else work / "reviews"), dict[str, None]()
+        for part in _read_reviews(reviews):
+            reviewed.update(dict.fromkeys(part["item_id"].to_pylist()))
+            spill.append(part)
+        spill.close()
         titles, n_repeated = _read_titles(metadata, reviewed)
         if not titles:
             raise DataError(
@@ -88,7 +101,12 @@ class AmazonReviews(DatasetSpec):
         items = pd.DataFrame(
             {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}
         )
-        return RawData(interactions, items, {"metadata_rows_repeated": n_repeated})
+
+        def interactions() -> Iterator[pd.DataFrame]:
+            for part in spill.parts():
+                yield part.to_pandas().astype({"user_id": "str", "item_id": "str"})
+
+        return RawParts(interactions, items, {"metadata_rows_repeated": n_repeated})
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -96,7 +114,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in numbered_lines(path):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: thousands of brackets within brackets
             try:
                 record = ast.literal_eval(line.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -120,12 +138,16 @@ def _layout(path: Path, number: int, record: dict[str, Any]) -> _Layout:
     )
 
 
-def _read_reviews(path: Path) -> pd.DataFrame:
+def _read_reviews(path: Path) -> Iterator[pa.Table]:
+    """Yield the reviews, some thousands at a time."""
+    reviews = _checked_reviews(path)
+    while taken := list(itertools.islice(reviews, _ROWS_PER_PART)):
+        columns = zip(_REVIEW, zip(*taken, strict=True), strict=True)
+        yield pa.table({column.name: pa.array(values, column.type) for column, values in columns}, _REVIEW)
+
+
+def _checked_reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
     layout: _Layout | None = None
-    users: list[str] = []
-    items: list[str] = []
-    ratings: list[float] = []
-    timestamps: list[int] = []
     for number, record in _records(path):
         if layout is None:
             layout = _layout(path, number, record)
@@ -134,26 +156,17 @@ def _read_reviews(path: Path) -> pd.DataFrame:
             if not (isinstance(user, str) and user and isinstance(item, str) and item):
                 raise ValueError("an id is not text")
             rating, timestamp = float(record[layout.rating]), int(record[layout.timestamp])
+            if not math.isfinite(rating) or not -(2**63) <= timestamp < 2**63:
+                raise ValueError("a number is not finite, or beyond 64 bits")
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{path}, line {number}: not a review of the {layout.years} layout ({error!r}); expected text in "
                 f"`{layout.user}` and `{layout.item}`, numbers in `{layout.rating}` and `{layout.timestamp}`. Correct "
                 "or remove the line."
             ) from error
-        users.append(user)
-        items.append(item)
-        ratings.append(rating)
-        timestamps.append(timestamp)
+        yield user, item, timestamp, rating
     if layout is None:
         raise DataError(f"{path} is empty; expected one review a line.")
-    return pd.DataFrame(
-        {
-            "user_id": pd.Series(users, dtype="str"),
-            "item_id": pd.Series(items, dtype="str"),
-            "timestamp": pd.Series(timestamps, dtype="int64"),
-            "rating": pd.Series(ratings, dtype="float64"),
-        }
-    )
 
 
 def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str], int]:
@@ -168,6 +181,8 @@ def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str],
                 "`parent_asin`, and `title`. Give the file of products: dataset.metadata=FILE"
             )
         item = record[key]
+        if not isinstance(item, str):
+            raise DataError(f"{path}, line {number}: `{key}` is {shorten(item)}, expected text. Correct the line.")
         if item not in reviewed:
             continue
         n_repeated += item in titles

@@ -1,18 +1,25 @@
-"""From raw tables to numbered, ordered sequences: titles, thresholds, duplicates, k-core, short users."""
+"""From raw tables to numbered, ordered sequences: titles, thresholds, duplicates, k-core, short users.
+
+Interactions go from file to file, so that memory grows with users and items, and not with their interactions: each
+filter needs no more than counts, and duplicates and order are a user's own affair.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from llm2rec.core.errors import ConfigError, DataError
+from llm2rec.data._buckets import ROW, Buckets, Rows, partitioned
 from llm2rec.data._files import shorten
-from llm2rec.data.spec import DatasetSpec, RawData
+from llm2rec.data.spec import DatasetSpec, RawParts
 
-__all__ = ["Sequences", "filter_and_number"]
+__all__ = ["Sequences", "check_titles", "filter_and_number"]
 
 _SHOWN = 5
 
@@ -26,8 +33,7 @@ class Sequences:
         item_ids: Raw id of each item, ``(N,)``; items keep the order of the source's item table.
         titles: Title of each item, ``(N,)``.
         lengths: Interactions of each user, ``(U,)``.
-        items: Item index of each interaction, ``(M,)``, user after user, oldest first.
-        timestamps: Time of each interaction, ``(M,)``.
+        buckets: Interactions, user after user, oldest first, by the numbers of ``user_ids`` and ``item_ids``.
         counts: What each filter took away, by name.
     """
 
@@ -35,12 +41,16 @@ class Sequences:
     item_ids: npt.NDArray[np.object_]
     titles: npt.NDArray[np.object_]
     lengths: npt.NDArray[np.int64]
-    items: npt.NDArray[np.int32]
-    timestamps: npt.NDArray[np.int64]
+    buckets: Buckets
     counts: dict[str, int]
 
+    @property
+    def n_interactions(self) -> int:
+        """All interactions that are left."""
+        return int(self.lengths.sum())
 
-def filter_and_number(raw: RawData, spec: DatasetSpec) -> Sequences:
+
+def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences:
     """Apply the filters of `spec` and number what is left.
 
     The order is: titles, rating threshold, exact duplicates (same user, item and timestamp; the first stays),
@@ -51,6 +61,7 @@ def filter_and_number(raw: RawData, spec: DatasetSpec) -> Sequences:
     Args:
         raw: Tables as the source yields them.
         spec: The settings.
+        work: A folder for interactions on their way; what is returned reads from there.
 
     Returns:
         The sequences, with the counts of everything taken away.
@@ -60,48 +71,144 @@ def filter_and_number(raw: RawData, spec: DatasetSpec) -> Sequences:
             nothing is left.
         ConfigError: If there is a rating threshold and the source has no ratings.
     """
-    counts = dict(raw.notes)
-    counts["raw_interactions"] = len(raw.interactions)
-    titles = _titles(raw.items, spec)
-    item = _item_codes(raw)
-    user, distinct_users = pd.factorize(raw.interactions["user_id"])
-    user_ids = np.asarray(distinct_users, dtype=object)
-    timestamp = raw.interactions["timestamp"].to_numpy(dtype=np.int64)
+    titles = check_titles(raw.items, spec)
+    numbering = _Numbering(raw, spec, titles)
+    with open(work / "interactions", "wb") as file:
+        for rows in numbering.rows():
+            rows.tofile(file)
+    counts, user_ids = numbering.counts, numbering.user_ids()
+    buckets = partitioned(work / "interactions", numbering.of_users[: len(user_ids)], len(titles), work)
+    (work / "interactions").unlink()
 
-    keep = (titles != "")[item]
-    counts["rows_without_title"] = int((~keep).sum())
-    counts["items_without_title"] = int((titles == "").sum())
-    if spec.min_rating is not None:
-        rated = _ratings(raw.interactions) >= spec.min_rating
-        counts["rows_below_min_rating"] = int((keep & ~rated).sum())
-        keep &= rated
-    rows = np.flatnonzero(keep)
-    repeated = pd.DataFrame({"u": user[rows], "i": item[rows], "t": timestamp[rows]}).duplicated().to_numpy()
-    counts["duplicate_rows"] = int(repeated.sum())
-    rows = rows[~repeated]
-    rows = _dense_enough(rows, user, item, spec, counts)
-    counts["users_dropped"] = len(user_ids) - len(np.unique(user[rows]))
-    counts["items_dropped"] = len(titles) - len(np.unique(item[rows]))
-    if len(rows) == 0:
+    n_rows = _n_rows(buckets)
+    buckets.change(lambda rows: rows[~pd.DataFrame(rows).duplicated().to_numpy()])
+    counts["duplicate_rows"] = n_rows - _n_rows(buckets)
+    of_users, of_items = _dense_enough(buckets, spec, counts)
+    kept_users, kept_items = of_users > 0, of_items > 0
+    counts["users_dropped"] = int((~kept_users).sum())
+    counts["items_dropped"] = int((~kept_items).sum())
+    if not kept_users.any():
         raise DataError(_nothing_left(spec, counts))
-
-    # Stable: equal users and timestamps stay in the order of the source.
-    rows = rows[np.lexsort((timestamp[rows], user[rows]))]
-    kept_users, lengths = np.unique(user[rows], return_counts=True)
-    kept_items, numbered = np.unique(item[rows], return_inverse=True)
+    _finish(buckets, kept_users, kept_items)
     return Sequences(
         user_ids=user_ids[kept_users],
         item_ids=raw.items["item_id"].to_numpy(dtype=object)[kept_items],
         titles=titles[kept_items],
-        lengths=lengths.astype(np.int64),
-        items=numbered.astype(np.int32),
-        timestamps=timestamp[rows],
+        lengths=of_users[kept_users],
+        buckets=buckets,
         counts=counts,
     )
 
 
-def _titles(items: pd.DataFrame, spec: DatasetSpec) -> npt.NDArray[np.object_]:
-    """Return a title for each item, ``(N,)``; empty only where the item is to be dropped."""
+class _Numbering:
+    """Numbers users and items of interactions as they come, and takes away what title or rating rule out.
+
+    Args:
+        raw: What the source yields.
+        spec: The settings.
+        titles: Titles of the items, ``(N,)``; empty ones are to be dropped.
+
+    Attributes:
+        counts: What was taken away, by name.
+        of_users: Interactions of each user that stay, and zeros behind.
+    """
+
+    def __init__(self, raw: RawParts, spec: DatasetSpec, titles: npt.NDArray[np.object_]) -> None:
+        self._raw, self._spec = raw, spec
+        self._items, self._has_title = pd.Index(raw.items["item_id"]), titles != ""
+        self._users: dict[str, int] = {}
+        self._unknown: dict[str, None] = {}
+        self._n_unknown = 0
+        self.of_users = np.zeros(1024, np.int64)
+        self.counts = {**raw.notes, "raw_interactions": 0, "rows_without_title": 0}
+        self.counts["items_without_title"] = int((~self._has_title).sum())
+        if spec.min_rating is not None:
+            self.counts["rows_below_min_rating"] = 0
+
+    def rows(self) -> Iterator[Rows]:
+        """Yield what stays, part by part.
+
+        Raises:
+            DataError: At the end, if interactions name unknown items.
+        """
+        for part in self._raw.interactions():
+            self.counts["raw_interactions"] += len(part)
+            item = self._items.get_indexer(pd.Index(part["item_id"]))
+            unknown = item < 0
+            if unknown.any():
+                self._n_unknown += int(unknown.sum())
+                self._unknown.update(dict.fromkeys(part["item_id"][unknown]))
+            user = self._numbers(part["user_id"])
+            keep = self._kept(part, item)
+            rows = np.empty(int(keep.sum()), ROW)
+            rows["user"], rows["item"], rows["time"] = user[keep], item[keep], part["timestamp"].to_numpy()[keep]
+            self._count(rows["user"])
+            yield rows
+        self._tell_unknown()
+
+    def _kept(self, part: pd.DataFrame, item: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        keep = self._has_title[item]
+        self.counts["rows_without_title"] += int((~keep).sum())
+        if self._spec.min_rating is not None:
+            rated = _ratings(part) >= self._spec.min_rating
+            self.counts["rows_below_min_rating"] += int((keep & ~rated).sum())
+            keep = keep & rated
+        return keep
+
+    def _numbers(self, user_ids: pd.Series) -> npt.NDArray[np.int64]:
+        """Number users in the order they first appear."""
+        codes, distinct = pd.factorize(user_ids)
+        known = self._users
+        return np.array([known.setdefault(each, len(known)) for each in distinct], np.int64)[codes]
+
+    def _count(self, users: npt.NDArray[np.int32]) -> None:
+        if len(self._users) > len(self.of_users):
+            longer = np.zeros(2 * len(self._users), np.int64)
+            longer[: len(self.of_users)] = self.of_users
+            self.of_users = longer
+        np.add.at(self.of_users, users, 1)
+
+    def user_ids(self) -> npt.NDArray[np.object_]:
+        """Raw ids of all users that came, in the order of their numbers."""
+        ids = np.empty(len(self._users), dtype=object)
+        ids[:] = list(self._users)
+        return ids
+
+    def _tell_unknown(self) -> None:
+        if self._unknown:
+            named = ", ".join(shorten(each) for each in list(self._unknown)[:_SHOWN])
+            raise DataError(
+                f"{self._n_unknown} interactions name {len(self._unknown)} items that are not among the "
+                f"{len(self._items)} items ({named}{', ...' * (len(self._unknown) > _SHOWN)}). Add these items with "
+                "their titles, or take the interactions out; ids are compared as text, so '7' and '007' differ."
+            )
+
+
+def _n_rows(buckets: Buckets) -> int:
+    return sum(file.stat().st_size for file in buckets.files) // ROW.itemsize
+
+
+def _finish(buckets: Buckets, kept_users: npt.NDArray[np.bool_], kept_items: npt.NDArray[np.bool_]) -> None:
+    """Leave what is kept in the buckets, under its final numbers and in its final order."""
+    user_number, item_number = np.cumsum(kept_users) - 1, np.cumsum(kept_items) - 1
+
+    def finished(rows: Rows) -> Rows:
+        rows = rows[kept_users[rows["user"]] & kept_items[rows["item"]]]
+        # Stable: equal users and timestamps stay in the order of the source.
+        rows = rows[np.lexsort((rows["time"], rows["user"]))]
+        rows["user"], rows["item"] = user_number[rows["user"]], item_number[rows["item"]]
+        return rows
+
+    buckets.change(finished)
+    buckets.n_users, buckets.n_items = int(kept_users.sum()), int(kept_items.sum())
+
+
+def check_titles(items: pd.DataFrame, spec: DatasetSpec) -> npt.NDArray[np.object_]:
+    """Return a title for each item, ``(N,)``; empty only where the item is to be dropped.
+
+    Raises:
+        DataError: If an item id is there twice, or a title is missing that must not be.
+    """
     repeated = items["item_id"][items["item_id"].duplicated()]
     if len(repeated):
         raise DataError(
@@ -123,21 +230,6 @@ def _titles(items: pd.DataFrame, spec: DatasetSpec) -> npt.NDArray[np.object_]:
     return np.where(blank, fallback, titles)
 
 
-def _item_codes(raw: RawData) -> npt.NDArray[np.int64]:
-    """Return the row in `raw.items` of each interaction's item, ``(M,)``."""
-    codes = pd.Index(raw.items["item_id"]).get_indexer(pd.Index(raw.interactions["item_id"]))
-    unknown = codes < 0
-    if unknown.any():
-        missing = raw.interactions["item_id"][unknown]
-        named = ", ".join(shorten(each) for each in missing.drop_duplicates().head(_SHOWN))
-        raise DataError(
-            f"{int(unknown.sum())} interactions name {missing.nunique()} items that are not among the "
-            f"{len(raw.items)} items ({named}{_more(missing.drop_duplicates())}). Add these items with their titles, "
-            "or take the interactions out; ids are compared as text, so '7' and '007' differ."
-        )
-    return codes.astype(np.int64)
-
-
 def _more(values: object) -> str:
     """Continue a list of examples that was cut."""
     n_values = int(values.sum()) if isinstance(values, np.ndarray) else len(values)  # type: ignore[arg-type]
@@ -154,38 +246,51 @@ def _ratings(interactions: pd.DataFrame) -> npt.NDArray[np.float64]:
 
 
 def _dense_enough(
-    rows: npt.NDArray[np.int64],
-    user: npt.NDArray[np.int64],
-    item: npt.NDArray[np.int64],
-    spec: DatasetSpec,
-    counts: dict[str, int],
-) -> npt.NDArray[np.int64]:
+    buckets: Buckets, spec: DatasetSpec, counts: dict[str, int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Take away users and items below the k-core, and users too short to split, until nothing changes.
 
-    Dropping a short user can push an item below the core and the other way round, hence one loop for both.
+    Dropping a short user can push an item below the core and the other way round, hence one loop for both. A user or
+    an item that is dropped is so with all its interactions: two switches say which ones are left.
+
+    Returns:
+        Interactions left of each user, ``(U,)``, and of each item, ``(N,)``.
     """
-    before_core = before_short = 0
-    n_users_short = 0
+    users, items = np.ones(buckets.n_users, bool), np.ones(buckets.n_items, bool)
+    before_core = before_short = n_users_short = 0
+
+    def counted() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        of_users, of_items = buckets.counts(lambda rows: users[rows["user"]] & items[rows["item"]])
+        return of_users, of_items
+
+    of_users, of_items = counted()
     while True:
-        n_rows = len(rows)
-        while spec.k_core > 1 and len(rows):
-            dense = (np.bincount(user[rows]) >= spec.k_core)[user[rows]]
-            dense &= (np.bincount(item[rows]) >= spec.k_core)[item[rows]]
-            if dense.all():
+        n_rows = int(of_users.sum())
+        while spec.k_core > 1:
+            thin_users, thin_items = (_between(each, spec.k_core) for each in (of_users, of_items))
+            if not (thin_users.any() or thin_items.any()):
                 break
-            before_core += int((~dense).sum())
-            rows = rows[dense]
-        lengths = np.bincount(user[rows]) if len(rows) else np.zeros(0, dtype=np.int64)
-        long_enough = (lengths >= spec.min_interactions)[user[rows]]
-        n_users_short += int(((lengths > 0) & (lengths < spec.min_interactions)).sum())
-        before_short += int((~long_enough).sum())
-        rows = rows[long_enough]
-        if len(rows) == n_rows:
+            users &= ~thin_users
+            items &= ~thin_items
+            left, of_items = counted()
+            before_core, of_users = before_core + int((of_users - left).sum()), left
+        short = _between(of_users, spec.min_interactions)
+        n_users_short += int(short.sum())
+        before_short += int(of_users[short].sum())
+        if short.any():
+            users &= ~short
+            of_users, of_items = counted()
+        if int(of_users.sum()) == n_rows:
             break
     counts["rows_below_k_core"] = before_core
     counts["users_too_short"] = n_users_short
     counts["rows_of_short_users"] = before_short
-    return rows
+    return of_users, of_items
+
+
+def _between(counts: npt.NDArray[np.int64], least: int) -> npt.NDArray[np.bool_]:
+    """What has some interactions, but too few."""
+    return (counts > 0) & (counts < least)
 
 
 def _nothing_left(spec: DatasetSpec, counts: dict[str, int]) -> str:

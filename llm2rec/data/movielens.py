@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import stat
+import struct
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +152,8 @@ def _opened(files: list[Path]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 io.BytesIO(archive.read(_member(archive, _INTERACTIONS, path))),
                 io.BytesIO(archive.read(_member(archive, _ITEMS, path))),
             )
-    except zipfile.BadZipFile as error:
+    # The latter come from damage inside, and from encryption and compressions that zipfile does not know.
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, UnicodeDecodeError, struct.error, zlib.error) as error:
         raise DataError(
             f"{path} is not a readable zip ({error}). Give GroupLens' ml-100k.zip or the folder it unpacks to: "
             "dataset.raw_dir=FOLDER_OR_ZIP"
@@ -195,6 +198,8 @@ def _read_interactions(stream: IO[bytes], path: Path) -> pd.DataFrame:
             stars = int(rating)
             if not 1 <= stars <= 5:
                 raise ValueError("rating out of range")
+            if not -(2**63) <= int(timestamp) < 2**63:
+                raise ValueError("time beyond 64 bits")
             timestamps.append(int(timestamp))
         except ValueError as error:
             raise DataError(

@@ -11,12 +11,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from llm2rec.core.errors import DataError
+from llm2rec.core.files import sha256_of_file
 from llm2rec.data.splitting import EXAMPLE_FEATURES, SPLIT_NAMES
 
-__all__ = ["FORMAT_VERSION", "ITEM_FEATURES", "SEQUENCE_FEATURES", "RecData", "content_hash", "load"]
+__all__ = [
+    "FEATURES",
+    "FORMAT_VERSION",
+    "ITEM_FEATURES",
+    "SEQUENCE_FEATURES",
+    "ContentHash",
+    "RecData",
+    "content_hash",
+    "load",
+]
 
 FORMAT_VERSION = 1
 """Counts up when the same raw files and settings would give other content or another layout."""
@@ -123,8 +134,11 @@ def load(folder: Path) -> RecData:
         sizes = manifest["sizes"]
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{folder} is damaged ({error!r}). {remedy}") from error
+    for name, expected in manifest.get("files", {}).items():  # earlier versions wrote none
+        if sha256_of_file(folder / name) != expected:
+            raise DataError(f"{folder / name} is not what was written (its hash differs). {remedy}")
     for name, features in FEATURES.items():
         table = tables[name]
         if len(table) != sizes.get(name) or table.features != features:
@@ -140,30 +154,60 @@ def load(folder: Path) -> RecData:
     )
 
 
+class ContentHash:
+    """Hashes a table part by part: names, types and values count; parts, chunks, versions and files do not.
+
+    Args:
+        schema: Names and types of its columns.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        # Lengths and values apart: otherwise ["ab", "c"] and ["a", "bc"] would be equal, or chunk borders would show.
+        self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in schema.names}
+
+    def update(self, part: pa.RecordBatch | pa.Table) -> None:
+        """Add the next rows."""
+        for name, (lengths, values) in self._columns.items():
+            column = part[name]
+            for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+                if pa.types.is_list(chunk.type):
+                    lengths.update(_little(chunk.value_lengths().to_numpy(), "<i8"))
+                    chunk = chunk.flatten()
+                if pa.types.is_string(chunk.type):
+                    lengths.update(_little(pc.binary_length(chunk).to_numpy(), "<i8"))
+                    values.update(_text_bytes(chunk))
+                else:
+                    values.update(_little(chunk.to_numpy(), "<i8"))
+
+    def hexdigest(self) -> str:
+        """The sha256 of all that was added."""
+        whole = hashlib.sha256()
+        for name, (lengths, values) in self._columns.items():
+            kind = self._schema.field(name).type
+            whole.update(f"{name}:{kind}:{lengths.hexdigest()}:{values.hexdigest()}\n".encode())
+        return whole.hexdigest()
+
+
 def content_hash(dataset: Dataset) -> str:
-    """Hash the values of a dataset: names, types and values count, chunks, versions and files do not.
+    """Hash the values of a dataset, as `ContentHash` does.
 
     Returns:
         A sha256 in hexadecimal.
     """
-    whole = hashlib.sha256()
-    table = dataset.data.table
-    for name in dataset.column_names:
-        column = table[name]
-        # Lengths and values apart: otherwise ["ab", "c"] and ["a", "bc"] would be equal, or chunk borders would show.
-        lengths, values = hashlib.sha256(), hashlib.sha256()
-        for chunk in column.chunks:
-            if pa.types.is_list(chunk.type):
-                lengths.update(_little(chunk.value_lengths().to_numpy(), "<i8"))
-                chunk = chunk.flatten()
-            if pa.types.is_string(chunk.type):
-                encoded = [text.encode() for text in chunk.to_pylist()]
-                lengths.update(_little(np.array([len(text) for text in encoded]), "<i8"))
-                values.update(b"".join(encoded))
-            else:
-                values.update(_little(chunk.to_numpy(), "<i8"))
-        whole.update(f"{name}:{column.type}:{lengths.hexdigest()}:{values.hexdigest()}\n".encode())
-    return whole.hexdigest()
+    table = dataset.data.table.select(dataset.column_names)
+    hashed = ContentHash(table.schema)
+    hashed.update(table)
+    return hashed.hexdigest()
+
+
+def _text_bytes(chunk: pa.StringArray) -> memoryview:
+    """The UTF-8 of all texts, one behind the other."""
+    _, offsets, content = chunk.buffers()
+    if content is None or not len(chunk):
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return memoryview(content)[ends[0] : ends[-1]]
 
 
 def _little(values: np.ndarray, dtype: str) -> bytes:

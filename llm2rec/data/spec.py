@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import pandas as pd
 from llm2rec.core.errors import ConfigError
 from llm2rec.data._files import digest_of_files
 
-__all__ = ["MISSING", "DatasetSpec", "RawData", "path_field"]
+__all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "path_field"]
 
 MISSING = "???"
 """What OmegaConf calls a required value that has not been given."""
@@ -50,6 +51,21 @@ class RawData:
     """
 
     interactions: pd.DataFrame
+    items: pd.DataFrame
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RawParts:
+    """The same as `RawData`, with interactions that need not fit into memory.
+
+    Attributes:
+        interactions: Yields frames with the columns of `RawData.interactions`, in order; at least one.
+        items: As in `RawData`.
+        notes: As in `RawData`.
+    """
+
+    interactions: Callable[[], Iterator[pd.DataFrame]]
     items: pd.DataFrame
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -181,9 +197,22 @@ class DatasetSpec:
         return digest_of_files(self.raw_files())
 
     def read(self) -> RawData:
-        """Read the raw files.
+        """Read the raw files. A source has this method of its own, or `read_parts`.
 
         Raises:
             DataError: If a file is missing or malformed; the message names file and line.
         """
-        raise NotImplementedError
+        parts = self.read_parts()
+        return RawData(pd.concat(parts.interactions(), ignore_index=True), parts.items, parts.notes)
+
+    def read_parts(self, work: Path | None = None) -> RawParts:
+        """Read the raw files, interactions in parts; sources whose files may be larger than memory have their own.
+
+        Args:
+            work: An empty folder for what does not fit into memory; None keeps all there.
+
+        Raises:
+            DataError: If a file is missing or malformed; the message names file and line.
+        """
+        raw = self.read()
+        return RawParts(lambda: iter([raw.interactions]), raw.items, raw.notes)

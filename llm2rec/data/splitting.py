@@ -20,6 +20,7 @@ from llm2rec.data.spec import DatasetSpec
 __all__ = ["EXAMPLE_FEATURES", "SPLIT_NAMES", "Span", "build_examples", "target_spans"]
 
 SPLIT_NAMES = ("train", "validation", "test")
+_BINS = 1 << 16
 
 EXAMPLE_FEATURES = Features(
     {
@@ -80,17 +81,12 @@ def target_spans(sequences: Sequences, spec: DatasetSpec) -> tuple[dict[str, Spa
     if spec.split == "leave_one_out":
         bounds = [np.ones_like(lengths), lengths - 2, lengths - 1, lengths]
     else:
-        validation_cut, test_cut = _cuts(sequences.timestamps, spec)
-        user = np.repeat(np.arange(len(lengths)), lengths)
-        bounds = [np.ones_like(lengths)]
-        for cut in (validation_cut, test_cut):
-            n_before = np.bincount(user[sequences.timestamps < cut], minlength=len(lengths))
-            bounds.append(np.maximum(n_before, 1))
-        bounds.append(lengths)
-        counts["validation_cut"] = int(validation_cut)
-        counts["test_cut"] = int(test_cut)
-        new = sequences.timestamps[np.cumsum(lengths) - lengths] >= validation_cut
-        counts["users_new_after_cut"] = int(new.sum())
+        validation_cut, test_cut = _cuts(sequences, spec)
+        n_before = [_n_before(cut, sequences) for cut in (validation_cut, test_cut)]
+        bounds = [np.ones_like(lengths), *(np.maximum(each, 1) for each in n_before), lengths]
+        counts["validation_cut"] = validation_cut
+        counts["test_cut"] = test_cut
+        counts["users_new_after_cut"] = int((n_before[0] == 0).sum())
     spans = {}
     next_example = 0
     for name, first, stop in zip(SPLIT_NAMES, bounds[:-1], bounds[1:], strict=True):
@@ -101,24 +97,52 @@ def target_spans(sequences: Sequences, spec: DatasetSpec) -> tuple[dict[str, Spa
     if empty:
         raise DataError(
             f"dataset `{spec.name}`: no example for {' and '.join(empty)} with split={spec.split} "
-            f"({len(lengths)} users, {len(sequences.items)} interactions). Leave-one-out needs a user with at least 4 "
-            "interactions to train on; a global time split needs timestamps that differ "
+            f"({len(lengths)} users, {sequences.n_interactions} interactions). Leave-one-out needs a user with at "
+            "least 4 interactions to train on; a global time split needs timestamps that differ "
             "(dataset.validation_fraction, dataset.test_fraction)."
         )
     return spans, counts
 
 
-def _cuts(timestamps: npt.NDArray[np.int64], spec: DatasetSpec) -> tuple[int, int]:
+def _cuts(sequences: Sequences, spec: DatasetSpec) -> tuple[int, int]:
     """Return the first timestamps of validation and of test."""
-    ordered = np.sort(timestamps)
+    n_rows = sequences.n_interactions
     # From the end: 1 - 0.1 - 0.1 is not 0.8 in binary, and rounding it would move a row.
-    n_test = max(1, round(len(ordered) * spec.test_fraction))
-    n_validation = max(1, round(len(ordered) * spec.validation_fraction))
-    return int(ordered[max(0, len(ordered) - n_test - n_validation)]), int(ordered[len(ordered) - n_test])
+    n_test = max(1, round(n_rows * spec.test_fraction))
+    n_validation = max(1, round(n_rows * spec.validation_fraction))
+    places = max(0, n_rows - n_test - n_validation), n_rows - n_test
+    return _time_at(places[0], sequences), _time_at(places[1], sequences)
+
+
+def _n_before(cut: int, sequences: Sequences) -> npt.NDArray[np.int64]:
+    """Count each user's interactions before a time, ``(U,)``."""
+    return sequences.buckets.counts(lambda rows: rows["time"] < cut)[0]
+
+
+def _time_at(place: int, sequences: Sequences) -> int:
+    """Return the timestamp that would stand at a place, from 0, if all were sorted.
+
+    They are never all in memory: each pass over them counts into bins, and the next one looks into one bin only.
+    """
+    ends = [(int(rows["time"].min()), int(rows["time"].max())) for rows in sequences.buckets if len(rows)]
+    low, high = min(first for first, _ in ends), max(last for _, last in ends)
+    while low < high:
+        width = (high - low) // _BINS + 1
+        counts = np.zeros(_BINS, np.int64)
+        for rows in sequences.buckets:
+            inside = rows["time"][(rows["time"] >= low) & (rows["time"] <= high)]
+            # Differences of 64-bit times may need 64 bits and no sign; unsigned words wrap around to them.
+            bins = (inside.astype(np.uint64) - np.array(low).astype(np.uint64)) // np.uint64(width)
+            counts += np.bincount(bins.astype(np.int64), minlength=_BINS)
+        before = np.cumsum(counts) - counts
+        chosen = int(np.searchsorted(before + counts, place, side="right"))
+        place -= int(before[chosen])
+        low, high = low + chosen * width, min(high, low + (chosen + 1) * width - 1)
+    return low
 
 
 def build_examples(batch: pa.Table, history_length: int) -> pa.Table:
-    """Build the examples of a batch of users: a batched `datasets` map over arrow tables.
+    """Build the examples of a batch of users.
 
     Args:
         batch: Columns `user_index`, `user_id`, `items`, `timestamps`, and the span's `first`, `stop` and

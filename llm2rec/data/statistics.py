@@ -7,22 +7,44 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset
+import pyarrow as pa
 
 from llm2rec.data.filtering import Sequences
 from llm2rec.data.splitting import SPLIT_NAMES
 
-__all__ = ["compute_statistics", "format_statistics"]
+__all__ = ["SplitCounts", "compute_statistics", "format_statistics"]
+
+
+class SplitCounts:
+    """Counts of a split's examples, part by part.
+
+    Args:
+        n_items: Items in the catalogue, N.
+        history_length: Most items a history holds, L.
+    """
+
+    def __init__(self, n_items: int, history_length: int) -> None:
+        self.targets = np.zeros(n_items, np.int64)
+        self.is_shown = np.zeros(n_items, bool)
+        self.lengths = np.zeros(history_length + 1, np.int64)
+
+    def add(self, part: pa.RecordBatch) -> None:
+        """Count the next examples."""
+        histories = part["history"]
+        self.is_shown[histories.flatten().to_numpy()] = True
+        lengths = np.bincount(histories.value_lengths().to_numpy())
+        self.lengths[: len(lengths)] += lengths
+        np.add.at(self.targets, part["target"].to_numpy(), 1)
 
 
 def compute_statistics(
-    sequences: Sequences, splits: Mapping[str, Dataset], counts: Mapping[str, int]
+    sequences: Sequences, splits: Mapping[str, SplitCounts], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """Describe a dataset.
 
     Args:
         sequences: What the filters left.
-        splits: Examples by split.
+        splits: Counts of the examples by split.
         counts: What the filters and the split took away, by name.
 
     Returns:
@@ -30,23 +52,18 @@ def compute_statistics(
         `history_length` (min, median, mean, max), `rows`, cold targets, `removed`.
     """
     n_users, n_items = len(sequences.user_ids), len(sequences.item_ids)
-    histories = {name: _column(split, "history") for name, split in splits.items()}
-    targets = {name: _column(split, "target") for name, split in splits.items()}
-    seen = np.zeros(n_items, dtype=bool)
-    seen[histories["train"]] = True
-    seen[targets["train"]] = True
+    seen = splits["train"].is_shown | (splits["train"].targets > 0)
     _, title_counts = np.unique(sequences.titles.astype(str), return_counts=True)
-    history_lengths = np.concatenate([_list_lengths(split, "history") for split in splits.values()])
     return {
         "users": n_users,
         "items": n_items,
-        "interactions": len(sequences.items),
-        "density": len(sequences.items) / (n_users * n_items),
-        "sequence_length": _summary(sequences.lengths),
-        "history_length": _summary(history_lengths),
-        "rows": {name: len(splits[name]) for name in SPLIT_NAMES},
+        "interactions": sequences.n_interactions,
+        "density": sequences.n_interactions / (n_users * n_items),
+        "sequence_length": _summary(np.bincount(sequences.lengths)),
+        "history_length": _summary(np.sum([each.lengths for each in splits.values()], axis=0)),
+        "rows": {name: int(splits[name].targets.sum()) for name in SPLIT_NAMES},
         "items_unseen_in_train": int((~seen).sum()),
-        "cold_targets": {name: int((~seen[targets[name]]).sum()) for name in SPLIT_NAMES[1:]},
+        "cold_targets": {name: int(splits[name].targets[~seen].sum()) for name in SPLIT_NAMES[1:]},
         "items_sharing_a_title": int(title_counts[title_counts > 1].sum()),
         "removed": dict(counts),
     }
@@ -84,24 +101,16 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
 
-def _column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    """All values of an integer column, lists flattened."""
-    column = dataset.data.table[name]
-    parts = [chunk.flatten() if name == "history" else chunk for chunk in column.chunks]
-    return np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-
-
-def _list_lengths(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    chunks = dataset.data.table[name].chunks
-    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]) if chunks else np.zeros(0, np.int64)
-
-
-def _summary(values: npt.NDArray[Any]) -> dict[str, float]:
+def _summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Describe lengths, of which there are ``counts[l]`` of length l."""
+    n_values, reached = int(counts.sum()), np.cumsum(counts)
+    middle = [int(np.searchsorted(reached, place, side="right")) for place in ((n_values - 1) // 2, n_values // 2)]
+    there = np.flatnonzero(counts)
     return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": float(values.mean()),
-        "max": int(values.max()),
+        "min": int(there[0]),
+        "median": sum(middle) / 2,
+        "mean": int((np.arange(len(counts)) * counts).sum()) / n_values,
+        "max": int(there[-1]),
     }
 
 

@@ -3,8 +3,6 @@
 import logging
 from dataclasses import asdict
 
-from hydra.utils import instantiate
-
 from llm2rec.config import Config
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
@@ -14,7 +12,7 @@ from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
-from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
 from llm2rec.student.segments import training_data
@@ -28,7 +26,7 @@ logger = logging.getLogger(__name__)
 def main(cfg: Config, run: Run) -> None:
     """Distil the teacher into a student and store the weights that validate best."""
     settings, student_settings = build(cfg.distill, DistillSettings), build(cfg.student, StudentSettings)
-    policy: SelectionPolicy = instantiate(cfg.active)
+    policy: SelectionPolicy = built_object(cfg.active)
     data = open_data(cfg, run)
     teacher = read_outputs(
         from_launch_folder(settings.teacher_outputs, cfg.paths.root),

@@ -8,7 +8,6 @@ rows these are. That program knows no such file and reads tables with a line for
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.errors import TeacherOutputsError
-from llm2rec.core.files import read_json, sha256_of_file
+from llm2rec.core.errors import DataError, TeacherOutputsError
+from llm2rec.core.files import read_object, sha256_of_file
 
 __all__ = ["TeacherBatch", "TeacherOutputs", "read_outputs"]
 
@@ -161,22 +160,31 @@ def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
         logger.warning("%s has no manifest.json: scores are read as distances, rows are trusted to be in order", folder)
         return {}
     try:
-        manifest: dict[str, Any] = read_json(path)
-    except ValueError as error:
-        raise _refused(folder, f"manifest.json is not JSON ({error})") from error
-    if not isinstance(manifest, dict):
-        raise _refused(folder, f"manifest.json holds a {type(manifest).__name__}, expected an object")
+        manifest = read_object(path)
+    except DataError as error:
+        raise _refused(folder, str(error).rstrip(".")) from error
     if manifest.get("fingerprint") != fingerprint:
         raise _refused(
             folder, f"they were made for dataset {manifest.get('dataset')!r} with fingerprint "
             f"{str(manifest.get('fingerprint'))[:12]}, this one has {fingerprint[:12]}"
         )  # fmt: skip
-    for name, expected in manifest.get("sha256", {}).items():
+    _check_hashes(folder, manifest)
+    return manifest
+
+
+def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse files that are not those which the manifest is about."""
+    hashes = manifest.setdefault("sha256", {})
+    if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes):
+        raise _refused(folder, f"`sha256` in manifest.json is {hashes!r}, expected hashes of files of that folder")
+    for name in (EMBEDDINGS, f"{RANKING}.txt", f"{CONFIDENCE}.txt"):
+        if name not in hashes and (folder / name).is_file():
+            raise _refused(folder, f"`sha256` in manifest.json holds no hash of {name}")
+    for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise _refused(folder, f"{name} is missing although the manifest lists it")
         if sha256_of_file(folder / name) != expected:
             raise _refused(folder, f"{name} has changed since it was written (its hash is not the manifest's)")
-    return manifest
 
 
 def _labelled(folder: Path, manifest: dict[str, Any], n_rows: int) -> NDArray[np.int64] | None:
@@ -200,12 +208,16 @@ def _embeddings(folder: Path, n_items: int) -> Tensor:
         raise _refused(folder, f"{EMBEDDINGS} is missing")
     try:
         embeddings = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # of some ten classes, as the damage comes; all are about the file
         # torch's own words advise to unpickle the file, which nobody should.
         raise _refused(folder, f"{EMBEDDINGS} is damaged, or no tensor saved by torch.save") from error
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != n_items:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise _refused(folder, f"{EMBEDDINGS} is {shape}, expected ({n_items}, width)")
+    if not embeddings.is_floating_point() or embeddings.shape[1] == 0:
+        raise _refused(
+            folder, f"{EMBEDDINGS} is {tuple(embeddings.shape)} of {embeddings.dtype}, expected real numbers"
+        )
     if not bool(torch.isfinite(embeddings).all()):
         raise _refused(folder, f"{EMBEDDINGS} holds values that are not finite")
     return embeddings.float()
@@ -227,7 +239,7 @@ def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> ND
         raise _refused(folder, f"{text.name} is missing")
     try:
         values = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.float64, na_filter=True).to_numpy()
-    except (ValueError, pd.errors.ParserError) as error:
+    except (ValueError, OverflowError, IndexError, TypeError) as error:  # a ParserError is a ValueError
         raise _refused(folder, f"{text.name} is not a table of numbers ({str(error).strip()})") from error
     short = np.isnan(values).any(axis=1)
     if short.any():

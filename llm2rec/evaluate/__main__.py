@@ -10,6 +10,7 @@ from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.private import without_secrets
 from llm2rec.core.run import Run
 from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.scoring import Protocol, find_runs, score_popularity, score_run
@@ -40,7 +41,7 @@ def main(cfg: Config, run: Run) -> None:
             "mask_seen": protocol.mask_seen,
             "n_candidates": protocol.n_candidates,
             "candidates_seed": protocol.candidates_seed,
-            "overrides": list(HydraConfig.get().overrides.task),
+            "overrides": without_secrets(list(HydraConfig.get().overrides.task)),
             "git": git_state(),
             "versions": library_versions(),
         }
@@ -59,6 +60,8 @@ def _folders(runs: object, root: Path, result_dir: Path, fingerprint: str) -> li
         return found
     if isinstance(runs, str) or not isinstance(runs, Sequence):
         raise ConfigError(f"`runs` is {runs!r}, expected `latest` or a list such as `runs=[result/result_...]`.")
+    if not runs:
+        raise ConfigError("`runs` is empty, expected `latest` or a list such as `runs=[result/result_...]`.")
     return [from_launch_folder(str(each), root) for each in runs]
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
-from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json, replaced_file, write_json
+from llm2rec.core.errors import CheckpointError, DataError
+from llm2rec.core.files import read_object, replaced_file, write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.ranking import Pairs
+from llm2rec.core.run import read_record
 from llm2rec.data import RecData
 from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
 from llm2rec.evaluate.finished import FinishedModel, FinishedStudent, FinishedTeacher
@@ -26,6 +27,7 @@ from llm2rec.student.datamodule import SeenItems, SequenceData
 __all__ = ["Protocol", "Scored", "find_runs", "score_popularity", "score_run"]
 
 _BATCH_ROWS = 512
+_OF_A_MODEL = ("dataset", "label", "seed", "parameters")  # what the run.json of a finished model holds
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
     newest: dict[tuple[str, Any], Path] = {}
     # A multirun keeps its runs one folder deeper.
     for file in sorted([*result_dir.glob("result_*/run.json"), *result_dir.glob("result_*/*/run.json")]):
-        folder, record = file.parent, read_json(file)
+        folder, record = file.parent, read_record(file.parent)
         same = record.get("dataset", {}).get("fingerprint") == fingerprint
         if same and record["status"] == "finished" and record["stage"] in ("student", "teacher", "distill"):
+            record = read_record(folder, *_OF_A_MODEL)
             newest[(record["label"], record["seed"])] = folder
     return sorted(newest.values())
 
@@ -183,7 +186,7 @@ def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
     if record["stage"] != "teacher":
         return FinishedStudent
     recipe = folder / "teacher" / "config.json"  # where it is missing, loading the teacher tells
-    writes = recipe.is_file() and read_json(recipe).get("objective") == "title"
+    writes = recipe.is_file() and _read(recipe).get("objective") == "title"
     return FinishedTitleTeacher if writes else FinishedTeacher
 
 
@@ -192,7 +195,7 @@ def _once(
 ) -> dict[str, Any]:
     """Read the scores of a protocol, or compute and keep them: ``<name>.json`` and ``<name>_ranks.npy``."""
     stored = folder / f"{name}.json"
-    if stored.is_file() and (scores := read_json(stored))["protocol"] == key:
+    if stored.is_file() and (scores := _read(stored, "protocol"))["protocol"] == key:
         return dict(scores)
     ranks, values = compute()
     if engine.is_main:
@@ -200,6 +203,14 @@ def _once(
             np.save(file, ranks.numpy(), allow_pickle=False)
         write_json(stored, {"protocol": key, **values})  # last: it says that all is there
     return values
+
+
+def _read(file: Path, *keys: str) -> dict[str, Any]:
+    """Read a file of a run."""
+    try:
+        return read_object(file, *keys)
+    except DataError as error:
+        raise CheckpointError(f"{error} Scores may also be deleted: they are then computed again.") from error
 
 
 def _candidates(data: RecData, protocol: Protocol, n_candidates: int) -> CandidateSampler:
@@ -216,12 +227,13 @@ def _candidate_scores(ranks: Tensor) -> dict[str, Any]:
 def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} is no run folder (it holds no run.json); give `runs=[result/result_...]`.")
-    record: dict[str, Any] = read_json(folder / "run.json")
+    record = read_record(folder)
     if record["stage"] not in ("student", "teacher", "distill") or record["status"] != "finished":
         raise CheckpointError(
             f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of student, "
             "teacher and distill can be evaluated. Resume it, or leave it out of `runs`."
         )
+    record = read_record(folder, *_OF_A_MODEL)
     if record["dataset"]["fingerprint"] != data.fingerprint:
         raise CheckpointError(
             f"{folder.name} was trained on dataset {record['dataset']['name']!r} (fingerprint "

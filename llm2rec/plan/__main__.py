@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from llm2rec.config import Config
+from llm2rec.core.errors import ConfigError
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
 from llm2rec.data import RecData
@@ -17,7 +18,7 @@ from llm2rec.plan.shape import model_config
 from llm2rec.plan.workload import EstimatedPrompts, Prompts, workload_of
 from llm2rec.stage import build, open_data, stage
 from llm2rec.student.settings import StudentSettings
-from llm2rec.teacher.llm import load_tokenizer
+from llm2rec.teacher.llm import load_tokenizer, readable
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
@@ -69,9 +70,10 @@ def prompts_of(
         return None, "given"
     if source is not None:
         try:
-            tokenizer = load_tokenizer(source, llm)
-        except (OSError, ValueError) as error:
-            logger.info("the tokenizer of %s cannot be read: %s", llm.name, str(error).splitlines()[0])
+            with readable(ConfigError, f"the tokenizer of {llm.name} cannot be read", "It is done without."):
+                tokenizer = load_tokenizer(source, llm)
+        except ConfigError as error:
+            logger.info("%s", error)
         else:
             return PromptBuilder(tokenizer, data.items, llm.prompt, data.domain, seed), "counted by its tokenizer"
     told = f"estimated, {characters_per_token:g} characters a token, since the tokenizer is not at hand"

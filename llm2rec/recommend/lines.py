@@ -58,8 +58,14 @@ def _blocks(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     if not file.is_file():
         raise DataError(f"`histories` is {str(file)!r}, which is no file; give one with a JSON list or object a line.")
     block = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open(file, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{file}, line {number} is not UTF-8 ({error.reason}); save the file as UTF-8."
+                ) from error
             if line.strip():
                 block.append((number, _question(line, f"{file}, line {number}")))
             if len(block) == _LINES:
@@ -72,7 +78,7 @@ def _blocks(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
 def _question(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter: thousands of brackets within brackets
         raise DataError(f"{where} is not JSON ({error}): {line.strip()[:60]!r}.") from error
     question = value if isinstance(value, dict) else {"history": value}
     if not isinstance(question.get("history"), list):

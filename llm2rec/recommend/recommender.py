@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from llm2rec.core.errors import CheckpointError, ConfigError
@@ -67,11 +66,7 @@ class Recommender:
         if index is not None and search == "exact":
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
         folder = finished(Path(run_folder), "student", "distill") / "student"
-        names = ItemNames(load_item_table(folder))
-        try:
-            model = load_student(folder).to(device)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the student in {folder} cannot be read ({error}); copy it again.") from error
+        names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
         if search == "exact":
             return cls(model, names)
         catalogue = Catalogue(model.output_items.vectors())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json
+from llm2rec.core.run import read_record
 
 __all__ = ["finished"]
 
@@ -16,7 +16,7 @@ def finished(folder: Path, *stages: str) -> Path:
     """
     if not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} is no run folder (it holds no run.json); name one, such as result/result_...")
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     if record["stage"] not in stages or record["status"] != "finished":
         raise CheckpointError(
             f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of "

@@ -32,6 +32,7 @@ class SequentialRecommender(nn.Module):
         super().__init__()
         if not 0 <= dropout < 1:
             raise ConfigError(f"`dropout` is {dropout}, expected 0 to below 1.")
+        _at_least_1(n_items=n_items, width=width, max_length=max_length)
         self.n_items, self.width, self.max_length, self.tie_items = n_items, width, max_length, tie_items
         self.input_items = ItemTable(n_items, width)
         self.output_items = self.input_items if tie_items else ItemTable(n_items, width)
@@ -92,7 +93,7 @@ class SASRec(SequentialRecommender):
         if positions not in ("recent", "oldest"):
             raise ConfigError(f"`positions` is {positions!r}, expected 'recent' or 'oldest'.")
         self.counts_from = positions
-        if width % n_heads or n_blocks < 1:
+        if n_heads < 1 or width % n_heads or n_blocks < 1:
             raise ConfigError(
                 f"expected `n_blocks` >= 1 and `n_heads` that divide `width`, got {n_blocks}, {n_heads}, {width}."
             )
@@ -209,6 +210,7 @@ class GRU4Rec(SequentialRecommender):
         tie_items: bool = True,
     ) -> None:
         super().__init__(n_items, width, max_length, dropout, tie_items)
+        _at_least_1(hidden_width=hidden_width, n_layers=n_layers)
         between = dropout if n_layers > 1 else 0.0  # torch warns of dropout after a single layer
         self.gru = nn.GRU(width, hidden_width, n_layers, batch_first=True, dropout=between)
         self.out = nn.Linear(hidden_width, width)
@@ -296,6 +298,17 @@ class Caser(SequentialRecommender):
         ignored = torch.arange(n_windows, device=answers.device) < first.unsqueeze(1)  # (B, W)
         # A ReLU of the largest is the largest ReLU.
         return answers.masked_fill(ignored.unsqueeze(1), -torch.inf).amax(dim=2).relu()
+
+
+def _at_least_1(**sizes: int) -> None:
+    """Refuse sizes of nothing.
+
+    Raises:
+        ConfigError: Naming the first such size.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"`{name}` is {value}, expected at least 1.")
 
 
 def _last(states: Tensor, lengths: Tensor) -> Tensor:

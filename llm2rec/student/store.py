@@ -5,11 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import feather
-from safetensors.torch import load_file
 
-from llm2rec.core.checkpoint import save_tensors
-from llm2rec.core.errors import CheckpointError
-from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.core.checkpoint import read_tensors, save_tensors
+from llm2rec.core.errors import CheckpointError, ConfigError, DataError
+from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.student.models import SequentialRecommender, build_model
 
 __all__ = ["load_item_table", "load_student", "save_student"]
@@ -39,6 +38,7 @@ def save_student(
         write_json(aside / "config.json", {"model": name, "arguments": arguments})
         if items is not None:
             feather.write_feather(items.select(["raw_id", "title"]), str(aside / _ITEMS), compression="uncompressed")
+        write_hashes(aside)
 
 
 def load_item_table(folder: Path) -> pa.Table:
@@ -54,8 +54,10 @@ def load_item_table(folder: Path) -> pa.Table:
             "train this one again."
         )
     try:
-        return feather.read_table(str(file), columns=["raw_id", "title"])
-    except (pa.ArrowInvalid, OSError) as error:
+        table = feather.read_table(str(file), columns=["raw_id", "title"])
+        table.validate(full=True)
+        return table
+    except (pa.ArrowException, OSError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); copy the student's folder again, as a whole."
         ) from error
@@ -69,10 +71,14 @@ def load_student(folder: Path) -> SequentialRecommender:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no student (no config.json); name the folder of a finished student run.")
-    config = read_json(folder / "config.json")
-    model = build_model(config["model"], **config["arguments"])
     try:
-        model.load_served(load_file(folder / "model.safetensors"))
+        check_hashes(folder)
+        config = read_object(folder / "config.json", "model", "arguments")
+        model = build_model(config["model"], **config["arguments"])
+    except (DataError, ConfigError, TypeError) as error:  # the last: arguments that the model does not have
+        raise CheckpointError(f"{folder} holds no student that can be built: {error}") from error
+    try:
+        model.load_served(read_tensors(folder / "model.safetensors"))
     except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
         raise CheckpointError(
             f"{folder / 'model.safetensors'} holds other weights than a {config['model']} of this version; train it "

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 from numpy.typing import NDArray
 from torch import nn
 
@@ -17,7 +16,7 @@ from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run
 from llm2rec.data import RecData
-from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 def main(cfg: Config, run: Run) -> None:
     """Train the teacher, store its adapter, rank the catalogue for every training row."""
     settings, llm = build(cfg.teacher, TeacherSettings), build(cfg.llm, LLMSettings)
-    policy: Any = instantiate(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
+    policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
     data = open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision))

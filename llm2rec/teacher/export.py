@@ -12,6 +12,7 @@ rows.npy               (labelled rows,) their numbers, int64, ascending
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +100,50 @@ def write_outputs(
         by_distance: Whether the scores are negative distances; the confidences are then distances.
         labelled: Numbers of the training rows that were ranked, ascending; None if all were.
     """
-    parts = [load_file(block) for block in blocks]
-    ranking = np.concatenate([part["items"] for part in parts])
-    scores = np.concatenate([part["log_probs"] for part in parts])
     kind = "distance" if by_distance else settings.confidence
-    if kind == "prob":
-        confidence = np.exp(scores)
-    else:
-        confidence = scores if kind == "log_prob" else -scores
     with replaced_folder(folder) as aside:
         torch.save(item_vectors.detach().cpu().contiguous(), aside / "all_embeddings.pt")
-        np.save(aside / "myrank_train.npy", ranking)
-        np.save(aside / "confidence_train.npy", confidence)
         if labelled is not None:
             np.save(aside / "rows.npy", labelled)
-        np.savetxt(aside / "myrank_train.txt", ranking, fmt="%d")
-        np.savetxt(aside / "confidence_train.txt", confidence, fmt="%.9g")  # 9 digits give every float32 back
+        n_rows, top_k = _write_table(aside / "myrank_train", "%d", (load_file(each)["items"] for each in blocks))
+        confidences = (_as_confidence(load_file(each)["log_probs"], kind) for each in blocks)
+        _write_table(aside / "confidence_train", "%.9g", confidences)  # 9 digits give every float32 back
         manifest = {
             "format": 1,
             "confidence": kind,
-            "top_k": ranking.shape[1],
-            "rows": len(ranking),
+            "top_k": top_k,
+            "rows": n_rows,
             "n_items": len(item_vectors),
             "width": item_vectors.shape[1],
             **about,
             "sha256": {file.name: sha256_of_file(file) for file in sorted(aside.iterdir())},
         }
         write_json(aside / "manifest.json", manifest)
-    logger.info("teacher outputs: %d rows x %d items in %s", *ranking.shape, folder)
+    logger.info("teacher outputs: %d rows x %d items in %s", n_rows, top_k, folder)
+
+
+def _as_confidence(scores: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    if kind == "prob":
+        return np.exp(scores)
+    return scores if kind == "log_prob" else -scores
+
+
+def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple[int, int]:
+    """Write a table as text and as its memory-mapped twin, block by block, so that no more than one is in memory.
+
+    Returns:
+        Its shape.
+    """
+    n_rows, top_k = 0, 0
+    with open(f"{stem}.txt", "w", encoding="latin1") as text, open(f"{stem}.npy", "wb") as twin:
+        for block in blocks:
+            if not n_rows:  # the number of rows comes last; the header has room for it
+                top_k, kind = block.shape[1], np.lib.format.dtype_to_descr(block.dtype)
+                about = {"descr": kind, "fortran_order": False}
+                np.lib.format.write_array_header_1_0(twin, about | {"shape": (0, top_k)})
+            n_rows += len(block)
+            np.savetxt(text, block, fmt=form)
+            block.tofile(twin)
+        twin.seek(0)
+        np.lib.format.write_array_header_1_0(twin, about | {"shape": (n_rows, top_k)})
+    return n_rows, top_k

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2rec.core.checkpoint import save_tensors
-from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.core.checkpoint import read_tensors, save_tensors
+from llm2rec.core.errors import CheckpointError, ConfigError, DataError
+from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
 from llm2rec.teacher.gate_cache import model_identity
@@ -26,7 +25,7 @@ from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.likelihood import check_attention
-from llm2rec.teacher.llm import load_model, load_tokenizer, resolve_precision
+from llm2rec.teacher.llm import load_model, load_tokenizer, readable, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
@@ -140,9 +139,14 @@ def build_teacher(
     gate_source = gate_source_of(recipe.gate_input, recommender)
     config = adapter_config(settings, gate_source.width)  # checked before the model is loaded
     _check_export(settings, data)
-    prompts = PromptBuilder(load_tokenizer(source, llm), data.items, llm.prompt, data.domain, seed)
-    _check_prompts(prompts, recipe)
-    base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
+    problem, remedy = f"llm: {source!r} cannot be loaded", "Fetch its files again, or name another model."
+    with readable(ConfigError, problem, remedy):
+        tokenizer = load_tokenizer(source, llm)
+    prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain, seed)
+    if recipe.objective == "title":
+        prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
+    with readable(ConfigError, problem, remedy):
+        base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
     _check_positions(base, llm.prompt)
     if recipe.objective == "title":
         _check_side_by_side(base, llm.prompt)
@@ -234,12 +238,6 @@ def adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftCon
     return None
 
 
-def _check_prompts(prompts: PromptBuilder, recipe: TeacherRecipe) -> None:
-    """Refuse a title task that the prompts cannot ask."""
-    if recipe.objective == "title":
-        prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
-
-
 def _check_export(settings: TeacherSettings, data: RecData) -> None:
     """Refuse to find more titles than a row may leave, which would show after training only."""
     left = data.n_items - (data.history_length if settings.exclude_history else 0)
@@ -323,6 +321,7 @@ def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None
         save_tensors(_beside_adapter(model), aside / "head.safetensors")
         if model.recommender is not None:
             model.recommender.save(aside)
+        write_hashes(aside, editable=("config.json",))  # it names the place of the language model
         write_json(aside / "config.json", vars(recipe))
 
 
@@ -349,7 +348,10 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
     try:
-        recipe = TeacherRecipe(**read_json(folder / "config.json"))
+        check_hashes(folder)
+        recipe = TeacherRecipe(**read_object(folder / "config.json"))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     except TypeError as error:
         raise CheckpointError(
             f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
@@ -357,18 +359,20 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
     _check_parts(folder, recipe)
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
-    try:
+    remedy = "Copy the folder of the teacher again, as a whole."
+    with readable(CheckpointError, f"the tokenizer in {folder / 'adapter'} cannot be loaded", remedy):
         tokenizer = load_tokenizer(str(folder / "adapter"), llm)
+    with readable(
+        CheckpointError,
+        f"the language model of {folder} cannot be loaded from {recipe.source!r}, where it was in training",
+        "Put it back, or write its new place into `source` of config.json there.",
+    ):
         base = load_model(recipe.source, llm, recipe.precision, device, writes=recipe.objective == "title")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the language model of {folder} cannot be loaded from {recipe.source!r}, where it was in training "
-            f"({str(error).splitlines()[0]}); put it back, or write its new place into `source` of config.json there."
-        ) from error
     prompts = PromptBuilder(tokenizer, data.items, llm.prompt, data.domain, recipe.seed)
-    items = load_file(folder / "items.safetensors")
+    items = read_tensors(folder / "items.safetensors")
     adapted = recipe.tuning != "none"
-    peft_model = PeftModel.from_pretrained(base, str(folder / "adapter")) if adapted else base
+    with readable(CheckpointError, f"the adapter in {folder / 'adapter'} does not fit its language model", remedy):
+        peft_model = PeftModel.from_pretrained(base, str(folder / "adapter")) if adapted else base
     model = _assemble(peft_model, prompts, recipe, items, recommender)
     _load_beside_adapter(model, folder / "head.safetensors")
     return model.to(device).eval().requires_grad_(False), recipe
@@ -377,17 +381,14 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
 def _check_parts(folder: Path, recipe: TeacherRecipe) -> None:
     """Refuse a folder that was not copied as a whole, before the language model is loaded."""
     weights = ["adapter_model.safetensors"] if recipe.tuning != "none" else []
-    parts = [
-        "items.safetensors",
-        "head.safetensors",
-        *(f"adapter/{name}" for name in ["tokenizer_config.json", *weights]),
-    ]
+    parts = ["items.safetensors", "head.safetensors"]
+    parts += [f"adapter/{name}" for name in ["tokenizer_config.json", *weights]]
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; copy the folder of a teacher as a whole.")
 
 
 def _load_beside_adapter(model: LLMTeacher, file: Path) -> None:
-    stored = load_file(file)
+    stored = read_tensors(file)
     own = _beside_adapter(model)
     if missing := own.keys() - stored.keys():
         raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}; copy the folder of a teacher as a whole.")

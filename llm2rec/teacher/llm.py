@@ -1,6 +1,8 @@
 """Language models and their tokenizers: from a folder or the Hub, or a tiny random one made on the spot."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +17,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Llm2RecError
 from llm2rec.core.files import replaced_folder
 from llm2rec.core.processes import uses_gpu
 from llm2rec.core.seed import derived_seed
 from llm2rec.teacher.settings import LLMSettings, TinyRandomSettings
 
-__all__ = ["load_model", "load_tokenizer", "locate", "make_tiny_random", "mixed_precision", "resolve_precision"]
+__all__ = [
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "make_tiny_random",
+    "mixed_precision",
+    "readable",
+    "resolve_precision",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +55,36 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
         return str(make_tiny_random(settings, llm_dir, titles))
     local = root / Path(settings.path).expanduser()
     source = str(local.resolve()) if local.is_dir() else settings.path
-    try:
+    with readable(
+        ConfigError,
+        f"llm.path is {settings.path!r}, which is neither a folder with a model in Hugging Face's layout nor a model "
+        "that can be fetched from the Hub now",
+        "Give `llm.path=FOLDER`, or connect to the network (and log in, for gated models). Code that a model brings is "
+        "run only with `llm.trust_remote_code=true`.",
+    ):
         AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"llm.path is {settings.path!r}, which is neither a folder with a model in Hugging Face's layout nor a "
-            f"model that can be fetched from the Hub now ({str(error).splitlines()[0]}). Give `llm.path=FOLDER`, or "
-            "connect to the network (and log in, for gated models)."
-        ) from error
     return source
+
+
+@contextmanager
+def readable(kind: type[Llm2RecError], problem: str, remedy: str) -> Iterator[None]:
+    """Read files that somebody else wrote, with somebody else's code: what that raises is about the files.
+
+    Damaged ones make transformers, tokenizers and safetensors raise some ten different classes, one of which is
+    ``Exception`` itself.
+
+    Args:
+        kind: Raised instead.
+        problem: Its message; what was raised is added in brackets.
+        remedy: What to do.
+    """
+    try:
+        yield
+    except (Llm2RecError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise kind(f"{problem} ({why}). {remedy}") from error
 
 
 def load_tokenizer(source: str, settings: LLMSettings) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ __all__ = ["LLMSettings", "PromptSettings", "ShapeSettings", "TinyRandomSettings
 
 POOLINGS = ("last", "mean", "cls")
 WORDINGS = ("plain", "domain")
+_SMALLEST_VOCABULARY = 259
 
 
 @dataclass
@@ -123,3 +124,16 @@ class TinyRandomSettings(LLMSettings):
     n_heads: int = 4
     vocabulary: int = 2048
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.width, self.n_layers, self.n_heads) < 1 or self.width % (2 * self.n_heads):
+            raise ConfigError(
+                f"llm: expected n_layers >= 1 and n_heads >= 1, twice of which divides width, got {self.n_layers}, "
+                f"{self.n_heads} and {self.width}."
+            )
+        if self.vocabulary < _SMALLEST_VOCABULARY or self.seed < 0:
+            raise ConfigError(
+                f"llm: expected vocabulary >= {_SMALLEST_VOCABULARY} (all bytes and three marks) and seed >= 0, got "
+                f"{self.vocabulary} and {self.seed}."
+            )

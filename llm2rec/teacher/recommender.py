@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
-from llm2rec.core.errors import CheckpointError
+from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import read_json
+from llm2rec.core.run import read_record
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student, save_student
 
@@ -105,7 +105,7 @@ class TrainedRecommender:
         """
         try:
             return cls(load_student(folder).to(device), read_json(folder / "config.json"))
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (CheckpointError, DataError) as error:
             raise CheckpointError(
                 f"the student in {folder}, which the teacher reads, cannot be loaded ({str(error).splitlines()[0]}); "
                 "put its files back, or train it again."
@@ -154,7 +154,7 @@ def _check_run(folder: Path, dataset: str, fingerprint: str) -> None:
             f"`teacher.recommender_run` is {str(folder)!r}, which holds no run.json; expected the folder of a finished "
             "run of student or distill. Train one with the same dataset overrides (`python -m llm2rec.student`)."
         )
-    record = read_json(folder / "run.json")
+    record = read_record(folder, "dataset")
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
         raise CheckpointError(
             f"`teacher.recommender_run` is {str(folder)!r}, a {record['status']} run of stage {record['stage']!r}; "

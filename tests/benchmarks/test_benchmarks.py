@@ -25,6 +25,7 @@ PROMISED = {
     "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},
     "serving_latency.py": {"one_user_vs_matvec", "one_user_p99_ms_10000", "many_users_p50_ms_1000"},
     "catalogue_memory.py": {"peak_vs_state_1e4", "beyond_state_vs_1e3_1e4", "peak_vs_plain_1e4", "time_vs_plain_1e4"},
+    "preparation_memory.py": {"peak_mebibytes_1e5", "interactions_per_second_1e5"},
     "teacher_export.py": {"tokens_per_second_vs_forward", "tokens_per_second_vs_frozen", "padding_share"},
 }
 
@@ -44,6 +45,20 @@ def test_a_quick_run_writes_what_others_read(script, tmp_path):
     assert json.loads(done.stdout[done.stdout.index("{\n") :]) == result["headline"]
     assert str(tmp_path) not in file.read_text()
     assert str(ROOT) not in file.read_text()
+
+
+@pytest.mark.slow
+def test_bad_inputs_get_clear_errors(tmp_path):
+    """Every tenth of those that the benchmark tries."""
+    file = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "bad_inputs.py"), "--quick", "--json", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    headline = json.loads(file.read_text())["headline"]
+    assert headline["tried"] > 20
+    assert headline["unclear"] == 0, done.stdout
+    assert str(tmp_path) not in file.read_text()
 
 
 def test_the_peak_is_what_is_held_at_once():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError, DataError
 from llm2rec.data import CsvTables, MovieLens100K, RawData, RecData, Toy, format_statistics, load, prepare
-from llm2rec.data.filtering import filter_and_number
+from llm2rec.data.filtering import check_titles
 from llm2rec.data.spec import DatasetSpec
 
 
@@ -139,7 +139,7 @@ def test_duplicate_item_id_is_refused():
     raw = InMemory(rows=[("a", item, t) for t, item in enumerate("wxyz")]).read()
     doubled = RawData(raw.interactions, pd.concat([raw.items, raw.items.tail(1)], ignore_index=True))
     with pytest.raises(DataError, match="item id 'z' is there more than once"):
-        filter_and_number(doubled, InMemory())
+        check_titles(doubled.items, InMemory())
 
 
 def test_raw_ids_and_titles_are_kept(tmp_path):

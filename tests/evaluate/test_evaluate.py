@@ -105,6 +105,9 @@ def test_a_folder_without_run_and_a_student_of_another_shape_are_refused(tmp_pat
     config = json.loads((folder / "student" / "config.json").read_text())
     config["arguments"]["n_blocks"] = 5
     write_json(folder / "student" / "config.json", config)
+    with pytest.raises(CheckpointError, match=r"config\.json has changed since it was written"):
+        score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
+    (folder / "student" / "manifest.json").unlink()  # as in earlier versions
     with pytest.raises(CheckpointError, match="holds other weights than a sasrec"):
         score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
 

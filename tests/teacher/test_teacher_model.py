@@ -202,7 +202,7 @@ def test_a_folder_without_a_teacher_is_refused(data, tmp_path):
 def test_a_language_model_that_has_moved_is_told_with_its_old_place(data, llm_folder, tmp_path):
     model, recipe = build("llama", llm_folder, data)
     save_teacher(tmp_path / "teacher", model, replace(recipe, source=str(tmp_path / "moved")))
-    with pytest.raises(CheckpointError, match=r"cannot be loaded from '.*moved'.*put it back"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded from '.*moved'.*Put it back"):
         load_teacher(tmp_path / "teacher", data, CPU)
 
 

@@ -186,8 +186,8 @@ def test_the_saved_tokenizer_knows_its_slots_once(teacher, data, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("recommender/config.json", "recommender/ is missing"),
-        ("recommender/model.safetensors", "the student in .* cannot be loaded"),
+        ("recommender/config.json", "lacks recommender/config.json; copy the folder"),
+        ("recommender/model.safetensors", "lacks recommender/model.safetensors; copy the folder"),
         ("head.safetensors", "lacks head.safetensors; copy the folder"),
         ("items.safetensors", "lacks items.safetensors; copy the folder"),
         ("adapter/adapter_model.safetensors", "lacks adapter/adapter_model.safetensors; copy the folder"),
@@ -209,6 +209,9 @@ def test_a_head_that_lacks_weights_is_refused(teacher, data, tmp_path):
     save_teacher(tmp_path / "teacher", model, recipe)
     save_teacher(tmp_path / "plain", *teacher())
     (tmp_path / "plain" / "head.safetensors").replace(tmp_path / "teacher" / "head.safetensors")
+    with pytest.raises(CheckpointError, match=r"head\.safetensors has changed since it was written"):
+        load_teacher(tmp_path / "teacher", data, CPU)
+    (tmp_path / "teacher" / "manifest.json").unlink()  # as in earlier versions
     with pytest.raises(CheckpointError, match=r"lacks head.projection.weight, head.title_weight; copy the folder"):
         load_teacher(tmp_path / "teacher", data, CPU)
 

@@ -1,0 +1,54 @@
+"""Tables that are written once and read again part by part, so that none has to fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+__all__ = ["Spill", "read_batches"]
+
+
+class Spill:
+    """A table in parts: in a file, or in memory where there is no place for one.
+
+    Args:
+        file: Where to keep it; None keeps it in memory.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._kept: list[pa.Table] = []
+        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._sink: pa.NativeFile | None = None
+
+    def append(self, part: pa.Table) -> None:
+        """Add a part; all have the same columns."""
+        if self._file is None:
+            self._kept.append(part)
+            return
+        if self._writer is None:
+            self._sink = pa.OSFile(str(self._file), "wb")
+            self._writer = pa.ipc.new_stream(self._sink, part.schema)
+        self._writer.write_table(part)
+
+    def close(self) -> None:
+        """Say that no more parts come."""
+        if self._writer is not None and self._sink is not None:
+            self._writer.close()
+            self._sink.close()
+
+    def parts(self) -> Iterator[pa.Table]:
+        """Yield the parts in order; may be called again."""
+        if self._writer is None or self._file is None:
+            yield from self._kept
+            return
+        for batch in read_batches(self._file):
+            yield pa.Table.from_batches([batch])
+
+
+def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a stream file; read, not mapped, so that what was read can be forgotten."""
+    with pa.OSFile(str(file), "rb") as source, pa.ipc.open_stream(source) as reader:
+        yield from reader
