@@ -185,8 +185,15 @@ def open_data(cfg: Config, run: Run) -> RecData:
     return data
 
 
-def open_engine(cfg: Config, run: Run, training: TrainingSettings | None = None, mixed_precision: str = "no") -> Engine:
-    """Open the engine of a stage as the configuration says."""
+def open_engine(
+    cfg: Config,
+    run: Run,
+    training: TrainingSettings | None = None,
+    mixed_precision: str = "no",
+    *,
+    lockstep: bool = False,
+) -> Engine:
+    """Open the engine of a stage as the configuration says; arguments as of `Engine`."""
     return Engine(
         run,
         seed=cfg.seed,
@@ -194,6 +201,7 @@ def open_engine(cfg: Config, run: Run, training: TrainingSettings | None = None,
         mixed_precision=mixed_precision,
         tensorboard=cfg.logging.tensorboard and training is not None,
         show_progress=cfg.logging.progress,
+        lockstep=lockstep,
     )
 
 

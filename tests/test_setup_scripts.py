@@ -453,16 +453,6 @@ def test_tests_run_in_several_processes(ready: Checkout) -> None:
     assert call.endswith("-k something")
 
 
-def test_accelerate_reads_every_launch_configuration() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    files = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-    assert {"cpu.yaml", "single_a100.yaml", "multi_gpu_zero2.yaml"} <= {file.name for file in files}
-    for file in files:
-        assert file.read_text().startswith("# For "), f"{file} does not say for whom it is"
-        assert load_config_from_file(str(file)).num_processes >= 1
-
-
 # CI -----------------------------------------------------------------------------------------------------------------
 
 

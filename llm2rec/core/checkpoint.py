@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm2rec.core.errors import CheckpointError
+from llm2rec.core.zero import is_zero, load_zero, zero_tensors
 
 __all__ = [
     "load_optimizer",
@@ -105,8 +106,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         model: The unwrapped model.
         optimizer: A torch optimizer, or DeepSpeed's around one.
     """
-    if _is_zero(optimizer):
-        return _zero_tensors(model, optimizer)
+    if is_zero(optimizer):
+        return zero_tensors(model, optimizer)
     names = _names(model)
     return {
         f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
@@ -125,8 +126,8 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
     for name, tensor in read_tensors(file).items():
         parameter, key = name.rsplit("/", 1)
         stored.setdefault(parameter, {})[key] = tensor
-    if _is_zero(optimizer):
-        _load_zero(model, optimizer, stored)
+    if is_zero(optimizer):
+        load_zero(model, optimizer, stored)
         return
     names = _names(model)
     state_dict = optimizer.state_dict()
@@ -140,54 +141,3 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
 
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
-
-
-def _is_zero(optimizer: Any) -> bool:
-    return hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "fp16_groups")
-
-
-def _link_zero_states(optimizer: Any) -> None:
-    """Let every parameter find its part of the optimizer's state, which a fresh optimizer gets here.
-
-    DeepSpeed 0.19 does so once, in the first step, right after that of the first parameter group: a fresh optimizer has
-    nothing to restore into, and the other groups have no state yet.
-    """
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-    for group, partition in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        state = optimizer.optimizer.state[partition]
-        if not state:  # what AdamW makes in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
-        lazy_init_hp_params_optimizer_state(group, partition, optimizer.optimizer.state)
-
-
-def _zero_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # only where it is in use
-
-    _link_zero_states(optimizer)
-    steps = [state["step"] for state in optimizer.optimizer.state.values() if "step" in state]
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"{name}/fp32"] = safe_get_full_fp32_param(parameter)
-            tensors[f"{name}/step"] = torch.as_tensor(steps[0], dtype=torch.float32)
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key)
-    return tensors
-
-
-def _load_zero(model: nn.Module, optimizer: Any, stored: dict[str, dict[str, Tensor]]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    _link_zero_states(optimizer)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state = stored[name]
-            # A checkpoint written without ZeRO has no copy in float32: its weights are the master weights.
-            safe_set_full_fp32_param(parameter, state.get("fp32", parameter.detach().float()))
-            for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, state[key], key)
-    step = next(iter(stored.values()))["step"]
-    for state in optimizer.optimizer.state.values():
-        state["step"].fill_(step)  # each has a counter of its own

@@ -28,9 +28,10 @@ from llm2rec.core.checkpoint import (
     trainable_weights,
     trained_buffers,
 )
+from llm2rec.core.division import keep_out_of_exchange
 from llm2rec.core.errors import Interrupted
 from llm2rec.core.files import read_json, replaced_folder, storage_errors, write_json
-from llm2rec.core.processes import agree, process_arguments
+from llm2rec.core.processes import agree, launch_hidden, process_arguments
 from llm2rec.core.progress import progress
 from llm2rec.core.run import Run
 from llm2rec.core.schedule import warmup_cosine
@@ -38,6 +39,7 @@ from llm2rec.core.seed import seed_everything
 from llm2rec.core.stepper import MicroBatches, Stepper
 from llm2rec.core.termination import Termination
 from llm2rec.core.training import TrainingSettings
+from llm2rec.core.zero import configure
 
 __all__ = ["Engine"]
 
@@ -56,6 +58,8 @@ class Engine:
         training: Batch sizes, clipping and schedule; None for stages that do not train.
         tensorboard: Whether to write TensorBoard events.
         show_progress: Whether to draw progress bars.
+        lockstep: Whether all processes go through all rows together wherever they would divide them: a model whose
+            weights are divided needs each of its passes on every process.
     """
 
     def __init__(
@@ -67,19 +71,21 @@ class Engine:
         training: TrainingSettings | None = None,
         tensorboard: bool = True,
         show_progress: bool = True,
+        lockstep: bool = False,
     ) -> None:
-        self.run = run
+        self.run, self.lockstep = run, lockstep
         self.training = training or TrainingSettings()
         cpu, process_group = process_arguments()
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=mixed_precision,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(**process_group),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
-        )
-        self._stepper = Stepper(self.accelerator, self.training, self.log)
+        with launch_hidden():
+            self.accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision=mixed_precision,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(**process_group),
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                ],
+            )
+        self._stepper = Stepper(self.accelerator, self.training, self.log, lockstep)
         self.seed, self._show_progress = seed, show_progress
         self._termination, self._is_ending = Termination(), False
         self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
@@ -126,7 +132,9 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def my_rows(self, n_rows: int) -> NDArray[np.int64]:
-        """This process's block of ``range(n_rows)``; together the blocks hold every row once."""
+        """This process's block of ``range(n_rows)``; together the blocks hold every row once. In lockstep, all rows."""
+        if self.lockstep:
+            return np.arange(n_rows)
         share = math.ceil(n_rows / self.n_processes)
         return np.arange(min(self.rank * share, n_rows), min((self.rank + 1) * share, n_rows))
 
@@ -140,7 +148,7 @@ class Engine:
         Returns:
             Results of shape ``(n_rows, ...)`` in row order.
         """
-        if self.n_processes == 1:
+        if self.n_processes == 1 or self.lockstep:
             return mine
         share = math.ceil(n_rows / self.n_processes)
         padding = mine.new_zeros((share - len(mine), *mine.shape[1:]))  # a gather needs equal shapes
@@ -150,11 +158,12 @@ class Engine:
     def my_missing(self, files: list[Path]) -> list[int]:
         """This process's share of the files that are not there yet, as positions in ``files``; a collective.
 
-        Work that is written file by file goes on where it stopped when it is divided like this.
+        Work that is written file by file goes on where it stopped when it is divided like this. In lockstep, every
+        process does and writes all of them alike.
         """
         missing = [number for number, file in enumerate(files) if not file.is_file()]
         self.wait()  # all processes have looked before any writes
-        return missing[self.rank :: self.n_processes]
+        return missing if self.lockstep else missing[self.rank :: self.n_processes]
 
     # One training step ----------------------------------------------------------------------------------------------
 
@@ -162,9 +171,9 @@ class Engine:
         """Wrap model and optimizer for the processes and devices of this launch."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None:  # what DeepSpeed would read off a data loader, which we do not give it
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.training.micro_batch_size
-            plugin.deepspeed_config["gradient_accumulation_steps"] = self.n_micro_batches
-            plugin.deepspeed_config["gradient_clipping"] = self.training.max_grad_norm
+            configure(plugin.deepspeed_config, model, self.training, self.n_micro_batches)
+        if self.lockstep:
+            keep_out_of_exchange(model)
         wrapped, prepared = self.accelerator.prepare(model, optimizer)
         self._stepper.prepare(model, wrapped, prepared)
         return cast(Model, wrapped), prepared
@@ -217,7 +226,6 @@ class Engine:
             max_steps: Steps of the whole training.
             optimizer: What `prepare` returned.
             resting: Names of parameter groups that this step leaves as they are, the optimizer's state of them too.
-                (DeepSpeed's own optimizers see a learning rate of 0 and gradients as they come.)
 
         Returns:
             The learning rate of now, before the ``lr_ratio`` that a group may carry.

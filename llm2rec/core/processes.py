@@ -5,11 +5,27 @@ told. This needs the process group, so it is joined here, once, the same way for
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["agree", "is_first_process", "join_processes", "n_processes", "process_arguments", "uses_gpu"]
+__all__ = [
+    "agree",
+    "is_first_process",
+    "join_processes",
+    "launch_hidden",
+    "n_processes",
+    "process_arguments",
+    "uses_deepspeed",
+    "uses_fsdp",
+    "uses_gpu",
+    "uses_zero3",
+]
+
+_DEEPSPEED, _FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
 
 
 def n_processes() -> int:
@@ -33,6 +49,32 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and not _asked_for_cpu()
 
 
+def uses_deepspeed() -> bool:
+    """Whether this launch asks for DeepSpeed."""
+    return os.environ.get(_DEEPSPEED, "false").lower() == "true"
+
+
+def uses_zero3() -> bool:
+    """Whether this launch asks for DeepSpeed's ZeRO-3; see `llm2rec.core.division`."""
+    return uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def uses_fsdp() -> bool:
+    """Whether this launch asks for FSDP; see `llm2rec.core.division`."""
+    return os.environ.get(_FSDP, "false").lower() == "true"
+
+
+@contextmanager
+def launch_hidden() -> Iterator[None]:
+    """Let Accelerate see plain data parallelism where frozen weights are divided by us."""
+    hidden = [_FSDP, *([_DEEPSPEED] if uses_zero3() else [])]
+    asked = {name: os.environ.pop(name) for name in hidden if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(asked)
+
+
 def process_arguments() -> tuple[bool, dict[str, Any]]:
     """How Accelerate is to set up its processes here.
 
@@ -41,9 +83,15 @@ def process_arguments() -> tuple[bool, dict[str, Any]]:
         named: left to itself, Accelerate then believes in a single process.
 
     Raises:
-        ConfigError: If the launch asks for DeepSpeed and, by ``ACCELERATE_USE_CPU``, for Accelerate's plain CPU mode.
+        ConfigError: If the launch asks for DeepSpeed, which is not installed, or, by ``ACCELERATE_USE_CPU``, for
+            Accelerate's plain CPU mode as well.
     """
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    use_deepspeed = uses_deepspeed()
+    if use_deepspeed and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "the launch uses DeepSpeed, which is not installed; install it (`pip install deepspeed`, or this project's "
+            "extra `deepspeed`), or launch with accelerate_configs/multi_gpu_ddp.yaml."
+        )
     if use_deepspeed and _asked_for_cpu():
         raise ConfigError(
             "the launch uses DeepSpeed, and ACCELERATE_USE_CPU is set, under which Accelerate cannot start it; unset "
@@ -51,7 +99,9 @@ def process_arguments() -> tuple[bool, dict[str, Any]]:
         )
     if n_processes() == 1 or uses_gpu():
         return _asked_for_cpu(), {}
-    return not use_deepspeed, {"backend": "gloo"}  # with cpu=True Accelerate would not look at DeepSpeed at all
+    return not use_deepspeed or uses_zero3(), {
+        "backend": "gloo"
+    }  # with cpu=True Accelerate would not look at DeepSpeed at all
 
 
 def join_processes() -> None:
@@ -60,7 +110,8 @@ def join_processes() -> None:
         from accelerate import PartialState  # takes a second to import, which a single process need not pay here
 
         cpu, keywords = process_arguments()
-        PartialState(cpu=cpu, **keywords)
+        with launch_hidden():
+            PartialState(cpu=cpu, **keywords)
 
 
 def agree(value: Any) -> Any:

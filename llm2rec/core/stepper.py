@@ -27,6 +27,7 @@ from llm2rec.core.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from llm2rec.core.seed import random_state
 from llm2rec.core.spikes import SpikeWatch
 from llm2rec.core.training import TrainingSettings
+from llm2rec.core.zero import RestingStates
 
 __all__ = ["MicroBatches", "Stepper"]
 
@@ -45,15 +46,21 @@ class Stepper:
         accelerator: Of this launch.
         training: Batch sizes, clipping, and what to do about bad numbers.
         log: Takes scalars by name, and the step.
+        lockstep: Whether processes wait for each other within passes, as those of a divided model do: one that is out
+            of memory then ends the launch.
     """
 
     def __init__(
-        self, accelerator: Accelerator, training: TrainingSettings, log: Callable[[Mapping[str, float], int], None]
+        self,
+        accelerator: Accelerator,
+        training: TrainingSettings,
+        log: Callable[[Mapping[str, float], int], None],
+        lockstep: bool = False,
     ) -> None:
         self.accelerator, self.training, self._log = accelerator, training, log
         self.micro_batch_size, self.n_micro_batches = training.micro_batch_size, 1
         self.divide(training.micro_batch_size)
-        self.resting = frozenset[str]()
+        self.resting, self._lockstep = frozenset[str](), lockstep
         self.undivided = ""
         """Setting that needs each step in one piece, if there is one."""
         self.skipped, self._rehearsals = 0, _REHEARSALS
@@ -98,7 +105,9 @@ class Stepper:
             OutOfMemoryError: If the step does not fit, however it is divided.
         """
         put_back = self._before()
-        if self.accelerator.num_processes > 1 and self._rehearsals > 0 and not self._deepspeed:
+        resting = RestingStates(self._optimizer.optimizer, self.resting) if self._deepspeed and self.resting else None
+        divides = self.accelerator.num_processes > 1 and not self._deepspeed and not self._lockstep
+        if divides and self._rehearsals > 0:
             share = self._rehearsed(step, share, passes, put_back)
         while True:
             outcome = self._attempt(share, passes)
@@ -114,7 +123,10 @@ class Stepper:
             put_back()
             self._skip_or_stop(step, outcome.bad_rows if n_bad else outcome.rows, "loss" if n_bad else self._norm.name)
             return None
-        self._apply()
+        if resting is None:
+            self._apply()
+        else:  # DeepSpeed has stepped by now
+            resting.put_back()
         self._watch(step, loss / share.n_rows, norm)
         return outcome.sums
 

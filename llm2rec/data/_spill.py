@@ -20,7 +20,6 @@ class Spill:
     def __init__(self, file: Path | None) -> None:
         self._file = file
         self._kept: list[pa.Table] = []
-        self._empty = pa.table({})
         self._writer: pa.RecordBatchStreamWriter | None = None
         self._sink: pa.NativeFile | None = None
 
@@ -30,7 +29,6 @@ class Spill:
             self._kept.append(part)
             return
         if self._writer is None:
-            self._empty = part.schema.empty_table()
             self._sink = pa.OSFile(str(self._file), "wb")
             self._writer = pa.ipc.new_stream(self._sink, part.schema)
         self._writer.write_table(part)
@@ -46,7 +44,6 @@ class Spill:
         if self._writer is None or self._file is None:
             yield from self._kept
             return
-        yield self._empty  # a stream without rows has no part, and what reads it needs to see the columns
         for batch in read_batches(self._file):
             yield pa.Table.from_batches([batch])
 

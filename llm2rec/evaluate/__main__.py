@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from llm2rec.config import Config
+from llm2rec.core.division import divides_frozen
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
@@ -25,7 +26,7 @@ def main(cfg: Config, run: Run) -> None:
     metrics = cfg.metrics
     protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
-    engine = open_engine(cfg, run)
+    engine = open_engine(cfg, run, lockstep=divides_frozen())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
     folders = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"

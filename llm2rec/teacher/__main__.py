@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llm2rec.config import Config
+from llm2rec.core.division import divides_frozen, full_size
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import read_json
 from llm2rec.core.git_info import git_state
@@ -22,7 +23,7 @@ from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
-from llm2rec.teacher.llm import locate, mixed_precision
+from llm2rec.teacher.llm import check_launch, locate, mixed_precision
 from llm2rec.teacher.recommender import open_recommender
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
 from llm2rec.teacher.title_model import TitleRecommender
@@ -36,10 +37,11 @@ logger = logging.getLogger(__name__)
 def main(cfg: Config, run: Run) -> None:
     """Train the teacher, store its adapter, rank the catalogue for every training row."""
     settings, llm = build(cfg.teacher, TeacherSettings), build(cfg.llm, LLMSettings)
+    check_launch(settings.precision)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
     data = open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
-    engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision))
+    engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
     of_run = from_launch_folder(settings.recommender_run, cfg.paths.root) if settings.recommender_run else None
     kept = run.folder / "recommender_of_run"
     with engine.first_process_first():
@@ -157,7 +159,7 @@ def tell_labelling(run: Run, n_labelled: int, n_rows: int) -> None:
 
 def model_size(model: nn.Module) -> int:
     """Parameters of the model, frozen ones included."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(full_size(parameter) for parameter in model.parameters())
 
 
 if __name__ == "__main__":

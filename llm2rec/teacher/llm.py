@@ -17,13 +17,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llm2rec.core.division import divide, divides_frozen, put_together_by_deepspeed, zero3_config
 from llm2rec.core.errors import ConfigError, Llm2RecError
 from llm2rec.core.files import replaced_folder
-from llm2rec.core.processes import uses_gpu
+from llm2rec.core.host_memory import check_host_memory
+from llm2rec.core.processes import is_first_process, uses_fsdp, uses_gpu, uses_zero3
 from llm2rec.core.seed import derived_seed
 from llm2rec.teacher.settings import LLMSettings, TinyRandomSettings
 
 __all__ = [
+    "check_launch",
     "load_model",
     "load_tokenizer",
     "locate",
@@ -120,37 +123,82 @@ def load_model(
         writes: With its language-model head, to write text; without it only hidden states are given.
 
     Raises:
-        ConfigError: If the model cannot write.
+        ConfigError: If the model cannot write, or this launch cannot divide it.
     """
-    arguments: dict[str, Any] = {"dtype": torch.float32 if precision == "float32" else torch.bfloat16}
-    if precision in ("int8", "int4"):
-        from transformers import BitsAndBytesConfig  # needs bitsandbytes, which other precisions do without
-
-        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
-        arguments = {
-            "dtype": compute,
-            "device_map": {"": device},
-            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
-            if precision == "int8"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute),
-        }
+    check_launch(precision)
     kind: Any = AutoModelForCausalLM if writes else AutoModel
     try:
-        model = kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **arguments)
+        model = _loaded(kind, source, settings, precision, device)
     except ValueError as error:
         if not writes or "AutoModelForCausalLM" not in str(error):
             raise
         raise _cannot_write(settings) from error
-    if precision not in ("int8", "int4"):  # quantised weights are put in place while they load
-        model = model.to(device)
     model.requires_grad_(False)
     model.eval()
+    if divides_frozen() and uses_fsdp():
+        divide(model, model.base_model, model._no_split_modules or (), device)
+        model.tie_weights()
     if writes:
         if not _reads_forwards(model):
             raise _cannot_write(settings)
         # Sampling (Llama 2) or a penalty for repetition (Qwen) would come along with the weights.
         model.generation_config = GenerationConfig()
     return cast(PreTrainedModel, model)
+
+
+def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, device: torch.device) -> Any:
+    """The weights on the device; where they are to be divided, on the host of the first process and nowhere else."""
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    if precision in ("int8", "int4"):
+        from transformers import BitsAndBytesConfig  # needs bitsandbytes, which other precisions do without
+
+        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+        quantized = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if precision == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        )
+        # Put in place while they load.
+        arguments = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantized}
+        return kind.from_pretrained(source, **arguments, **trusted)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if not divides_frozen():
+        return kind.from_pretrained(source, dtype=dtype, **trusted).to(device)
+    if uses_zero3():
+        from transformers.integrations import HfDeepSpeedConfig
+
+        asked = zero3_config(dtype)
+        if asked["zero_optimization"]["offload_param"]["device"] == "cpu":
+            files = Path(source).glob("*.safetensors")  # none of a model on the Hub, whose size is not known yet
+            check_host_memory(
+                sum(file.stat().st_size for file in files),
+                "the language model",
+                "set offload_param_device to none in the launch configuration, or take a smaller `llm`",
+            )
+        _seen = HfDeepSpeedConfig(asked)  # transformers divides the weights while it lives
+        model = kind.from_pretrained(source, dtype=dtype, **trusted)
+        put_together_by_deepspeed(model, asked)
+        return model
+    if is_first_process():
+        return kind.from_pretrained(source, dtype=dtype, **trusted)
+    config = AutoConfig.from_pretrained(source, **trusted)
+    # As if nothing were drawn: adapters are initialised alike everywhere.
+    with torch.random.fork_rng(), torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, **trusted)
+
+
+def check_launch(precision: str) -> None:
+    """Refuse number formats that this launch cannot divide, before anything is loaded.
+
+    Raises:
+        ConfigError: If quantised weights are to be divided among processes.
+    """
+    if precision in ("int8", "int4") and divides_frozen():
+        raise ConfigError(
+            f"teacher.precision is {precision!r}, and the launch divides the language model's weights among "
+            "processes, which would part them from their scales; take teacher.precision=bfloat16, or keep a whole "
+            "copy on every GPU with accelerate_configs/multi_gpu_ddp.yaml."
+        )
 
 
 def _cannot_write(settings: LLMSettings) -> ConfigError:

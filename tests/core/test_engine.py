@@ -101,10 +101,12 @@ def test_one_process_has_all_rows(tmp_path):
 def test_blocks_of_all_processes_hold_every_row_once(n_rows, n_processes):
     from llm2rec.core.engine import Engine
 
-    blocks = [
-        Engine.my_rows(SimpleNamespace(rank=rank, n_processes=n_processes), n_rows) for rank in range(n_processes)
-    ]
+    def block(rank, lockstep):
+        return Engine.my_rows(SimpleNamespace(rank=rank, n_processes=n_processes, lockstep=lockstep), n_rows).tolist()
+
+    blocks = [block(rank, False) for rank in range(n_processes)]
     assert np.concatenate(blocks).tolist() == list(range(n_rows))
+    assert block(n_processes - 1, True) == list(range(n_rows))
 
 
 def test_sums_are_exact(tmp_path):

@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +52,32 @@ def environment() -> dict[str, str]:
     }
 
 
+def accelerate_on_cpu(name: str, folder: Path, **changes: Any) -> list[str]:
+    """A command that launches with ``accelerate_configs/<name>.yaml`` two processes without a GPU, in float32.
+
+    Args:
+        name: Name of the launch configuration.
+        folder: Where the changed copy is written.
+        **changes: What else of it is changed.
+    """
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", **changes}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return [str(BIN / "accelerate"), "launch", "--config_file", str(file)]
+
+
 def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, check: bool = True):
     """Run a stage to its end and return the finished process, output as text."""
+    return run_command(folder, [*launcher, f"llm2rec.{stage}", *overrides], check=check)
+
+
+def run_command(folder: Path, command: list[str], *, check: bool = True, **variables: str):
+    """Run a command in a folder to its end, ``variables`` in its environment; the finished process, output as text."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*launcher, f"llm2rec.{stage}", *overrides]
     # Files, not pipes: a grandchild that outlives a launcher would keep a pipe open.
     with open(folder / "stdout.txt", "w") as out, open(folder / "stderr.txt", "w") as err:
-        done = subprocess.run(command, cwd=folder, env=environment(), stdout=out, stderr=err, timeout=400)
+        done = subprocess.run(command, cwd=folder, env=environment() | variables, stdout=out, stderr=err, timeout=400)
     done.stdout, done.stderr = (folder / "stdout.txt").read_text(), (folder / "stderr.txt").read_text()
     if check:
         assert done.returncode == 0, done.stderr
@@ -149,5 +170,10 @@ def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 
 def outputs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Exported rankings and confidences."""
-    found = folder / "data" / "teacher_outputs" / "toy" / "ilora-tiny_random"
+    return outputs_of(folder, "ilora")
+
+
+def outputs_of(folder: Path, teacher: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rankings and confidences that the teacher of a name has exported."""
+    found = folder / "data" / "teacher_outputs" / "toy" / f"{teacher}-tiny_random"
     return np.load(found / "myrank_train.npy"), np.load(found / "confidence_train.npy")

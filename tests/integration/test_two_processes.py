@@ -4,13 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from command_helpers import (
-    BIN,
-    ROOT,
     STUDENT,
     TEACHER,
     TORCHRUN,
+    accelerate_on_cpu,
     adapter,
     checkpoint_step,
     close_histories,
@@ -56,20 +54,6 @@ def test_losses_and_metrics_are_those_of_one_process(stage, one, two):
     records = [json.loads((each[1][stage] / "run.json").read_text()) for each in (one, two)]
     assert records[0]["dataset"] == records[1]["dataset"]
     assert records[0]["parameters"] == records[1]["parameters"]
-
-
-def test_a_student_of_sequences_learns_in_two_processes_what_it_learns_in_one(one, tmp_path):
-    """Pieces of sequences hold different numbers of rows, so that the shares of two processes are uneven."""
-    told = f"distill.teacher_outputs={one[0] / 'data' / 'teacher_outputs' / 'toy' / 'ilora-tiny_random'}"
-    options = [*STUDENT, told, "student.examples=sequences", "student.model.positions=oldest"]
-    found = []
-    for name, launcher in (("one", {}), ("two", {"launcher": TORCHRUN})):
-        run(tmp_path / name, "distill", *options, **launcher)
-        found.extend(runs(tmp_path / name))
-    first, second = map(history, found)
-    assert close_histories(first, second, 1e-4)
-    windows = history(one[1]["distill"])  # something else, or nothing was tried
-    assert abs(first[0]["train/loss"] - windows[0]["train/loss"]) > 1e-3
 
 
 def test_weights_are_those_of_one_process(one, two):
@@ -123,17 +107,6 @@ def test_a_killed_launch_goes_on_in_one_process(one, tmp_path):
     assert close_histories(history(one[1]["teacher"]), history(killed), 1e-4)
 
 
-def test_rows_are_weighed_alike_in_two_processes(one, tmp_path):
-    """Validation gradients are summed and rows measured over both."""
-    where = f"distill.teacher_outputs={one[0] / 'data' / 'teacher_outputs' / 'toy' / 'ilora-tiny_random'}"
-    found = []
-    for name, launcher in (("one", {}), ("two", {"launcher": TORCHRUN})):
-        done = run(tmp_path / name, "distill", *STUDENT, where, "active=meta", **launcher)
-        assert done.stderr.count("mean weight 1.000") == 3, done.stderr
-        found.append(history(runs(tmp_path / name)[-1]))
-    assert close_histories(*found, 1e-4)
-
-
 # ---- DeepSpeed ZeRO-2 ------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +114,7 @@ def test_rows_are_weighed_alike_in_two_processes(one, tmp_path):
 def zero2(tmp_path_factory):
     """`accelerate launch` with our multi-GPU configuration, for two processes without a GPU, in float32."""
     pytest.importorskip("deepspeed")
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "multi_gpu_zero2.yaml").read_text())
-    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
-    file = tmp_path_factory.mktemp("zero2") / "zero2_cpu.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return [str(BIN / "accelerate"), "launch", "--config_file", str(file), "-m"]
+    return [*accelerate_on_cpu("multi_gpu_zero2", tmp_path_factory.mktemp("zero2")), "-m"]
 
 
 def test_zero2_trains_as_one_process_and_resumes(zero2, one, tmp_path):

@@ -1,0 +1,41 @@
+"""How much memory the host has left, so that what cannot fit is refused instead of killed."""
+
+from pathlib import Path
+
+from llm2rec.core.errors import ConfigError
+
+__all__ = ["available_bytes", "check_host_memory"]
+
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int | None:
+    """Bytes that this machine, or the container this process is in, has left; None where that cannot be told."""
+    try:
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+
+
+def check_host_memory(needed: int, what: str, remedy: str) -> None:
+    """Refuse what does not fit.
+
+    Args:
+        needed: Bytes, over all processes of this machine.
+        what: What they are for.
+        remedy: What to do instead.
+
+    Raises:
+        ConfigError: If the host has less left.
+    """
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"{what} on the host takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are left there; {remedy}."
+        )

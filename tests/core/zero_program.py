@@ -1,0 +1,64 @@
+"""A program: train with a group that rests now and then, stop in the middle, go on; a test compares the weights."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from engine_helpers import engine_in
+from safetensors.torch import save_file
+from torch import nn
+
+from llm2rec.core.optimizer import adamw
+
+N_ROWS, N_STEPS = 12, 9
+RESTING = (0, 1, 4, 5)  # steps; from the very first, when there is no state yet
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.projector = nn.Linear(5, 7), nn.Linear(5, 7)
+        self.projector.bias.requires_grad_(False)  # so that sizes do not divide by the number of processes
+
+    def forward(self, inputs, with_projector):
+        hidden = self.body(inputs)
+        return hidden + self.projector(inputs) if with_projector else hidden + 0 * self.projector.weight.sum()
+
+
+def train(folder, steps):
+    """Go on from the checkpoint in ``folder``, if there is one, to the last of ``steps``; returns the model."""
+    engine = engine_in(folder, epochs=N_STEPS, batch_size=N_ROWS, micro_batch_size=3, learning_rate=0.05)
+    torch.manual_seed(0)
+    model = Model()
+    inputs, targets = torch.randn(N_ROWS, 5), torch.randn(N_ROWS, 7)
+    wrapped, optimizer = engine.prepare(model, adamw(model, 0.05, 0.1, {"projector": 1.0}))
+    state = engine.load_checkpoint(model, optimizer)
+
+    def passes(resting, share):
+        for rows in share.micro_batches:
+            yield rows, {"loss": (wrapped(inputs[rows], not resting) - targets[rows]).square().mean(dim=1)}
+
+    for step, share in engine.steps(np.arange(N_ROWS), 0 if state is None else state["step"]):
+        if step == steps:
+            break
+        resting = step in RESTING
+        engine.begin_step(step, N_STEPS, optimizer, resting=("projector",) if resting else ())
+        engine.train_step(step, share, partial(passes, resting))
+    engine.save_checkpoint(model, optimizer, {"step": steps})
+    return engine, model
+
+
+def main(folder, stops):
+    """Train up to each of the steps in ``stops``, with fresh objects each time."""
+    for steps in stops:
+        engine, model = train(folder, steps)
+    if engine.is_main:
+        save_file(
+            {name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "end.safetensors"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(steps) for steps in sys.argv[2:]])

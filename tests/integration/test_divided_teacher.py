@@ -1,0 +1,96 @@
+"""A teacher whose language model is divided among processes learns and exports what one process does."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_helpers import (
+    OF_ILORA,
+    STUDENT,
+    TORCHRUN,
+    TOY,
+    adapter,
+    close_histories,
+    history,
+    outputs_of,
+    run,
+    run_command,
+    runs,
+)
+
+pytestmark = pytest.mark.slow
+PROGRAM = str(Path(__file__).with_name("stages_in_turn.py"))
+LAUNCHES = {  # what Accelerate's launcher tells its processes; without a GPU it starts two of them for DeepSpeed only
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+COMMON = [
+    *TOY,
+    *OF_ILORA,
+    "llm.width=128",  # else DeepSpeed keeps all weights whole, being small
+    "teacher.training.epochs=1",
+    "teacher.training.batch_size=80",
+    "teacher.training.micro_batch_size=23",
+    "teacher.train_rows=150",
+    "teacher.validation_rows=21",
+    "teacher.gradient_checkpointing=true",
+    "active=random",
+    "active.budget=0.1",
+    "teacher.export.block_rows=20",
+]
+TITLE = [
+    "teacher=ilora_paper",
+    "llm.prompt.max_tokens=512",
+    "teacher.export.top_k=4",
+    "teacher.training.learning_rate=3e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    run(folder, "student", *STUDENT)
+    return runs(folder)[0]
+
+
+def taught(folder, launcher, student, **variables):
+    """Train both teachers in one launch; returns ``folder``."""
+    title = [*TITLE, f"teacher.recommender_run={student}"]
+    jobs = [
+        [str(folder / name), "teacher", [*COMMON, *own, f"hydra.run.dir={folder / name / 'run'}"]]
+        for name, own in (("item", ["teacher.head=projected"]), ("title", title))
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_command(folder, [*launcher, PROGRAM, str(folder / "jobs.json")], **variables)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(student, tmp_path_factory):
+    return taught(tmp_path_factory.mktemp("one"), [sys.executable], student)
+
+
+@pytest.fixture(scope="module", params=LAUNCHES)
+def divided(request, student, tmp_path_factory):
+    if request.param == "zero3":
+        pytest.importorskip("deepspeed")
+    return taught(tmp_path_factory.mktemp(request.param), TORCHRUN[:-1], student, **LAUNCHES[request.param])
+
+
+@pytest.mark.parametrize(("case", "teacher"), [("item", "ilora"), ("title", "ilora_paper")])
+def test_a_divided_teacher_is_the_one_that_one_process_trains(case, teacher, one, divided):
+    whole, parts = (json.loads((folder / case / "held.json").read_text()) for folder in (one, divided))
+    assert max(parts) < 0.7 * min(whole), "each process holds about half"
+    norms, norms_two = (json.loads((folder / case / "norms.json").read_text()) for folder in (one, divided))
+    assert len(norms) == 2
+    np.testing.assert_allclose(norms_two, norms, rtol=1e-4)
+    assert close_histories(history(one / case / "run"), history(divided / case / "run"), 1e-4)
+    assert adapter(one / case / "run").keys() == adapter(divided / case / "run").keys()
+    (items, confidence), (items_two, confidence_two) = (outputs_of(each / case, teacher) for each in (one, divided))
+    assert len(items) == 42
+    assert np.array_equal(items, items_two)
+    np.testing.assert_allclose(confidence_two, confidence, rtol=1e-4, atol=1e-4)
+    records = [json.loads((folder / case / "run" / "run.json").read_text()) for folder in (one, divided)]
+    assert records[0]["parameters"] == records[1]["parameters"]
