@@ -148,7 +148,6 @@ def load_model(
 
 def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, device: torch.device) -> Any:
     """The weights on the device; where they are to be divided, on the host of the first process and nowhere else."""
-    trusted = {"trust_remote_code": settings.trust_remote_code}
     if precision in ("int8", "int4"):
         from transformers import BitsAndBytesConfig  # needs bitsandbytes, which other precisions do without
 
@@ -160,10 +159,10 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
         )
         # Put in place while they load.
         arguments = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantized}
-        return kind.from_pretrained(source, **arguments, **trusted)
+        return kind.from_pretrained(source, **arguments, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     if not divides_frozen():
-        return kind.from_pretrained(source, dtype=dtype, **trusted).to(device)
+        return kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code).to(device)
     if uses_zero3():
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -176,15 +175,15 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
                 "set offload_param_device to none in the launch configuration, or take a smaller `llm`",
             )
         _seen = HfDeepSpeedConfig(asked)  # transformers divides the weights while it lives
-        model = kind.from_pretrained(source, dtype=dtype, **trusted)
+        model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         put_together_by_deepspeed(model, asked)
         return model
     if is_first_process():
-        return kind.from_pretrained(source, dtype=dtype, **trusted)
-    config = AutoConfig.from_pretrained(source, **trusted)
+        return kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     # As if nothing were drawn: adapters are initialised alike everywhere.
     with torch.random.fork_rng(), torch.device("meta"):
-        return kind.from_config(config, dtype=dtype, **trusted)
+        return kind.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
 
 
 def check_launch(precision: str) -> None:
