@@ -7,7 +7,8 @@ names and titles that are kept in memory for them. Each size has a process of it
 processes to write. Its peak is the largest resident set (``ru_maxrss``) of the process, or of the largest of its
 children, less that of the moment where all is imported and nothing is read. Nothing is mapped into memory until all is
 written: ``written_peak_bytes`` is the peak up to there. The last step opens the finished tables, mapped, and looks at
-the head of each record batch; ``peak_bytes`` counts the pages around these too, which the system may take back.
+the head of each record batch; ``peak_bytes`` counts the pages around these too, which the system takes back when it
+needs them.
 
 Headline: ``written_growth_1e5_to_1e7`` and ``peak_growth_1e5_to_1e7``, the peaks at 10^7 interactions divided by those
 at 10^5, with one process;

@@ -47,7 +47,7 @@ def test_the_test_split_is_scored_once_per_protocol(tmp_path, data):
     first = score_run(folder, data, engine, PROTOCOL, tmp_path)
     (folder / "student" / "model.safetensors").unlink()  # a second scoring would need it
     assert score_run(folder, data, engine, PROTOCOL, tmp_path) == first
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match=r"lacks model\.safetensors"):
         score_run(folder, data, engine, Protocol(PROTOCOL.ks, mask_seen=True), tmp_path)
 
 

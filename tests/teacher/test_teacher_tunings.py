@@ -232,7 +232,7 @@ RUN = "recommender_run=result/x"
         ("projector_learning_rate_ratio=0", r"projector_learning_rate_ratio is 0.0, expected a positive"),
         ("head_learning_rate_ratio=-2", r"head_learning_rate_ratio is -2.0, expected a positive"),
         ("gate_weight_decay=-0.5", r"gate_weight_decay is -0.5, expected 0"),
-        ("projector_weight_decay=inf", r"projector_weight_decay is inf, expected 0"),
+        ("projector_weight_decay=inf", r"projector_weight_decay` is inf, expected a finite"),
         ("item_refresh_steps=-3", r"item_refresh_steps is -3, expected 0"),
         ("prompts=hybrid", r"teacher.prompts=hybrid need a trained student, and teacher.recommender_run is None; add"),
         ("head=joined", r"teacher.head=joined need a trained student"),
