@@ -101,12 +101,21 @@ class TestEveryFile:
     def test_code_of_models_runs_only_when_asked_for_by_name(self, file):
         """Every reader of a language model is told what ``llm.trust_remote_code`` says."""
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            said = {}
             if isinstance(node, ast.Call):
-                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                trusted = keywords.get("trust_remote_code", "False")
-                assert trusted == "False" or trusted.endswith(".trust_remote_code"), f"line {node.lineno}"
-                if re.fullmatch(r"Auto\w+\.from_pretrained|kind\.from_pretrained", ast.unparse(node.func)):
-                    assert "trust_remote_code" in keywords, f"line {node.lineno}"
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if re.fullmatch(r"(Auto\w+|kind)\.from_pretrained", ast.unparse(node.func)):
+                    assert "trust_remote_code" in said or said.get(None) == "trusted", f"line {node.lineno}"
+            elif isinstance(node, ast.Dict):
+                said = {
+                    key.value: ast.unparse(v)
+                    for key, v in zip(node.keys, node.values, strict=True)
+                    if isinstance(key, ast.Constant)
+                }
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "trusted":
+                assert ast.unparse(node.value) == "{'trust_remote_code': settings.trust_remote_code}"
+            trusted = said.get("trust_remote_code", "False")
+            assert trusted == "False" or trusted.endswith(".trust_remote_code"), f"line {node.lineno}"
 
     def test_archives_are_never_unpacked(self, file):
         """Members are read by name, so that none can be written outside of a folder."""

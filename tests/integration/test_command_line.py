@@ -123,7 +123,7 @@ BAD = {
     "no such layers": ("teacher", [*TOY, "teacher.adapter.target_modules=[nix]"], "teacher.adapter: "),
     "no teacher outputs": ("distill", TOY, "there are no teacher outputs in"),
     "not a number": ("student", [*TOY, "student.training.learning_rate=nan"], "student.training.learning_rate` is nan"),
-    "a file for a folder": ("data", [*TOY, "paths.processed_dir=stdout.txt"], "stdout.txt: Not a directory"),
+    "a file for a folder": ("data", [*TOY, "paths.processed_dir=stdout.txt"], "stdout.txt: File exists"),
     "another target": ("distill", [*TOY, "active._target_=os.system"], "`active._target_` is 'os.system'"),
     "nothing to resume": ("student", [*TOY, "resume=result/never"], "`resume` is 'result/never'"),
 }
