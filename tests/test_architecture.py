@@ -105,15 +105,13 @@ class TestEveryFile:
             if isinstance(node, ast.Call):
                 said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 if re.fullmatch(r"(Auto\w+|kind)\.from_pretrained", ast.unparse(node.func)):
-                    assert "trust_remote_code" in said or said.get(None) == "trusted", f"line {node.lineno}"
+                    assert "trust_remote_code" in said, f"line {node.lineno}"
             elif isinstance(node, ast.Dict):
                 said = {
                     key.value: ast.unparse(v)
                     for key, v in zip(node.keys, node.values, strict=True)
                     if isinstance(key, ast.Constant)
                 }
-            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "trusted":
-                assert ast.unparse(node.value) == "{'trust_remote_code': settings.trust_remote_code}"
             trusted = said.get("trust_remote_code", "False")
             assert trusted == "False" or trusted.endswith(".trust_remote_code"), f"line {node.lineno}"
 
