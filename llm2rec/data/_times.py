@@ -73,7 +73,7 @@ def read_times(table: Table) -> Times:
     Raises:
         DataError: If a row holds no time, or one of another kind than the others.
     """
-    first = next(iter(table.parts()))["timestamp"]
+    first = next((part["timestamp"] for part in table.parts()), pd.Series(dtype="int64"))  # a header alone has no part
     if pd.api.types.is_datetime64_any_dtype(first):
         return _checked_dates(table, lambda values: pd.to_datetime(values, utc=True))
     if pd.api.types.is_integer_dtype(first):

@@ -10,7 +10,7 @@ from engine_helpers import engine_in, random_rows
 from evaluate_helpers import student_run
 
 from llm2rec.config import MetricsConfig
-from llm2rec.core.errors import ConfigError, NonFiniteError
+from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
@@ -153,7 +153,7 @@ def test_asking_for_candidates_ranks_nothing_again_and_each_protocol_is_scored_o
     assert score_run(folder, data, engine, PROTOCOL, tmp_path) == first
     assert score_run(folder, data, engine, without, tmp_path) == plain
     for other in (Protocol((1, 5), False, 8, 3), Protocol((1, 5), False, 7, 4)):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(CheckpointError, match=r"lacks model\.safetensors"):
             score_run(folder, data, engine, other, tmp_path)
 
 

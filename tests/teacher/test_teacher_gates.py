@@ -161,9 +161,9 @@ def test_layers_that_the_model_does_not_have_are_refused(adapter, data, llm_fold
     [
         ("gate_learning_rate_ratio=0", r"teacher.gate_learning_rate_ratio is 0.0, expected a positive finite number"),
         ("gate_learning_rate_ratio=-1", "teacher.gate_learning_rate_ratio is -1.0"),
-        ("gate_learning_rate_ratio=nan", "teacher.gate_learning_rate_ratio is nan"),
+        ("gate_learning_rate_ratio=nan", "`teacher.gate_learning_rate_ratio` is nan, expected a finite number"),
         ("balance_loss=-0.1", r"teacher.balance_loss is -0.1, expected 0 \(off\)"),
-        ("balance_loss=inf", "teacher.balance_loss is inf"),
+        ("balance_loss=inf", "`teacher.balance_loss` is inf, expected a finite number"),
     ],
 )
 def test_rates_and_weights_that_cannot_work_are_refused(override, message):
@@ -265,11 +265,20 @@ def test_looking_at_gates_draws_nothing_and_leaves_the_model_alone(kind, data, l
 class GradientsNoted(Engine):
     """Keeps the gate's gradients of the first step."""
 
-    def step(self, model, optimizer):
-        if self.accelerator.sync_gradients and not hasattr(self, "noted"):
-            named = self.accelerator.unwrap_model(model).named_parameters()
-            type(self).noted = {name: p.grad.clone() for name, p in named if ".ilora_gate." in name}
-        super().step(model, optimizer)
+    def prepare(self, model, optimizer):
+        self.model = model
+        return super().prepare(model, optimizer)
+
+    def train_step(self, step, share, passes):
+        def noted(share):
+            try:
+                yield from passes(share)
+            finally:  # closed behind the last backward pass
+                if step == 0:
+                    named = self.model.named_parameters()
+                    type(self).noted = {name: p.grad.clone() for name, p in named if ".ilora_gate." in name}
+
+        return super().train_step(step, share, noted)
 
 
 @pytest.mark.parametrize("adapter", [{}, {"gate_per_layer": True}, {"gate": "mlp"}])

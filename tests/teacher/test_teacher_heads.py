@@ -137,10 +137,13 @@ class TitlesNoted(Engine):
         super().__init__(*arguments, **options)
         type(self).noted = []
 
-    def step(self, model, optimizer):
-        if self.accelerator.sync_gradients:
-            self.noted.append(self.accelerator.unwrap_model(model).head.titles.clone())
-        super().step(model, optimizer)
+    def prepare(self, model, optimizer):
+        self.model = model
+        return super().prepare(model, optimizer)
+
+    def train_step(self, *arguments):
+        self.noted.append(self.model.head.titles.clone())
+        return super().train_step(*arguments)
 
 
 def test_titles_change_after_so_many_steps_and_not_between(data, llm_folder, tmp_path):
