@@ -32,7 +32,7 @@ def main(cfg: Config, run: Run) -> None:
     teacher, student = build(cfg.teacher, TeacherSettings), build(cfg.student, StudentSettings)
     on_cpu = settings.card == CPU
     precision = teacher.precision if teacher.precision != "auto" else "float32" if on_cpu else "bfloat16"
-    zero_stage = check_plan(settings, cfg.gpus, precision)
+    launch = check_plan(settings, cfg.gpus, precision)
     # A tiny model is made of a dataset's titles.
     data = None if settings.is_complete and not isinstance(llm, TinyRandomSettings) else open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
@@ -44,7 +44,7 @@ def main(cfg: Config, run: Run) -> None:
         utilisation = settings.utilisation or usual_utilisation(settings.card, precision)
         width = student.model.width
         shape = TeacherShape(config, teacher, precision, llm.pooling, work.n_items, work.history_length, width, on_cpu)
-        planned = plan(Job(shape, student, work, card, utilisation, cfg.gpus, zero_stage))
+        planned = plan(Job(shape, student, work, card, utilisation, cfg.gpus, launch))
     many = f"; {cfg.gpus} GPUs are taken to be {cfg.gpus} times as fast as one" if cfg.gpus > 1 else ""
     assumptions = [
         shape_said,

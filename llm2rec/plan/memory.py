@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llm2rec.plan.models import Sizes
+from llm2rec.plan.settings import DIVIDED
 
 __all__ = ["Memory", "host_bytes", "largest_rows", "memory_at_rest", "quantisation_bytes"]
 
@@ -15,6 +16,9 @@ BUCKET_ELEMENTS = 500_000_000
 
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's ``stage3_max_live_parameters``: weights that are put together for use at one time."""
+
+LIVE_BLOCKS = 2
+"""Blocks that FSDP2 has put together: one in use and the next, which is fetched ahead."""
 
 
 @dataclass(frozen=True)
@@ -44,48 +48,43 @@ class Memory:
         return Memory({**self.parts, "activations": size}, self.capacity)
 
 
-def memory_at_rest(sizes: Sizes, zero_stage: str, gpus: int, capacity: float, *, wide: bool, on_cpu: bool) -> Memory:
+def memory_at_rest(sizes: Sizes, launch: str, gpus: int, capacity: float, *, wide: bool, on_cpu: bool) -> Memory:
     """What each GPU holds between two steps.
 
-    Without DeepSpeed trained parameters, gradients and AdamW's two averages are float32, 16 bytes in all, and several
-    GPUs copy gradients into buckets to exchange them. DeepSpeed casts the model to bfloat16, keeps a float32 master
-    copy beside the averages, and divides: stage 2 gradients and optimizer, stage 3 all parameters as well.
+    Trained parameters, gradients and AdamW's two averages are float32, 16 bytes in all, and several GPUs copy gradients
+    into buckets to exchange them. ZeRO-2 casts the model to bfloat16, keeps a float32 master copy beside the averages,
+    and divides gradients and optimizer. ZeRO-3 and FSDP2 divide the frozen weights alone (`llm2rec.core.division`),
+    FSDP2 those of blocks; what is in use is put together.
 
     Args:
         sizes: The teacher's.
-        zero_stage: One of `llm2rec.plan.settings.ZERO_STAGES`.
+        launch: One of `llm2rec.plan.settings.LAUNCHES`.
         gpus: How many share.
         capacity: Bytes of a card.
         wide: Whether the teacher is trained in float32, which DeepSpeed does not cast.
         on_cpu: Whether this is no GPU.
     """
     trained, weights = sizes.trained_parameters, sum(sizes.frozen_bytes.values())
-    width = 4 if wide or zero_stage == "0" else 2
+    width = 4 if wide else 2
     parts = {
         "weights": weights,
         "items": sizes.item_bytes,
-        "trained": width * trained,
+        "trained": 4 * trained,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "buckets": 4 * trained if gpus > 1 else 0,
         "context": 0 if on_cpu else CONTEXT_BYTES,
     }
-    if zero_stage == "0":
-        return Memory(parts, capacity)
-    parts |= {
-        "gradients": -(-4 * trained // gpus),
-        "optimizer": -(-12 * trained // gpus),
-        "buckets": width * BUCKET_ELEMENTS,
-    }
-    if zero_stage == "2_offload":
+    if launch == "zero2":
+        parts |= {"gradients": -(-4 * trained // gpus), "optimizer": -(-12 * trained // gpus)}
+    if launch == "zero2_offload":
         parts |= {"gradients": 0, "optimizer": 0}
-    if zero_stage == "3":
-        everything = sizes.frozen_parameters + trained
-        parts |= {
-            "weights": -(-weights // gpus),
-            "trained": -(-width * trained // gpus),
-            "gathered": width * min(everything, LIVE_ELEMENTS) if gpus > 1 else 0,
-        }
+    if launch in ("zero2", "zero2_offload"):
+        parts |= {"trained": width * trained, "buckets": width * BUCKET_ELEMENTS}
+    if launch in DIVIDED and gpus > 1:
+        divided = weights if launch == "zero3" else sizes.block_bytes
+        live = width * LIVE_ELEMENTS if launch == "zero3" else LIVE_BLOCKS * sizes.largest_block_bytes
+        parts |= {"weights": weights - divided + -(-divided // gpus), "gathered": min(divided, live)}
     return Memory(parts, capacity)
 
 
@@ -109,7 +108,7 @@ def quantisation_bytes(sizes: Sizes, precision: str, tokens: int, *, on_cpu: boo
 
 
 def host_bytes(
-    trained: int, n_rows: int, history_length: int, gate_width: int, top_k: int, gpus: int, *, offload: bool
+    trained: int, n_rows: int, history_length: int, gate_width: int, top_k: int, gpus: int, launch: str, loaded: int
 ) -> dict[str, int]:
     """What the machine's own memory holds, each process for itself but for what is offloaded.
 
@@ -120,13 +119,16 @@ def host_bytes(
         gate_width: Width of the gate's inputs; 0 without any.
         top_k: Items per exported row.
         gpus: Processes.
-        offload: Whether the optimizer lies here: float32 weights, gradients and averages.
+        launch: One of `llm2rec.plan.settings.LAUNCHES`. What ``zero2_offload`` keeps here is float32 weights, gradients
+            and averages; a model that is divided is whole here once, while it loads.
+        loaded: Bytes of the frozen weights.
     """
     return {
         "rows": 4 * n_rows * (history_length + 2),
         "gate_inputs": 4 * n_rows * gate_width,
         "export": 2 * 8 * n_rows * top_k,  # blocks of items and scores, then both put together
-        "optimizer": -(-16 * trained // gpus) if offload else 0,
+        "optimizer": -(-16 * trained // gpus) if launch == "zero2_offload" else 0,
+        "loading": -(-loaded // gpus) if launch in DIVIDED else 0,
     }
 
 

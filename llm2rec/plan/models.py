@@ -89,8 +89,10 @@ class Sizes:
         frozen_bytes: Their bytes by kind: ``quantised``, its ``constants``, and ``whole`` numbers.
         trained_parameters: Trained ones, of adapter, gate, projector and head.
         item_bytes: Title vectors, biases and the recommender's item vectors, as far as a GPU holds them: buffers, which
-            no ZeRO stage divides.
+            nothing divides.
         largest_product: Rows and columns of the largest quantised matrix; zeros without any.
+        block_bytes: Those of the frozen weights that lie in blocks, which FSDP2 divides.
+        largest_block_bytes: Those of one block.
     """
 
     frozen_parameters: int
@@ -98,6 +100,8 @@ class Sizes:
     trained_parameters: int
     item_bytes: int
     largest_product: tuple[int, int]
+    block_bytes: int
+    largest_block_bytes: int
 
 
 class PlannedTeacher:
@@ -161,6 +165,12 @@ class PlannedTeacher:
         packed = [each for each in frozen if id(each) in self.quantised]
         n_packed, n_rows = sum(each.numel() for each in packed), sum(len(each) for each in packed)
         eight = self.shape.precision == "int8"
+        classes = self.base._no_split_modules or ()
+        blocks = [
+            sum(each.nbytes for each in block.parameters() if not each.requires_grad)
+            for block in self.base.modules()
+            if type(block).__name__ in classes
+        ]
         return Sizes(
             frozen_parameters=sum(each.numel() for each in frozen),
             frozen_bytes={
@@ -173,6 +183,8 @@ class PlannedTeacher:
             largest_product=max(((each.shape[0], each.shape[1]) for each in packed), key=lambda s: s[0] * s[1])
             if packed
             else (0, 0),
+            block_bytes=sum(blocks),
+            largest_block_bytes=max(blocks, default=0),
         )
 
     @property

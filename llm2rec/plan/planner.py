@@ -11,7 +11,7 @@ from llm2rec.plan.disk import disk_bytes
 from llm2rec.plan.memory import Memory, host_bytes, largest_rows, memory_at_rest, quantisation_bytes
 from llm2rec.plan.models import Sizes, TeacherShape, teacher_costs
 from llm2rec.plan.pace import Pace
-from llm2rec.plan.settings import ZERO_STAGES
+from llm2rec.plan.settings import DIVIDED, LAUNCHES
 from llm2rec.plan.students import plan_student
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
 from llm2rec.student.settings import StudentSettings
@@ -32,7 +32,7 @@ class Job:
         card: On which kind of GPU.
         utilisation: Share of its rate that the teacher reaches.
         gpus: On how many.
-        zero_stage: One of `ZERO_STAGES`.
+        launch: One of `LAUNCHES`.
     """
 
     teacher: TeacherShape
@@ -41,7 +41,7 @@ class Job:
     card: Card
     utilisation: float
     gpus: int
-    zero_stage: str
+    launch: str
 
     @property
     def gate_width(self) -> int:
@@ -64,16 +64,16 @@ class _Planner:
         self.settings, self.on_cpu = job.teacher.settings, job.teacher.on_cpu
         self.sizes: Sizes
         self.sizes, cost = teacher_costs(job.teacher)
-        self.cost = functools.cache(cost)  # stages differ in what lies beside a step, not in the step
+        self.cost = functools.cache(cost)  # launches differ in what lies beside a step, not in the step
         self.rows = rows_per_micro_batch(self.settings.training, job.gpus)
         export = self.settings.export
         self.read_rows = max(1, min(export.block_rows, int(export.batch_tokens // self.work.read_tokens)))
 
-    def at_rest(self, stage: str) -> Memory:
+    def at_rest(self, launch: str) -> Memory:
         """Memory between two steps."""
         wide = self.shape.precision == "float32"
         return memory_at_rest(
-            self.sizes, stage, self.job.gpus, self.job.card.memory_bytes, wide=wide, on_cpu=self.on_cpu
+            self.sizes, launch, self.job.gpus, self.job.card.memory_bytes, wide=wide, on_cpu=self.on_cpu
         )
 
     def peak(self, rows: int, checkpointing: bool) -> int:
@@ -84,33 +84,33 @@ class _Planner:
         return int(cost.peak_bytes) + packed
 
     def memory(self) -> dict[str, Any]:
-        """Memory of each ZeRO stage, without and with checkpointing, and of the export."""
-        stages = [stage for stage in ZERO_STAGES if self._is_open(stage)]
+        """Memory of each way to launch, without and with checkpointing."""
+        launches = [launch for launch in LAUNCHES if self._is_open(launch)]
         peaks = {on: self.peak(self.rows, on) for on in (False, True)}
         return {
-            stage: {
-                _label(on): _shown(self.at_rest(stage).with_activations(peak)) | {"largest": self.largest(stage, on)}
+            launch: {
+                _label(on): _shown(self.at_rest(launch).with_activations(peak)) | {"largest": self.largest(launch, on)}
                 for on, peak in peaks.items()
             }
-            for stage in stages
+            for launch in launches
         }
 
-    def largest(self, stage: str, checkpointing: bool) -> int:
+    def largest(self, launch: str, checkpointing: bool) -> int:
         """Rows of the largest micro-batch that fits."""
-        resting, peak = self.at_rest(stage), self._peak_with(checkpointing)
+        resting, peak = self.at_rest(launch), self._peak_with(checkpointing)
         return largest_rows(peak, resting.capacity - resting.total, self.settings.training.batch_size)
 
     def export_memory(self) -> Memory:
         """Memory of the widest batch that is only read and ranked: the one of the shortest prompts."""
         export, tokens = self.settings.export, self.work.shortest_tokens
         rows = max(1, min(export.block_rows, export.batch_tokens // tokens))
-        resting = self.at_rest(self.job.zero_stage)
+        resting = self.at_rest(self.job.launch)
         return resting.with_activations(self.cost("ranking", rows, tokens, export.top_k).peak_bytes)
 
-    def _is_open(self, stage: str) -> bool:
-        """Whether a stage is worth a look: the chosen one, and with several GPUs all that can be launched."""
-        others = self.job.gpus > 1 and not (stage == "3" and self.shape.precision in _QUANTISED)
-        return stage == self.job.zero_stage or others
+    def _is_open(self, launch: str) -> bool:
+        """Whether a launch is worth a look: the chosen one, and with several GPUs all that are possible."""
+        others = self.job.gpus > 1 and not (launch in DIVIDED and self.shape.precision in _QUANTISED)
+        return launch == self.job.launch or others
 
     def _peak_with(self, checkpointing: bool) -> Callable[[int], int]:
         return lambda rows: self.peak(rows, checkpointing)
@@ -129,14 +129,15 @@ class _Planner:
         if settings.objective == "title":  # each beam writes a token at a time, at the rate of reading
             beams = max(settings.title.search_beams, settings.export.top_k)
             ranked += reading / read * beams * work.answer_tokens
+        sharing = 1 if job.launch in DIVIDED else job.gpus  # but for training, those go through all rows together
         gate_rows = work.n_train_rows + work.n_validation_rows
         gate_rows += work.n_rows if settings.export.enabled and work.n_train_rows < work.n_rows else 0
         parts = {
             "titles": work.n_items * reading * work.title_tokens / read,
-            "gate_inputs": gate_rows * reading / job.gpus if job.gate_width else 0.0,
+            "gate_inputs": gate_rows * reading / sharing if job.gate_width else 0.0,
             "training": steps * (n_micro * micro + pace.update_seconds(self.sizes.trained_parameters)),
-            "validation": training.epochs * work.n_validation_rows * ranked / job.gpus,
-            "export": work.n_rows * ranked / job.gpus if settings.export.enabled else 0.0,
+            "validation": training.epochs * work.n_validation_rows * ranked / sharing,
+            "export": work.n_rows * ranked / sharing if settings.export.enabled else 0.0,
         }
         per_token = self.rows * tokens
         return parts, {
@@ -155,7 +156,7 @@ class _Planner:
         pace = Pace(share * job.card.float32_tflops * 1e12, job.card.bandwidth)
         n_micro = micro_batch_count(training.batch_size, training.micro_batch_size, 1)
         step = n_micro * pace.seconds(planned.cost) + planned.update_bytes / pace.bandwidth
-        context = self.at_rest("0").parts["context"]
+        context = self.at_rest("ddp").parts["context"]
         resting = {"weights_and_optimizer": planned.held_bytes, "context": context}
         memory = Memory(resting, job.card.memory_bytes).with_activations(planned.cost.peak_bytes)
         epoch = training.steps_per_epoch(self.work.n_rows) * step
@@ -175,7 +176,7 @@ class _Planner:
             width=self.shape.width,
             gate_width=self.job.gate_width,
             top_k=self.settings.export.top_k if self.settings.export.enabled else 0,
-            zero=self.job.zero_stage != "0",
+            zero=self.job.launch in ("zero2", "zero2_offload"),
             student=student,
         )
 
@@ -188,7 +189,8 @@ class _Planner:
             self.job.gate_width,
             self.settings.export.top_k if self.settings.export.enabled else 0,
             self.job.gpus,
-            offload=self.job.zero_stage == "2_offload",
+            self.job.launch,
+            sum(self.sizes.frozen_bytes.values()),
         ) | ({"title_vectors": 4 * self.shape.width * self.work.n_items} if self.settings.objective == "title" else {})
 
 
@@ -196,18 +198,18 @@ def plan(job: Job) -> dict[str, Any]:
     """Plan a job.
 
     Returns:
-        Plain values: ``sizes``, ``memory`` by ZeRO stage and checkpointing, ``export_memory``, ``seconds``, ``speed``,
+        Plain values: ``sizes``, ``memory`` by launch and checkpointing, ``export_memory``, ``seconds``, ``speed``,
         ``student``, ``disk_bytes``, ``host_bytes``, ``work``, ``advice`` and what was asked for.
     """
     planner = _Planner(job)
     memory, student = planner.memory(), planner.student()
     seconds, speed = planner.seconds()
-    chosen = memory[job.zero_stage][_label(job.teacher.settings.gradient_checkpointing)]
+    chosen = memory[job.launch][_label(job.teacher.settings.gradient_checkpointing)]
     export = planner.export_memory()
     return {
         "card": asdict(job.card),
         "gpus": job.gpus,
-        "zero_stage": job.zero_stage,
+        "launch": job.launch,
         "utilisation": job.utilisation,
         "precision": job.teacher.precision,
         "gradient_checkpointing": job.teacher.settings.gradient_checkpointing,
@@ -236,9 +238,9 @@ def _advice(job: Job, planner: _Planner, memory: dict[str, Any], export: Memory,
             f"{planner.sizes.item_bytes / 2**30:.0f} GiB: a language model of smaller width, or fewer items "
             "(dataset.k_core)."
         )
-    elif not memory[job.zero_stage][_label(on)]["fits"]:
+    elif not memory[job.launch][_label(on)]["fits"]:
         advice += _remedies(job, planner, memory)
-    if not export.fits and planner.at_rest(job.zero_stage).fits:
+    if not export.fits and planner.at_rest(job.launch).fits:
         advice.append("The export does not fit: lower teacher.export.batch_tokens.")
     if not student["memory"]["fits"]:
         advice.append(
@@ -257,7 +259,7 @@ def _advice(job: Job, planner: _Planner, memory: dict[str, Any], export: Memory,
 def _remedies(job: Job, planner: _Planner, memory: dict[str, Any]) -> list[str]:
     """Single changes after which training fits."""
     on = job.teacher.settings.gradient_checkpointing
-    chosen, found = memory[job.zero_stage], list[str]()
+    chosen, found = memory[job.launch], list[str]()
     if not on and chosen[_label(True)]["fits"]:
         found.append("teacher.gradient_checkpointing=true")
     for checkpointing in (on, True):
@@ -266,21 +268,20 @@ def _remedies(job: Job, planner: _Planner, memory: dict[str, Any]) -> list[str]:
             also = " teacher.gradient_checkpointing=true" if checkpointing != on else ""
             found.append(f"teacher.training.micro_batch_size={rows}{also}")
             break
-    for stage, by_checkpointing in memory.items():
-        if stage != job.zero_stage and by_checkpointing[_label(True)]["fits"]:
-            if job.gpus > 1:
-                found.append(f"plan.zero_stage={stage} with teacher.gradient_checkpointing=true")
+    for launch, by_checkpointing in memory.items():
+        if launch != job.launch and by_checkpointing[_label(True)]["fits"]:
+            found.append(f"plan.launch={launch} with teacher.gradient_checkpointing=true")
             break
     for precision in ("int8", "int4"):
-        if job.teacher.precision in ("float32", "bfloat16") and job.zero_stage != "3":
+        if job.teacher.precision in ("float32", "bfloat16") and job.launch not in DIVIDED:
             other = _Planner(replace(job, teacher=replace(job.teacher, precision=precision)))
-            peak = other.at_rest(job.zero_stage).with_activations(other.peak(other.rows, True))
+            peak = other.at_rest(job.launch).with_activations(other.peak(other.rows, True))
             if peak.fits:
                 found.append(f"teacher.precision={precision} with teacher.gradient_checkpointing=true")
                 break
     if not found:
         return [
-            "No single change makes it fit: take a larger card, more GPUs with plan.zero_stage=3, or a smaller llm."
+            "No single change makes it fit: take a larger card, more GPUs with plan.launch=fsdp2, or a smaller llm."
         ]
     return [f"Training does not fit. Any of these makes it fit: {'; or '.join(found)}."]
 

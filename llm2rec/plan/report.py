@@ -4,7 +4,7 @@ from typing import Any
 
 __all__ = ["format_plan", "told_bytes", "told_seconds"]
 
-_STAGES = {"0": "none", "2": "ZeRO-2", "2_offload": "ZeRO-2, offloaded", "3": "ZeRO-3"}
+_LAUNCHES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero2_offload": "ZeRO-2, offloaded", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 _DISK = {
     "prepared_data": "prepared data",
     "llm": "language model, 16 bits",
@@ -55,12 +55,12 @@ def format_plan(plan: dict[str, Any], heading: str, assumptions: list[str]) -> s
 
 def _memory(plan: dict[str, Any]) -> list[str]:
     on = "with_checkpointing" if plan["gradient_checkpointing"] else "without_checkpointing"
-    chosen = plan["memory"][plan["zero_stage"]]
+    chosen = plan["memory"][plan["launch"]]
     parts = {kind: chosen[kind]["parts"] for kind in ("without_checkpointing", "with_checkpointing")}
-    stage, rows = _STAGES[plan["zero_stage"]], plan["rows_per_micro_batch"]
+    rows, sharing = plan["rows_per_micro_batch"], f"; {_LAUNCHES[plan['launch']]}" if plan["gpus"] > 1 else ""
     capacity = plan["card"]["memory_bytes"]
     lines = [
-        f"Memory of each GPU ({plan['card']['name']}, {told_bytes(capacity)}; DeepSpeed: {stage}), "
+        f"Memory of each GPU ({plan['card']['name']}, {told_bytes(capacity)}{sharing}), "
         f"{rows} rows of up to {plan['work']['longest_tokens']} tokens",
         f"  {'':<30}{'as it is':>14}{'checkpointing':>16}",
     ]
@@ -68,10 +68,10 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         values = [told_bytes(parts[kind][name]) for kind in parts]
         if parts["without_checkpointing"][name] > 0:
             lines.append(f"  {name:<30}{values[0]:>14}{values[1]:>16}")
-    for stage, kinds in plan["memory"].items():
+    for launch, kinds in plan["memory"].items():
         told = [kinds[kind] for kind in parts]
         marks = [told_bytes(each["total"]) + (" fits" if each["fits"] else " NO  ") for each in told]
-        here = "total" if stage == plan["zero_stage"] else f"total with {_STAGES[stage]}"
+        here = "total" if launch == plan["launch"] else f"total with {_LAUNCHES[launch]}"
         lines.append(f"  {here:<30}{marks[0]:>14}{marks[1]:>16}")
         largest = [f"{each['largest']} rows" for each in told]
         lines.append(f"  {'  micro-batch at most':<30}{largest[0]:>14}{largest[1]:>16}")

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from llm2rec.core.errors import ConfigError
 from llm2rec.plan.cards import CARDS, CPU
 
-__all__ = ["ZERO_STAGES", "PlanSettings", "check_plan"]
+__all__ = ["DIVIDED", "LAUNCHES", "PlanSettings", "check_plan"]
 
-ZERO_STAGES = ("0", "2", "2_offload", "3")
+LAUNCHES = ("ddp", "zero2", "zero2_offload", "zero3", "fsdp2")
+"""Launch configurations, ``accelerate_configs/multi_gpu_<name>.yaml``; one GPU is ``ddp`` with nothing to exchange."""
+
+DIVIDED = ("zero3", "fsdp2")
+"""Those that divide the frozen weights, so that all GPUs have to go through the same passes."""
 
 
 @dataclass
@@ -17,9 +21,9 @@ class PlanSettings:
     Attributes:
         card: Kind of GPU, of `llm2rec.plan.cards.CARDS`, or ``cpu``: this machine.
         utilisation: Share of the card's rate that training reaches; None for what is usual with the precision.
-        zero_stage: How GPUs share memory: ``0`` (each holds all), DeepSpeed's ``2``, ``2_offload`` (its optimizer on
-            the host) or ``3``; ``auto`` is 0 on one GPU and 2, as in ``accelerate_configs/multi_gpu_zero2.yaml``, on
-            several.
+        launch: How GPUs share the work, of `LAUNCHES`: ``ddp`` (each holds all), DeepSpeed's ``zero2``,
+            ``zero2_offload`` (its optimizer on the host) and ``zero3``, or PyTorch's ``fsdp2``; ``auto`` is ``zero2``
+            on several.
         n_items: Items of the catalogue, in place of the dataset's.
         n_rows: Training rows, in place of the dataset's: about one for each interaction.
         prompt_tokens: Tokens of every prompt, in place of what the dataset's titles make.
@@ -28,7 +32,7 @@ class PlanSettings:
 
     card: str = "a100_80gb"
     utilisation: float | None = None
-    zero_stage: str = "auto"
+    launch: str = "auto"
     n_items: int | None = None
     n_rows: int | None = None
     prompt_tokens: int | None = None
@@ -42,9 +46,8 @@ class PlanSettings:
             raise ConfigError(
                 f"plan.utilisation is {self.utilisation}, expected a share above 0 and up to 1, or null for the usual."
             )
-        if self.zero_stage not in ("auto", *ZERO_STAGES):
-            expected = ", ".join(("auto", *ZERO_STAGES))
-            raise ConfigError(f"plan.zero_stage is {self.zero_stage!r}, expected one of {expected}.")
+        if self.launch not in ("auto", *LAUNCHES):
+            raise ConfigError(f"plan.launch is {self.launch!r}, expected one of {', '.join(('auto', *LAUNCHES))}.")
         for name in ("n_items", "n_rows", "prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -59,7 +62,7 @@ class PlanSettings:
 
 
 def check_plan(settings: PlanSettings, gpus: int, precision: str) -> str:
-    """Refuse what cannot be launched, and settle the ZeRO stage.
+    """Refuse what cannot be launched, and settle how GPUs share the work.
 
     Args:
         settings: The plan's settings.
@@ -67,25 +70,25 @@ def check_plan(settings: PlanSettings, gpus: int, precision: str) -> str:
         precision: The teacher's number format.
 
     Returns:
-        One of `ZERO_STAGES`.
+        One of `LAUNCHES`.
 
     Raises:
         ConfigError: If the combination cannot work.
     """
     if gpus < 1:
         raise ConfigError(f"gpus is {gpus}, expected at least 1; for this machine's processor take plan.card=cpu.")
-    stage = settings.zero_stage
-    if stage == "auto":
-        stage = "0" if gpus == 1 else "2"
-    if settings.card == CPU and (gpus > 1 or stage != "0"):
+    launch = settings.launch
+    if launch == "auto":
+        launch = "ddp" if gpus == 1 else "zero2"
+    if settings.card == CPU and (gpus > 1 or launch != "ddp"):
         raise ConfigError(
-            f"plan.card is 'cpu', gpus {gpus} and plan.zero_stage {settings.zero_stage!r}, expected one process that "
-            "holds all; leave gpus at 1 and plan.zero_stage at auto, or choose a GPU with plan.card."
+            f"plan.card is 'cpu', gpus {gpus} and plan.launch {settings.launch!r}, expected one process that holds "
+            "all; leave gpus at 1 and plan.launch at auto, or choose a GPU with plan.card."
         )
-    if stage == "3" and precision in ("int8", "int4"):
+    if launch in DIVIDED and precision in ("int8", "int4"):
         raise ConfigError(
-            f"teacher.precision is {precision!r} and plan.zero_stage 3, which divides weights among GPUs, and "
-            "quantised ones cannot be divided; take plan.zero_stage=2, which leaves each GPU all of them, or "
+            f"teacher.precision is {precision!r} and plan.launch {launch!r}, which divides weights among GPUs, and "
+            "quantised ones cannot be divided; take plan.launch=ddp, which leaves each GPU all of them, or "
             "teacher.precision=bfloat16."
         )
-    return stage
+    return launch

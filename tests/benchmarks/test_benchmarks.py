@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 MIB = 2**20
 PROMISED = {
     "plan_check.py": {"live_ratio_least", "live_ratio_most", "rss_ratio_most", "rss_mapped_ratio_most"},
+    "plan_table.py": {"gib_7b_1_gpu", "tokens_per_second_7b_1_gpu"},
     "ilora_layer.py": {"time_vs_lora", "memory_vs_lora", "speedup_vs_per_expert", "memory_e16_vs_e2"},
     "teacher_step.py": {"time_vs_lora_gate_cached", "time_vs_lora_gate_computed", "tokens_per_second"},
     "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},

@@ -1,4 +1,7 @@
-"""Sizes by hand, what each ZeRO stage divides, files, refusals."""
+"""Sizes by hand, what each launch divides, files, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from llm2rec.plan.measure import Cost
 from llm2rec.plan.memory import (
     BUCKET_ELEMENTS,
     CONTEXT_BYTES,
+    LIVE_ELEMENTS,
     Memory,
     host_bytes,
     largest_rows,
@@ -20,11 +24,12 @@ from llm2rec.plan.memory import (
 )
 from llm2rec.plan.models import PlannedTeacher, Sizes, TeacherShape
 from llm2rec.plan.pace import Pace, processor
-from llm2rec.plan.settings import PlanSettings, check_plan
+from llm2rec.plan.settings import LAUNCHES, PlanSettings, check_plan
 from llm2rec.plan.shape import config_of_shape, model_config
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
 from llm2rec.teacher.settings import AdapterSettings, LLMSettings, ShapeSettings, TeacherSettings
 
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 D, INNER, LAYERS, VOCABULARY, N_ITEMS = 64, 128, 2, 100, 30
 PER_LAYER = 4 * D * D + 3 * D * INNER  # q, k, v, o; gate, up, down
 
@@ -86,39 +91,52 @@ def test_quantised_weights_are_those_that_bitsandbytes_makes(precision, tmp_path
     assert sum(PlannedTeacher(shape).sizes.frozen_bytes.values()) == real
 
 
-SIZES = Sizes(1_000_000, {"quantised": 0, "constants": 0, "whole": 2_000_000}, 1000, 500, (0, 0))
+SIZES = Sizes(1_000_000, {"quantised": 0, "constants": 0, "whole": 2_000_000}, 1000, 500, (0, 0), 1_600_000, 100_000)
 
 
-def at_rest(stage, gpus=4, sizes=SIZES, wide=False, on_cpu=False):
-    return memory_at_rest(sizes, stage, gpus, 80e9, wide=wide, on_cpu=on_cpu).parts
+def at_rest(launch, gpus=4, sizes=SIZES, wide=False, on_cpu=False):
+    return memory_at_rest(sizes, launch, gpus, 80e9, wide=wide, on_cpu=on_cpu).parts
 
 
-def test_what_each_stage_divides():
+def test_what_each_launch_divides():
     common = {"weights": 2_000_000, "items": 500, "context": CONTEXT_BYTES}
-    assert at_rest("0", gpus=1) == common | {"trained": 4000, "gradients": 4000, "optimizer": 8000, "buckets": 0}
-    assert at_rest("0") == common | {"trained": 4000, "gradients": 4000, "optimizer": 8000, "buckets": 4000}
+    whole = common | {"trained": 4000, "gradients": 4000, "optimizer": 8000}
+    assert at_rest("ddp", gpus=1) == whole | {"buckets": 0}
+    assert at_rest("ddp") == whole | {"buckets": 4000}
     zero = {"trained": 2000, "buckets": 2 * BUCKET_ELEMENTS}
-    assert at_rest("2") == common | zero | {"gradients": 1000, "optimizer": 3000}
-    assert at_rest("2_offload") == common | zero | {"gradients": 0, "optimizer": 0}
-    assert at_rest("3") == common | zero | {
-        "weights": 500_000,
-        "trained": 500,
-        "gradients": 1000,
-        "optimizer": 3000,
-        "gathered": 2 * 1_001_000,
-    }
-    assert at_rest("2", wide=True)["trained"] == 4000
-    assert at_rest("0", on_cpu=True)["context"] == 0
+    assert at_rest("zero2") == common | zero | {"gradients": 1000, "optimizer": 3000}
+    assert at_rest("zero2_offload") == common | zero | {"gradients": 0, "optimizer": 0}
+    # Frozen weights: a quarter of all, and as many as there are put together; a quarter of blocks, and two of them.
+    assert at_rest("zero3") == whole | {"buckets": 4000, "weights": 500_000, "gathered": 2_000_000}
+    assert at_rest("fsdp2") == whole | {"buckets": 4000, "weights": 400_000 + 400_000, "gathered": 200_000}
+    assert at_rest("zero3", gpus=1) == at_rest("fsdp2", gpus=1) == at_rest("ddp", gpus=1)
+    large = replace(SIZES, frozen_bytes={"whole": 2 * 10**11})
+    assert at_rest("zero3", sizes=large)["gathered"] == 2 * LIVE_ELEMENTS
+    assert at_rest("zero2", wide=True)["trained"] == 4000
+    assert at_rest("ddp", on_cpu=True)["context"] == 0
+
+
+def test_blocks_are_what_is_divided():
+    sizes = planned("bfloat16")
+    assert sizes.block_bytes == LAYERS * sizes.largest_block_bytes
+    assert sizes.frozen_bytes["whole"] - sizes.block_bytes == 2 * (VOCABULARY * D + D)  # embeddings and the last norm
 
 
 def test_what_is_offloaded_lies_in_the_machines_memory():
-    host = host_bytes(1000, 100, 10, 8, 20, 4, offload=True)
-    assert host == {"rows": 4 * 100 * 12, "gate_inputs": 4 * 100 * 8, "export": 16 * 100 * 20, "optimizer": 4000}
-    assert host_bytes(1000, 100, 10, 0, 0, 4, offload=False)["optimizer"] == 0
+    host = host_bytes(1000, 100, 10, 8, 20, 4, "zero2_offload", 900)
+    assert host == {
+        "rows": 4 * 100 * 12,
+        "gate_inputs": 4 * 100 * 8,
+        "export": 16 * 100 * 20,
+        "optimizer": 4000,
+        "loading": 0,
+    }
+    assert host_bytes(1000, 100, 10, 0, 0, 4, "zero2", 900)["optimizer"] == 0
+    assert host_bytes(1000, 100, 10, 0, 0, 4, "fsdp2", 900)["loading"] == 225
 
 
 def test_products_of_packed_matrices_take_more():
-    sizes = Sizes(0, {}, 0, 0, (20, 10))
+    sizes = Sizes(0, {}, 0, 0, (20, 10), 0, 0)
     assert quantisation_bytes(sizes, "bfloat16", 1000, on_cpu=False) == 0
     assert quantisation_bytes(sizes, "int4", 1000, on_cpu=False) == 2 * 20 * 10
     assert quantisation_bytes(sizes, "int8", 1, on_cpu=True) == 4 * 20 * 10
@@ -184,7 +202,7 @@ def test_files_are_as_large_as_those_that_are_written(tmp_path):
         ({"card": "v100"}, r"plan.card is 'v100', expected one of a100_40gb, .*rtx_4090, cpu"),
         ({"utilisation": 0.0}, r"plan.utilisation is 0.0, expected a share above 0"),
         ({"utilisation": 1.5}, r"plan.utilisation is 1.5"),
-        ({"zero_stage": "1"}, r"plan.zero_stage is '1', expected one of auto, 0, 2, 2_offload, 3"),
+        ({"launch": "1"}, r"plan.launch is '1', expected one of auto, ddp, zero2, zero2_offload, zero3, fsdp2"),
         ({"n_items": 0}, r"plan.n_items is 0, expected at least 1"),
         ({"characters_per_token": 0.0}, r"plan.characters_per_token is 0.0"),
     ],
@@ -198,10 +216,10 @@ def test_values_that_cannot_be_planned_are_refused(values, message):
     ("settings", "gpus", "precision", "message"),
     [
         (PlanSettings(), 0, "bfloat16", "gpus is 0, expected at least 1"),
-        (PlanSettings(zero_stage="3"), 8, "int8", "take plan.zero_stage=2, .* or teacher.precision=bfloat16"),
-        (PlanSettings(zero_stage="3"), 8, "int4", "quantised ones cannot be divided"),
+        (PlanSettings(launch="zero3"), 8, "int8", "take plan.launch=ddp, .* or teacher.precision=bfloat16"),
+        (PlanSettings(launch="fsdp2"), 8, "int4", "quantised ones cannot be divided"),
         (PlanSettings(card="cpu"), 2, "float32", "plan.card is 'cpu', gpus 2"),
-        (PlanSettings(card="cpu", zero_stage="2"), 1, "float32", "plan.zero_stage '2', expected one process"),
+        (PlanSettings(card="cpu", launch="zero2"), 1, "float32", "plan.launch 'zero2', expected one process"),
     ],
 )
 def test_combinations_that_cannot_be_launched_are_refused(settings, gpus, precision, message):
@@ -209,10 +227,11 @@ def test_combinations_that_cannot_be_launched_are_refused(settings, gpus, precis
         check_plan(settings, gpus, precision)
 
 
-def test_the_stage_is_that_of_the_launch_configurations():
-    assert check_plan(PlanSettings(), 1, "int8") == "0"
-    assert check_plan(PlanSettings(), 8, "int8") == "2"
-    assert check_plan(PlanSettings(zero_stage="3"), 8, "bfloat16") == "3"
+def test_launches_are_those_that_there_are_configurations_of():
+    assert check_plan(PlanSettings(), 1, "int8") == "ddp"
+    assert check_plan(PlanSettings(), 8, "int8") == "zero2"
+    assert check_plan(PlanSettings(launch="fsdp2"), 8, "bfloat16") == "fsdp2"
+    assert all((CONFIGS / f"multi_gpu_{launch}.yaml").is_file() for launch in LAUNCHES)
 
 
 @pytest.mark.parametrize(("gpus", "rows"), [(1, 32), (2, 32), (4, 32), (8, 16), (64, 2), (200, 1)])

@@ -66,14 +66,14 @@ def test_shapes_have_the_parameters_of_the_models(llm):
     assert PlannedTeacher(shape_of(llm)).sizes.frozen_parameters == PARAMETERS[llm]
 
 
-def job(llm="llama2_7b", card="a100_80gb", gpus=1, stage="0", precision="bfloat16", plan_settings=None, **settings):
+def job(llm="llama2_7b", card="a100_80gb", gpus=1, launch="ddp", precision="bfloat16", plan_settings=None, **settings):
     given = plan_settings or PlanSettings(n_items=1000, n_rows=50_000, prompt_tokens=200)
     teacher = TeacherSettings(**{"training": TrainingSettings(5, 128, 32), **settings})
     config = config_of_shape(build(composed(f"llm={llm}").llm, LLMSettings).shape)
     work = workload_of(given, teacher, None, None, gpus, "given")
     shape = TeacherShape(config, teacher, precision, "last", work.n_items, work.history_length, 64)
     student = SASRecStudent(training=TrainingSettings(100, 512, 512))
-    return Job(shape, student, work, CARDS[card], 0.4, gpus, stage)
+    return Job(shape, student, work, CARDS[card], 0.4, gpus, launch)
 
 
 def test_a_step_takes_the_operations_of_its_weights_twice():
@@ -119,14 +119,23 @@ def test_a_catalogue_that_no_card_holds_is_named():
 
 
 def test_many_gpus_share_rows_and_weights():
-    one, eight = (plan(job("smollm2_360m", gpus=gpus, stage=stage)) for gpus, stage in ((1, "0"), (8, "3")))
+    one, eight = (plan(job("smollm2_360m", gpus=gpus, launch=launch)) for gpus, launch in ((1, "ddp"), (8, "zero3")))
     assert (one["rows_per_micro_batch"], eight["rows_per_micro_batch"]) == (32, 16)
     # Small micro-batches of a small model wait for launches, so that eight are not eight times as fast.
     assert one["seconds"]["training"] / 8 < eight["seconds"]["training"] < one["seconds"]["training"]
-    weights = [
-        each["memory"][stage]["with_checkpointing"]["parts"]["weights"] for each, stage in ((one, "0"), (eight, "3"))
-    ]
-    assert weights[1] == pytest.approx(weights[0] / 8, abs=8)
+    alone, whole, divided, blocks = (
+        each["memory"][launch]["with_checkpointing"]["parts"]
+        for each, launch in ((one, "ddp"), (eight, "ddp"), (eight, "zero3"), (eight, "fsdp2"))
+    )
+    assert alone["weights"] == whole["weights"] == pytest.approx(8 * divided["weights"], abs=8)
+    assert divided["weights"] < blocks["weights"] < whole["weights"]  # embeddings stay whole
+    for part in ("trained", "gradients", "optimizer", "items"):
+        assert divided[part] == blocks[part] == whole[part]
+    # Where weights are divided all GPUs read the same prompts together, which takes as long as on one.
+    assert eight["seconds"]["export"] == pytest.approx(one["seconds"]["export"])
+    assert plan(job("smollm2_360m", gpus=8, launch="zero2"))["seconds"]["export"] == pytest.approx(
+        one["seconds"]["export"] / 8
+    )
     text = format_plan(eight, "A heading", ["an assumption"])
     assert "ZeRO-3" in text
     assert "an assumption" in text
@@ -164,17 +173,17 @@ def test_the_stage_plans_without_a_network(tmp_path, llm, expected):
     (folder,) = runs(tmp_path)
     planned = json.loads((folder / "metrics" / "plan.json").read_text())
     assert planned["fits"]
-    assert planned["memory"]["0"]["without_checkpointing"]["total"] == sum(
-        planned["memory"]["0"]["without_checkpointing"]["parts"].values()
+    assert planned["memory"]["ddp"]["without_checkpointing"]["total"] == sum(
+        planned["memory"]["ddp"]["without_checkpointing"]["parts"].values()
     )
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
 def test_a_refusal_is_one_line(tmp_path):
-    done = run(tmp_path, "plan", "gpus=8", "plan.zero_stage=3", "teacher.precision=int8", check=False)
+    done = run(tmp_path, "plan", "gpus=8", "plan.launch=zero3", "teacher.precision=int8", check=False)
     assert done.returncode == 1
-    assert "take plan.zero_stage=2" in done.stderr
+    assert "take plan.launch=ddp" in done.stderr
     assert "Traceback" not in done.stderr
 
 
