@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["without_secrets"]
+__all__ = ["with_home", "without_secrets"]
 
 _MASK = "***"
 _SECRET_NAME = re.compile(r"(^|_)(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
@@ -36,6 +36,11 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(each) for each in value]
     return value
+
+
+def with_home(path: str) -> str:
+    """Write ``~`` at the beginning of a path, as `without_secrets` left it, as the home folder of now."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _masked(text: str) -> str:

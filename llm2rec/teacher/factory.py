@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llm2rec.core.checkpoint import read_tensors, save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
+from llm2rec.core.private import with_home, without_secrets
 from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
 from llm2rec.teacher.gate_cache import model_identity
@@ -311,18 +312,20 @@ def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None
 
     ``adapter/``, a standard PEFT folder (where there is an adapter), with the tokenizer, which knows the slots of
     injected vectors; ``items.safetensors``; ``head.safetensors``, what else was trained; ``config.json``; and the
-    trained recommender, where one is read.
+    trained recommender, where one is read. A language model in somebody's home is said to be in ``~``.
     """
     with replaced_folder(folder) as aside:
         if isinstance(model.llm, PeftModel):
             model.llm.save_pretrained(str(aside / "adapter"))
+            for file in (aside / "adapter" / name for name in ("adapter_config.json", "README.md")):
+                file.write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
         model.prompts.tokenizer.save_pretrained(str(aside / "adapter"))
         save_tensors(model.item_tensors, aside / "items.safetensors")
         save_tensors(_beside_adapter(model), aside / "head.safetensors")
         if model.recommender is not None:
             model.recommender.save(aside)
         write_hashes(aside, editable=("config.json",))  # it names the place of the language model
-        write_json(aside / "config.json", vars(recipe))
+        write_json(aside / "config.json", vars(recipe) | {"source": without_secrets(recipe.source)})
 
 
 def _beside_adapter(model: LLMTeacher) -> dict[str, Tensor]:
@@ -349,7 +352,8 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
     try:
         check_hashes(folder)
-        recipe = TeacherRecipe(**read_object(folder / "config.json"))
+        stored = read_object(folder / "config.json", "source")
+        recipe = TeacherRecipe(**stored | {"source": with_home(stored["source"])})
     except DataError as error:
         raise CheckpointError(str(error)) from error
     except TypeError as error:

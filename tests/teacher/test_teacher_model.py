@@ -1,6 +1,8 @@
 """The recommender: pooling, scores, what is trained, and saving."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +194,17 @@ def test_the_adapter_is_a_standard_peft_folder(data, llm_folder, tmp_path):
     assert len(stored) == len(trained)
     assert all("ilora_" in name for name in stored)
     PeftModel.from_pretrained(AutoModel.from_pretrained(recipe.source), str(adapter))
+
+
+@pytest.mark.parametrize("tuning", ["ilora", "lora"])
+def test_a_teacher_does_not_tell_whose_home_its_language_model_is_in(tuning, data, llm_folder, tmp_path, monkeypatch):
+    model, recipe = build("llama", llm_folder, data, tuning=tuning)
+    monkeypatch.setenv("HOME", str(Path(recipe.source).parents[1]))
+    save_teacher(tmp_path / "teacher", model, recipe)
+    texts = {file: file.read_bytes() for file in (tmp_path / "teacher").rglob("*") if file.is_file()}
+    assert not [file for file, text in texts.items() if str(Path.home()).encode() in text]
+    assert json.loads(texts[tmp_path / "teacher" / "config.json"])["source"].startswith("~/")
+    assert load_teacher(tmp_path / "teacher", data, CPU)[1] == recipe
 
 
 def test_a_folder_without_a_teacher_is_refused(data, tmp_path):
