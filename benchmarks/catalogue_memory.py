@@ -170,12 +170,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, rowwise: lis
 
 def floor_seconds(case: str, n_items: int, model: SASRec) -> dict[str, float]:
     """Seconds of the step's large operations at rates measured here and now."""
-    users, items = torch.randn(TILE, WIDTH), torch.randn(TILE, WIDTH)
-    tile = users @ items.T
-    product = fastest(lambda: torch.mm(users, items.T, out=tile)) / (2 * TILE * TILE * WIDTH)  # seconds an operation
-    exponential = fastest(lambda: torch.exp2(tile)) / tile.numel()
-    there, back = torch.randn(2, 2**24)
-    copied = fastest(lambda: back.copy_(there)) / (2 * there.numel() * 4)  # seconds a byte, read or written
+    product, exponential, copied = harness.floor_rates(WIDTH, TILE)
     scored, passes = (NEGATIVES, 3) if case.startswith("sampled") else (n_items, 3 if case == "plain" else 4)
     table = model.input_items.weight.numel() * 4
     return {
@@ -183,11 +178,6 @@ def floor_seconds(case: str, n_items: int, model: SASRec) -> dict[str, float]:
         "exponentials": exponential * (passes - 2) * USERS * scored,
         "optimizer": copied * (0 if case == "sampled_rowwise" else 7 * table),
     }
-
-
-def fastest(step: harness.Step, rounds: int = 5) -> float:
-    """Seconds of the fastest of some runs."""
-    return min(min(times) for times in harness.seconds_by_round({"step": step}, rounds).values())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from llm2rec.core.git_info import git_state, library_versions
 
 __all__ = [
     "command_line",
+    "floor_rates",
     "matmul",
     "peak_bytes",
     "relative",
@@ -125,6 +126,23 @@ def matmul(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Step, f
     """
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     return lambda: left @ right, 2.0 * size**3
+
+
+def floor_rates(width: int, side: int = 2048) -> tuple[float, float, float]:
+    """Seconds of a multiplication or an addition, of an exponential, and of a byte read or written, here and now.
+
+    Products are of the form of scores, ``(side, width)`` with ``(width, side)``; all are the fastest of five.
+    """
+    users, items = torch.randn(2, side, width)
+    tile = users @ items.T
+    there, back = torch.randn(2, 2**24)
+    steps: dict[str, Step] = {
+        "product": lambda: torch.mm(users, items.T, out=tile),
+        "exponential": lambda: torch.exp2(tile),
+        "copy": lambda: back.copy_(there),
+    }
+    product, exponential, copy = (min(times) for times in seconds_by_round(steps, 5).values())
+    return product / (2 * side * side * width), exponential / tile.numel(), copy / (2 * there.nbytes)
 
 
 def synchronize() -> None:

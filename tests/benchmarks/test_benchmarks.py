@@ -24,6 +24,7 @@ PROMISED = {
     "ilora_layer.py": {"time_vs_lora", "memory_vs_lora", "speedup_vs_per_expert", "memory_e16_vs_e2"},
     "teacher_step.py": {"time_vs_lora_gate_cached", "time_vs_lora_gate_computed", "tokens_per_second"},
     "title_teacher.py": {"candidates_speedup_vs_passes", "step_peak_vs_all_logits", "search_rows_per_second"},
+    "student_step.py": {"sequences_vs_plain", "sequences_share_of_floor", "evaluation_share_of_floor"},
     "serving_latency.py": {"one_user_vs_matvec", "one_user_p99_ms_10000", "many_users_p50_ms_1000"},
     "catalogue_memory.py": {"peak_vs_state_1e4", "beyond_state_vs_1e3_1e4", "peak_vs_plain_1e4", "time_vs_plain_1e4"},
     "preparation_memory.py": {"peak_mebibytes_1e5", "interactions_per_second_1e5"},
