@@ -6,7 +6,13 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=env_shell/_lib.sh
 . "$root/env_shell/_lib.sh"
 
-image="${LLM2REC_IMAGE:-llm2rec:latest}"
+device="${LLM2REC_DEVICE:-}"
+if [ -z "$device" ]; then
+  device=cpu
+  if has_nvidia_gpu; then device=gpu; fi
+fi
+case "$device" in cpu | gpu) ;; *) die "LLM2REC_DEVICE is '$device'; expected cpu or gpu" ;; esac
+image="${LLM2REC_IMAGE:-llm2rec:$device}"
 container="${LLM2REC_CONTAINER:-llm2rec-experiment}"
 
 need_docker() {

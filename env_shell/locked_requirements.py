@@ -7,7 +7,8 @@
     python locked_requirements.py check --variant cpu    says which packages of this Python differ; exit 1 if any
 
 Variants: `cuda` is the lock as it stands for this platform. `cpu` leaves out torch, which has a build of its own for
-machines without a GPU, and the CUDA packages that only the GPU build of torch asks for.
+machines without a GPU, and the CUDA packages that only the GPU build of torch asks for; `base` leaves out the same,
+which the Python below has.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def locked_packages(
 
     Args:
         lock: The lock file.
-        variant: `cuda` or `cpu`, see the module's text.
+        variant: `cuda`, `cpu` or `base`, see the module's text.
         dev: Whether the development group is wanted too.
         environment: Values of marker variables that replace those of the running Python.
 
@@ -72,7 +73,7 @@ def locked_packages(
     seen: dict[str, str] = {}
     for package in packages:
         name, version = package["name"], package["version"]
-        if variant == "cpu" and (name == "torch" or CUDA_ONLY.match(name)):
+        if variant != "cuda" and (name == "torch" or CUDA_ONLY.match(name)):
             continue
         if not _wanted(package, groups, environment):
             continue
@@ -108,7 +109,7 @@ def main() -> int:
     """Run the command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["list", "torch-version", "check"])
-    parser.add_argument("--variant", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--variant", choices=["cpu", "cuda", "base"], default="cuda")
     parser.add_argument("--no-dev", action="store_true", help="leave out the development tools")
     parser.add_argument("--lock", type=Path, default=LOCK)
     options = parser.parse_args()

@@ -9,6 +9,7 @@
 #   --no-dev                 leave out the tools for development (pytest, ruff, mypy, linters)
 #   PYTHON=python3.12        the Python to build on (default: the first suitable one on PATH)
 #   LLM2REC_TORCH=cpu|cuda   which build of torch (default: cuda where an NVIDIA GPU answers, else cpu)
+#   LLM2REC_TORCH=base       the torch that this Python has already, in our container; cuda if it is not the locked one
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -31,7 +32,7 @@ if [ -z "$variant" ]; then
   # Outside Linux there is one build of torch, the locked one, and no CUDA package has a marker that fits.
   if [ "$(uname -s)" != Linux ] || has_nvidia_gpu; then variant=cuda; fi
 fi
-case "$variant" in cpu | cuda) ;; *) die "LLM2REC_TORCH is '$variant'; expected cpu or cuda" ;; esac
+case "$variant" in cpu | cuda | base) ;; *) die "LLM2REC_TORCH is '$variant'; expected cpu, cuda or base" ;; esac
 
 venv="$root/.venv"
 python="$venv/bin/python"
@@ -77,7 +78,9 @@ if [ -e "$unfinished" ] || [ -n "$moved" ] || ! "$python" -c '' 2>/dev/null; the
     die "$base has no venv module. On Debian and Ubuntu: apt-get install python3-venv"
   say "Making .venv with $("$base" --version) ($base)"
   # --clear empties the folder and keeps it: in a container it is a mount.
-  "$base" -m venv --clear "$venv" || die "could not make $venv"
+  options=(--clear)
+  if [ "$variant" = base ]; then options+=(--system-site-packages); fi
+  "$base" -m venv "${options[@]}" "$venv" || die "could not make $venv"
   # pip takes a package that a killed run left half copied for installed, so until the end nothing here is trusted.
   : >"$unfinished"
 elif [ -f "$stamp" ]; then
@@ -121,9 +124,21 @@ install_cpu_torch() {
 }
 
 SECONDS=0
+chosen="$variant" # of the fingerprint, which must be the same at the next call
+if [ "$variant" = base ]; then
+  case "$(installed_torch)" in
+    *+cpu | '') found="no torch with CUDA" ;;
+    "$(locked torch-version)" | "$(locked torch-version)+"*) found="" ;;
+    *) found="torch $(installed_torch)" ;;
+  esac
+  if [ -n "$found" ]; then
+    say "This Python has $found, expected $(locked torch-version) as in poetry.lock; taking that from the package index"
+    variant=cuda
+  fi
+fi
 if [ "$variant" = cpu ]; then
   install_cpu_torch
-elif [[ "$(installed_torch)" == *+cpu ]]; then
+elif [ "$variant" = cuda ] && [[ "$(installed_torch)" == *+cpu ]]; then
   pip uninstall --yes torch # to pip it is the locked version
 fi
 # shellcheck disable=SC2086  # empty or one word
@@ -138,5 +153,6 @@ pip install --no-deps -e . || give_up "pip could not install the project (see ab
 # shellcheck disable=SC2086
 locked check --variant "$variant" $dev_option >&2 || die ".venv differs from poetry.lock as said above; remove $venv and call this again"
 rm -f "$unfinished"
+variant="$chosen"
 printf '%s\n' "$(fingerprint) ${dev_option:-all}" "$root" >"$stamp"
 say "Ready in $SECONDS s: .venv (torch $(installed_torch))"

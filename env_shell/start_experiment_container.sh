@@ -4,11 +4,12 @@
 #   bash env_shell/start_experiment_container.sh                            a shell
 #   bash env_shell/start_experiment_container.sh bash cmd/quickstart.sh     one command
 #
-# Builds the image if it is missing. GPUs are handed over when the host has NVIDIA ones. You are yourself inside: what
-# is written to the checkout belongs to you. The container's .venv and caches lie in LLM2REC_CONTAINER_STATE, apart from
+# Builds the image if it is missing: that for GPUs where the host has NVIDIA ones, which are handed over, and that
+# without otherwise. You are yourself inside: what is written to the checkout belongs to you. The container's .venv and caches lie in LLM2REC_CONTAINER_STATE, apart from
 # the host's own .venv. The container goes when the first command ends; the state stays.
 #
-#   LLM2REC_IMAGE             name of the image (default: llm2rec:latest)
+#   LLM2REC_DEVICE            gpu or cpu (default: what the host has)
+#   LLM2REC_IMAGE             name of the image (default: llm2rec:gpu or llm2rec:cpu)
 #   LLM2REC_CONTAINER         name of the container (default: llm2rec-experiment)
 #   LLM2REC_CONTAINER_STATE   default: ~/.cache/llm2rec-container
 #   LLM2REC_DATA              a folder with data or models to mount read-only at the same path
@@ -27,12 +28,13 @@ fi
 
 if ! docker image inspect "$image" >/dev/null 2>&1; then
   say "Building the image $image"
-  docker build --tag "$image" "$root"
+  docker build --tag "$image" --build-arg "DEVICE=$device" "$root"
 fi
 
 state="${LLM2REC_CONTAINER_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/llm2rec-container}"
 # Made here: what docker makes for a mount belongs to root.
-mkdir -p "$state/home" "$state/venv" "$root/.venv"
+venv="$state/venv-$device" # neither torch nor CUDA of the one would serve in the other
+mkdir -p "$state/home" "$venv" "$root/.venv"
 
 options=(
   --rm
@@ -43,14 +45,14 @@ options=(
   --env HOME=/home/experiment
   --volume "$root:/workspace"
   --volume "$state/home:/home/experiment"
-  --volume "$state/venv:/workspace/.venv"
+  --volume "$venv:/workspace/.venv"
   --workdir /workspace
   # Data loaders hand batches over through shared memory, of which docker gives 64 MB.
   --ipc host
   --env HF_TOKEN
   --env HF_HUB_OFFLINE
 )
-if has_nvidia_gpu; then options+=(--gpus all); fi
+if [ "$device" = gpu ]; then options+=(--gpus all); fi
 if [ -n "${LLM2REC_DATA:-}" ]; then
   data="$(cd "$LLM2REC_DATA" && pwd -P)" || die "LLM2REC_DATA is '$LLM2REC_DATA'; expected a folder"
   options+=(--volume "$data:$data:ro")

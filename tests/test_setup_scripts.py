@@ -1,6 +1,7 @@
 """The shell scripts, run for real with programs on PATH that only write down how they were called."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*ROOT.glob("cmd/*.sh"), *ROOT.glob("env_shell/*.sh"), ROOT / ".ci" / "run"])
@@ -166,7 +168,7 @@ case "$*" in
   "-m ruff check"*) exit "${RUFF_STATUS:-0}" ;;
   "-m ruff"* | "-m mypy"* | "-m pytest"*) exit ;;
   *" check "*) exit "${CHECK_STATUS:-0}" ;;
-  *'m.version("torch")'*) exit 1 ;;
+  *'m.version("torch")'*) [ -n "${FAKE_TORCH:-}" ] && echo "$FAKE_TORCH" ; exit ;;
 esac
 exec "$REAL_PYTHON" "$@"
 """
@@ -361,6 +363,34 @@ def test_gpu_decides_the_build_of_torch(checkout: Checkout, gpu: bool, torch_lin
     assert bool(checkout.calls(r"\+cpu$")) != torch_line
 
 
+@pytest.mark.parametrize("torch", ["2.13.0", "2.13.0+cu130"])
+def test_the_torch_below_serves_where_it_is_the_locked_one(checkout: Checkout, torch: str) -> None:
+    settings = {"LLM2REC_TORCH": "base", "FAKE_TORCH": torch}
+    run = checkout.run("env_shell/setup.sh", **settings)
+    assert run.returncode == 0, run.stderr
+    assert len(checkout.calls("-m venv --clear --system-site-packages")) == 1
+    assert checkout.calls("pip.* (un)?install.*torch") == []
+    requirements = Path(f"{checkout.calls_file}.requirements").read_text()
+    assert "\ntorch==" not in requirements
+    assert CUDA_NAMES.findall(requirements) == []
+    assert "\ntransformers==" in requirements
+    checkout.run("env_shell/setup.sh", **settings)
+    assert checkout.calls("pip|venv") == []
+
+
+@pytest.mark.parametrize(
+    ("torch", "told"),
+    [("2.9.0+cu128", "has torch 2.9.0+cu128, expected 2.13.0"), ("2.13.0+cpu", "no torch with CUDA"), ("", "no torch")],
+)
+def test_another_torch_below_is_replaced(checkout: Checkout, torch: str, told: str) -> None:
+    run = checkout.run("env_shell/setup.sh", LLM2REC_TORCH="base", FAKE_TORCH=torch)
+    assert run.returncode == 0, run.stderr
+    assert told in run.stderr
+    requirements = Path(f"{checkout.calls_file}.requirements").read_text()
+    assert "\ntorch==2.13.0 " in requirements
+    assert CUDA_NAMES.search(requirements)
+
+
 def test_old_python_is_named(checkout: Checkout) -> None:
     checkout.program("oldpython", '#!/bin/sh\ncase "$*" in *platform*) echo 3.9.2 ;; esac\nexit 1\n')
     run = checkout.run("env_shell/setup.sh", PYTHON="oldpython")
@@ -509,7 +539,7 @@ def test_missing_image_is_built_then_run(docker: Checkout) -> None:
     run = docker.run(START)
     assert run.returncode == 0, run.stderr
     assert [call.split()[1] for call in docker.calls("build|run")] == ["build", "run"]
-    assert docker.calls("build")[0].endswith(str(docker.root))
+    assert docker.calls("build")[0].endswith(f"--tag llm2rec:cpu --build-arg DEVICE=cpu {docker.root}")
 
 
 def test_image_that_is_there_is_run_only(docker: Checkout) -> None:
@@ -526,14 +556,19 @@ def test_image_that_is_there_is_run_only(docker: Checkout) -> None:
     assert " -it " not in call  # no terminal here
     # Docker would make these as root.
     assert (docker.root / ".venv").is_dir()
-    assert list((docker.bin.parent / "cache").glob("*/venv"))
+    assert list((docker.bin.parent / "cache").glob("*/venv-cpu"))
 
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_gpus_are_handed_over_where_there_are_any(docker: Checkout, gpu: bool) -> None:
     docker.gpu(gpu)
     assert docker.run(START, IMAGE="there").returncode == 0
-    assert ("--gpus all" in docker.calls("docker run")[0]) == gpu
+    (call,) = docker.calls("docker run")
+    assert ("--gpus all" in call, "/venv-gpu:" in call, " llm2rec:gpu bash" in call) == (gpu, gpu, gpu)
+    assert docker.run(START, IMAGE="there", LLM2REC_DEVICE="cpu").returncode == 0
+    assert " llm2rec:cpu bash" in docker.calls("docker run")[0]
+    wrong = docker.run(START, LLM2REC_DEVICE="tpu")
+    assert (wrong.returncode, "expected cpu or gpu" in wrong.stderr) == (1, True)
 
 
 def test_command_reaches_the_container(docker: Checkout) -> None:
@@ -572,6 +607,40 @@ def test_dockerfile_follows_the_lock_and_copies_no_code(lock_reader: ModuleType)
     assert re.search(r"^FROM pytorch/pytorch:(.+?)-cuda", text, re.MULTILINE).group(1) == lock_reader.torch_version()  # type: ignore[union-attr]
     assert re.findall(r"^\s*(COPY|ADD)\b", text, re.MULTILINE) == []
     assert "WORKDIR /workspace" in text
+
+
+def test_dockerfile_makes_an_image_with_and_one_without_cuda() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM \S+ AS (\w+)\nENV LLM2REC_TORCH=(\w+)$", text, re.MULTILINE)
+    assert stages == [("gpu", "base"), ("cpu", "cpu")]
+    assert re.search(r"^ARG DEVICE=gpu$", text, re.MULTILINE)
+    assert re.search(r"^FROM \$\{DEVICE\}$", text, re.MULTILINE)
+    assert len(re.findall(r"^RUN --mount=type=cache", text, re.MULTILINE)) == 2
+
+
+def test_compose_starts_what_the_script_starts(docker: Checkout) -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    assert services.keys() == {"cpu", "gpu"}
+    for device, service in services.items():
+        assert docker.run(START, IMAGE="there", LLM2REC_DEVICE=device).returncode == 0
+        (call,) = docker.calls("docker run")
+        assert f" {service['image']} bash -c bash env_shell/setup.sh" in call
+        assert service["build"] == {"context": ".", "args": {"DEVICE": device}}
+        assert [each.split(":")[-1] for each in service["volumes"]] == re.findall(r"--volume \S+?:(\S+)", call)
+        assert [each.split("/")[-1] for each in service["volumes"][1:]] == ["experiment", ".venv"]
+        assert f"/venv-{device}:" in service["volumes"][2]
+        assert [f"--env {name}" in call for name in service["environment"]] == [True] * 3
+        assert (f"--ipc {service['ipc']}" in call, "--security-opt" in call) == (True, True)
+        assert ("--gpus" in call) == ("deploy" in service)
+        assert service["entrypoint"][:2] == ["bash", "-c"]
+        assert service["user"] == "${LLM2REC_UID:-1000}:${LLM2REC_GID:-1000}"
+        container = json.loads((ROOT / ".devcontainer" / device / "devcontainer.json").read_text())
+        assert container["service"] == device
+        assert (ROOT / ".devcontainer" / device / container["dockerComposeFile"]).resolve() == ROOT / "compose.yaml"
+        assert container["workspaceFolder"] == service["working_dir"]
+        assert container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"].startswith(
+            "/workspace/.venv/"
+        )
 
 
 def test_image_is_nobody_elses_root() -> None:
