@@ -8,7 +8,7 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from llm2rec.core.errors import DataError
 
@@ -64,17 +64,24 @@ def digest_of_files(paths: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
-def numbered_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path, encoding: str = "utf-8", remedy: str = "") -> Iterator[tuple[int, str]]:
     """Yield the non-blank lines of a text file, gzipped or plain, with their numbers from 1.
+
+    Args:
+        path: The file.
+        encoding: Of its text.
+        remedy: What to do if its text is in another; to save it in this one if not given.
 
     Raises:
         DataError: If the file is not text in this encoding, or its compression is broken.
     """
     with path.open("rb") as raw:
-        yield from decoded_lines(raw, path, encoding)
+        yield from decoded_lines(raw, path, encoding, remedy)
 
 
-def decoded_lines(raw: IO[bytes], path: Path | str, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+def decoded_lines(
+    raw: IO[bytes], path: Path | str, encoding: str = "utf-8", remedy: str = ""
+) -> Iterator[tuple[int, str]]:
     """Yield the non-blank lines of an open binary file with their numbers from 1; `path` is for messages.
 
     Compression is told by the content, not the name: published files are renamed often enough.
@@ -85,11 +92,11 @@ def decoded_lines(raw: IO[bytes], path: Path | str, encoding: str = "utf-8") -> 
     buffered = io.BufferedReader(raw, _CHUNK_BYTES) if isinstance(raw, io.RawIOBase) else raw
     is_gzip = buffered.read(2) == b"\x1f\x8b"
     buffered.seek(0)
-    stream = gzip.open(buffered) if is_gzip else buffered
+    stream: IO[bytes] = cast(IO[bytes], gzip.open(buffered)) if is_gzip else buffered
     number = 0
     try:
         # Split on "\n" alone, in bytes: str.splitlines would also split at characters that titles may hold.
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream, encoding), start=1):
             text = line.decode(encoding).rstrip("\r\n")
             if number == 1:
                 text = text.removeprefix("\ufeff")
@@ -97,9 +104,20 @@ def decoded_lines(raw: IO[bytes], path: Path | str, encoding: str = "utf-8") -> 
                 yield number, text
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}, line {number}: not {encoding} text ({error.reason}); save the file as {encoding}."
+            f"{path}, line {number}: not {encoding} text ({error.reason}); {remedy or f'save the file as {encoding}'}."
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             f"{path}: the gzip data breaks off or is damaged after line {number}; fetch the file again."
         ) from error
+
+
+def _lines(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
+    """Lines of a binary file, where the end of a line is more than one byte too (UTF-16)."""
+    end = "\n".encode(encoding)
+    if end == b"\n":
+        yield from stream
+        return
+    with io.TextIOWrapper(stream, encoding=encoding, newline="\n") as text:
+        for line in text:
+            yield line.encode(encoding)

@@ -5,6 +5,7 @@ Files are read once, from front to back, a part at a time.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -72,13 +73,14 @@ class Table:
         return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in self.names}
 
 
-def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = None) -> Table:
+def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = None, encoding: str = "utf-8") -> Table:
     """Read columns of a file whose format its suffix tells.
 
     Args:
         path: The file.
         wanted: Columns by our name for them.
         work: A folder for what does not fit into memory; None keeps all there.
+        encoding: Of text; parquet has its own.
 
     Returns:
         The columns, as many rows as the file has.
@@ -89,9 +91,9 @@ def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = Non
     suffix = data_suffix(path)
     spill = Spill(None if work is None else work / f"{path.name}.columns")
     if suffix in _DELIMITERS:
-        return _read_delimited(path, wanted, _DELIMITERS[suffix], spill)
+        return _read_delimited(path, wanted, _DELIMITERS[suffix], spill, encoding)
     if suffix in _JSON_LINES:
-        return _read_json_lines(path, wanted, spill)
+        return _read_json_lines(path, wanted, spill, encoding)
     if suffix == ".parquet":
         return _read_parquet(path, wanted)
     raise DataError(
@@ -111,13 +113,13 @@ def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str])
             raise DataError(f"{path}: column `{column.name}` is there {there.count(column.name)} times; keep one.")
 
 
-def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, spill: Spill) -> Table:
+def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, spill: Spill, encoding: str) -> Table:
     """Read with the csv module in its strict mode.
 
     Arrow reads several times faster, but an unclosed quote makes it swallow the rows up to the next quote without a
     word; and whoever prepares data waits for this once.
     """
-    rows = _rows(path, delimiter)
+    rows = _rows(path, delimiter, encoding)
     header = next(rows, (0, []))[1]
     if not header:
         raise DataError(f"{path} is empty; expected a first line with the column names.")
@@ -142,27 +144,28 @@ def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, sp
             yield {ours: part[ours].to_pandas().astype("str") for ours in wanted}
 
     names = {ours: column.name for ours, column in wanted.items()}
-    return Table(path, names, lambda row: _line_of_row(path, delimiter, row), parts)
+    return Table(path, names, lambda row: _line_of_row(path, delimiter, encoding, row), parts)
 
 
-def _line_of_row(path: Path, delimiter: str, row: int) -> str:
+def _line_of_row(path: Path, delimiter: str, encoding: str, row: int) -> str:
     """Say where a row is; read again, because quoted values may span lines and this is only for errors."""
-    for at, (number, _) in enumerate(_rows(path, delimiter)):
+    for at, (number, _) in enumerate(_rows(path, delimiter, encoding)):
         if at == row + 1:  # the header is the row before the first
             return f"{path}, line {number}"
     return f"{path}, row {row + 1}"
 
 
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of each row's last line, and its fields; blank lines are passed over.
 
     Raises:
-        DataError: If quotes are wrong, the file is not UTF-8 text, or its compression is broken.
+        DataError: If quotes are wrong, the file is not text in this encoding, or its compression is broken.
     """
+    without_mark = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     csv.field_size_limit(_FIELD_LIMIT_CHARS)
     last = 0
     try:
-        with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+        with _opened(path) as raw, io.TextIOWrapper(raw, encoding=without_mark, newline="") as text:
             reader = csv.reader(text, delimiter=delimiter, strict=True)
             for fields in reader:
                 last = reader.line_num
@@ -170,7 +173,7 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                     yield last, fields
     except UnicodeDecodeError:
         # The text layer decodes whole blocks; line by line, the bad line is found and named.
-        for _ in numbered_lines(path):
+        for _ in _lines(path, encoding):
             pass
         raise
     except csv.Error as error:
@@ -186,14 +189,18 @@ def _opened(path: Path) -> Any:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill) -> Table:
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    return numbered_lines(path, encoding, "save the file as utf-8, or name its encoding: dataset.encoding=cp1252")
+
+
+def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill, encoding: str) -> Table:
     kinds: dict[str, set[type]] = {ours: set() for ours in wanted}
 
     def plain(value: Any, ours: str) -> str | None:
         kinds[ours].add(type(value))
         return None if value is None else str(value)  # of a float, what reads back as the same float
 
-    records = _records(path, wanted)
+    records = _records(path, wanted, encoding)
     while taken := list(itertools.islice(records, _ROWS_PER_PART)):
         columns = {ours: [plain(record[ours], ours) for record in taken] for ours in wanted}
         spill.append(pa.table({ours: pa.array(each, pa.large_string()) for ours, each in columns.items()}))
@@ -206,13 +213,13 @@ def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill) -> 
             yield {ours: _typed(part[ours].to_pandas().astype("str"), kinds[ours]) for ours in wanted}
 
     names = {ours: column.name for ours, column in wanted.items()}
-    return Table(path, names, lambda row: _line_of_record(path, row), parts)
+    return Table(path, names, lambda row: _line_of_record(path, encoding, row), parts)
 
 
-def _records(path: Path, wanted: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
+def _records(path: Path, wanted: Mapping[str, Column], encoding: str) -> Iterator[dict[str, Any]]:
     """Yield the values of each line, by our names."""
     is_first = True
-    for number, line in numbered_lines(path):
+    for number, line in _lines(path, encoding):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # the latter: thousands of brackets within brackets
@@ -243,9 +250,9 @@ def _check_value(value: Any, column: Column, where: str) -> None:
         )
 
 
-def _line_of_record(path: Path, row: int) -> str:
+def _line_of_record(path: Path, encoding: str, row: int) -> str:
     """Say where a row is; read again, since this is only for errors."""
-    number, _ = next(itertools.islice(numbered_lines(path), row, None))
+    number, _ = next(itertools.islice(_lines(path, encoding), row, None))
     return f"{path}, line {number}"
 
 

@@ -37,6 +37,7 @@ class CsvTables(DatasetSpec):
         rating_column: Column of the interactions that holds the rating; None where there are none.
         item_id_column: Column of the items that holds the item id.
         title_column: Column of the items that holds the title.
+        encoding: Of both files' text, by a name that Python knows (``cp1252``, ``shift_jis``, ``utf-16``).
     """
 
     _target_: str = "llm2rec.data.tables.CsvTables"
@@ -49,6 +50,18 @@ class CsvTables(DatasetSpec):
     rating_column: str | None = None
     item_id_column: str = "item_id"
     title_column: str = "title"
+    encoding: str = "utf-8"
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            problems.append(
+                f"`encoding` must be the name of a text encoding such as utf-8, cp1252 (Windows), shift_jis or utf-16 "
+                f"(Excel's Unicode text), got {self.encoding!r}"
+            )
+        return problems
 
     def raw_files(self) -> list[Path]:
         """Return the two files.
@@ -75,7 +88,7 @@ class CsvTables(DatasetSpec):
         }
         if self.rating_column is not None:
             wanted["rating"] = Column(self.rating_column, "rating_column")
-        table = read_table(path, wanted, work)
+        table = read_table(path, wanted, work, self.encoding)
         _check_ids(table, "user_id")
         _check_ids(table, "item_id")
         times = read_times(table)
@@ -102,6 +115,7 @@ class CsvTables(DatasetSpec):
                 "item_id": Column(self.item_id_column, "item_id_column"),
                 "title": Column(self.title_column, "title_column", nullable=True),
             },
+            encoding=self.encoding,
         )
         _check_ids(table, "item_id")
         columns = table.whole()

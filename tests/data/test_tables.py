@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from data_files import csv_pair
 
-from llm2rec.core.errors import DataError
+from llm2rec.core.errors import ConfigError, DataError
 from llm2rec.data import CsvTables, prepare
 
 ROWS = [("007", "i,1", 10), ("007", "7", 30), ("007", "i1", 20), ("u 2", "7", 5)]
@@ -135,6 +135,36 @@ def test_empty_file_is_refused(tmp_path, content, suffix):
     (tmp_path / f"a{suffix}").write_text(content)
     with pytest.raises(DataError, match="is empty"):
         CsvTables(interactions=str(tmp_path / f"a{suffix}"), items=csv_pair(tmp_path)["items"]).read()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "shift_jis", "utf-16", "UTF-8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl"])
+def test_text_may_be_in_any_encoding(tmp_path, encoding, suffix):
+    """Titles as each encoding can write them, in lines that end as Windows ends them."""
+    titles = ["Pok\u00e9mon", "B\u00fccher"] if encoding == "cp1252" else ["\u4eba\u751f\u30b2", "\u8868\u3010\u65b0"]
+    rows = [("i1", titles[0]), ("i2", titles[1])]
+    if suffix == ".tsv":
+        items = "\r\n".join(["item_id\ttitle", *("\t".join(row) for row in rows), ""])
+        visits = "user_id\titem_id\ttimestamp\r\nu\ti1\t1\r\nu\ti2\t2\r\n"
+    else:
+        items = "".join(json.dumps({"item_id": i, "title": t}, ensure_ascii=False) + "\r\n" for i, t in rows)
+        visits = "".join(json.dumps({"user_id": "u", "item_id": i, "timestamp": 1}) + "\r\n" for i, _ in rows)
+    for name, content in (("items", items), ("interactions", visits)):
+        (tmp_path / f"{name}{suffix}").write_bytes(content.encode(encoding))
+    paths = {name: str(tmp_path / f"{name}{suffix}") for name in ("items", "interactions")}
+    raw = CsvTables(**paths, encoding=encoding).read()
+    assert raw.items["title"].tolist() == titles
+    assert raw.interactions["item_id"].tolist() == ["i1", "i2"]
+
+
+def test_another_encoding_is_named_and_an_unknown_one_refused(tmp_path):
+    paths = csv_pair(tmp_path)
+    (tmp_path / "items.csv").write_bytes("item_id,title\ni1,Pok\u00e9mon\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"items\.csv, line 2: not utf-8 text .* dataset\.encoding=cp1252"):
+        CsvTables(**paths).read()
+    for encoding in ("klingon", "base64"):
+        with pytest.raises(ConfigError, match=rf"`encoding` must be the name of a text encoding .* got '{encoding}'"):
+            CsvTables(**paths, encoding=encoding)
 
 
 def test_header_alone_leaves_nothing(tmp_path):
