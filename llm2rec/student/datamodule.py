@@ -12,6 +12,8 @@ from torch import Tensor
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.ranking import Pairs
 from llm2rec.core.seed import derived_seed
+from llm2rec.data.columns import Numbers
+from llm2rec.student.rows import RowPlaces
 from llm2rec.student.unshown import UnshownItems
 
 __all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData", "TrainingData"]
@@ -155,17 +157,16 @@ class SeenItems:
         counts: Interactions of the user before the row's target, shape ``(M,)``.
     """
 
-    items: NDArray[np.int32]
+    items: Numbers
     starts: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     @classmethod
     def of(cls, split: Dataset, sequences: Dataset) -> "SeenItems":
         """Read a split and the sequences of `llm2rec.data`."""
-        lists = sequences.with_format("arrow")[:].column("items").combine_chunks()
-        table = split.with_format("arrow")[:]  # other formats would make a Python object of every history
-        starts = lists.offsets.to_numpy().astype(np.int64)[table.column("user_index").to_numpy()]
-        return cls(lists.values.to_numpy(), starts, table.column("position").to_numpy().astype(np.int64))
+        places = RowPlaces.of(split, sequences)
+        rows = np.arange(len(places))
+        return cls(places.items, places.starts(rows), places.positions[rows].astype(np.int64))
 
     def pairs(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Pairs:
         """What each of some rows had seen: places in ``rows`` and item ids, a pair for every interaction."""
@@ -189,7 +190,7 @@ class NegativeSampler:
     so neither batches, processes nor a resumed run change it.
 
     Args:
-        data: Training rows, `SequenceData` or `SegmentData`.
+        data: Training rows.
         seed: Seed of the run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training rows grouped by user, so that one causal pass over a piece of a sequence answers many of them.
+"""Training rows cut from the users' sequences, one by one or so that one causal pass answers many of them.
 
 A row alone costs a pass over its whole history. But a causal model has, at every item it reads, the user vector of the
 row whose history ends there; reading a piece of L items once answers up to L rows.
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.data import RecData
-from llm2rec.student.datamodule import SequenceBatch, SequenceData, TrainingData
+from llm2rec.student.datamodule import SequenceBatch, TrainingData
+from llm2rec.student.rows import RowPlaces
 
-__all__ = ["SegmentData", "training_data"]
+__all__ = ["SegmentData", "WindowData", "training_data"]
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,16 @@ class SegmentData:
     all there are. Segments are offsets into the sequences; nothing is copied or padded before a batch is made.
 
     Attributes:
-        items: All users' sequences, one after the other, shape ``(interactions,)``, int32; memory-mapped.
-        user_starts: Where each row's user begins in ``items``, shape ``(M,)``, int64.
-        places: Where each row's target lies in ``items``, shape ``(M,)``, int64.
+        places: Where the rows lie in the sequences.
         targets: Target items, shape ``(M,)``, int32.
-        starts: Where each segment begins in ``items``, shape ``(S,)``, int64.
+        starts: Where each segment begins in the sequences, shape ``(S,)``, int64.
         first_rows: First row that each segment answers, shape ``(S,)``, int64.
         sizes: Rows that each segment answers, shape ``(S,)``, int64; they follow on the first.
         n_items: Number of items, N; also the padding id.
         max_length: Most items a segment holds, L.
     """
 
-    items: NDArray[np.int32]
-    user_starts: NDArray[np.int64]
-    places: NDArray[np.int64]
+    places: RowPlaces
     targets: Tensor
     starts: NDArray[np.int64]
     first_rows: NDArray[np.int64]
@@ -71,12 +68,9 @@ class SegmentData:
             stride: Rows that each segment of a user but the first answers, 1 to L; half of L if None.
         """
         stride = stride or -(-max_length // 2)
-        lists = sequences.with_format("arrow")[:].column("items").combine_chunks()
-        items, offsets = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
-        table = split.with_format("arrow")[:]
-        users, positions = (table.column(name).to_numpy().astype(np.int64) for name in ("user_index", "position"))
-        user_starts = offsets[users]
-        places = user_starts + positions  # (M,)
+        places = RowPlaces.of(split, sequences)
+        every = np.arange(len(places))
+        users, positions = places.users[every].astype(np.int64), places.positions[every].astype(np.int64)
 
         follows = (np.diff(users) == 0) & (np.diff(positions) == 1)
         run_rows = np.concatenate([[0], np.flatnonzero(~follows) + 1])  # (R,): first row of each unbroken run
@@ -88,23 +82,20 @@ class SegmentData:
         nth = _counting(n_later + 1)  # (S,): 0, 1, ... within each run
         stops = np.minimum(first_sizes[run] + nth * stride, run_sizes[run])  # (S,): one past the last row, in its run
         begins = np.where(nth == 0, 0, first_sizes[run] + (nth - 1) * stride)
-        ends = places[run_rows[run] + stops - 1]  # (S,): the last target, which is not read
-        starts = np.maximum(user_starts[run_rows[run]], ends - max_length)
-        targets = torch.from_numpy(items[places])
-        return cls(
-            items, user_starts, places, targets, starts, run_rows[run] + begins, stops - begins, n_items, max_length
-        )
+        # The last target is not read.
+        starts, _ = places.before(run_rows[run] + stops - 1, max_length)
+        targets = torch.from_numpy(places.items[places.targets(every)])
+        return cls(places, targets, starts, run_rows[run] + begins, stops - begins, n_items, max_length)
 
     def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
         """Gather the segments ``units`` of shape ``(B,)``, as long as the longest of them, and the rows they answer."""
         sizes, starts = self.sizes[units], self.starts[units]
         rows = np.repeat(self.first_rows[units], sizes) + _counting(sizes)  # (B',)
-        lengths = self.places[self.first_rows[units] + sizes - 1] - starts  # (B,)
-        slots = np.arange(lengths.max())
-        real = slots < lengths[:, None]  # (B, longest)
-        history = np.where(real, self.items[np.where(real, starts[:, None] + slots, 0)], self.n_items)
+        lengths = self.places.targets(self.first_rows[units] + sizes - 1) - starts  # (B,)
+        longest = int(lengths.max())
+        history = self.places.read(starts, lengths, longest, self.n_items)  # (B, longest)
         segment = np.repeat(np.arange(len(units)), sizes)  # (B',)
-        at = segment * len(slots) + self.places[rows] - 1 - starts[segment]
+        at = segment * longest + self.places.targets(rows) - 1 - starts[segment]
         return SequenceBatch(
             history=torch.from_numpy(history.astype(np.int64)).to(device, non_blocking=True),
             lengths=torch.from_numpy(lengths).to(device, non_blocking=True),
@@ -115,9 +106,62 @@ class SegmentData:
 
     def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their last L items, padded, and their targets; shape ``(B, L + 1)``."""
-        source = self.places[rows, None] - np.arange(self.max_length, -1, -1)
-        real = source >= self.user_starts[rows, None]
-        return np.where(real, self.items[np.where(real, source, 0)], self.n_items)
+        return _shown(self, rows, self.max_length)
+
+
+@dataclass(frozen=True)
+class WindowData:
+    """The rows of a split, each with the items before its target, which are read when a batch is made.
+
+    What `SequenceData` holds in memory is cut from the sequences here, 4 bytes a row being held.
+
+    Attributes:
+        places: Where the rows lie in the sequences.
+        targets: Target items, shape ``(M,)``, int32.
+        n_items: Number of items, N; also the padding id.
+        max_length: Slots of a history, L.
+        longest: Most items that are read, L or less.
+    """
+
+    places: RowPlaces
+    targets: Tensor
+    n_items: int
+    max_length: int
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Row numbers, shape ``(M,)``: what an epoch shuffles."""
+        return np.arange(len(self))
+
+    @property
+    def sizes(self) -> None:
+        """Each unit is one row."""
+
+    @classmethod
+    def of(cls, split: Dataset, sequences: Dataset, n_items: int, max_length: int, longest: int) -> "WindowData":
+        """Read the rows of a split of `llm2rec.data`; arguments as the attributes."""
+        places = RowPlaces.of(split, sequences)
+        targets = torch.from_numpy(places.items[places.targets(np.arange(len(places)))])
+        return cls(places, targets, n_items, max_length, min(max_length, longest))
+
+    def batch(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
+        """Gather ``rows`` of shape ``(B,)``."""
+        starts, lengths = self.places.before(rows, self.longest)
+        history = self.places.read(starts, lengths, self.max_length, self.n_items)
+        return SequenceBatch(
+            history=torch.from_numpy(history.astype(np.int64)).to(device, non_blocking=True),
+            lengths=torch.from_numpy(lengths).to(device, non_blocking=True),
+            targets=self.targets[torch.from_numpy(rows)].to(device, torch.int64, non_blocking=True),
+            rows=rows,
+        )
+
+    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
+        return _shown(self, rows, self.longest)
 
 
 def training_data(data: RecData, examples: str, max_length: int) -> TrainingData:
@@ -128,11 +172,17 @@ def training_data(data: RecData, examples: str, max_length: int) -> TrainingData
         examples: ``windows`` or ``sequences``; see `StudentSettings`.
         max_length: Longest history that the student reads.
     """
-    if examples == "windows":
-        return SequenceData.of(data.splits["train"], data.n_items, max_length)
+    split = data.splits["train"]
     # No longer than the histories that the student is going to be asked about.
     longest = min(max_length, data.history_length)
-    return SegmentData.of(data.splits["train"], data.sequences, data.n_items, longest)
+    if examples == "windows":
+        return WindowData.of(split, data.sequences, data.n_items, max_length, longest)
+    return SegmentData.of(split, data.sequences, data.n_items, longest)
+
+
+def _shown(data: SegmentData | WindowData, rows: NDArray[np.int64], longest: int) -> NDArray[np.int32]:
+    histories = data.places.read(*data.places.before(rows, longest), data.max_length, data.n_items)
+    return np.column_stack([histories, data.targets[torch.from_numpy(rows)].numpy()]).astype(np.int32)
 
 
 def _counting(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -137,7 +137,7 @@ def test_a_row_is_searched_for_the_same_items_whatever_its_batch(tmp_path, data,
     had = np.setdiff1d(np.arange(data.n_items, dtype=np.int32), left)
     starts, counts = seen.starts.copy(), seen.counts.copy()
     starts[full], counts[full] = len(seen.items), len(had)
-    seen = SeenItems(np.concatenate([seen.items, had]), starts, counts)
+    seen = SeenItems(np.concatenate([seen.items[np.arange(len(seen.items))], had]), starts, counts)
 
     model = FinishedTitleTeacher(folder, data, engine_in(tmp_path / "e"), tmp_path / "gates")
     together = model._best(np.arange(9), k, seen, None)

@@ -22,7 +22,7 @@ from llm2rec.data import Toy, prepare
 from llm2rec.student.datamodule import NegativeSampler, SequenceData
 from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import build_model
-from llm2rec.student.segments import SegmentData, training_data
+from llm2rec.student.segments import SegmentData, WindowData, training_data
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L = 9, 4
@@ -152,6 +152,25 @@ def test_segments_are_no_longer_than_the_histories_to_be_asked_about(tmp_path):
     windows, made = (training_data(data, examples, 10) for examples in ("windows", "sequences"))
     assert made.max_length == made.batch(made.units).history.shape[1] == 3
     assert torch.equal(made.targets, windows.targets)
+
+
+@pytest.mark.parametrize("max_length", [3, 6, 9])
+def test_windows_are_the_rows_that_the_split_holds(tmp_path, max_length):
+    """Histories are cut from the sequences as `llm2rec.data` cut them, padded to what the student reads."""
+    data = prepare(Toy(n_users=30, n_items=60, n_worlds=5, history_length=6), tmp_path)
+    windows = training_data(data, "windows", max_length)
+    held = SequenceData.of(data.splits["train"], data.n_items, max_length)
+    assert isinstance(windows, WindowData)
+    assert (len(windows), windows.max_length, windows.sizes) == (len(held), held.max_length, None)
+    assert torch.equal(windows.targets, held.targets)
+    rows = np.random.default_rng(0).permutation(len(held))[:100]
+    ours, theirs = windows.batch(rows), held.batch(rows)
+    for name in ("history", "lengths", "targets"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert getattr(ours, name).dtype is torch.int64
+    assert np.array_equal(ours.rows, theirs.rows)
+    assert np.array_equal(windows.shown(rows), held.shown(rows))
+    assert windows.shown(rows).dtype == np.int32
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
