@@ -310,9 +310,9 @@ def _assemble(
 def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None:
     """Write all that belongs to a teacher besides the frozen language model.
 
-    ``adapter/``, a standard PEFT folder (where there is an adapter), with the tokenizer, which knows the slots of
-    injected vectors; ``items.safetensors``; ``head.safetensors``, what else was trained; ``config.json``; and the
-    trained recommender, where one is read. A language model in somebody's home is said to be in ``~``.
+    ``adapter/``, a PEFT folder (where there is an adapter), with the tokenizer, which knows the slots of injected
+    vectors; ``items.safetensors``; ``head.safetensors``, what else was trained; ``config.json``, homes as ``~``;
+    and the trained recommender, where one is read.
     """
     with replaced_folder(folder) as aside:
         if isinstance(model.llm, PeftModel):
@@ -357,9 +357,8 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
     except DataError as error:
         raise CheckpointError(str(error)) from error
     except TypeError as error:
-        raise CheckpointError(
-            f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
-        ) from error
+        told = f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
+        raise CheckpointError(told) from error
     _check_parts(folder, recipe)
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
