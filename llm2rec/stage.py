@@ -265,6 +265,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it looked for a GPU and found none
     for noisy in ("httpx", "httpcore", "matplotlib", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A dozen lines of retries where the Hub cannot be reached; whoever needed it then says what was not found.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     import datasets
 
     datasets.disable_progress_bars()  # ours tells one line per phase

@@ -1,6 +1,7 @@
 """A real engine in a run folder, rows made by hand, and ways to stop a run in the middle."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,3 +139,38 @@ def out_of_memory_above(module, n_rows, *, in_backward=False):
 
     module.register_forward_hook(hook)
     return seen
+
+
+def _events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a second, for few tests
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    return events.Reload()
+
+
+def events_of(folder):
+    """The numbers in a run's TensorBoard files: name -> step -> value."""
+    events = _events(folder)
+    return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def texts_of(folder):
+    """The texts in a run's TensorBoard files by name, the last of each."""
+    events = _events(folder)
+    return {
+        name.removesuffix("/text_summary"): events.Tensors(name)[-1].tensor_proto.string_val[0].decode()
+        for name in events.Tags()["tensors"]
+    }
+
+
+def time_goes_by(monkeypatch, module):
+    """A clock in the place of a module's ``time``, which stands still but for its ``wait``."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = clock.monotonic = lambda: clock.now
+
+    def wait(seconds):
+        clock.now += seconds
+
+    clock.wait = wait
+    monkeypatch.setattr(f"{module}.time", clock)
+    return clock

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2rec.core.batching import OptimizerStep, epoch_batches, optimizer_step
+from llm2rec.core.board import Board, Pace, memory_in_use
 from llm2rec.core.checkpoint import (
     load_optimizer,
     load_weights,
@@ -30,7 +31,7 @@ from llm2rec.core.checkpoint import (
 )
 from llm2rec.core.division import keep_out_of_exchange
 from llm2rec.core.errors import Interrupted
-from llm2rec.core.files import read_json, replaced_folder, storage_errors, write_json
+from llm2rec.core.files import read_json, replaced_folder, write_json
 from llm2rec.core.processes import agree, launch_hidden, process_arguments
 from llm2rec.core.progress import progress
 from llm2rec.core.run import Run
@@ -85,16 +86,13 @@ class Engine:
                     DistributedDataParallelKwargs(broadcast_buffers=False),
                 ],
             )
-        self._stepper = Stepper(self.accelerator, self.training, self.log, lockstep)
+        self._board = Board(run.folder / "tensorboard" if tensorboard and self.is_main else None)
+        self._pace, self.has_tensorboard = Pace(), tensorboard
+        self._optimizer: Any = None
+        self._stepper = Stepper(self.accelerator, self.training, self._board.scalars, lockstep)
         self.seed, self._show_progress = seed, show_progress
         self._termination, self._is_ending = Termination(), False
-        self._writer = self._open_tensorboard() if tensorboard and self.is_main else None
         seed_everything(seed)  # the same initial weights on every process
-
-    def _open_tensorboard(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, which only writers pay
-
-        return SummaryWriter(str(self.run.folder / "tensorboard"))
 
     # Processes ------------------------------------------------------------------------------------------------------
 
@@ -175,6 +173,7 @@ class Engine:
         if self.lockstep:
             keep_out_of_exchange(model)
         wrapped, prepared = self.accelerator.prepare(model, optimizer)
+        self._optimizer = prepared
         self._stepper.prepare(model, wrapped, prepared)
         return cast(Model, wrapped), prepared
 
@@ -264,21 +263,32 @@ class Engine:
                 gradient has been applied.
             OutOfMemoryError: If the step does not fit, however it is divided.
         """
-        return self._stepper.take(step, share, passes)
+        self.count(rows=share.n_rows)
+        with self._pace.timed():
+            return self._stepper.take(step, share, passes)
 
     # Telling --------------------------------------------------------------------------------------------------------
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars to TensorBoard."""
-        if self._writer is not None:
-            with storage_errors(self.run.folder / "tensorboard"):
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-                self._writer.flush()
+        self._board.scalars(values, step)
+
+    def log_text(self, name: str, markdown: str, step: int = 0) -> None:
+        """Write a text to TensorBoard."""
+        self._board.text(name, markdown, step)
+
+    def count(self, **amounts: int) -> None:
+        """Note what a step gets done over all processes, such as ``tokens``, for the speed that TensorBoard shows."""
+        self._pace.count(**amounts)
 
     def log_steps(self, step: int) -> None:
-        """Write what there is to show of the last steps to TensorBoard."""
-        self.log(self._stepper.scalars(), step)
+        """Write what there is to show of the last steps to TensorBoard: norms, learning rates, speed, memory.
+
+        Learning rates are those of the optimizer's groups; ``rest`` is what has no name, and so no rate of its own.
+        """
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        rates = {f"learning_rate/{group.get('name') or 'rest'}": float(group["lr"]) for group in groups}
+        self.log(self._stepper.scalars() | rates | self._pace.scalars() | memory_in_use(self.device), step)
 
     def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of this process's and all others' ``values``; a collective."""
@@ -382,6 +392,5 @@ class Engine:
 
     def close(self) -> None:
         """Flush logs and leave the process group."""
-        if self._writer is not None:
-            self._writer.close()
+        self._board.close()
         self.accelerator.end_training()

@@ -1,12 +1,14 @@
 """How much memory the host has left, so that what cannot fit is refused instead of killed."""
 
+import os
 from pathlib import Path
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["available_bytes", "check_host_memory"]
+__all__ = ["available_bytes", "check_host_memory", "resident_bytes"]
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_STATM = Path("/proc/self/statm")
 
 
 def available_bytes() -> int | None:
@@ -21,6 +23,14 @@ def available_bytes() -> int | None:
         return min(available, int(limit) - int(used))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available
+
+
+def resident_bytes() -> int | None:
+    """Bytes of the host's memory that this process holds; None where that cannot be told."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def check_host_memory(needed: int, what: str, remedy: str) -> None:

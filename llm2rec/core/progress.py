@@ -4,7 +4,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
 
 __all__ = ["progress"]
 
@@ -32,11 +35,38 @@ def progress(
     if not shown:
         yield from iterable
     elif sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(iterable, desc=description, total=total, initial=initial, unit=f" {unit}", leave=False)
+        bar = tqdm(iterable, desc=description, total=total, initial=initial, unit=f" {unit}", leave=False)
+        with _log_above_bar():
+            yield from bar
     else:
         yield from _logged(iterable, description, total, unit, initial)
+
+
+class _AboveBar:
+    """A terminal on which texts come above the bar that is drawn there, instead of into it."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=self._terminal, end="")
+
+    def flush(self) -> None:
+        self._terminal.flush()
+
+
+@contextmanager
+def _log_above_bar() -> Iterator[None]:
+    """Let the log write above the bar; tqdm's own way to do so forgets the level of the handlers."""
+    handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)]
+    on_terminal = [(each, each.stream) for each in handlers if each.stream is sys.stderr]
+    for handler, stream in on_terminal:
+        handler.setStream(_AboveBar(stream))
+    try:
+        yield
+    finally:
+        for handler, stream in on_terminal:
+            handler.setStream(stream)
 
 
 def _logged(iterable: Iterable[Item], description: str, total: int, unit: str, initial: int) -> Iterator[Item]:

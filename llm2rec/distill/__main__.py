@@ -15,6 +15,7 @@ from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
+from llm2rec.student.samples import log_recommendations, student_answers
 from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
@@ -68,6 +69,7 @@ def main(cfg: Config, run: Run) -> None:
             select_on=cfg.metrics.select_on,
             seen=seen,
         )
+    log_recommendations(engine, student_answers(model.student), validation, data.items)
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
         save_student(run.folder / "student", model.student, student_settings.name, arguments, items)

@@ -32,7 +32,8 @@ def main(cfg: Config, run: Run) -> None:
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
     with run.phase("scoring"):
-        rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in folders]
+        told = engine.progress(folders, "evaluate", len(folders), "run")
+        rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in told]
     if engine.is_main:
         about = {
             "dataset": data.name,

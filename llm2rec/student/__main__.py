@@ -7,6 +7,7 @@ from llm2rec.core.run import Run
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
+from llm2rec.student.samples import log_recommendations, student_answers
 from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
@@ -35,6 +36,7 @@ def main(cfg: Config, run: Run) -> None:
             select_on=cfg.metrics.select_on,
             seen=seen,
         )
+    log_recommendations(engine, student_answers(model), validation, data.items)
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
         save_student(run.folder / "student", model, settings.name, arguments, items)

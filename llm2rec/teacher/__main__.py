@@ -19,6 +19,7 @@ from llm2rec.core.run import Run
 from llm2rec.data import RecData
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.samples import log_recommendations
 from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
@@ -69,6 +70,7 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("train"):
             objective = objective_of(model, train_rows, validation_rows, engine)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
+    log_recommendations(engine, lambda *asked: model.eval().best_items(*asked)[0], validation, data.items)
     if engine.is_main:
         save_teacher(run.folder / "teacher", model.eval(), recipe)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -150,11 +152,11 @@ def tell_labelling(run: Run, n_labelled: int, n_rows: int) -> None:
     seconds = read_json(run.folder / "metrics" / "time.json")
     spent = seconds["export"] + seconds["export_gate_inputs"]
     saved = spent / n_labelled * (n_rows - n_labelled)
-    logger.info(
-        "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s", n_labelled, n_rows, spent, saved
-    )
-    told = {"train_rows": n_rows, "labelled": n_labelled, "seconds": spent, "seconds_saved": round(saved, 3)}
-    run.write_metrics("labelling", told)
+    if n_labelled < n_rows:
+        told = "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s"
+        logger.info(told, n_labelled, n_rows, spent, saved)
+    figures = {"train_rows": n_rows, "labelled": n_labelled, "seconds": spent, "seconds_saved": round(saved, 3)}
+    run.write_metrics("labelling", figures)
 
 
 def model_size(model: nn.Module) -> int:

@@ -134,6 +134,11 @@ class PromptBuilder:
         texts = self.tokenizer.batch_decode([each.tolist() for each in tokens], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
+    def readable(self, tokens: TokenBatch) -> list[str]:
+        """Prompts as texts, special tokens and slots included, padding left out."""
+        rows = zip(tokens.input_ids, tokens.attention_mask.bool(), strict=True)
+        return self.tokenizer.batch_decode([ids[is_real].tolist() for ids, is_real in rows])
+
     def title_token_counts(self) -> NDArray[np.int64]:
         """Tokens of each title, separator included, shape ``(N,)``."""
         return self._histories.lengths[: self.n_items]

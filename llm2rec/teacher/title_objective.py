@@ -11,7 +11,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.teacher.gate_cache import TeacherRows
-from llm2rec.teacher.prompts import batches_by_tokens
+from llm2rec.teacher.prompts import TokenBatch, batches_by_tokens
 from llm2rec.teacher.title_model import TitleRecommender
 
 __all__ = ["UNLISTED_CANDIDATES", "TitleObjective", "rank_answers"]
@@ -49,11 +49,21 @@ class TitleObjective:
             CandidateSampler(train.data, engine.seed, n_candidates, split="train") if model.lists_candidates else None
         )
         self.train = replace(train, token_counts=self._token_counts(train))
+        self.knows_lengths = not model.settings.redraw_candidates
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
         """See `llm2rec.teacher.trainer.Objective.losses`."""
-        data, rows = self.train.data, self.train.rows[micro]
-        tokens = self.model.prompts.answered(
+        tokens = self._answered(self.train.rows[micro], hybrid=hybrid, epoch=epoch)
+        losses: Tensor = wrapped(**vars(tokens.to(self.engine.device)))
+        return losses
+
+    def prompts(self, n: int) -> TokenBatch:
+        """See `llm2rec.teacher.trainer.Objective.prompts`."""
+        return self._answered(self.train.rows[:n], hybrid=self.model.is_hybrid, epoch=0)
+
+    def _answered(self, rows: NDArray[np.int64], *, hybrid: bool, epoch: int) -> TokenBatch:
+        data = self.train.data
+        return self.model.prompts.answered(
             data.history.numpy()[rows],
             data.lengths.numpy()[rows],
             self._candidates(rows, epoch),
@@ -61,8 +71,6 @@ class TitleObjective:
             hybrid=hybrid,
             padding="left",  # the answers then end side by side, and logits are needed of few positions
         )
-        losses: Tensor = wrapped(**vars(tokens.to(self.engine.device)))
-        return losses
 
     def validate(self) -> dict[str, float]:
         """Metrics of the answer's rank among its candidates, whose names say nothing of that; a collective."""

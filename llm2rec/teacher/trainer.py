@@ -21,12 +21,13 @@ from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
-from llm2rec.teacher.prompts import batches_by_tokens
+from llm2rec.teacher.prompts import TokenBatch, batches_by_tokens
 from llm2rec.teacher.settings import TeacherSettings
 
 __all__ = ["ItemObjective", "Objective", "rank_targets", "train_teacher"]
 
 logger = logging.getLogger(__name__)
+_PROMPTS_SHOWN = 3
 
 
 class Objective(Protocol):
@@ -35,10 +36,13 @@ class Objective(Protocol):
     Attributes:
         train: Rows to train on.
         validation: Rows for early stopping.
+        knows_lengths: Whether ``train.token_counts`` are the lengths of whole prompts, so that tokens a second can be
+            told.
     """
 
     train: TeacherRows
     validation: TeacherRows
+    knows_lengths: bool
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
         """Losses of a micro-batch; the gates of its rows are held meanwhile.
@@ -56,6 +60,9 @@ class Objective(Protocol):
     def validate(self) -> dict[str, float]:
         """Validation metrics by name; a collective."""
 
+    def prompts(self, n: int) -> TokenBatch:
+        """What the first ``n`` training rows make the language model read, answers included; for people to look at."""
+
 
 class ItemObjective:
     """Next-item classification over the whole catalogue: full-softmax cross-entropy.
@@ -66,6 +73,8 @@ class ItemObjective:
         validation: Rows for early stopping.
         engine: Divides validation rows among processes.
     """
+
+    knows_lengths = True
 
     def __init__(self, model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine) -> None:
         self.model, self.train, self.validation, self.engine = model, train, validation, engine
@@ -81,6 +90,12 @@ class ItemObjective:
     def validate(self) -> dict[str, float]:
         """See `Objective.validate`."""
         return ranking_metrics(rank_targets(self.model, self.validation, self.engine))
+
+    def prompts(self, n: int) -> TokenBatch:
+        """See `Objective.prompts`."""
+        data, rows = self.train.data, self.train.rows[:n]
+        history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+        return self.model.prompts.histories(history, lengths, hybrid=self.model.is_hybrid)
 
 
 def train_teacher(
@@ -105,6 +120,9 @@ def train_teacher(
     wrapped, optimizer = engine.prepare(model, _optimizer(model, settings))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
+    else:
+        shown = model.prompts.readable(objective.prompts(_PROMPTS_SHOWN))
+        engine.log_text("prompts", "\n\n".join(f"    {prompt}" for prompt in shown))  # indented: not to be rendered
 
     watch = GateWatch(model, objective.validation.gate_inputs, engine)
     n_rows, balance_weight = len(train.rows), settings.balance_loss
@@ -120,6 +138,8 @@ def train_teacher(
         hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step, max_steps, engine.seed)
         lr = engine.begin_step(step, max_steps, optimizer, resting=() if hybrid else ("projector",))
         passes = partial(_passes, wrapped, model, objective, engine, balance_weight, hybrid, step)
+        if objective.knows_lengths:
+            engine.count(tokens=int(train.token_counts[share.batch].sum()))
         record.finish_step(step, share.n_rows, engine.train_step(step, share, passes))
 
         if training.evaluation_is_due(record.step, n_rows):

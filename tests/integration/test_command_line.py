@@ -4,6 +4,7 @@ import json
 
 import pytest
 from command_helpers import STUDENT, TEACHER, TOY, run, runs
+from engine_helpers import events_of, texts_of
 
 
 def files_of(folder):
@@ -69,6 +70,31 @@ def test_every_loss_of_distillation_is_logged(chain):
     _, found, _ = chain
     history = json.loads((found["distill"] / "metrics" / "validation.json").read_text())["history"]
     assert {"train/loss", "train/loss_student", "train/loss_ranking"} <= history[0].keys()
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_speed_memory_rates_and_samples_of_text(chain):
+    _, found, _ = chain
+    for stage, texts in (
+        ("student", {"recommendations"}),
+        ("distill", {"recommendations"}),
+        ("teacher", {"prompts", "recommendations"}),
+    ):
+        assert {"learning_rate/rest", "speed/rows_per_second", "memory/process_gib"} <= events_of(found[stage]).keys()
+        shown = texts_of(found[stage])
+        assert shown.keys() == texts
+        assert len(shown["recommendations"].splitlines()) == 2 + 5
+
+
+@pytest.mark.slow
+def test_a_stage_tells_its_folder_first_and_last_and_little_between(chain):
+    _, found, done = chain
+    for stage, folder in found.items():
+        lines = [line.partition(" ")[2] for line in done[stage].stderr.splitlines()]  # the time is ahead
+        shown = f"result/{folder.name}"
+        assert (lines[0], lines[-1]) == (f"{stage}: {shown}", f"{stage}: done, see {shown}")
+        chatter = [line for line in done[stage].stderr.splitlines() if "arning" in line or "Traceback" in line]
+        assert chatter == []
 
 
 @pytest.mark.slow

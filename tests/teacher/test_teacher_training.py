@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from engine_helpers import assert_same_weights, out_of_memory_above
+from engine_helpers import assert_same_weights, events_of, out_of_memory_above, texts_of
 from teacher_helpers import build, engine_in, fit, randomise, split, teacher_rows
 
+from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.run import Run
+from llm2rec.core.training import TrainingSettings
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
 from llm2rec.teacher.gate_cache import GateCache
@@ -85,6 +88,31 @@ def test_no_epochs_leave_the_teacher_untrained(data, llm_folder, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(model, data, tmp_path, epochs=0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_tensorboard_shows_gates_rates_speed_and_prompts(data, llm_folder, tmp_path):
+    model, _ = build("llama", llm_folder, data)
+    train_rows, validation_rows = (
+        teacher_rows(model, each, np.arange(len(each))) for each in (split(data, "train"), split(data, "validation"))
+    )
+    training = TrainingSettings(**{**TRAINING, "epochs": 2})
+    engine = Engine(Run(tmp_path, "teacher", {}), seed=1, training=training, show_progress=False)
+    fit(model, train_rows, validation_rows, engine)
+    engine.close()
+
+    shown = events_of(tmp_path)
+    gates = {f"train/gate_use_{expert}" for expert in range(model.tuner.ilora_gate["default"].num_experts)}
+    assert {*gates, "train/gate_entropy", "train/loss", "val/ndcg@10"} <= shown.keys()
+    assert shown["learning_rate/ilora_gate"] == shown["learning_rate/rest"]
+    for step, rows in shown["speed/rows_per_second"].items():
+        tokens = shown["speed/tokens_per_second"][step]
+        assert tokens / rows == pytest.approx(train_rows.token_counts.mean()), "every row once an epoch"
+    prompts = texts_of(tmp_path)["prompts"].split("\n\n")
+    assert len(prompts) == 3
+    for row, prompt in enumerate(prompts):
+        assert prompt.startswith("    ")
+        last = int(train_rows.data.history[row, train_rows.data.lengths[row] - 1])
+        assert data.items[last]["title"] in prompt
 
 
 def test_validation_ranks_equal_those_of_log_probs(data, llm_folder, tmp_path):

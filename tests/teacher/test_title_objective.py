@@ -71,6 +71,17 @@ def history_of(folder):
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
+def test_prompts_to_look_at_end_with_the_answer(data, llm_folder, tmp_path, engine):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path)
+    objective, train = objective_of(model, data, engine), split(data)
+    prompts = model.prompts.readable(objective.prompts(2))
+    assert len(prompts) == 2
+    for row, prompt in enumerate(prompts):
+        answer = data.items[int(train.targets[row])]["title"]
+        assert prompt.count(answer) == 2, "listed among the candidates, and answered"
+        assert model.prompts.tokenizer.pad_token not in prompt.removesuffix(model.prompts.tokenizer.eos_token)
+
+
 @pytest.mark.parametrize("redraw", [False, True])
 def test_losses_are_of_the_answer_after_the_candidates_of_seed_and_epoch(data, llm_folder, tmp_path, engine, redraw):
     model, _ = title_teacher("ilora", data, llm_folder, tmp_path, redraw_candidates=redraw)

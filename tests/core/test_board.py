@@ -1,0 +1,85 @@
+"""What a run leaves in TensorBoard's files, read back."""
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import events_of, texts_of, time_goes_by
+from torch import nn
+
+from llm2rec.core.board import Pace, memory_in_use
+from llm2rec.core.engine import Engine
+from llm2rec.core.host_memory import resident_bytes
+from llm2rec.core.optimizer import adamw
+from llm2rec.core.record import TrainingRecord
+from llm2rec.core.run import Run
+from llm2rec.core.training import TrainingSettings
+
+N_ROWS = 11
+
+
+def trained(folder, tensorboard=True):
+    """A run of two epochs, evaluated after each; returns its weights."""
+    torch.manual_seed(0)
+    model, inputs = nn.ModuleDict({"body": nn.Linear(5, 4), "head": nn.Linear(4, 3)}), torch.randn(N_ROWS, 5)
+    run, training = Run.start(folder, "student", {"seed": 0}), TrainingSettings(epochs=2, batch_size=4)
+    engine = Engine(run, seed=0, training=training, tensorboard=tensorboard, show_progress=False)
+    record = TrainingRecord(engine, "ndcg@10")
+    _, optimizer = engine.prepare(model, adamw(model, 0.01, 0.0, {"head": 0.5}))
+
+    def passes(share):
+        for rows in share.micro_batches:
+            outputs = model["head"](torch.tanh(model["body"](inputs[rows])))
+            yield rows, {"loss": outputs.square().mean(dim=1), "loss_part": outputs[:, 0]}
+
+    for step, share in engine.steps(np.arange(N_ROWS)):
+        engine.begin_step(step, 6, optimizer)
+        engine.count(tokens=10 * share.n_rows)
+        record.finish_step(step, share.n_rows, engine.train_step(step, share, passes))
+        if training.evaluation_is_due(record.step, N_ROWS):
+            record.evaluated(model, {"ndcg@10": record.step / 10})
+    engine.log_text("recommendations", "| a | b |")
+    record.finish(model)
+    engine.close()
+    return model.state_dict()
+
+
+class TestOneRun:
+    def test_numbers(self, tmp_path):
+        trained(tmp_path)
+        shown = events_of(tmp_path)
+        assert {name.split("/")[0] for name in shown} == {"train", "val", "learning_rate", "speed", "memory"}
+        assert all(list(values) == [3, 6] for values in shown.values()), "one value at each evaluation"
+        assert {"train/loss", "train/loss_part", "train/grad_norm"} <= shown.keys()
+        assert shown["val/ndcg@10"] == pytest.approx({3: 0.3, 6: 0.6})
+        assert shown["learning_rate/rest"] == pytest.approx({3: 1e-3, 6: 1e-3})
+        assert shown["learning_rate/head"] == pytest.approx({3: 5e-4, 6: 5e-4})
+        rows, tokens = (shown[f"speed/{name}_per_second"] for name in ("rows", "tokens"))
+        assert all(tokens[step] == pytest.approx(10 * rows[step]) for step in rows)
+        assert shown["memory/process_gib"][6] == pytest.approx(resident_bytes() / 2**30, rel=0.5)
+
+    def test_texts(self, tmp_path):
+        trained(tmp_path)
+        assert texts_of(tmp_path) == {"recommendations": "| a | b |"}
+
+    def test_what_is_shown_changes_no_weight(self, tmp_path):
+        shown, quiet = trained(tmp_path / "shown"), trained(tmp_path / "quiet", tensorboard=False)
+        assert all(torch.equal(shown[name], quiet[name]) for name in quiet)
+        assert not (tmp_path / "quiet" / "tensorboard").exists()
+
+
+def test_speed_leaves_out_what_lies_between_steps(monkeypatch):
+    clock, pace = time_goes_by(monkeypatch, "llm2rec.core.board"), Pace()
+    for _ in range(4):
+        with pace.timed():
+            clock.wait(0.5)
+        pace.count(rows=3)
+        clock.wait(100)
+    assert pace.scalars() == {"speed/rows_per_second": 6.0}
+    assert pace.scalars() == {}, "told once"
+
+
+def test_memory_is_what_the_process_holds():
+    before = memory_in_use(torch.device("cpu"))["memory/process_gib"]
+    held = np.ones(2**28, np.uint8)
+    grown = memory_in_use(torch.device("cpu"))["memory/process_gib"] - before
+    assert grown == pytest.approx(held.nbytes / 2**30, rel=0.1)
