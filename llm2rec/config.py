@@ -199,7 +199,12 @@ def register(decide: Callable[..., str] = run_folder) -> None:
         "dataset": dict(DATASET_SCHEMAS),
         "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
         "teacher": {"ilora": TeacherSettings},
-        "student": {"sasrec": SASRecStudent, "gru4rec": GRU4RecStudent, "caser": CaserStudent},
+        "student": {
+            "student": StudentSettings,
+            "sasrec": SASRecStudent,
+            "gru4rec": GRU4RecStudent,
+            "caser": CaserStudent,
+        },
         "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
         "active": {
             "all": ActiveConfig,

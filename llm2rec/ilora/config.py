@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling"]
+from .gate import GATES
+
+__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "ILoraConfig", "Scaling"]
 
 
 class _PeftType(str, Enum):  # noqa: UP042  PEFT reads the name off the `str` of such a class, and a StrEnum has another
@@ -22,7 +24,6 @@ class _PeftType(str, Enum):  # noqa: UP042  PEFT reads the name off the `str` of
 PEFT_TYPE = _PeftType.ILORA
 """Name of the method in ``adapter_config.json`` and in PEFT's tables."""
 
-GateKind = Literal["linear", "mlp", "topk", "topk_released", "noisy", "dropout", "conv"]
 Scaling = Literal["total", "per_expert"]
 Bias = Literal["none", "all", "ilora_only"]
 
@@ -128,7 +129,7 @@ class ILoraConfig(PeftConfig):
     bias: Bias = field(default="none", metadata={"help": "Which biases of the base are trained too."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of layers, by name."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of layers, by name."})
-    gate: GateKind = field(default="linear", metadata={"help": "Kind of gate network."})
+    gate: str = field(default="linear", metadata={"help": "Kind of gate network."})
     gate_input_size: int | None = field(default=None, metadata={"help": "Width of the gate's input."})
     gate_per_layer: bool = field(default=False, metadata={"help": "One gate network per layer instead of one."})
     gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits."})
@@ -166,6 +167,12 @@ class ILoraConfig(PeftConfig):
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
         rank = self.rank_of(layer)
         return alpha / (rank if self.scaling == "total" else rank // self.num_experts)
+
+    @property
+    def gate_options(self) -> dict[str, Any]:
+        """What the chosen kind of gate reads besides its sizes, by the names its constructor has for it."""
+        options = _GATE_OPTIONS.get(self.gate, {})
+        return {option.removeprefix("gate_"): getattr(self, option) for option in options}
 
     def unmatched_patterns(self, layers: Sequence[str]) -> list[str]:
         """Entries of ``rank_pattern`` and ``alpha_pattern`` that match none of these full names."""
@@ -242,7 +249,7 @@ class ILoraConfig(PeftConfig):
                 problems.append(f"`{name}` must be {kind}, got {getattr(self, name)!r}.")
         for name, value, choices in (
             ("scaling", self.scaling, get_args(Scaling)),
-            ("gate", self.gate, get_args(GateKind)),
+            ("gate", self.gate, tuple(GATES)),
             ("bias", self.bias, get_args(Bias)),
         ):
             if value not in choices:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import ILoraConfig
 
 __all__ = [
+    "GATES",
     "ConvGate",
     "DropoutGate",
     "Gate",
@@ -261,6 +262,18 @@ def _start_near_uniform(weight: Tensor) -> None:
     nn.init.normal_(weight, std=INITIAL_LOGIT_STD / math.sqrt(weight.shape[1]))
 
 
+GATES: dict[str, type[Gate]] = {
+    "linear": LinearGate,
+    "mlp": MLPGate,
+    "topk": TopKGate,
+    "topk_released": ReleasedTopKGate,
+    "noisy": NoisyGate,
+    "dropout": DropoutGate,
+    "conv": ConvGate,
+}
+"""Gate networks by the name that `ILoraConfig.gate` has for them."""
+
+
 def build_gate(config: ILoraConfig) -> Gate:
     """Build the gate network that a configuration asks for.
 
@@ -272,18 +285,4 @@ def build_gate(config: ILoraConfig) -> Gate:
     """
     assert config.gate_input_size is not None, "the tuner settles `gate_input_size` before it builds the gate"
     sizes = (config.gate_input_size, config.num_experts, config.gate_temperature)
-    match config.gate:
-        case "linear":
-            return LinearGate(*sizes)
-        case "noisy":
-            return NoisyGate(*sizes, noise=cast(float, config.gate_noise))
-        case "dropout":
-            return DropoutGate(*sizes, dropout=cast(float, config.gate_dropout))
-        case "topk":
-            return TopKGate(*sizes, top_k=cast(int, config.gate_top_k))
-        case "topk_released":
-            return ReleasedTopKGate(*sizes, top_k=cast(int, config.gate_top_k))
-        case "mlp":
-            return MLPGate(*sizes, hidden_size=cast(int, config.gate_hidden_size))
-        case "conv":
-            return ConvGate(*sizes)
+    return GATES[config.gate](*sizes, **config.gate_options)

@@ -163,7 +163,7 @@ class LossSettings:
 
 @dataclass
 class StudentSettings:
-    """A student and its training.
+    """A student and its training; the schema ``base_student`` of students with no arguments of their own.
 
     Attributes:
         name: Name in `llm2rec.student.models.MODELS`.

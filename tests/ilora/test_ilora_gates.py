@@ -1,16 +1,13 @@
 """The gate networks by themselves."""
 
-from typing import get_args
-
 import pytest
 import torch
 from ilora_helpers import gate_inputs
 
 from llm2rec.ilora import Gate, GateError, ILoraConfig
-from llm2rec.ilora.config import GateKind
-from llm2rec.ilora.gate import build_gate
+from llm2rec.ilora.gate import GATES, build_gate
 
-KINDS = get_args(GateKind)
+KINDS = tuple(GATES)
 every_gate = pytest.mark.parametrize("kind", KINDS)
 
 

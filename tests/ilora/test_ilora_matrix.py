@@ -1,7 +1,5 @@
 """Every gate on every kind of layer, shared and per layer: what every PEFT method must do."""
 
-from typing import get_args
-
 import pytest
 import torch
 from ilora_helpers import (
@@ -22,12 +20,12 @@ from peft import PeftModel
 from torch import nn
 
 from llm2rec.ilora import MergeError, frozen_base
-from llm2rec.ilora.config import GateKind
+from llm2rec.ilora.gate import GATES
 
 BASES = ("llama", "gpt2", *QUANTIZED)  # nn.Linear, Conv1D, Linear8bitLt, Linear4bit
 pytestmark = [
     pytest.mark.parametrize("base", BASES),
-    pytest.mark.parametrize("gate", get_args(GateKind)),
+    pytest.mark.parametrize("gate", tuple(GATES)),
     pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per_layer"]),
 ]
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from llm2rec.core.checkpoint import trainable_weights
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
-from llm2rec.ilora.config import GateKind
+from llm2rec.ilora.gate import GATES
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.store import load_student
 from llm2rec.teacher.export import rank_blocks
@@ -142,7 +141,7 @@ def train(model, recipe, data, folder, kind=Engine, **changes):
     return fit(model, *rows, engine, balance_loss=0.1)
 
 
-@pytest.mark.parametrize("kind", get_args(GateKind))
+@pytest.mark.parametrize("kind", tuple(GATES))
 def test_every_kind_of_gate_trains_on_it_and_is_loaded_without_the_students_run(
     kind, recommender, data, llm_folder, tmp_path
 ):

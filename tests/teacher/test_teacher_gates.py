@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,13 +15,13 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import seed_everything
 from llm2rec.ilora import Gate, GateCollapseWarning, ILoraConfig, balance_loss, gate_health
-from llm2rec.ilora.config import GateKind
+from llm2rec.ilora.gate import GATES
 from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.settings import AdapterSettings
 
-KINDS = get_args(GateKind)
+KINDS = tuple(GATES)
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
 
 
