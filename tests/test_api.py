@@ -1,8 +1,14 @@
 """What `import llm2rec` offers, and the example that uses it."""
 
+import ast
+import dataclasses
+import inspect
 import os
+import re
 import subprocess
 import sys
+import textwrap
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -20,6 +26,65 @@ def test_every_name_is_there_documented_and_listed():
         assert name in dir(llm2rec)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llm2rec.nothing
+
+
+def load_builder():
+    """The script that writes the API page, as a module."""
+    spec = spec_from_file_location("build_api_page", ROOT / "cmd" / "build_api_page.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BUILDER = load_builder()
+
+
+def described_callables():
+    """Everything on the API page that can be called: (name, callable, its docstring and those of its bases)."""
+    for name in llm2rec.__all__:
+        thing = getattr(llm2rec, name)
+        kinds = thing.__mro__ if inspect.isclass(thing) else [thing]
+        told = "\n".join(each.__doc__ or "" for each in kinds if each.__module__.startswith("llm2rec."))
+        yield name, thing, told
+        if inspect.isclass(thing) and not dataclasses.is_dataclass(thing):
+            for method_name, method in BUILDER.public_methods(thing):
+                yield f"{name}.{method_name}", method, method.__doc__ or ""
+
+
+CALLABLES = list(described_callables())
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    written = BUILDER.PAGE.read_text(encoding="utf-8")
+    assert written == BUILDER.page(), "run `.venv/bin/python cmd/build_api_page.py`"
+    assert all(f"## `llm2rec.{name}`" in written for name in llm2rec.__all__)
+
+
+@pytest.mark.parametrize(("name", "thing", "told"), CALLABLES, ids=[name for name, _, _ in CALLABLES])
+def test_docstrings_tell_arguments_results_and_errors(name, thing, told):
+    assert told.strip()
+    if isinstance(thing, property):
+        return
+    of = inspect.signature(thing)
+    foreign = {
+        field
+        for base in (thing.__mro__ if inspect.isclass(thing) else ())
+        if not base.__module__.startswith("llm2rec.")
+        for field in getattr(base, "__dataclass_fields__", {})
+    }
+    asked = {each for each in of.parameters if not each.startswith("_")} - foreign - {"self"}
+    missing = [each for each in asked if not re.search(rf"^ +{each}: \S", told, re.MULTILINE)]
+    assert missing == []
+    if not inspect.isclass(thing) and of.return_annotation not in (None, "None"):
+        assert "Returns:\n" in told
+    if inspect.isfunction(thing) or inspect.ismethod(thing):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        raised = {
+            node.exc.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+        }
+        assert [error for error in raised if f"    {error}: " not in told.split("Raises:")[-1]] == []
 
 
 def test_a_stage_is_run_and_gives_its_folder(tmp_path, capfd):

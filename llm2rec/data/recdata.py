@@ -113,6 +113,9 @@ def load(folder: Path) -> RecData:
     Args:
         folder: What `prepare` wrote.
 
+    Returns:
+        The dataset, memory-mapped.
+
     Raises:
         DataError: If the folder holds no prepared dataset, one of another format version, or a damaged one.
     """

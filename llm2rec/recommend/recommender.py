@@ -58,6 +58,9 @@ class Recommender:
             search: ``exact`` scores all items; ``hnsw`` walks an index (see `HnswSearch`) and may miss some.
             index: File to keep the index in: read if it is there, else built and written. None builds it each time.
 
+        Returns:
+            The recommender, ready to answer.
+
         Raises:
             CheckpointError: If the folder holds no finished student with the names of its items.
             ConfigError: If there is no such search.
@@ -115,13 +118,37 @@ class Recommender:
         unknown: Unknown = "error",
         mask_seen: bool = True,
     ) -> list[Recommendation]:
-        """Find the best items for one history; see `recommend`."""
+        """Find the best items for one history; see `recommend`.
+
+        Args:
+            history: Raw ids (or titles, see ``by``), oldest first.
+            k: How many items.
+            by: ``id`` or ``title``.
+            unknown: ``error`` or ``drop``.
+            mask_seen: Whether items of the history are left out of the answer.
+
+        Returns:
+            The items, best first.
+
+        Raises:
+            UnknownItemError: As `recommend`, and so the others.
+            DataError: If the history is empty, or none of its items is known.
+            ConfigError: If ``k`` or a choice cannot be.
+        """
         return self.recommend([history], k, by=by, unknown=unknown, mask_seen=mask_seen)[0]
 
     def recall(self, histories: Sequence[Sequence[str]], k: int = 10, *, by: By = "id") -> float:
         """Share of the exactly best ``k`` items that this recommender's search finds, over all histories.
 
         It is 1 for an exact search. Seen items are left out.
+
+        Args:
+            histories: As in `recommend`.
+            k: How many items.
+            by: ``id`` or ``title``.
+
+        Returns:
+            The share, 0 to 1.
         """
         exact = Recommender(self.model, self.names)
         found, best = (each.recommend(histories, k, by=by) for each in (self, exact))

@@ -37,6 +37,9 @@ class TeacherRecommender:
             data: The dataset it was trained on, whose titles it reads.
             device: Where to compute.
 
+        Returns:
+            The recommender, ready to answer.
+
         Raises:
             CheckpointError: If the folder holds no finished teacher, or its language model is no longer there.
         """
@@ -80,7 +83,22 @@ class TeacherRecommender:
     def recommend_one(
         self, history: Sequence[str], k: int = 10, *, by: By = "id", unknown: Unknown = "error"
     ) -> list[Recommendation]:
-        """Find the likeliest items for one history; see `recommend`."""
+        """Find the likeliest items for one history; see `recommend`.
+
+        Args:
+            history: Raw ids (or titles, see ``by``), oldest first.
+            k: How many items.
+            by: ``id`` or ``title``.
+            unknown: ``error`` or ``drop``.
+
+        Returns:
+            The items, best first.
+
+        Raises:
+            UnknownItemError: As `recommend`, and so the others.
+            DataError: If the history is empty, or none of its items is known.
+            ConfigError: If ``k`` or a choice cannot be.
+        """
         return self.recommend([history], k, by=by, unknown=unknown)[0]
 
     def _answers(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:

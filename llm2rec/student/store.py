@@ -64,7 +64,13 @@ def load_item_table(folder: Path) -> pa.Table:
 
 
 def load_student(folder: Path) -> SequentialRecommender:
-    """Load a student, in evaluation mode.
+    """Load a student.
+
+    Args:
+        folder: What `save_student` wrote, usually ``<run>/student``.
+
+    Returns:
+        The student in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
