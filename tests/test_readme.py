@@ -1,6 +1,10 @@
-"""The README's programs run as they stand, on a tiny model in the place of the one that the first names."""
+"""The README's programs run as they stand, on a tiny model in the place of the one that the first names.
+
+Its Japanese twin says the same: the same commands, numbers, names and links.
+"""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,9 @@ from llm2rec.teacher.llm import make_tiny_random
 from llm2rec.teacher.settings import TinyRandomSettings
 
 README = Path(__file__).parents[1] / "README.md"
+TWIN = README.with_name("README.ja.md")
+BLOCK = re.compile(r"^```\w*\n(?:.*\n)*?```\n|^(?:    .*\n)+", re.MULTILINE)
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*|\.\d+")
 
 
 def programs():
@@ -55,3 +62,56 @@ def test_the_example_of_a_student_runs(tmp_path, monkeypatch, capsys):
     assert names["run"].parent == tmp_path / "result"
     told = capsys.readouterr().out
     assert told.count("Recommendation(") == 5
+
+
+def blocks_of(text):
+    """Programs, commands and pictures, without their comments."""
+    return [re.sub(r"(?:^|\s+)#.*$", "", block, flags=re.MULTILINE) for block in BLOCK.findall(text)]
+
+
+def prose_of(text):
+    return BLOCK.sub("", text)
+
+
+def links_of(text):
+    return Counter(re.findall(r"\]\(([^)]+)\)", prose_of(text)))
+
+
+class TestTwin:
+    """What both say is the same; only the words differ."""
+
+    @pytest.fixture
+    def both(self):
+        return README.read_text(encoding="utf-8"), TWIN.read_text(encoding="utf-8")
+
+    def test_commands_and_programs(self, both):
+        english, japanese = map(blocks_of, both)
+        assert len(english) > 5
+        assert japanese == english
+
+    def test_numbers(self, both):
+        english, japanese = (Counter(NUMBER.findall(prose_of(text))) for text in both)
+        assert (english - japanese, japanese - english) == (Counter(), Counter())
+
+    def test_tables_row_by_row(self, both):
+        english, japanese = (
+            [(row.count("|"), NUMBER.findall(row)) for row in re.findall(r"^\|.*$", text, re.MULTILINE)]
+            for text in both
+        )
+        assert japanese == english
+
+    def test_sections_and_names_in_code(self, both):
+        english, japanese = (re.findall(r"^(#+) ", prose_of(text), re.MULTILINE) for text in both)
+        assert japanese == english
+        english, japanese = (set(re.findall(r"`[^`\n]+`", prose_of(text))) for text in both)
+        assert japanese == english
+
+    def test_links_and_each_other(self, both):
+        english, japanese = map(links_of, both)
+        assert english - japanese == Counter([TWIN.name])
+        assert japanese - english == Counter([README.name])
+        assert all("README" in "".join(text.splitlines()[:5]) for text in both)
+
+    def test_linked_files_are_there(self, both):
+        targets = {target for text in both for target in links_of(text) if "://" not in target}
+        assert [target for target in sorted(targets) if not (README.parent / target).is_file()] == []
