@@ -17,8 +17,8 @@ from llm2rec.plan.report import told_seconds
 
 SHARED = (
     "teacher.objective=title", "teacher.train_rows=1000000", "teacher.training.epochs=1",
-    "teacher.training.micro_batch_size=16", "teacher.gradient_checkpointing=true",  # without it 70B fits no card
-    "plan.n_items=10000000", "plan.n_rows=1000000000", "plan.prompt_tokens=200", "plan.card=a100_80gb",
+    "teacher.training.micro_batch_size=16", "plan.n_items=10000000", "plan.n_rows=1000000000", "plan.prompt_tokens=200",
+    "plan.card=a100_80gb",
 )  # fmt: skip
 ROWS_PER_STEP = {1: 128, 8: 128, 64: 1024}
 MODELS = {"7B": "llama2_7b", "13B": "llama2_13b", "70B": "llama2_70b"}

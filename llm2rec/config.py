@@ -17,6 +17,7 @@ from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
+from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
@@ -159,6 +160,7 @@ class Config:
         distill: How the student learns from the teacher.
         active: From which rows.
         metrics: How rankings are measured.
+        report: What the report of an evaluation compares with.
         logging: What is told.
         paths: Where things lie.
         seed: Seed of initial weights, order and dropout.
@@ -176,6 +178,7 @@ class Config:
     distill: DistillSettings = MISSING
     active: ActiveConfig = MISSING
     metrics: MetricsConfig = MISSING
+    report: ReportSettings = MISSING
     logging: LoggingConfig = MISSING
     paths: PathsConfig = MISSING
     seed: int = 42
@@ -216,6 +219,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
             "custom": CustomActiveConfig,
         },
         "metrics": {"recsys": MetricsConfig},
+        "report": {"report": ReportSettings},
         "logging": {"default": LoggingConfig},
         "paths": {"default": PathsConfig},
         "plan": {"plan": PlanSettings},

@@ -115,7 +115,7 @@ class TestEveryOption:
         for key in typed[:1]:  # and so at composition; one of them, since each composition takes a while
             with pytest.raises(HydraException, match=key.rsplit(".", 1)[-1]):
                 composed(f"{group}={name}", f"{group}.{key}=wrong")
-        assert typed or group in ("active", "paths")
+        assert typed or group in ("active", "paths", "report")
 
 
 def leaves(node, prefix=""):

@@ -71,7 +71,7 @@ class Run:
             f"{key} (was {old!r}, now {new!r})"
             for key, old, new in _differences(saved, without_secrets(self.config))
             # None of these changes a result; the last one where a GPU turns out to be too small.
-            if not key.startswith(("resume", "logging.", "paths.root")) and not key.endswith(".micro_batch_size")
+            if not (key.startswith(("resume", "report", "logging.", "paths.root")) or key.endswith(".micro_batch_size"))
         ]
         if changed:
             raise CheckpointError(

@@ -1,10 +1,21 @@
-"""``python -m llm2rec.evaluate``: finished runs side by side on the test split."""
+"""``python -m llm2rec.evaluate``: finished runs side by side on the test split.
 
+Writes ``comparison.txt``, ``.json`` and ``.png``, and a report of its own: ``report.html``, one file that needs nothing
+else, with its twins ``report.md`` and ``report.json``. There runs that differ in their seed alone are one entry, all
+are tested against ``report.baseline``, and whatever needs a language model is read from what scoring has stored.
+"""
+
+import datetime
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llm2rec.config import Config
 from llm2rec.core.division import divides_frozen
@@ -12,43 +23,78 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.private import without_secrets
-from llm2rec.core.run import Run
+from llm2rec.core.run import Run, read_record
+from llm2rec.data import RecData
+from llm2rec.evaluate.findings import check_baseline, read_run
+from llm2rec.evaluate.gathering import gather
 from llm2rec.evaluate.report import write_report
+from llm2rec.evaluate.report_files import write_pages
 from llm2rec.evaluate.scoring import Protocol, find_runs, score_popularity, score_run
-from llm2rec.stage import open_data, open_engine, stage
+from llm2rec.evaluate.settings import ReportSettings
+from llm2rec.stage import build, open_data, open_engine, stage
 
 logger = logging.getLogger("llm2rec.evaluate")
 
 
 @stage("evaluate")
 def main(cfg: Config, run: Run) -> None:
-    """Score the runs asked for and write the comparison."""
-    metrics = cfg.metrics
+    """Score the runs asked for, write the comparison, and the report beside it."""
+    metrics, settings = cfg.metrics, build(cfg.report, ReportSettings)
     protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
     engine = open_engine(cfg, run, lockstep=divides_frozen())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
     folders = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
+    check_baseline(settings.baseline, folders)
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
     with run.phase("scoring"):
         told = engine.progress(folders, "evaluate", len(folders), "run")
         rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in told]
     if engine.is_main:
-        about = {
-            "dataset": data.name,
-            "fingerprint": data.fingerprint,
-            "n_items": data.n_items,
-            "rows": len(data.splits["test"]),
-            "mask_seen": protocol.mask_seen,
-            "n_candidates": protocol.n_candidates,
-            "candidates_seed": protocol.candidates_seed,
-            "overrides": without_secrets(list(HydraConfig.get().overrides.task)),
-            "git": git_state(),
-            "versions": library_versions(),
-        }
+        about = _about(data, protocol)
         logger.info("\n%s", write_report(run.folder, rows, protocol.ks, about))
+        with run.phase("report"):
+            findings = gather(
+                rows[0],
+                [read_run(row, folder, _command(folder)) for row, folder in zip(rows[1:], folders, strict=True)],
+                data,
+                protocol,
+                about | {"date": datetime.datetime.now().astimezone().isoformat(timespec="minutes")},
+                baseline=settings.baseline,
+                locate=lambda path: from_launch_folder(path, cfg.paths.root),
+                device=engine.device,
+            )
+            write_pages(run.folder, findings)
+        logger.info("\n%s", "\n".join(findings.conclusions))
     engine.close()
+
+
+def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:
+    """What is said of dataset, protocol and this evaluation."""
+    return {
+        "dataset": data.name,
+        "fingerprint": data.fingerprint,
+        "n_items": data.n_items,
+        "rows": len(data.splits["test"]),
+        "split": data.manifest["settings"]["split"],
+        "mask_seen": protocol.mask_seen,
+        "n_candidates": protocol.n_candidates,
+        "candidates_seed": protocol.candidates_seed,
+        "overrides": without_secrets(list(HydraConfig.get().overrides.task)),
+        "git": git_state(),
+        "versions": library_versions(),
+    }
+
+
+def _command(folder: Path) -> str | None:
+    """The command that made a run, without its launcher, from what Hydra wrote; None where that cannot be read."""
+    try:
+        overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
+        stage_name = read_record(folder)["stage"]
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return None
+    return shlex.join(["python", "-m", f"llm2rec.{stage_name}", *map(str, overrides or [])])
 
 
 def _folders(runs: object, root: Path, result_dir: Path, fingerprint: str) -> list[Path]:

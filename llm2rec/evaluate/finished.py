@@ -19,15 +19,35 @@ from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student
 from llm2rec.teacher.factory import TeacherRecipe, load_teacher
-from llm2rec.teacher.gate_cache import GateCache
+from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.trainer import rank_targets as rank_teacher_targets
 
-__all__ = ["FinishedModel", "FinishedStudent", "FinishedTeacher"]
+__all__ = ["FinishedModel", "FinishedStudent", "FinishedTeacher", "gates_of_rows"]
 
 _LATENCY_REPEATS = 50
 _BATCH_ROWS = 512
 _BATCH_TOKENS = 8192
+_GATE_ROWS = 4096  # gates per layer of a large model take a kilobyte a row
+
+
+def gates_of_rows(model: LLMTeacher, rows: TeacherRows, device: torch.device) -> Tensor:
+    """Gates of rows as evaluation has them, mean over gate networks.
+
+    Args:
+        model: A teacher with experts.
+        rows: M rows with what the gate reads.
+        device: Where the teacher is.
+
+    Returns:
+        Shape ``(M, E)``, float32, on the CPU.
+    """
+    blocks = [
+        model.evaluation_gates(torch.from_numpy(rows.gate_inputs[start : start + _GATE_ROWS]).to(device)).cpu()
+        for start in range(0, len(rows.rows), _GATE_ROWS)
+    ]
+    gates = torch.cat(blocks)  # (M, E) or (M, G, E)
+    return gates if gates.ndim == 2 else gates.mean(dim=1)
 
 
 class FinishedModel(ABC):
@@ -57,6 +77,10 @@ class FinishedModel(ABC):
     @abstractmethod
     def answer(self, k: int) -> None:
         """Find the best ``k`` items for the first test row."""
+
+    def gates(self) -> Tensor | None:
+        """Gates of all test rows, mean over a teacher's gate networks, shape ``(M, E)``; None without experts."""
+        return None
 
     def milliseconds(self, k: int) -> float:
         """Median time of an answer of ``k`` items for one user, on this machine."""
@@ -113,6 +137,13 @@ class FinishedTeacher(FinishedModel):
     def _test(self) -> SequenceData:
         return SequenceData.of(self._data.splits["test"], self._data.n_items, self._data.history_length)
 
+    @cached_property
+    def _rows(self) -> TeacherRows:
+        """The test rows with what the gate reads; a collective."""
+        model, recipe = self._loaded
+        cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
+        return cache.rows(self._test, np.arange(len(self._test)))
+
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
         """Scores of all items; a target stays in the running where the history, which is not, shows it."""
         history, lengths, targets = (
@@ -122,11 +153,14 @@ class FinishedTeacher(FinishedModel):
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
-        model, recipe = self._loaded
+        model, _ = self._loaded
         assert isinstance(model, ILoraRecommender), "other objectives are measured elsewhere"
-        cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
-        rows = cache.rows(self._test, np.arange(len(self._test)))
-        return rank_teacher_targets(model, rows, self._engine, seen=seen, batch_tokens=_BATCH_TOKENS)
+        return rank_teacher_targets(model, self._rows, self._engine, seen=seen, batch_tokens=_BATCH_TOKENS)
+
+    def gates(self) -> Tensor | None:
+        """See `FinishedModel.gates`."""
+        model, _ = self._loaded
+        return None if model.tuner is None else gates_of_rows(model, self._rows, self._engine.device)
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`; a pass of its own, which computes the gate inputs again."""

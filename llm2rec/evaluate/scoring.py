@@ -24,7 +24,7 @@ from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 
-__all__ = ["Protocol", "Scored", "find_runs", "score_popularity", "score_run"]
+__all__ = ["Protocol", "Scored", "find_runs", "popularity", "popularity_ranks", "score_popularity", "score_run"]
 
 _BATCH_ROWS = 512
 _OF_A_MODEL = ("dataset", "label", "seed", "parameters")  # what the run.json of a finished model holds
@@ -135,6 +135,9 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
         metrics, k = ranking_metrics(ranks, protocol.ks), min(max(protocol.ks), data.n_items)
         if isinstance(model, FinishedTitleTeacher):
             del metrics["mrr"]  # without cut-off it would need the ranks beyond
+        gates = model.gates()
+        if gates is not None and engine.is_main:  # for the report, which loads no language model
+            _keep(folder / "metrics" / "test_gates.npy", gates)
         return ranks, {"metrics": metrics, "milliseconds": model.milliseconds(k)}
 
     key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": n_rows}
@@ -199,10 +202,14 @@ def _once(
         return dict(scores)
     ranks, values = compute()
     if engine.is_main:
-        with replaced_file(folder / f"{name}_ranks.npy") as aside, open(aside, "wb") as file:
-            np.save(file, ranks.numpy(), allow_pickle=False)
+        _keep(folder / f"{name}_ranks.npy", ranks)
         write_json(stored, {"protocol": key, **values})  # last: it says that all is there
     return values
+
+
+def _keep(file: Path, values: Tensor) -> None:
+    with replaced_file(file) as aside, open(aside, "wb") as opened:
+        np.save(opened, values.numpy(), allow_pickle=False)
 
 
 def _read(file: Path, *keys: str) -> dict[str, Any]:
@@ -243,6 +250,26 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     return record
 
 
+def popularity(data: RecData) -> NDArray[np.float64]:
+    """How often each item occurs in the training split's targets and histories, shape ``(N,)``."""
+    train = SequenceData.of(data.splits["train"], data.n_items, 1)
+    first = data.splits["train"].with_format("numpy")["position"][:] == 1  # a user's very first item is nobody's target
+    counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
+    return counts + np.bincount(train.history.numpy()[first, 0], minlength=data.n_items)
+
+
+def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: bool) -> Tensor:
+    """0-based ranks of the test targets where everybody is given the same ranking, by ``counts``; shape ``(M,)``."""
+    split = data.splits["test"]
+    targets = SequenceData.of(split, data.n_items, 1).targets.long()
+    seen = SeenItems.of(split, data.sequences) if mask_seen else None
+    ranks = []
+    for start in range(0, len(targets), _BATCH_ROWS):
+        own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
+        ranks.append(_ranks_by_count(counts, own.numpy(), None if seen is None else seen.pairs(rows)))
+    return torch.cat(ranks)
+
+
 def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     """The same ranking for everybody: items by how often they occur in the training split's targets and histories.
 
@@ -253,22 +280,15 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     Raises:
         ConfigError: If the catalogue is too small for the candidates asked for.
     """
-    train = SequenceData.of(data.splits["train"], data.n_items, 1)
-    first = data.splits["train"].with_format("numpy")["position"][:] == 1  # a user's very first item is nobody's target
-    counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
-    counts += np.bincount(train.history.numpy()[first, 0], minlength=data.n_items)
-    split = data.splits["test"]
-    targets = SequenceData.of(split, data.n_items, 1).targets.long()
-    seen = SeenItems.of(split, data.sequences) if protocol.mask_seen else None
-    candidates = _candidates(data, protocol, protocol.n_candidates) if protocol.n_candidates else None
-    ranks, among = [], []
-    for start in range(0, len(targets), _BATCH_ROWS):
-        own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
-        if candidates is not None:
+    counts = popularity(data)
+    metrics = ranking_metrics(popularity_ranks(data, counts, mask_seen=protocol.mask_seen), protocol.ks)
+    intervals: dict[str, tuple[float, float]] = {}
+    if protocol.n_candidates:
+        candidates, among = _candidates(data, protocol, protocol.n_candidates), []
+        targets = SequenceData.of(data.splits["test"], data.n_items, 1).targets.long()
+        for start in range(0, len(targets), _BATCH_ROWS):
+            own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
             among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))
-        ranks.append(_ranks_by_count(counts, own.numpy(), None if seen is None else seen.pairs(rows)))
-    metrics, intervals = ranking_metrics(torch.cat(ranks), protocol.ks), {}
-    if among:
         scored = _candidate_scores(torch.cat(among))
         metrics, intervals = metrics | scored["metrics"], scored["intervals"]
     return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals)

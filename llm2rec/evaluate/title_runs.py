@@ -18,7 +18,7 @@ from llm2rec.core.files import read_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.evaluate.candidates import CANDIDATES_HR
-from llm2rec.evaluate.finished import FinishedModel
+from llm2rec.evaluate.finished import FinishedModel, gates_of_rows
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.teacher.factory import load_teacher
@@ -129,6 +129,11 @@ class FinishedTitleTeacher(FinishedModel):
             judged = torch.from_numpy(np.stack([hits.valid, hits.correct], axis=1))
         judged = self._engine.gather_rows(judged.int(), len(rows.rows)).bool()
         return TitleHits(judged[:, 0].numpy(), judged[:, 1].numpy())
+
+    def gates(self) -> Tensor | None:
+        """See `FinishedModel.gates`."""
+        model, rows = self._loaded
+        return None if model.tuner is None else gates_of_rows(model, rows, self._engine.device)
 
     def answer(self, k: int) -> None:
         """See `FinishedModel.answer`; what the gate reads is computed too, as for a new user."""

@@ -74,7 +74,9 @@ def test_popularity_is_asked_the_same(data):
 
 
 class LastItemTeacher(ITeacherRecommender):
-    """Expects an item near the last one; counts how often it is asked."""
+    """Expects an item near the last one, without experts; counts how often it is asked."""
+
+    tuner = None
 
     def __init__(self, n_items):
         self.n_items, self.asked = n_items, 0

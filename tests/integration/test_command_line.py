@@ -199,6 +199,21 @@ def test_a_multirun_trains_each_seed_in_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_report_finds_all_that_the_chain_leaves(chain):
+    folder, found, _ = chain
+    run(folder, "evaluate", *TOY)
+    told = json.loads((runs(folder)[-1] / "report.json").read_text())
+    assert told["notes"] == {"curves": [], "overlap": [], "gates": [], "samples": []}
+    assert [(each["teacher"], each["run"]) for each in told["overlaps"]] == [
+        ("ilora-tiny_random", found["teacher"].name)
+    ]
+    assert [each["name"] for each in told["gates"]] == ["ilora tiny_random"]
+    assert {each["kind"] for each in told["curves"]} == {"students", "teachers"}
+    assert f"python -m llm2rec.teacher {' '.join(TEACHER)}" in [each["command"] for each in told["runs"]]
+    assert (runs(folder)[-1] / "report.html").stat().st_size > 20_000
+
+
+@pytest.mark.slow
 def test_the_released_programs_files_are_written_by_a_command(chain):
     folder, _, _ = chain
     done = run(folder, "distill.export_dllm2rec", *TOY)
