@@ -6,10 +6,11 @@ What a notebook needs, each name imported when it is first used:
     load_data           open a prepared dataset; `prepare` makes one of `CsvTables`, `MovieLens100K` or `Toy`
     Recommender         a finished student, distilled or not, that answers
     TeacherRecommender  a finished teacher that answers
-    load_student        the student itself, a torch module
+    load_student        the student itself, a torch module; `SequentialRecommender.from_pretrained` does the same
+    push                put a finished student or teacher on the Hugging Face Hub; all of the above read it by its id
     ILoraConfig         instance-wise LoRA for any language model, by PEFT
 
-`examples/notebook.py` uses them all.
+`examples/notebook.py` shows the chain at work.
 """
 
 from importlib import import_module
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llm2rec.launch import run
     from llm2rec.recommend import Recommendation, Recommender
     from llm2rec.recommend.teacher import TeacherRecommender
+    from llm2rec.share.pushing import push
+    from llm2rec.student.models import SequentialRecommender
     from llm2rec.student.store import load_student
 
 __all__ = [
@@ -30,11 +33,13 @@ __all__ = [
     "MovieLens100K",
     "Recommendation",
     "Recommender",
+    "SequentialRecommender",
     "TeacherRecommender",
     "Toy",
     "load_data",
     "load_student",
     "prepare",
+    "push",
     "run",
 ]
 
@@ -44,11 +49,13 @@ _FROM = {
     "MovieLens100K": "data.MovieLens100K",
     "Recommendation": "recommend.Recommendation",
     "Recommender": "recommend.Recommender",
+    "SequentialRecommender": "student.models.SequentialRecommender",
     "TeacherRecommender": "recommend.teacher.TeacherRecommender",
     "Toy": "data.Toy",
     "load_data": "data.load",
     "load_student": "student.store.load_student",
     "prepare": "data.prepare",
+    "push": "share.pushing.push",
     "run": "launch.run",
 }
 

@@ -20,6 +20,7 @@ from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
+from llm2rec.share.settings import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
@@ -165,8 +166,9 @@ class Config:
         paths: Where things lie.
         seed: Seed of initial weights, order and dropout.
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
+        reuse: Whether a finished run of the same stage, configuration and data is taken for this one.
         runs: What to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of run
-            folders.
+            folders, and of sweeps' folders, which stand for their finished jobs.
         plan: What `llm2rec.plan` plans for.
         gpus: On how many GPUs; `llm2rec.plan` reads it, the launcher decides.
     """
@@ -183,6 +185,7 @@ class Config:
     paths: PathsConfig = MISSING
     seed: int = 42
     resume: str | None = None
+    reuse: bool = False
     runs: Any = "latest"
     plan: PlanSettings = MISSING
     gpus: int = 1
@@ -198,6 +201,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     store.store(name="base_recommend", node=RecommendSettings)
+    store.store(name="base_share", node=ShareSettings)
     schemas: dict[str, dict[str, Any]] = {
         "dataset": dict(DATASET_SCHEMAS),
         "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},

@@ -4,6 +4,7 @@ import errno
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, cast
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -23,10 +25,12 @@ from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, Interrupted, Llm2RecError
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
-from llm2rec.core.processes import agree, is_first_process, uses_gpu
+from llm2rec.core.private import without_secrets
+from llm2rec.core.processes import agree, is_first_process, n_processes, uses_gpu
 from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
+from llm2rec.reuse import made_by_other_code, same_runs
 
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "stage"]
 
@@ -40,46 +44,121 @@ _OF_THE_PLACE = {
 Settings = TypeVar("Settings")
 
 
-def stage(name: str) -> Callable[[Callable[[Config, Run], None]], Callable[[], None]]:
+def stage(
+    name: str,
+    reads: tuple[str, ...] | None = None,
+    is_current: Callable[[Config, Path], bool] = lambda cfg, folder: True,
+) -> Callable[[Callable[[Config, Run], None]], Callable[[], None]]:
     """Turn a function of configuration and run into a command.
 
     The command composes `conf/` with the overrides of the command line, opens the run folder, and turns our own errors
-    into one line and exit code 1; the traceback goes to the run's log. Any other error is a defect and stays loud.
+    into one line and exit code 1; the traceback goes to the run's log. Any other error is a defect and stays loud. In a
+    sweep (``--multirun``) a job that fails leaves the others alone, and the exit code tells of it in the end.
 
     Args:
         name: Name of the stage.
+        reads: Parts of the configuration that decide what it makes, besides dataset and seed, so that ``reuse=true``
+            can find a run that has made it already; None for a stage that is always run.
+        is_current: Whether what such a run has made is still there, and what it has read is still the same.
     """
 
     def decorate(function: Callable[[Config, Run], None]) -> Callable[[], None]:
+        failed: list[int] = []  # jobs of a sweep
+
         def run_stage(cfg: DictConfig) -> None:
-            folder = Path(HydraConfig.get().runtime.output_dir)
+            job = HydraConfig.get()
             _quiet_libraries()
             try:
-                _refuse_endless(cfg)
-                if cfg.seed < 0:
-                    raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
-                run = Run.start(folder, name, _plain(cfg))
-                logger.info("%s: %s", name, _shown(folder))
-                build(cfg.metrics, MetricsConfig)  # a metric that is not there would show after an epoch only
-                if agree(run.record["status"] if is_first_process() else None) == "finished":
-                    logger.info("%s: finished already; nothing to resume", name)
-                    return
-                function(cast(Config, cfg), run)
-                run.note(status="finished")
-                logger.info("%s: done, see %s", name, _shown(folder))
-            except (Llm2RecError, OmegaConfBaseException, OSError) as error:
-                _tell(error)
-                sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)  # as a shell tells a signal
+                _check_common(cfg, name, reads)
+                _carry_out(cfg, Path(job.runtime.output_dir), name, function, reads or (), is_current)
+            except Exception as error:
+                told = _is_told(error)
+                # Of several processes one may fail alone while the others wait: as ever, the launcher ends them all.
+                if job.mode == RunMode.MULTIRUN and n_processes() == 1 and not isinstance(error, Interrupted):
+                    failed.append(job.job.num)
+                    if not told:
+                        logger.exception("%s: job %d has met a defect", name, job.job.num)
+                elif told:
+                    # As a shell tells a signal.
+                    sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)
+                else:
+                    raise
 
         def main() -> None:
             register(_or_exit(run_folder))
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
+            if failed:
+                jobs = ", ".join(map(str, failed))
+                sys.stderr.write(f"{name}: jobs that failed: {jobs}; the others of the sweep are done\n")
+                sys.exit(1)
 
         return main
 
     return decorate
+
+
+def _carry_out(
+    cfg: DictConfig,
+    folder: Path,
+    name: str,
+    function: Callable[[Config, Run], None],
+    reads: tuple[str, ...],
+    is_current: Callable[[Config, Path], bool],
+) -> None:
+    """Run a stage in its folder, unless that run is finished, or ``reuse`` finds another that is."""
+    if cfg.reuse and not cfg.resume and (earlier := _earlier(cfg, name, reads, is_current)):
+        logger.info("%s: %s", name, _shown(earlier))
+        by = f", made by commit {commit} (this is another)" if (commit := made_by_other_code(earlier)) else ""
+        logger.info("%s: up to date: same configuration, same data%s; `reuse=false` runs it again", name, by)
+        if is_first_process():
+            shutil.rmtree(folder)
+        return
+    run = Run.start(folder, name, _plain(cfg))
+    logger.info("%s: %s", name, _shown(folder))
+    if not cfg.resume:
+        run.note(overrides=without_secrets(list(HydraConfig.get().overrides.task)))
+    build(cfg.metrics, MetricsConfig)  # a metric that is not there would show after an epoch only
+    if agree(run.record["status"] if is_first_process() else None) == "finished":
+        logger.info("%s: finished already; nothing to resume", name)
+        return
+    function(cast(Config, cfg), run)
+    run.note(status="finished")
+    logger.info("%s: done, see %s", name, _shown(folder))
+
+
+def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> None:
+    """Refuse what no stage, or not this one, can do anything with.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    _refuse_endless(cfg)
+    if cfg.seed < 0:
+        raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
+    if cfg.reuse and reads is None:
+        raise ConfigError(f"`reuse` is true, but {name} is always run; leave it out.")
+    if HydraConfig.get().mode == RunMode.MULTIRUN and (cfg.resume or cfg.reuse):
+        raise ConfigError(
+            "`resume` and `reuse` are for single runs; a job of a sweep is resumed without `--multirun`, by its own "
+            "overrides and `resume=result/result_.../NUMBER`."
+        )
+
+
+def _earlier(
+    cfg: DictConfig, name: str, reads: tuple[str, ...], is_current: Callable[[Config, Path], bool]
+) -> Path | None:
+    """The newest finished run that has made what this one would make, if there is any; a collective."""
+    found = None
+    if is_first_process():
+        result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
+        runs = same_runs(result_dir, name, _plain(cfg), ("dataset", "seed", *reads))
+        if runs:  # only then the data is worth looking at
+            fingerprint = prepare(*_sources(cfg)).fingerprint
+            same = (run for run, of in runs if of == fingerprint and is_current(cast(Config, cfg), run))
+            found = next(same, None)
+    return cast(Path | None, agree(found))
 
 
 def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -174,15 +253,20 @@ def open_data(cfg: Config, run: Run) -> RecData:
         DataError: If raw data is missing or malformed.
         ConfigError: If the dataset's settings cannot work.
     """
-    root = cfg.paths.root
-    spec = build(cfg.dataset, DatasetSpec).with_base(Path(root))
-    folders = from_launch_folder(cfg.paths.processed_dir, root), from_launch_folder(cfg.paths.raw_dir, root)
+    sources = _sources(cfg)
     with run.phase("data"):
-        data = prepare(spec, *folders) if is_first_process() else None
+        data = prepare(*sources) if is_first_process() else None
         agree(None)  # wait for the first process
-        data = data or prepare(spec, *folders)
+        data = data or prepare(*sources)
     run.note(dataset={"name": data.name, "fingerprint": data.fingerprint})
     return data
+
+
+def _sources(cfg: Any) -> tuple[DatasetSpec, Path, Path]:
+    """What `prepare` is asked with."""
+    root = cfg.paths.root
+    spec = build(cfg.dataset, DatasetSpec).with_base(Path(root))
+    return spec, from_launch_folder(cfg.paths.processed_dir, root), from_launch_folder(cfg.paths.raw_dir, root)
 
 
 def open_engine(
@@ -214,6 +298,17 @@ def _shown(folder: Path) -> str:
     """A folder as the user would type it: relative to where the command was launched, if it lies there."""
     launched = Path(HydraConfig.get().runtime.cwd)
     return str(folder.relative_to(launched)) if folder.is_relative_to(launched) else str(folder)
+
+
+def _is_told(error: Exception) -> bool:
+    """Tell an error that a user can do something about; False for a defect, of which nothing is told."""
+    if not isinstance(error, Llm2RecError | OmegaConfBaseException | OSError):
+        return False
+    try:
+        _tell(error)
+    except OSError:  # of which the code is to blame
+        return False
+    return True
 
 
 def _tell(error: Exception) -> None:
@@ -263,7 +358,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own warning about forks, once per worker
     if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it looked for a GPU and found none
-    for noisy in ("httpx", "httpcore", "matplotlib", "datasets", "fsspec", "absl"):
+    for noisy in ("httpx", "httpx2", "httpcore", "matplotlib", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # A dozen lines of retries where the Hub cannot be reached; whoever needed it then says what was not found.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)

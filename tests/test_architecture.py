@@ -23,6 +23,7 @@ BELOW = {
     "evaluate": {"core", "data", "ilora", "student", "teacher", "distill"},
     "plan": {"core", "data", "ilora", "student", "teacher"},
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},
+    "share": {"core", "student", "recommend"},
 }
 TOP = {"config", "stage"}  # above all rooms; only the stages' `__main__` may import them
 CONFIGURED = {"hydra", "omegaconf"}

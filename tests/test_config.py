@@ -26,6 +26,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.data import SCHEMAS
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.recommend.settings import RecommendSettings
+from llm2rec.share.settings import ShareSettings
 from llm2rec.stage import build
 from llm2rec.student.models import MODELS, build_model
 
@@ -34,7 +35,7 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
 # One option of a group is a file of a folder; anything else is covered by a test of its own, below.
 OPTIONS = [(str(file.parent), file.stem) for file in FILES if len(file.parts) == 2 and file.parts[0] != "hydra"]
-NOT_OPTIONS = {Path("config.yaml"), Path("recommend.yaml"), Path("hydra/default.yaml")}
+NOT_OPTIONS = {Path("config.yaml"), Path("recommend.yaml"), Path("share.yaml"), Path("hydra/default.yaml")}
 INSTANTIATED = {"active": SelectionPolicy}
 PATHS = ["paths.root=/somewhere"]  # stands for the folder of the launch, which only a launch knows
 
@@ -136,6 +137,14 @@ def test_the_recommender_composes_with_the_numbers_of_its_class():
     assert build(compose("recommend", overrides=["run=given"]), RecommendSettings) == RecommendSettings("given")
     with pytest.raises(HydraException, match="histroy"):
         compose("recommend", overrides=["histroy=[a]"])
+
+
+def test_sharing_composes_with_the_numbers_of_its_class_and_takes_no_token():
+    assert OmegaConf.missing_keys(compose("share")) == {"run", "repo"}
+    given = ["run=given", "repo=user/name"]
+    assert build(compose("share", overrides=given), ShareSettings) == ShareSettings("given", "user/name")
+    with pytest.raises(HydraException, match="token"):
+        compose("share", overrides=["token=hf_x"])
 
 
 def test_main_composes_with_its_defaults():

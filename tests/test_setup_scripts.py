@@ -428,6 +428,17 @@ def test_pipeline_runs_every_stage_in_order_with_the_overrides(ready: Checkout) 
     assert all("seed=7" in call for call in ready.calls("accelerate"))
 
 
+@pytest.mark.parametrize(("arguments", "reuse"), [(["seed=7"], "true"), (["seed=7", "--force"], "false"), ([], "true")])
+def test_pipeline_takes_what_is_up_to_date_unless_forced(ready: Checkout, arguments: list[str], reuse: str) -> None:
+    run = ready.run("cmd/run_all_pipeline.sh", *arguments)
+    assert run.returncode == 0, run.stderr
+    *others, evaluate = ready.calls("accelerate")
+    assert len(others) == 5
+    assert all(call.endswith(f" reuse={reuse}") for call in others)
+    assert "reuse" not in evaluate
+    assert "--force" not in "".join([*others, evaluate])
+
+
 def test_pipeline_stops_where_a_stage_fails(ready: Checkout) -> None:
     run = ready.run("cmd/run_all_pipeline.sh", FAILING_STAGE="llm2rec.teacher")
     assert run.returncode == 3

@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HubError",
     "Interrupted",
     "Llm2RecError",
     "NonFiniteError",
@@ -53,6 +54,10 @@ class OutOfMemoryError(Llm2RecError, MemoryError):
 
 class StorageError(Llm2RecError, OSError):
     """A file that cannot be written: the disk is full, or the folder may not be written to."""
+
+
+class HubError(Llm2RecError, ConnectionError):
+    """A model on the Hugging Face Hub that cannot be found, fetched or put there."""
 
 
 class Interrupted(Llm2RecError, RuntimeError):

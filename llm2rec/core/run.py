@@ -14,7 +14,9 @@ from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.private import without_secrets
 from llm2rec.core.processes import is_first_process
 
-__all__ = ["Run", "read_record"]
+__all__ = ["Run", "changed_settings", "read_record"]
+
+_OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # settings that change none
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,7 @@ class Run:
                 f"`-m llm2rec.{record['stage']}`."
             )
         saved = read_object(self.folder / "config.json")
-        changed = [
-            f"{key} (was {old!r}, now {new!r})"
-            for key, old, new in _differences(saved, without_secrets(self.config))
-            # None of these changes a result; the last one where a GPU turns out to be too small.
-            if not (key.startswith(("resume", "report", "logging.", "paths.root")) or key.endswith(".micro_batch_size"))
-        ]
-        if changed:
+        if changed := changed_settings(saved, without_secrets(self.config)):
             raise CheckpointError(
                 f"{self.folder.name} was started with another configuration: {', '.join(changed)}. "
                 "Resume with the same overrides, or start a new run."
@@ -113,6 +109,16 @@ class Run:
         self.write_metrics("time", seconds)
 
 
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What of a configuration has changed that may change a result, each with what it was and is, for a message."""
+    return [
+        f"{key} (was {was!r}, now {now!r})"
+        for key, was, now in _differences(old, new)
+        # How work is divided changes no result, and may have to change where a GPU turns out to be too small.
+        if not (key.startswith(_OF_NO_RESULT) or key.endswith(".micro_batch_size"))
+    ]
+
+
 def read_record(folder: Path, *keys: str) -> dict[str, Any]:
     """Read a run's ``run.json``.
 
@@ -136,7 +142,7 @@ def read_record(folder: Path, *keys: str) -> dict[str, Any]:
 
 def _clean_hydra(folder: Path) -> None:
     """Take home folder and secrets out of what Hydra has written before any code of ours ran."""
-    for file in (folder / ".hydra").glob("*.yaml"):
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.parent.glob("multirun.yaml")]:
         text = file.read_text(encoding="utf-8")
         if (cleaned := without_secrets(text)) != text:
             with replaced_file(file) as aside:

@@ -10,7 +10,7 @@ from llm2rec.stage import open_data, stage
 logger = logging.getLogger("llm2rec.data")
 
 
-@stage("data")
+@stage("data", reads=())
 def main(cfg: Config, run: Run) -> None:
     """Prepare the dataset."""
     data = open_data(cfg, run)

@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 from llm2rec.config import Config
+from llm2rec.core.files import sha256_of_file
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.run import Run
+from llm2rec.core.run import Run, read_record
 from llm2rec.core.vectors import standardised
 from llm2rec.distill.data_bridge import read_outputs
 from llm2rec.distill.selection_policy import SelectionPolicy
@@ -13,6 +15,7 @@ from llm2rec.distill.settings import DistillSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
+from llm2rec.student.card import student_card, training_on
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, student_answers
@@ -23,19 +26,29 @@ from llm2rec.student.store import save_student
 logger = logging.getLogger(__name__)
 
 
-@stage("distill")
+def _is_current(cfg: Config, folder: Path) -> bool:
+    """Whether the student is still there, and the teacher's outputs are those that it was trained on."""
+    manifest = from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root) / "manifest.json"
+    read = read_record(folder).get("teacher_outputs")
+    return (folder / "student").is_dir() and manifest.is_file() and sha256_of_file(manifest) == read
+
+
+@stage("distill", reads=("student", "distill", "active", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
     """Distil the teacher into a student and store the weights that validate best."""
     settings, student_settings = build(cfg.distill, DistillSettings), build(cfg.student, StudentSettings)
     policy: SelectionPolicy = built_object(cfg.active)
     data = open_data(cfg, run)
+    outputs = from_launch_folder(settings.teacher_outputs, cfg.paths.root)
     teacher = read_outputs(
-        from_launch_folder(settings.teacher_outputs, cfg.paths.root),
+        outputs,
         n_rows=len(data.splits["train"]),
         n_items=data.n_items,
         fingerprint=data.fingerprint,
         top_k=settings.ranking.top_k if settings.ranking.weight > 0 else 1,
     )
+    if (manifest := outputs / "manifest.json").is_file():  # outputs of other programs have none
+        run.note(teacher_outputs=sha256_of_file(manifest))
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:
@@ -72,7 +85,20 @@ def main(cfg: Config, run: Run) -> None:
     log_recommendations(engine, student_answers(model.student), validation, data.items)
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
-        save_student(run.folder / "student", model.student, student_settings.name, arguments, items)
+        card = student_card(
+            student_settings.name,
+            items["raw_id"][:3].to_pylist(),
+            model.student.max_length,
+            training_on(data, run),
+            {
+                "student": run.config["student"],
+                # A place on this machine.
+                "distill": {k: v for k, v in run.config["distill"].items() if k != "teacher_outputs"},
+                "active": run.config["active"],
+            },
+            teacher=teacher.manifest.get("teacher", "unknown teacher"),
+        )
+        save_student(run.folder / "student", model.student, student_settings.name, arguments, items, card)
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     label = f"{student_settings.name} + {settings.name} ({teacher.manifest.get('teacher', 'unknown teacher')})"
     run.note(label=label, parameters=served)

@@ -31,6 +31,7 @@ from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.report_files import write_pages
 from llm2rec.evaluate.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.settings import ReportSettings
+from llm2rec.evaluate.sweeps import is_sweep, jobs_of, write_sweep
 from llm2rec.stage import build, open_data, open_engine, stage
 
 logger = logging.getLogger("llm2rec.evaluate")
@@ -44,7 +45,9 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     engine = open_engine(cfg, run, lockstep=divides_frozen())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
-    folders = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
+    named = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
+    jobs = [job for each in named if is_sweep(each) for job in jobs_of(each)]
+    folders = [each for each in named if not is_sweep(each)] + [job.folder for job in jobs if job.is_finished]
     check_baseline(settings.baseline, folders)
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
@@ -54,6 +57,9 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         about = _about(data, protocol)
         logger.info("\n%s", write_report(run.folder, rows, protocol.ks, about))
+        if jobs:
+            scored = dict(zip(folders, rows[1:], strict=True))
+            logger.info("\n%s", write_sweep(run.folder, jobs, scored, protocol.ks, about))
         with run.phase("report"):
             findings = gather(
                 rows[0],

@@ -10,7 +10,7 @@ from llm2rec.evaluate.candidates import CANDIDATES_HR
 from llm2rec.evaluate.scoring import Scored
 from llm2rec.evaluate.title_runs import GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 
-__all__ = ["draw", "format_table", "format_titles", "write_report"]
+__all__ = ["aligned", "draw", "format_table", "format_titles", "write_report"]
 
 
 def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 0) -> str:
@@ -28,7 +28,7 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 
         ]
         for row in rows
     ]
-    return _aligned(header, body)
+    return aligned(header, body)
 
 
 def format_titles(rows: Sequence[Scored]) -> str:
@@ -44,7 +44,7 @@ def format_titles(rows: Sequence[Scored]) -> str:
     if not of_titles:
         return ""
     header = ["run", "of", *[cell for name in shown for cell in (name, "95 %")]]
-    return _aligned(
+    return aligned(
         header,
         [
             [_name(row), str(row.n_titles), *[cell for name in shown.values() for cell in _with_interval(row, name)]]
@@ -53,7 +53,8 @@ def format_titles(rows: Sequence[Scored]) -> str:
     )
 
 
-def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns under each other, the first to the left and the others to the right."""
     widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -21,7 +21,12 @@ def main(cfg: Any) -> None:
     settings = build(cfg, RecommendSettings)
     settings.check()
     # The recommender checks these words.
-    recommender = Recommender.load(settings.run, search=settings.search, index=settings.index)  # type: ignore[arg-type]
+    recommender = Recommender.load(
+        settings.run,
+        revision=settings.revision,
+        search=settings.search,  # type: ignore[arg-type]
+        index=settings.index,
+    )
     choices: dict[str, Any] = {"by": settings.by, "unknown": settings.unknown, "mask_seen": settings.mask_seen}
     if settings.history is not None:
         answer = recommender.recommend_one(settings.history, settings.k, **choices)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.ranking import Catalogue, Pairs
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
-from llm2rec.recommend.runs import finished
+from llm2rec.recommend.runs import finished_student
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_item_table, load_student
@@ -46,6 +46,7 @@ class Recommender:
         cls,
         run_folder: Path | str,
         *,
+        revision: str | None = None,
         device: torch.device | str = "cpu",
         search: SearchKind = "exact",
         index: Path | str | None = None,
@@ -53,7 +54,9 @@ class Recommender:
         """Load the student of a finished run of `llm2rec.student` or `llm2rec.distill`.
 
         Args:
-            run_folder: The run's folder, or a copy of it; nothing else is needed.
+            run_folder: The run's folder, the student's in it, or a copy of either; nothing else is needed. Or an id on
+                the Hugging Face Hub, ``user/name``.
+            revision: Branch, tag or commit on the Hub.
             device: Where to compute.
             search: ``exact`` scores all items; ``hnsw`` walks an index (see `HnswSearch`) and may miss some.
             index: File to keep the index in: read if it is there, else built and written. None builds it each time.
@@ -63,12 +66,13 @@ class Recommender:
 
         Raises:
             CheckpointError: If the folder holds no finished student with the names of its items.
+            HubError: If it cannot be fetched.
             ConfigError: If there is no such search.
         """
         check_choice("search", search, SearchKind)
         if index is not None and search == "exact":
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
-        folder = finished(Path(run_folder), "student", "distill") / "student"
+        folder = finished_student(run_folder, revision)
         names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
         if search == "exact":
             return cls(model, names)

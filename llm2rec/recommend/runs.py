@@ -1,25 +1,46 @@
-"""Runs that can answer."""
+"""Runs that can answer, and models that have left theirs."""
 
 from pathlib import Path
 
 from llm2rec.core.errors import CheckpointError
+from llm2rec.core.hub import obtained
 from llm2rec.core.run import read_record
 
-__all__ = ["finished"]
+__all__ = ["finished_student", "finished_teacher"]
 
 
-def finished(folder: Path, *stages: str) -> Path:
-    """The folder, if it is that of a finished run of one of the stages.
+def finished_student(place: Path | str, revision: str | None = None) -> Path:
+    """The folder of a finished student.
+
+    Args:
+        place: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, the student's folder in it or a copy
+            of that, or an id on the Hugging Face Hub.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        CheckpointError: If it is not.
+        CheckpointError: If there is none.
+        HubError: If it cannot be fetched.
     """
+    return _finished(obtained(place, revision), "student", "student", "distill")
+
+
+def finished_teacher(place: Path | str, revision: str | None = None) -> Path:
+    """The folder of a finished teacher; as `finished_student`, of a run of `llm2rec.teacher`."""
+    return _finished(obtained(place, revision), "teacher", "teacher")
+
+
+def _finished(folder: Path, part: str, *stages: str) -> Path:
+    if (folder / "config.json").is_file() and not (folder / "run.json").is_file():  # a model without its run
+        return folder
     if not (folder / "run.json").is_file():
-        raise CheckpointError(f"{folder} is no run folder (it holds no run.json); name one, such as result/result_...")
+        raise CheckpointError(
+            f"{folder} is no run folder (it holds no run.json); name one, such as result/result_..., the folder of a "
+            f"{part}, or an id on the Hugging Face Hub."
+        )
     record = read_record(folder)
     if record["stage"] not in stages or record["status"] != "finished":
         raise CheckpointError(
             f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of "
             f"{' and '.join(stages)} can answer."
         )
-    return folder
+    return folder / part

@@ -12,7 +12,8 @@ class RecommendSettings:
     """Which student answers what; one of ``history``, ``histories`` and ``export`` is given.
 
     Attributes:
-        run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`.
+        run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, or an id on the Hugging Face Hub.
+        revision: Branch, tag or commit on the Hub; None is the newest.
         history: One history, oldest first.
         histories: File of histories, one a line as JSON; see `llm2rec.recommend.lines`.
         output: File for the answers to ``histories``; None is the terminal.
@@ -27,6 +28,7 @@ class RecommendSettings:
     """
 
     run: str = "???"
+    revision: str | None = None
     history: list[str] | None = None
     histories: str | None = None
     output: str | None = None

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llm2rec.core.hub import is_hub_id
 from llm2rec.data import RecData
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown
-from llm2rec.recommend.runs import finished
+from llm2rec.recommend.runs import finished_teacher
 from llm2rec.teacher.factory import load_teacher
 from llm2rec.teacher.ilora_model import EXCLUDED
 from llm2rec.teacher.interfaces import ITeacherRecommender
@@ -29,22 +30,33 @@ class TeacherRecommender:
         self.model, self.names, self.max_length = model, names, max_length
 
     @classmethod
-    def load(cls, run_folder: Path | str, data: RecData, *, device: torch.device | str = "cpu") -> "TeacherRecommender":
+    def load(
+        cls,
+        run_folder: Path | str,
+        data: RecData,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "TeacherRecommender":
         """Load the teacher of a finished run of `llm2rec.teacher`.
 
         Args:
-            run_folder: The run's folder.
+            run_folder: The run's folder, the teacher's in it, or an id on the Hugging Face Hub, ``user/name``.
             data: The dataset it was trained on, whose titles it reads.
+            revision: Branch, tag or commit on the Hub.
             device: Where to compute.
 
         Returns:
             The recommender, ready to answer.
 
         Raises:
-            CheckpointError: If the folder holds no finished teacher, or its language model is no longer there.
+            CheckpointError: If the folder holds no finished teacher, its language model is no longer there, or a
+                teacher from the Hub asks for a language model with code of its own.
+            HubError: If it cannot be fetched.
         """
-        folder = finished(Path(run_folder), "teacher") / "teacher"
-        model, _ = load_teacher(folder, data, torch.device(device))
+        is_foreign = is_hub_id(run_folder)
+        folder = finished_teacher(run_folder, revision)
+        model, _ = load_teacher(folder, data, torch.device(device), is_foreign=is_foreign)
         return cls(model, ItemNames(data.items.with_format("arrow")[:]), data.history_length)
 
     def recommend(

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from llm2rec.config import Config
 from llm2rec.core.run import Run
 from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.student.card import student_card, training_on
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, student_answers
@@ -14,7 +15,7 @@ from llm2rec.student.store import save_student
 from llm2rec.student.trainer_baseline import train_baseline
 
 
-@stage("student")
+@stage("student", reads=("student", "metrics"), is_current=lambda cfg, folder: (folder / "student").is_dir())
 def main(cfg: Config, run: Run) -> None:
     """Train the baseline and store the weights that validate best."""
     settings = build(cfg.student, StudentSettings)
@@ -39,7 +40,14 @@ def main(cfg: Config, run: Run) -> None:
     log_recommendations(engine, student_answers(model), validation, data.items)
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
-        save_student(run.folder / "student", model, settings.name, arguments, items)
+        card = student_card(
+            settings.name,
+            items["raw_id"][:3].to_pylist(),
+            model.max_length,
+            training_on(data, run),
+            {"student": run.config["student"]},
+        )
+        save_student(run.folder / "student", model, settings.name, arguments, items, card)
     run.note(label=settings.name, parameters=sum(weight.numel() for weight in model.parameters()))
     engine.drop_checkpoints()
     engine.close()

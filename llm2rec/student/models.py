@@ -6,12 +6,13 @@ earlier item, so that one pass can answer many rows. Caser moves the items to th
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.student.items import ItemTable
 
 __all__ = ["MODELS", "Caser", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model"]
@@ -38,14 +39,49 @@ class SequentialRecommender(nn.Module):
         self.output_items = self.input_items if tie_items else ItemTable(n_items, width)
         self.dropout = nn.Dropout(dropout)
 
+    @classmethod
+    def from_pretrained(cls, place: Path | str, revision: str | None = None) -> Self:
+        """Load a finished student.
+
+        Args:
+            place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
+            revision: Branch, tag or commit on the Hub.
+
+        Returns:
+            The student in evaluation mode, on the CPU.
+
+        Raises:
+            CheckpointError: If the place holds no student, a damaged one, or one of another kind than the class asked.
+            HubError: If it cannot be fetched.
+        """
+        from llm2rec.student.store import load_student  # which builds models itself
+
+        model = load_student(place, revision)
+        if not isinstance(model, cls):
+            raise CheckpointError(
+                f"{place} holds a {type(model).__name__}, expected a {cls.__name__}; ask "
+                f"`{type(model).__name__}.from_pretrained`, or `SequentialRecommender` for any of them."
+            )
+        return model
+
     def score(self, users: Tensor) -> Tensor:
-        """Score all items for user vectors of shape ``(B, D)``; returns logits of shape ``(B, N)``."""
+        """Score all items.
+
+        Args:
+            users: User vectors, shape ``(B, D)``.
+
+        Returns:
+            Logits, shape ``(B, N)``.
+        """
         return users @ self.output_items.vectors().T
 
     def weights_to_serve(self) -> dict[str, Tensor]:
         """The weights with every item table computed out, so that a plain student of the same shape can load them.
 
         A student that was fused with teacher vectors needs neither the teacher nor its vectors afterwards.
+
+        Returns:
+            Weights by name, with ``input_items.weight`` of shape ``(N + 1, D)``, whose last row is that of padding.
         """
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith(("input_items.", "output_items."))}
         tables = {"input_items": self.input_items} | ({} if self.tie_items else {"output_items": self.output_items})
@@ -55,7 +91,11 @@ class SequentialRecommender(nn.Module):
         return weights
 
     def load_served(self, weights: Mapping[str, Tensor]) -> None:
-        """Load what `weights_to_serve` returned; every name must be there."""
+        """Load what `weights_to_serve` returned.
+
+        Args:
+            weights: Weights by name; every name must be there.
+        """
         tied = {"output_items.weight": weights["input_items.weight"]} if self.tie_items else {}
         self.load_state_dict({**weights, **tied})
 

@@ -1,4 +1,4 @@
-"""Finished students on disk, in a run folder's ``student/``: configuration, weights, and the items' ids and titles."""
+"""Finished students on disk, in a run folder's ``student/``: configuration, weights, items' ids and titles, a card."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import feather
 
+from llm2rec.core.card import CARD
 from llm2rec.core.checkpoint import read_tensors, save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
+from llm2rec.core.hub import obtained
 from llm2rec.student.models import SequentialRecommender, build_model
 
 __all__ = ["load_item_table", "load_student", "save_student"]
@@ -22,6 +24,7 @@ def save_student(
     name: str,
     arguments: dict[str, Any],
     items: pa.Table | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a student so that `load_student` needs nothing else.
 
@@ -32,13 +35,16 @@ def save_student(
         arguments: What it was built with, plain values.
         items: ``raw_id`` and ``title`` of each item, in the order of item ids, so that the folder alone can answer in
             them; None for a student that is read by item id only.
+        card: What `llm2rec.student.card` says of it; None for a student that belongs to something else.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")
         write_json(aside / "config.json", {"model": name, "arguments": arguments})
         if items is not None:
             feather.write_feather(items.select(["raw_id", "title"]), str(aside / _ITEMS), compression="uncompressed")
-        write_hashes(aside)
+        if card is not None:
+            (aside / CARD).write_text(card, encoding="utf-8")
+        write_hashes(aside, editable=(CARD,))
 
 
 def load_item_table(folder: Path) -> pa.Table:
@@ -63,18 +69,23 @@ def load_item_table(folder: Path) -> pa.Table:
         ) from error
 
 
-def load_student(folder: Path) -> SequentialRecommender:
+def load_student(place: Path | str, revision: str | None = None) -> SequentialRecommender:
     """Load a student.
 
     Args:
-        folder: What `save_student` wrote, usually ``<run>/student``.
+        place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
+        revision: Branch, tag or commit on the Hub.
 
     Returns:
         The student in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
+        HubError: If it cannot be fetched.
     """
+    folder = obtained(place, revision)
+    if (folder / "student" / "config.json").is_file():  # of a run
+        folder = folder / "student"
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no student (no config.json); name the folder of a finished student run.")
     try:

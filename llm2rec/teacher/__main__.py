@@ -15,11 +15,13 @@ from llm2rec.core.engine import Engine
 from llm2rec.core.files import read_json
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.run import Run
+from llm2rec.core.run import Run, read_record
 from llm2rec.data import RecData
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
+from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.samples import log_recommendations
+from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.export import rank_blocks, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
@@ -34,7 +36,21 @@ from llm2rec.teacher.trainer import ItemObjective, Objective, train_teacher
 logger = logging.getLogger(__name__)
 
 
-@stage("teacher")
+def _is_current(cfg: Config, folder: Path) -> bool:
+    """Whether the teacher is still there, and the outputs that bear its name are those that it wrote."""
+    if not (folder / "teacher").is_dir() or not cfg.teacher.export.enabled:
+        return (folder / "teacher").is_dir()
+    manifest = _outputs(cfg, read_record(folder, "dataset")["dataset"]["name"]) / "manifest.json"
+    return manifest.is_file() and read_json(manifest).get("run") == folder.name
+
+
+def _outputs(cfg: Config, dataset: str) -> Path:
+    """Where this teacher's outputs for a dataset lie."""
+    folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root)
+    return folder / dataset / f"{cfg.teacher.name}-{cfg.llm.name}"
+
+
+@stage("teacher", reads=("llm", "teacher", "active", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
     """Train the teacher, store its adapter, rank the catalogue for every training row."""
     settings, llm = build(cfg.teacher, TeacherSettings), build(cfg.llm, LLMSettings)
@@ -72,7 +88,11 @@ def main(cfg: Config, run: Run) -> None:
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     log_recommendations(engine, lambda *asked: model.eval().best_items(*asked)[0], validation, data.items)
     if engine.is_main:
-        save_teacher(run.folder / "teacher", model.eval(), recipe)
+        # Without the place of a trained recommender on this machine.
+        told = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
+        training = training_on(data, run, settings.train_rows, settings.validation_rows)
+        about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": told})
+        save_teacher(run.folder / "teacher", model.eval(), recipe, teacher_card(*about))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     label = f"{settings.name} {llm.name}{settings.label}{model.gate_source.label}"
     parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
@@ -83,8 +103,7 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export_gate_inputs"):
             rows = cache.rows(train, np.arange(len(train)) if asked is None else asked)
         with run.phase("export"):
-            outputs = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / data.name
-            write_down(model.eval(), rows, settings, engine, run, data, outputs / f"{settings.name}-{llm.name}")
+            write_down(model.eval(), rows, settings, engine, run, data, _outputs(cfg, data.name))
         if engine.is_main:
             tell_labelling(run, len(rows.rows), len(train))
     engine.drop_checkpoints()

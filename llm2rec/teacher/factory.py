@@ -1,9 +1,7 @@
 """Build a teacher for training, and load a finished one."""
 
 import inspect
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +12,21 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm2rec.core.card import CARD
 from llm2rec.core.checkpoint import read_tensors, save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.core.private import with_home, without_secrets
 from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
-from llm2rec.teacher.gate_cache import model_identity
-from llm2rec.teacher.gate_source import NoGate, StudentVectors, gate_source_of
+from llm2rec.teacher.gate_source import NoGate, gate_source_of
 from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.likelihood import check_attention
 from llm2rec.teacher.llm import load_model, load_tokenizer, readable, resolve_precision
 from llm2rec.teacher.prompts import PromptBuilder
+from llm2rec.teacher.recipe import TeacherRecipe
 from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors, read_titles
@@ -42,58 +41,6 @@ __all__ = [
     "save_teacher",
     "with_adapter",
 ]
-
-
-@dataclass(frozen=True)
-class TeacherRecipe:
-    """What a finished teacher needs to be put together again, besides its weights; plain values.
-
-    Attributes:
-        source: Folder or Hub id of the language model.
-        precision: Number format of its weights.
-        pooling: How texts are represented.
-        prompt: Arguments of `PromptSettings`.
-        trust_remote_code: Whether the model's own code may run.
-        seed: Seed of the choice among wordings.
-        objective: ``item`` or ``title``.
-        tuning: ``ilora``, ``lora`` or ``none``.
-        logit_scale: Factor on the cosine.
-        exclude_history: Whether items of a history are out of the running.
-        head: Kind of `ItemHead`.
-        gate_input: Name of the `GateSource`.
-        hybrid: Whether prompts carry injected vectors.
-        title: Arguments of `TitleSettings`.
-    """
-
-    source: str
-    precision: str
-    pooling: str
-    prompt: dict[str, Any]
-    trust_remote_code: bool
-    seed: int
-    objective: str
-    tuning: str
-    logit_scale: float
-    exclude_history: bool
-    head: str
-    gate_input: str
-    hybrid: bool
-    title: dict[str, Any]
-
-    @property
-    def identity(self) -> str:
-        """All about the language model that decides gate inputs."""
-        return json.dumps([model_identity(self.source), self.precision, self.pooling, self.prompt], sort_keys=True)
-
-    @property
-    def llm_settings(self) -> LLMSettings:
-        """The language model's settings."""
-        return LLMSettings("", self.source, self.pooling, PromptSettings(**self.prompt), self.trust_remote_code)
-
-    @property
-    def reads_recommender(self) -> bool:
-        """Whether a trained recommender belongs to the teacher."""
-        return self.hybrid or self.gate_input == StudentVectors.name or self.head in ("joined", "residual")
 
 
 def popularity_bias(targets: NDArray[np.int32], n_items: int, weight: float) -> Tensor:
@@ -307,24 +254,27 @@ def _assemble(
     return ILoraRecommender(llm, prompts, head=head, **shared)
 
 
-def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe) -> None:
+def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe, card: str | None = None) -> None:
     """Write all that belongs to a teacher besides the frozen language model.
 
     ``adapter/``, a PEFT folder (where there is an adapter), with the tokenizer, which knows the slots of injected
     vectors; ``items.safetensors``; ``head.safetensors``, what else was trained; ``config.json``, homes as ``~``;
-    and the trained recommender, where one is read.
+    the trained recommender, where one is read; and ``README.md``, the ``card``, if it is given.
     """
     with replaced_folder(folder) as aside:
         if isinstance(model.llm, PeftModel):
             model.llm.save_pretrained(str(aside / "adapter"))
-            for file in (aside / "adapter" / name for name in ("adapter_config.json", "README.md")):
-                file.write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
+            (aside / "adapter" / CARD).unlink()  # PEFT's form, with nothing filled in
+            file = aside / "adapter" / "adapter_config.json"
+            file.write_text(without_secrets(file.read_text(encoding="utf-8")), encoding="utf-8")
         model.prompts.tokenizer.save_pretrained(str(aside / "adapter"))
         save_tensors(model.item_tensors, aside / "items.safetensors")
         save_tensors(_beside_adapter(model), aside / "head.safetensors")
         if model.recommender is not None:
             model.recommender.save(aside)
-        write_hashes(aside, editable=("config.json",))  # it names the place of the language model
+        if card is not None:
+            (aside / CARD).write_text(card, encoding="utf-8")
+        write_hashes(aside, editable=("config.json", CARD))  # the first names the place of the language model
         write_json(aside / "config.json", vars(recipe) | {"source": without_secrets(recipe.source)})
 
 
@@ -333,20 +283,23 @@ def _beside_adapter(model: LLMTeacher) -> dict[str, Tensor]:
     return {name: each for name, each in model.named_parameters() if not name.startswith("llm.")}
 
 
-def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLMTeacher, TeacherRecipe]:
+def load_teacher(
+    folder: Path, data: RecData, device: torch.device, *, is_foreign: bool = False
+) -> tuple[LLMTeacher, TeacherRecipe]:
     """Load a finished teacher, in evaluation mode.
 
     Args:
         folder: What `save_teacher` wrote.
         data: The dataset it was trained on.
         device: Where to load it.
+        is_foreign: Whether somebody else may have written it: it then runs no code that its language model brings.
 
     Returns:
         The teacher, and the recipe it was put together by.
 
     Raises:
         CheckpointError: If the folder holds no teacher, or a part of one, or its language model is no longer where it
-            was.
+            was, or a foreign one would run code of its own.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
@@ -359,6 +312,11 @@ def load_teacher(folder: Path, data: RecData, device: torch.device) -> tuple[LLM
     except TypeError as error:
         told = f"{folder} was written by another version ({error}); load it with that one, or train the teacher again."
         raise CheckpointError(told) from error
+    if is_foreign and recipe.trust_remote_code:
+        raise CheckpointError(
+            f"the teacher in {folder} was fetched, and its language model {recipe.source!r} runs code of its own "
+            "(`trust_remote_code` in config.json); look at that code, then load the teacher from a copy of this folder."
+        )
     _check_parts(folder, recipe)
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings

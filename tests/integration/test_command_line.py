@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from command_helpers import STUDENT, TEACHER, TOY, run, runs
+from command_helpers import ROOT, STUDENT, TEACHER, TOY, run, runs
 from engine_helpers import events_of, texts_of
+from huggingface_hub import ModelCard
 
 
 def files_of(folder):
@@ -134,6 +135,20 @@ def test_resuming_a_finished_run_does_nothing(chain):
     done = run(folder, "teacher", *TEACHER, f"resume={found['teacher'].relative_to(folder)}")
     assert "finished already" in done.stderr
     assert (found["teacher"] / "metrics" / "time.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_every_model_has_a_card_with_its_validation_numbers_and_no_place_of_this_machine(chain):
+    folder, found, _ = chain
+    for stage, part in (("student", "student"), ("teacher", "teacher"), ("distill", "student")):
+        card = (found[stage] / part / "README.md").read_text()
+        told = json.loads((found[stage] / "metrics" / "validation.json").read_text())
+        (best,) = (entry for entry in told["history"] if entry["step"] == told["best_step"])
+        results = {each.metric_type: each.metric_value for each in ModelCard(card).data.eval_results}
+        assert results == {name[4:]: round(value, 6) for name, value in best.items() if name.startswith("val/")}
+        assert results[told["select_on"]] == round(told["best"], 6)
+        assert not [path for path in (str(folder), str(ROOT), "teacher_outputs") if path in card]
+    assert "distilled from the teacher `ilora-tiny_random`" in card
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

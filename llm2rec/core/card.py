@@ -1,0 +1,164 @@
+"""Model cards: a ``README.md`` beside a model's weights, with the front matter that the Hugging Face Hub reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2rec.core.files import read_object
+from llm2rec.core.git_info import git_state, library_versions
+from llm2rec.core.private import without_secrets
+
+__all__ = ["CARD", "PLACE", "Training", "best_validation", "model_card"]
+
+CARD = "README.md"
+"""Its file; the one file of a model's folder that people are meant to edit."""
+PLACE = "FOLDER"
+"""What the example loads, until the card is put on the Hub and has an id."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a model was trained on, and how it validated.
+
+    Attributes:
+        dataset: Name of the dataset.
+        fingerprint: The dataset's fingerprint.
+        split: How the dataset was split.
+        n_items: Items of the catalogue, N.
+        n_rows: Training rows.
+        n_validation: Validation rows.
+        seed: Seed of the run.
+        mask_seen: Whether items seen before were left out in validation.
+        metrics: Validation metrics of the weights that were kept; empty for a model that was not validated.
+    """
+
+    dataset: str
+    fingerprint: str
+    split: str
+    n_items: int
+    n_rows: int
+    n_validation: int
+    seed: int
+    mask_seen: bool
+    metrics: Mapping[str, float]
+
+
+def best_validation(run_folder: Path) -> dict[str, float]:
+    """Validation metrics of the weights that a run kept, by name; empty if it validated nothing.
+
+    Args:
+        run_folder: The run's folder, with ``metrics/validation.json`` if it trained.
+    """
+    file = run_folder / "metrics" / "validation.json"
+    if not file.is_file():
+        return {}
+    told = read_object(file, "best_step", "history")
+    best: dict[str, float] = next((entry for entry in told["history"] if entry["step"] == told["best_step"]), {})
+    return {name.removeprefix("val/"): value for name, value in best.items() if name.startswith("val/")}
+
+
+def model_card(
+    title: str,
+    lead: str,
+    tags: Sequence[str],
+    example: str,
+    limits: Sequence[str],
+    training: Training,
+    settings: Mapping[str, Any],
+    base_model: str | None = None,
+) -> str:
+    """Write a card. Home folders and what looks like a secret are taken out of it.
+
+    Args:
+        title: Its heading, and the model's name in the front matter.
+        lead: What the model is and does.
+        tags: Of the front matter, besides ``llm2rec`` and ``recommendation``.
+        example: Python that loads the model and asks it something; loads from `PLACE`.
+        limits: What it cannot be used for, a sentence each.
+        training: What it was trained on.
+        settings: Options it was trained with, plain values without paths.
+        base_model: Id of the model it adapts, if that is on the Hub.
+    """
+    state = git_state()
+    commit = f"commit `{state['commit']}`{' with local changes' if state['dirty'] else ''}" if state["commit"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    seen = "left out" if training.mask_seen else "not left out"
+    validation = (
+        f"Full ranking of all {training.n_items:,} items for {training.n_validation:,} validation rows, items seen "
+        f"before {seen}; these numbers chose the weights, so they flatter them. Test data was not opened.\n\n"
+        + _table(training.metrics)
+        if training.metrics
+        else "It was not validated in its training."
+    )
+    text = f"""---
+{_front_matter(title, tags, training, base_model)}
+---
+
+# {title}
+
+{lead}
+
+## How to load it
+
+```python
+{example}
+```
+
+## What it was trained on
+
+Dataset `{training.dataset}` (fingerprint `{training.fingerprint[:12]}`): {training.n_rows:,} training rows over \
+{training.n_items:,} items, split `{training.split}`. Whatever holds of this data (who is in it, what was shown to
+them, its terms of use) holds of the model.
+
+```json
+{json.dumps(settings, indent=2, ensure_ascii=False)}
+```
+
+## How it validated
+
+{validation}
+
+## What it cannot do
+
+{chr(10).join(f"- {each}" for each in limits)}
+
+## What made it
+
+llm2rec{f", {commit}" if commit else ""}; seed {training.seed}; {versions}.
+"""
+    return str(without_secrets(text))
+
+
+def _front_matter(title: str, tags: Sequence[str], training: Training, base_model: str | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData  # half a second to import, which reading needs not
+
+    results = [
+        EvalResult(
+            task_type="recommendation",
+            task_name="next item, full ranking",
+            dataset_type=training.dataset,
+            dataset_name=training.dataset,
+            dataset_split="validation",
+            dataset_args={"fingerprint": training.fingerprint},
+            metric_type=name,
+            metric_name=name.upper(),
+            metric_value=round(value, 6),
+        )
+        for name, value in training.metrics.items()
+    ]
+    adapts: dict[str, Any] = {"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}
+    data = ModelCardData(
+        library_name="llm2rec",
+        tags=["llm2rec", "recommendation", *tags],
+        model_name=title,
+        eval_results=results or None,
+        **adapts,
+    )
+    return str(data.to_yaml())
+
+
+def _table(metrics: Mapping[str, float]) -> str:
+    lines = [f"| {name.upper()} | {value:.4f} |" for name, value in metrics.items()]
+    return "\n".join(["| metric | validation |", "|---|---|", *lines])

@@ -1,0 +1,172 @@
+"""Sweeps: the jobs of ``--multirun``, gathered into one row for each combination of options."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from llm2rec.core.errors import CheckpointError
+from llm2rec.core.files import replaced_file, write_json
+from llm2rec.core.run import read_record
+from llm2rec.evaluate.report import aligned
+from llm2rec.evaluate.scoring import Scored
+
+__all__ = ["Combination", "Job", "format_sweep", "gather", "is_sweep", "jobs_of", "write_sweep"]
+
+_SWEEP = "multirun.yaml"  # Hydra's mark of a sweep's folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        folder: Its run folder, ``<sweep>/<number>``.
+        options: Its overrides by their keys, without the seed.
+        is_finished: Whether there is something to evaluate.
+    """
+
+    folder: Path
+    options: dict[str, str]
+    is_finished: bool
+
+    @property
+    def name(self) -> str:
+        """Sweep and number."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Jobs that differ in their seeds alone.
+
+    Attributes:
+        label: What they are, as in the table of all runs.
+        options: Those of their options that not all jobs have in common.
+        seeds: Their seeds.
+        runs: Their run folders, as ``<sweep>/<number>``.
+        metrics: Of each metric mean and sample standard deviation over the jobs (None for a single one), and their
+            values in the order of ``seeds``.
+    """
+
+    label: str
+    options: dict[str, str]
+    seeds: list[int | None]
+    runs: list[str]
+    metrics: dict[str, dict[str, Any]]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep, and of no run."""
+    return not (folder / "run.json").is_file() and (folder / _SWEEP).is_file()
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """The jobs of a sweep in the order they were run.
+
+    Raises:
+        CheckpointError: If none of them is finished.
+    """
+    jobs = [_job(each) for each in folder.iterdir() if each.name.isdecimal() and each.is_dir()]
+    if not any(job.is_finished for job in jobs):
+        raise CheckpointError(
+            f"no job of the sweep {folder} is finished; its {len(jobs)} jobs tell why in their log.txt."
+        )
+    return sorted(jobs, key=lambda job: (len(job.folder.name), job.folder.name))  # 2 before 10
+
+
+def _job(folder: Path) -> Job:
+    if not (folder / "run.json").is_file():  # it failed early
+        return Job(folder, {}, False)
+    record = read_record(folder)
+    options = dict(each.partition("=")[::2] for each in record.get("overrides", ()))
+    options.pop("seed", None)
+    return Job(folder, options, record["status"] == "finished")
+
+
+def gather(jobs: Sequence[Job], scored: Mapping[Path, Scored]) -> list[Combination]:
+    """Gather what differs in the seed alone.
+
+    Args:
+        jobs: Jobs of one sweep or several; those that are not finished are left out.
+        scored: What was scored, by run folder.
+
+    Returns:
+        Combinations in the order of their first jobs.
+    """
+    done = [job for job in jobs if job.is_finished]
+    common = set.intersection(*(set(job.options.items()) for job in done)) if done else set()
+    alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[Job]] = {}
+    for job in done:
+        options = tuple(option for option in job.options.items() if option not in common)
+        alike.setdefault((scored[job.folder].label, options), []).append(job)
+    return [
+        Combination(
+            label,
+            dict(options),
+            [scored[job.folder].seed for job in members],
+            [job.name for job in members],
+            _spreads([scored[job.folder].metrics for job in members]),
+        )
+        for (label, options), members in alike.items()
+    ]
+
+
+def _spreads(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    spreads = {}
+    for name in metrics[0]:
+        values = [each[name] for each in metrics if name in each]
+        if len(values) == len(metrics):
+            spreads[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+    return spreads
+
+
+def format_sweep(combinations: Sequence[Combination], ks: Sequence[int]) -> str:
+    """A table for a terminal: one row a combination, mean ± standard deviation over its jobs, in percent."""
+    names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in ks if (name, k) not in (("ndcg", 1), ("mrr", 1))]
+    body = [
+        [
+            " ".join([each.label, *(f"{key}={value}" for key, value in each.options.items())]),
+            str(len(each.runs)),
+            *(_cell(each.metrics.get(name)) for name in names),
+        ]
+        for each in combinations
+    ]
+    return aligned(["options", "jobs", *(name.upper() for name in names)], body)
+
+
+def _cell(spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return ""
+    told = f"{100 * spread['mean']:.2f}"
+    return told if spread["std"] is None else f"{told} ± {100 * spread['std']:.2f}"
+
+
+def write_sweep(
+    folder: Path, jobs: Sequence[Job], scored: Mapping[Path, Scored], ks: Sequence[int], about: Mapping[str, Any]
+) -> str:
+    """Write ``sweep.txt`` and ``sweep.json``.
+
+    Args:
+        folder: Run folder of the evaluation.
+        jobs: Jobs of the sweeps.
+        scored: What was scored, by run folder.
+        ks: Cut-offs.
+        about: Dataset and protocol, for the JSON file.
+
+    Returns:
+        The table.
+    """
+    combinations, missing = gather(jobs, scored), [job for job in jobs if not job.is_finished]
+    text = (
+        "sweep: mean ± standard deviation over the jobs of a combination of options, in percent\n"
+        f"{format_sweep(combinations, ks)}\n"
+    )
+    if missing:
+        text += f"not finished, and not in the table: {', '.join(job.name for job in missing)}\n"
+    with replaced_file(folder / "sweep.txt") as aside:
+        aside.write_text(text, encoding="utf-8")
+    told = {"combinations": [asdict(each) for each in combinations], "not_finished": [job.name for job in missing]}
+    write_json(folder / "sweep.json", {**about, **told})
+    return text

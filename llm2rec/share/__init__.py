@@ -1,0 +1,1 @@
+"""Finished students and teachers on the Hugging Face Hub."""

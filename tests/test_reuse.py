@@ -1,0 +1,100 @@
+"""Runs that need not be made again are found, and no others."""
+
+import ast
+import copy
+from pathlib import Path
+
+import pytest
+
+import llm2rec
+from llm2rec.core.files import write_json
+from llm2rec.reuse import made_by_other_code, same_runs
+
+CONFIG = {
+    "dataset": {"name": "toy", "seed": 0},
+    "student": {"training": {"epochs": 3, "micro_batch_size": None}},
+    "teacher": {"r": 8},
+    "seed": 1,
+}
+READS = ("dataset", "seed", "student")
+# What every stage reads without a change in what it makes, and what `reads` need not name.
+ALWAYS = {"dataset", "seed", "paths", "logging", "resume", "reuse"}
+
+
+def run_in(results, name, stage="student", status="finished", config=CONFIG, **more):
+    folder = results / name
+    write_json(folder / "config.json", config)
+    dataset = {"name": "toy", "fingerprint": "f"}
+    write_json(folder / "run.json", {"stage": stage, "status": status, "dataset": dataset, **more})
+    return folder
+
+
+def changed(**values):
+    config = copy.deepcopy(CONFIG)
+    for key, value in values.items():
+        *groups, last = key.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return config
+
+
+def found(results, config=CONFIG):
+    return [folder.name for folder, _ in same_runs(results, "student", config, READS)]
+
+
+def test_the_newest_finished_run_of_the_same_stage_comes_first(tmp_path):
+    assert found(tmp_path) == []
+    run_in(tmp_path, "result_1")
+    run_in(tmp_path, "result_2")
+    run_in(tmp_path, "result_3", status="running")
+    run_in(tmp_path, "result_4", stage="teacher")
+    (tmp_path / "result_5").mkdir()
+    write_json(tmp_path / "result_6" / "run.json", {"stage": "student"})
+    write_json(tmp_path / "result_7" / "run.json", {"stage": "student", "status": "finished", "dataset": {}})
+    run_in(tmp_path, "result_8", config={"seed": 1})
+    assert same_runs(tmp_path, "student", CONFIG, READS) == [(tmp_path / "result_2", "f"), (tmp_path / "result_1", "f")]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_found"),
+    [
+        ({"teacher__r": 16}, True),  # which a student does not read
+        ({"student__training__micro_batch_size": 4}, True),
+        ({"student__training__epochs": 4}, False),
+        ({"dataset__seed": 1}, False),
+        ({"seed": 2}, False),
+    ],
+)
+def test_only_what_the_stage_reads_has_to_be_the_same(tmp_path, values, is_found):
+    run_in(tmp_path, "result_1")
+    assert bool(found(tmp_path, changed(**values))) == is_found
+
+
+def test_a_home_folder_in_an_option_is_the_same_as_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    run_in(tmp_path, "result_1", config=changed(dataset__file="~/shop.csv"))
+    assert found(tmp_path, changed(dataset__file="/home/ann/shop.csv")) == ["result_1"]
+
+
+def test_other_code_is_told(tmp_path):
+    assert made_by_other_code(run_in(tmp_path, "result_1")) is None
+    other = run_in(tmp_path, "result_2", git={"commit": "1" * 40})
+    assert made_by_other_code(other) in ("1" * 12, None)  # None where this is no checkout
+
+
+def test_stages_name_all_that_they_read():
+    """Else a run of another configuration would be taken for this one."""
+    checked = []
+    for file in Path(llm2rec.__file__).parent.rglob("__main__.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "stage"]
+        (reads,) = [kw.value for call in calls for kw in call.keywords if kw.arg == "reads"] or [None]
+        if reads is None:
+            continue
+        attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        read = {node.attr for node in attributes if ast.unparse(node.value) == "cfg"}
+        assert read <= {*ast.literal_eval(reads), *ALWAYS}, file
+        checked.append(file.parent.name)
+    assert sorted(checked) == ["data", "distill", "student", "teacher"]
