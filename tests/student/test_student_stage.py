@@ -86,6 +86,7 @@ def test_a_finished_run_holds_what_the_design_says(launch, name):
     assert len(record["dataset"]["fingerprint"]) == 64
     assert {file.suffix for file in run.rglob("*") if file.is_file()} <= {
         ".arrow",
+        ".md",  # the model card
         ".json",
         ".safetensors",
         ".txt",
