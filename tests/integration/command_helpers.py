@@ -67,9 +67,9 @@ def accelerate_on_cpu(name: str, folder: Path, **changes: Any) -> list[str]:
     return [str(BIN / "accelerate"), "launch", "--config_file", str(file)]
 
 
-def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, check: bool = True):
-    """Run a stage to its end and return the finished process, output as text."""
-    return run_command(folder, [*launcher, f"llm2rec.{stage}", *overrides], check=check)
+def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, check: bool = True, **variables: str):
+    """Run a stage to its end, ``variables`` in its environment; returns the finished process, output as text."""
+    return run_command(folder, [*launcher, f"llm2rec.{stage}", *overrides], check=check, **variables)
 
 
 def run_command(folder: Path, command: list[str], *, check: bool = True, **variables: str):
@@ -91,16 +91,19 @@ def run_until(
     reached: Callable[[], bool],
     launcher: list[str] = PLAIN,
     sent: signal.Signals = signal.SIGKILL,
+    **variables: str,
 ) -> int:
     """Run a stage until ``reached`` says so, then send a signal; returns the exit status.
 
-    SIGKILL goes to all its processes, any other signal to the first alone, as a cluster or a container sends it.
+    ``variables`` are in its environment. SIGKILL goes to all its processes, any other signal to the first alone, as a
+    cluster or a container sends it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "killed.txt", "w") as log:
         process = subprocess.Popen(
             [*launcher, f"llm2rec.{stage}", *overrides],
             cwd=folder,
-            env=environment(),
+            env=environment() | variables,
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""A teacher whose language model is divided among processes learns and exports what one process does."""
+"""A teacher whose language model is divided among processes learns, exports, resumes and scores as one process does."""
 
 import json
 import sys
@@ -12,11 +12,14 @@ from command_helpers import (
     TORCHRUN,
     TOY,
     adapter,
+    checkpoint_step,
     close_histories,
+    equal,
     history,
     outputs_of,
     run,
     run_command,
+    run_until,
     runs,
 )
 
@@ -40,12 +43,18 @@ COMMON = [
     "active.budget=0.1",
     "teacher.export.block_rows=20",
 ]
+ITEM = ["teacher.head=projected"]
 TITLE = [
     "teacher=ilora_paper",
     "llm.prompt.max_tokens=512",
     "teacher.export.top_k=4",
     "teacher.training.learning_rate=3e-3",
 ]
+
+
+def skip_without_deepspeed(launch):
+    if launch == "zero3":
+        pytest.importorskip("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +65,16 @@ def student(tmp_path_factory):
 
 
 def taught(folder, launcher, student, **variables):
-    """Train both teachers in one launch; returns ``folder``."""
+    """Train both teachers, and score them, in one launch; returns ``folder``."""
     title = [*TITLE, f"teacher.recommender_run={student}"]
+    teachers = (("item", ITEM), ("title", title))
+    asked = ["runs=[" + ",".join(str(folder / name / "run") for name, _ in teachers) + "]", "metrics.ks=[1,4]"]
     jobs = [
-        [str(folder / name), "teacher", [*COMMON, *own, f"hydra.run.dir={folder / name / 'run'}"]]
-        for name, own in (("item", ["teacher.head=projected"]), ("title", title))
+        [str(folder / name), stage, [*own, f"hydra.run.dir={folder / name / 'run'}"]]
+        for name, stage, own in (
+            *((name, "teacher", [*COMMON, *own]) for name, own in teachers),
+            ("scores", "evaluate", [*TOY, *asked]),
+        )
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     run_command(folder, [*launcher, PROGRAM, str(folder / "jobs.json")], **variables)
@@ -74,8 +88,7 @@ def one(student, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=LAUNCHES)
 def divided(request, student, tmp_path_factory):
-    if request.param == "zero3":
-        pytest.importorskip("deepspeed")
+    skip_without_deepspeed(request.param)
     return taught(tmp_path_factory.mktemp(request.param), TORCHRUN[:-1], student, **LAUNCHES[request.param])
 
 
@@ -94,3 +107,31 @@ def test_a_divided_teacher_is_the_one_that_one_process_trains(case, teacher, one
     np.testing.assert_allclose(confidence_two, confidence, rtol=1e-4, atol=1e-4)
     records = [json.loads((folder / case / "run" / "run.json").read_text()) for folder in (one, divided)]
     assert records[0]["parameters"] == records[1]["parameters"]
+
+
+def test_a_divided_teacher_is_scored_as_one_process_scores_it(one, divided):
+    scores, scores_two = (
+        json.loads((folder / "scores" / "run" / "comparison.json").read_text())["rows_scored"]
+        for folder in (one, divided)
+    )
+    assert len(scores) == 3  # popularity among them
+    for ours, theirs in zip(scores, scores_two, strict=True):
+        assert ours["label"] == theirs["label"]
+        assert ours["metrics"] == theirs["metrics"]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_divided_teacher_that_was_killed_goes_on_to_the_same_end(launch, tmp_path):
+    skip_without_deepspeed(launch)
+    overrides = [*COMMON, *ITEM, "teacher.training.checkpoint_every_steps=1", "teacher.training.epochs=4"]
+    how = {"launcher": TORCHRUN, **LAUNCHES[launch]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, "teacher", *overrides, **how)
+    run_until(killed, "teacher", *overrides, reached=lambda: checkpoint_step(killed) >= 3, **how)
+    (folder,) = runs(killed)
+    run(killed, "teacher", *overrides, f"resume={folder.relative_to(killed)}", **how)
+    (expected,), (found,) = runs(whole), runs(killed)
+    assert history(found) == history(expected)
+    assert equal(adapter(found), adapter(expected))
+    for ours, theirs in zip(outputs_of(killed, "ilora"), outputs_of(whole, "ilora"), strict=True):
+        assert np.array_equal(ours, theirs)
