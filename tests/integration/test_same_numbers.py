@@ -16,6 +16,7 @@ from command_helpers import OF_ILORA, TORCHRUN, TOY, accelerate_on_cpu, history,
 pytestmark = pytest.mark.slow
 PROGRAM = str(Path(__file__).with_name("stages_in_turn.py"))
 N_STEPS, N_STEPS_OF_TITLE = 6, 4
+ROUNDED = 1e-2  # of a metric: a value that is rounded to 8 bits may, for its last bit, fall on the other side
 IN_ONE_PIECE, IN_PARTS = 1, 4
 CASES = {  # in an order in which what a case reads is there
     "windows": "student",
@@ -23,6 +24,8 @@ CASES = {  # in an order in which what a case reads is there
     "sampled softmax": "student",
     "gbce": "student",
     "item": "teacher",
+    "item in 8 bits": "teacher",
+    "item in 4 bits": "teacher",
     "title": "teacher",
     "dllm2rec": "distill",
     "confidence": "distill",
@@ -37,6 +40,8 @@ OVERRIDES = {
     "sampled softmax": ["student.loss.name=sampled_softmax", "student.loss.n_negatives=16"],
     "gbce": ["student=gru4rec", "student.loss.name=gbce", "student.loss.n_negatives=8"],
     "item": ["teacher.training.max_grad_norm=0.1"],
+    "item in 8 bits": ["teacher.precision=int8", "llm.width=64"],
+    "item in 4 bits": ["teacher.precision=int4", "llm.width=64"],
     "title": [
         "teacher=ilora_paper",
         "teacher.training.learning_rate=3e-3",
@@ -63,7 +68,7 @@ def overrides(case, n_parts, one):
     told = [*TOY, *OVERRIDES[case], f"{trained}.training.epochs=2", f"{trained}.training.batch_size={batch_size}"]
     told.append(f"{trained}.training.micro_batch_size={-(-batch_size // n_parts)}")
     if stage == "teacher":
-        told += [*OF_ILORA, "llm.width=32", "teacher.export.block_rows=50"]
+        told = [*OF_ILORA, "llm.width=32", "teacher.export.block_rows=50", *told]
     else:
         told.append("student.model.dropout=0")
     if stage == "distill":
@@ -117,7 +122,7 @@ def test_losses_and_gradient_norms_are_the_same_to_rounding_and_metrics_exactly(
         assert ours.keys() == theirs.keys()
         for name in ours:
             # Not the bits: that one mean over all rows is summed in another order.
-            tolerance = 0 if name.startswith("val/") else 1e-5
+            tolerance = (ROUNDED if case.endswith("bits") else 0) if name.startswith("val/") else 1e-5
             np.testing.assert_allclose(theirs[name], ours[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
