@@ -4,20 +4,23 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
+
 from llm2rec.config import Config
 from llm2rec.core.files import sha256_of_file
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.vectors import standardised
-from llm2rec.distill.data_bridge import read_outputs
+from llm2rec.data import RecData
+from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
 from llm2rec.distill.selection_policy import SelectionPolicy
-from llm2rec.distill.settings import DistillSettings
+from llm2rec.distill.settings import DistillSettings, EmbeddingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import student_card, training_on
 from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.student.models import build_model
+from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.samples import log_recommendations, student_answers
 from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
@@ -55,16 +58,7 @@ def main(cfg: Config, run: Run) -> None:
         side = settings.embedding.fusion_sides
         logger.info("items are scored with vectors of their own: the teacher is fused on the %s side only", side)
         arguments["tie_items"] = False
-    vectors = standardised(teacher.embeddings) if settings.embedding.standardise else teacher.embeddings
-    model = DistilledStudent(
-        build_model(student_settings.name, **arguments),
-        vectors,
-        fusion_scale=settings.embedding.fusion_scale,
-        align=settings.embedding.alignment_weight > 0,
-        fusion_sides=settings.embedding.fusion_sides,
-        alignment_sides=settings.embedding.alignment_sides,
-        initialise=settings.embedding.initialise,
-    )
+    model = distilled_student(build_model(student_settings.name, **arguments), teacher, settings.embedding)
     train = training_data(data, student_settings.examples, student_settings.model.max_length)
     validation = SequenceData.of(data.splits["validation"], data.n_items, student_settings.model.max_length)
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
@@ -83,27 +77,38 @@ def main(cfg: Config, run: Run) -> None:
             seen=seen,
         )
     log_recommendations(engine, student_answers(model.student), validation, data.items)
+    name = teacher.manifest.get("teacher", "unknown teacher")
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
-        card = student_card(
-            student_settings.name,
-            items["raw_id"][:3].to_pylist(),
-            model.student.max_length,
-            training_on(data, run),
-            {
-                "student": run.config["student"],
-                # A place on this machine.
-                "distill": {k: v for k, v in run.config["distill"].items() if k != "teacher_outputs"},
-                "active": run.config["active"],
-            },
-            teacher=teacher.manifest.get("teacher", "unknown teacher"),
-        )
+        card = card_of(run, data, student_settings.name, model.student.max_length, items, name)
         save_student(run.folder / "student", model.student, student_settings.name, arguments, items, card)
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
-    label = f"{student_settings.name} + {settings.name} ({teacher.manifest.get('teacher', 'unknown teacher')})"
-    run.note(label=label, parameters=served)
+    run.note(label=f"{student_settings.name} + {settings.name} ({name})", parameters=served)
     engine.drop_checkpoints()
     engine.close()
+
+
+def distilled_student(
+    student: SequentialRecommender, teacher: TeacherOutputs, settings: EmbeddingSettings
+) -> DistilledStudent:
+    """A student with what the settings take from the teacher's item vectors."""
+    return DistilledStudent(
+        student,
+        standardised(teacher.embeddings) if settings.standardise else teacher.embeddings,
+        fusion_scale=settings.fusion_scale,
+        align=settings.alignment_weight > 0,
+        fusion_sides=settings.fusion_sides,
+        alignment_sides=settings.alignment_sides,
+        initialise=settings.initialise,
+    )
+
+
+def card_of(run: Run, data: RecData, student: str, max_length: int, items: pa.Table, teacher: str) -> str:
+    """The model card of a run's student."""
+    told = {name: run.config[name] for name in ("student", "distill", "active")}
+    told["distill"] = {k: v for k, v in told["distill"].items() if k != "teacher_outputs"}  # a place on this machine
+    examples = items["raw_id"][:3].to_pylist()
+    return student_card(student, examples, max_length, training_on(data, run), told, teacher=teacher)
 
 
 if __name__ == "__main__":
