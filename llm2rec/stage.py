@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -88,6 +89,7 @@ def stage(
             register(_or_exit(run_folder))
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
+            sys.argv[1:] = overrides_last(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
             if failed:
                 jobs = ", ".join(map(str, failed))
@@ -113,7 +115,7 @@ def _carry_out(
         by = f", made by commit {commit} (this is another)" if (commit := made_by_other_code(earlier)) else ""
         logger.info("%s: up to date: same configuration, same data%s; `reuse=false` runs it again", name, by)
         if is_first_process():
-            shutil.rmtree(folder)
+            _leave_nothing(folder)
         return
     run = Run.start(folder, name, _plain(cfg))
     logger.info("%s: %s", name, _shown(folder))
@@ -126,6 +128,22 @@ def _carry_out(
     function(cast(Config, cfg), run)
     run.note(status="finished")
     logger.info("%s: done, see %s", name, _shown(folder))
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Put overrides behind all options.
+
+    Of those on both sides of one (``a=1 --multirun b=2``), argparse, which Hydra uses, takes the second for mistakes.
+    """
+    return sorted(arguments, key=lambda each: not each.startswith("-") and ("=" in each or each.startswith("~")))
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove what Hydra has put into the folder of a run that is none, and the folder, if that was all."""
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    (folder / "log.txt").unlink(missing_ok=True)
+    with suppress(OSError):  # it was there before, and is somebody's
+        folder.rmdir()
 
 
 def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> None:

@@ -48,6 +48,7 @@ class Selection:
         self._policy, self._n_rows, self._teacher, self._folder = policy, n_rows, teacher, folder
         self._student, self._rows = student, teacher.rows_labelled(n_rows)
         self._epoch, self._weights = -1, np.empty(0, np.float32)
+        self._told: tuple[int, int, float] | None = None
         asked = policy.rows_to_label(n_rows)
         missing = np.empty(0, np.int64) if asked is None else np.setdiff1d(asked, self._rows)
         if len(missing):
@@ -70,8 +71,10 @@ class Selection:
             kept = agree(file.is_file() if is_first_process() else None)
             self._weights = np.load(file, allow_pickle=False) if kept else self._asked(decided, file)
             self._epoch = decided
-            told = decided, int((self._weights > 0).sum()), self._n_rows, float(self._weights.sum()) / self._n_rows
-            logger.info("epoch %d: distilling %d of %d rows, mean weight %.3f", *told)
+            told = int((self._weights > 0).sum()), self._n_rows, float(self._weights.sum()) / self._n_rows
+            if told != self._told:
+                logger.info("epoch %d: distilling %d of %d rows, mean weight %.3f", decided, *told)
+                self._told = told
         return self._weights
 
     def close(self) -> None:

@@ -33,6 +33,10 @@ def test_a_stage_runs_again_only_where_something_has_changed(tmp_path):
     for folder in runs(tmp_path):
         shutil.rmtree(folder / "student", ignore_errors=True)
     assert not is_up_to_date(tmp_path, "student", *student)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept.txt").write_text("of somebody")
+    assert is_up_to_date(tmp_path, "data", *TOY, "hydra.run.dir=mine")
+    assert [each.name for each in (tmp_path / "mine").iterdir()] == ["kept.txt"]
     refused = run(tmp_path, "evaluate", *TOY, "reuse=true", check=False)
     assert "`reuse` is true, but evaluate is always run" in refused.stderr
 
@@ -55,7 +59,7 @@ def test_a_student_is_distilled_again_when_its_teacher_has_written_again(tmp_pat
 
 def test_a_failing_job_loses_no_other_and_evaluation_gathers_the_rest(tmp_path):
     options = ["seed=1,2", "student.training.batch_size=0,37,53"]
-    swept = run(tmp_path, "student", "--multirun", *TOY, *QUICK, *options, check=False)
+    swept = run(tmp_path, "student", *TOY, "--multirun", *QUICK, *options, check=False)
     assert swept.returncode == 1
     assert "student: jobs that failed: 0, 3; the others of the sweep are done" in swept.stderr
     assert swept.stderr.count("`batch_size` is 0, expected at least 1") == 2
