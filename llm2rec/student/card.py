@@ -6,10 +6,10 @@ from typing import Any
 from llm2rec.core.card import PLACE, Training, best_validation, model_card
 from llm2rec.core.run import Run
 from llm2rec.data import RecData
+from llm2rec.student.models import MODELS
 
 __all__ = ["student_card", "training_on"]
 
-_NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "caser": "Caser"}
 
 
 def training_on(data: RecData, run: Run, n_rows: int | None = None, n_validation: int | None = None) -> Training:
@@ -53,10 +53,11 @@ def student_card(
         settings: Options it was trained with, without paths.
         teacher: Name of the teacher it was distilled from, if any.
     """
+    named = MODELS[name].__name__
     distilled = f", distilled from the teacher `{teacher}` with DLLM2Rec (arXiv 2405.00338)" if teacher else ""
     return model_card(
-        title=f"{_NAMES[name]} for {training.dataset}" + (", distilled from a language model" if teacher else ""),
-        lead=f"A small sequential recommender: {_NAMES[name]} trained with llm2rec on `{training.dataset}`{distilled}. "
+        title=f"{named} for {training.dataset}" + (", distilled from a language model" if teacher else ""),
+        lead=f"A small sequential recommender: {named} trained with llm2rec on `{training.dataset}`{distilled}. "
         "It reads a history of items and ranks the catalogue, in ids and titles.",
         tags=["sequential-recommendation", name, *(["distillation", "dllm2rec"] if teacher else [])],
         example="import llm2rec\n"
