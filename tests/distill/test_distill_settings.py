@@ -1,0 +1,89 @@
+"""Settings of distillation that cannot work are refused, each with what to do."""
+
+import math
+
+import pytest
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSettings, RankingSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -0.1}, r"must not be negative, got weight=-0\.1"),
+        ({"gamma_consistency": -1.0}, r"must not be negative.*-1\.0"),
+        ({"gamma_position": 0.0, "gamma_confidence": 0.0}, r"both 0.*set one of them, or `weight: 0`"),
+        ({"top_k": 0}, r"expected top_k >= 1 and beta > 0, got 0 and 1\.0"),
+        ({"beta": 0.0}, r"expected top_k >= 1 and beta > 0, got 10 and 0\.0"),
+        ({"weight_floor": -1e-8}, r"weight_floor is -1e-08, expected 0 \(none\) or more"),
+        ({"weight_floor": math.nan}, "weight_floor is nan"),
+        ({"confidence": "both"}, r"ranking\.confidence is 'both', expected 'per_candidate' or 'per_row'"),
+        (
+            {"negative": "two"},
+            r"ranking\.negative is 'two', expected 'none', 'one_minus_score' or 'one_minus_probability'",
+        ),
+        ({"loss": "bpr"}, r"ranking\.loss is 'bpr', expected 'weighted_bce', 'listwise', 'ranknet' or 'margin'"),
+        ({"over": "all"}, r"ranking\.over is 'all', expected 'catalogue' or 'candidates'"),
+        ({"temperature": 0.0}, r"positive `temperature` and `margin`, got 0\.0 and 1\.0"),
+        ({"margin": math.nan}, r"positive `temperature` and `margin`, got 1\.0 and nan"),
+        (
+            {"loss": "listwise", "negative": "one_minus_score"},
+            r"negative \(with loss=listwise\) is 'one_minus_score', expected 'none'",
+        ),
+        (
+            {"loss": "ranknet", "negative": "one_minus_score"},
+            r"negative \(with loss=ranknet\) is 'one_minus_score', expected 'none' or 'ranked_last'",
+        ),
+        ({"negative": "ranked_last"}, r"ranking\.negative is 'ranked_last'"),
+        ({"loss": "margin", "top_k": 1}, r"'margin' and `top_k` is 1, which leaves no pair.*negative=ranked_last"),
+    ],
+)
+def test_ranking_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RankingSettings(**settings)
+
+
+def test_shares_may_be_zero_where_ranking_is_left_out_or_no_weight_is():
+    RankingSettings(weight=0.0, gamma_position=0.0, gamma_confidence=0.0)
+    RankingSettings(weight_floor=1e-8, gamma_position=0.0, gamma_confidence=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -1.0}, r"dros: expected weight >= 0.*got -1\.0, 0\.05 and 1\.0"),
+        ({"beta": 0.0}, r"beta > 0, got 0\.0, 0\.05 and 0\.0"),
+        ({"propensity_power": -1.0}, "propensity_power >= 0"),
+        ({"in_ranking": "yes"}, r"dros\.in_ranking is 'yes', expected 'none', 'per_row' or 'broadcast'"),
+    ],
+)
+def test_robust_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DrosSettings(**settings)
+
+
+def test_an_unknown_loss_of_the_student_is_refused():
+    with pytest.raises(ConfigError, match=r"own_loss is 'bpr', expected 'student', 'cross_entropy' or 'sampled_bce'"):
+        DistillSettings(own_loss="bpr")
+
+
+def test_dros_of_candidates_needs_their_weights():
+    with pytest.raises(ConfigError, match=r"in_ranking is 'per_row'.*loss=weighted_bce does, and that is 'listwise'"):
+        DistillSettings(ranking=RankingSettings(loss="listwise"), dros=DrosSettings(in_ranking="per_row"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alignment": "l1"}, "alignment is 'l1', expected 'mse', 'cosine' or 'contrastive'"),
+        ({"fusion_sides": "neither"}, "fusion_sides is 'neither', expected 'both', 'input' or 'output'"),
+        ({"alignment_sides": "neither"}, "alignment_sides is 'neither', expected 'input', 'output' or 'both'"),
+        ({"alignment_temperature": 0.0}, r"alignment_temperature is 0\.0, expected a positive number"),
+        ({"initialise": "random"}, "initialise is 'random', expected 'none', 'pca' or 'whitened'"),
+        ({"alignment_weight": -1.0}, r"alignment_weight is -1\.0, expected 0 or more"),
+    ],
+)
+def test_embedding_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EmbeddingSettings(**settings)

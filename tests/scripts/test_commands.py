@@ -1,0 +1,118 @@
+"""The scripts of `cmd/` and CI, run for real with programs on PATH that only write down how they were called."""
+
+import re
+import subprocess
+
+import pytest
+from script_checkout import Checkout
+
+
+def stages(checkout: Checkout) -> list[str]:
+    return [re.search(r"-m llm2rec\.(\w+)", call).group(1) for call in checkout.calls("accelerate")]  # type: ignore[union-attr]
+
+
+def test_pipeline_runs_every_stage_in_order_with_the_overrides(ready: Checkout) -> None:
+    run = ready.run("cmd/run_all_pipeline.sh", "seed=7", "student=gru4rec")
+    assert run.returncode == 0, run.stderr
+    order = list(dict.fromkeys(stages(ready)))
+    assert order == ["data", "student", "teacher", "distill", "evaluate"]
+    assert all("seed=7" in call for call in ready.calls("accelerate"))
+
+
+@pytest.mark.parametrize(("arguments", "reuse"), [(["seed=7"], "true"), (["seed=7", "--force"], "false"), ([], "true")])
+def test_pipeline_takes_what_is_up_to_date_unless_forced(ready: Checkout, arguments: list[str], reuse: str) -> None:
+    run = ready.run("cmd/run_all_pipeline.sh", *arguments)
+    assert run.returncode == 0, run.stderr
+    *others, evaluate = ready.calls("accelerate")
+    assert len(others) == 5
+    assert all(call.endswith(f" reuse={reuse}") for call in others)
+    assert "reuse" not in evaluate
+    assert "--force" not in "".join([*others, evaluate])
+
+
+def test_pipeline_stops_where_a_stage_fails(ready: Checkout) -> None:
+    run = ready.run("cmd/run_all_pipeline.sh", FAILING_STAGE="llm2rec.teacher")
+    assert run.returncode == 3
+    assert "distill" not in stages(ready)
+
+
+def test_quickstart_sets_up_and_takes_the_toy(checkout: Checkout) -> None:
+    run = checkout.run("cmd/quickstart.sh", "seed=3")
+    assert run.returncode == 0, run.stderr
+    assert len(checkout.calls("--require-hashes")) == 1
+    assert all("dataset=toy llm=tiny_random" in call for call in checkout.calls("accelerate"))
+    assert all("seed=3" in call for call in checkout.calls("accelerate"))
+
+
+@pytest.mark.parametrize(
+    ("script", "stage"),
+    [("run_teacher_train", "teacher"), ("run_student_baseline", "student"), ("run_distill_dllm2rec", "distill")],
+)
+def test_each_command_launches_its_stage(ready: Checkout, script: str, stage: str) -> None:
+    assert ready.run(f"cmd/{script}.sh", "dataset=toy", "note='two words'").returncode == 0
+    assert stages(ready) == [stage]
+    assert ready.calls("accelerate")[0].endswith("dataset=toy note='two words'")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "setting", "file"),
+    [
+        (False, "", "accelerate_configs/cpu.yaml"),
+        (True, "", "accelerate_configs/single_a100.yaml"),
+        (True, "cpu", "accelerate_configs/cpu.yaml"),
+        (False, "multi_gpu_zero2", "accelerate_configs/multi_gpu_zero2.yaml"),
+    ],
+)
+def test_launch_configuration_fits_the_machine(ready: Checkout, gpu: bool, setting: str, file: str) -> None:
+    ready.gpu(gpu)
+    run = ready.run("cmd/run_student_baseline.sh", ACCELERATE_CONFIG=setting)
+    assert run.returncode == 0, run.stderr
+    assert f"--config_file {file} " in ready.calls("accelerate")[0]
+
+
+def test_unknown_launch_configuration_is_named(ready: Checkout) -> None:
+    run = ready.run("cmd/run_student_baseline.sh", ACCELERATE_CONFIG="tpu")
+    assert run.returncode == 1
+    assert "'tpu'" in run.stderr
+    assert "single_a100" in run.stderr
+    assert ready.calls("accelerate") == []
+
+
+def test_tests_run_in_several_processes(ready: Checkout) -> None:
+    assert ready.run("cmd/test.sh", "-k", "something", LLM2REC_TEST_WORKERS="2").returncode == 0
+    (call,) = ready.calls("-m pytest")
+    assert "-n 2 " in call
+    assert call.endswith("-k something")
+
+
+# CI -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ci(ready: Checkout) -> Checkout:
+    for name in ("shellcheck", "hadolint"):
+        program = ready.root / ".venv" / "bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>"$CALLS"\n')
+        program.chmod(0o755)
+    ready.program("poetry", '#!/bin/sh\necho "poetry $*" >>"$CALLS"\necho "Poetry (version 2.5.1)"\n')
+    ready.program("chromium", "#!/bin/sh\n")  # else CI would install a real one
+    subprocess.run(["git", "init", "-q", ready.root], check=True)
+    return ready
+
+
+def test_ci_runs_every_step(ci: Checkout) -> None:
+    run = ci.run(".ci/run")
+    assert run.returncode == 0, run.stderr
+    assert "-m not gpu" in ci.calls("-m pytest")[0]
+    assert len(ci.calls("ruff")) == 2
+    assert len(ci.calls("mypy")) == 1
+    assert "cmd/test.sh" in ci.calls("^shellcheck")[0]
+    assert ".ci/run" in ci.calls("^shellcheck")[0]
+    assert ci.calls("^poetry check") == ["poetry check --lock"]
+
+
+def test_ci_names_the_failed_step_and_goes_on(ci: Checkout) -> None:
+    run = ci.run(".ci/run", RUFF_STATUS="1")
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith("FAILED: ruff check")
+    assert ci.calls("^poetry check") == ["poetry check --lock"]
