@@ -31,7 +31,7 @@ from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.report_files import write_pages
 from llm2rec.evaluate.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.settings import ReportSettings
-from llm2rec.evaluate.sweeps import is_sweep, jobs_of, write_sweep
+from llm2rec.evaluate.sweeps import Job, is_sweep, jobs_of, write_sweep
 from llm2rec.stage import build, open_data, open_engine, stage
 
 logger = logging.getLogger("llm2rec.evaluate")
@@ -46,8 +46,9 @@ def main(cfg: Config, run: Run) -> None:
     engine = open_engine(cfg, run, lockstep=divides_frozen())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
     named = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
-    jobs = [job for each in named if is_sweep(each) for job in jobs_of(each)]
-    folders = [each for each in named if not is_sweep(each)] + [job.folder for job in jobs if job.is_finished]
+    sweeps = {each: jobs_of(each) for each in named if is_sweep(each)}
+    jobs = [job for each in sweeps.values() for job in each]
+    folders = [folder for each in named for folder in _finished(each, sweeps.get(each))]
     check_baseline(settings.baseline, folders)
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
@@ -74,6 +75,11 @@ def main(cfg: Config, run: Run) -> None:
             write_pages(run.folder, findings)
         logger.info("\n%s", "\n".join(findings.conclusions))
     engine.close()
+
+
+def _finished(folder: Path, jobs: Sequence[Job] | None) -> list[Path]:
+    """The runs to score of a folder: it, or of a sweep its finished jobs."""
+    return [folder] if jobs is None else [job.folder for job in jobs if job.is_finished]
 
 
 def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:

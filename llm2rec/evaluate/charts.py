@@ -77,9 +77,11 @@ class _Scale:
         found: list[float] = []
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            steps = (1, 2, 5) if last - first <= 2 else (1,)
-            powers = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-            found = [each for each in powers if self.low <= each <= self.high]
+            for steps in ((1,), (1, 3), (1, 2, 5)):  # a decade
+                powers = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+                found = [each for each in powers if self.low <= each <= self.high]
+                if len(found) >= 3:
+                    break
         while len(found) < 3:  # of a logarithm, too, where it spans little
             step = _round_step((self.high - self.low) / n)
             found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]

@@ -1,5 +1,6 @@
 """A document as one HTML file: no script, no network, for phones, printers and both colour schemes."""
 
+import re
 from html import escape
 
 from llm2rec.evaluate.charts import N_COLOURS
@@ -43,7 +44,7 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font-size:.9rem;margin:1rem 0}
 nav a{color:var(--accent)}
 table{border-collapse:collapse;width:100%;margin:1rem 0;font-size:.88rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.4rem;font-size:.9rem}
-th,td{padding:.42rem .5rem;border-bottom:1px solid var(--rule);vertical-align:top;text-align:right}
+th,td{padding:.42rem .4rem;border-bottom:1px solid var(--rule);vertical-align:top;text-align:right}
 th:first-child,td:first-child,table.words th,table.words td{text-align:left}
 thead th{border-bottom:2px solid var(--soft);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:600;overflow-wrap:anywhere;min-width:8.5rem}
@@ -131,6 +132,11 @@ def html_page(document: Document) -> str:
     )
 
 
+def _shown(text: str) -> str:
+    """A text to read: markup as it is written, numbers on one line with what belongs to them."""
+    return escape(re.sub(r"(?<=<) (?=[\d.])| (?=%)", "\u00a0", text))
+
+
 def _colours() -> str:
     def named(colours: dict[str, str]) -> str:
         return "".join(f"--{name}:{colour};" for name, colour in colours.items())
@@ -143,11 +149,11 @@ def _colours() -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, Text):
-        return f'<p class="{"note" if block.is_note else "text"}">{escape(block.text)}</p>'
+        return f'<p class="{"note" if block.is_note else "text"}">{_shown(block.text)}</p>'
     if isinstance(block, Code):
         return f'<div class="code"><span>{escape(block.name)}</span><code>{escape(block.text)}</code></div>'
     if isinstance(block, Facts):
-        return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in block.pairs)}</dl>"
+        return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{_shown(value)}</dd>' for name, value in block.pairs)}</dl>"
     if isinstance(block, Figure):
         return _figure(block)
     return _table(block, block.caption)
@@ -155,19 +161,19 @@ def _block(block: Block) -> str:
 
 def _figure(figure: Figure) -> str:
     return (
-        f"<figure><figcaption><b>{escape(figure.title)}</b> <span>{escape(figure.description)}</span></figcaption>"
+        f"<figure><figcaption><b>{escape(figure.title)}</b> <span>{_shown(figure.description)}</span></figcaption>"
         f'<div class="large">{figure.draw(_WIDE)}</div><div class="small">{figure.draw(_NARROW)}</div>'
         f"<details><summary>The numbers of this figure</summary>{_table(figure.table, '')}</details></figure>"
     )
 
 
 def _table(table: Table, caption: str) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    head = "".join(f'<th scope="col">{_shown(name)}</th>' for name in table.header)
     rows = []
     for first, *cells in table.rows:
         named = zip(table.header[1:], cells, strict=True)
-        data = "".join(f'<td data-of="{escape(name)}">{escape(cell)}</td>' for name, cell in named)
-        rows.append(f'<tr><th scope="row">{escape(first)}</th>{data}</tr>')
+        data = "".join(f'<td data-of="{escape(name)}">{_shown(cell)}</td>' for name, cell in named)
+        rows.append(f'<tr><th scope="row">{_shown(first)}</th>{data}</tr>')
     kind = "words" if table.is_text else "numbers"
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
+    told = f"<caption>{_shown(caption)}</caption>" if caption else ""
     return f'<table class="{kind}">{told}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

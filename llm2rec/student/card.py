@@ -11,7 +11,6 @@ from llm2rec.student.models import MODELS
 __all__ = ["student_card", "training_on"]
 
 
-
 def training_on(data: RecData, run: Run, n_rows: int | None = None, n_validation: int | None = None) -> Training:
     """What a card says of the training of a run, at its end.
 

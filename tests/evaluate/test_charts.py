@@ -83,7 +83,9 @@ def test_ticks_are_round(low, high, n, expected):
 
 
 def test_ticks_of_a_logarithm_are_round():
-    assert _Scale(0.2, 9, 0, 1, log=True).ticks(4) == pytest.approx([0.2, 0.5, 1, 2, 5])
+    assert _Scale(0.2, 9, 0, 1, log=True).ticks(4) == pytest.approx([0.3, 1, 3])
+    assert _Scale(0.4, 60, 0, 1, log=True).ticks(4) == pytest.approx([1, 3, 10, 30])
+    assert _Scale(0.4, 2.5, 0, 1, log=True).ticks(4) == pytest.approx([0.5, 1, 2])
     assert _Scale(0.2, 3000, 0, 1, log=True).ticks(4) == pytest.approx([1, 10, 100, 1000])
     assert _Scale(0.2, 0.45, 0, 1, log=True).ticks(4) == pytest.approx([0.2, 0.3, 0.4])  # no three powers
 
