@@ -43,7 +43,7 @@ class Combination:
 
     Attributes:
         label: What they are, as in the table of all runs.
-        options: Those of their options that not all jobs have in common.
+        options: Those of their options that not all jobs of that label have in common.
         seeds: Their seeds.
         runs: Their run folders, as ``<sweep>/<number>``.
         metrics: Of each metric mean and sample standard deviation over the jobs (None for a single one), and their
@@ -93,14 +93,18 @@ def gather(jobs: Sequence[Job], scored: Mapping[Path, Scored]) -> list[Combinati
         scored: What was scored, by run folder.
 
     Returns:
-        Combinations in the order of their first jobs.
+        Combinations by label, each in the order of their first jobs.
     """
-    done = [job for job in jobs if job.is_finished]
-    common = set.intersection(*(set(job.options.items()) for job in done)) if done else set()
+    labelled: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.is_finished:
+            labelled.setdefault(scored[job.folder].label, []).append(job)
     alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[Job]] = {}
-    for job in done:
-        options = tuple(option for option in job.options.items() if option not in common)
-        alike.setdefault((scored[job.folder].label, options), []).append(job)
+    for label, members in labelled.items():
+        common = set.intersection(*(set(job.options.items()) for job in members))
+        for job in members:
+            options = tuple(option for option in job.options.items() if option not in common)
+            alike.setdefault((label, options), []).append(job)
     return [
         Combination(
             label,
