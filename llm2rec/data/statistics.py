@@ -12,7 +12,11 @@ import pyarrow as pa
 from llm2rec.data.filtering import Sequences
 from llm2rec.data.splitting import SPLIT_NAMES
 
-__all__ = ["SplitCounts", "compute_statistics", "format_statistics"]
+__all__ = ["SplitCounts", "compute_statistics", "doubts", "format_statistics"]
+
+_SHORT = 5  # interactions of the median user, below which order has little to say
+_COLD = 0.01  # share of test targets
+_ROUGH = 0.02  # half the width of the 95 % interval of an HR@10 of .1, a fifth of it
 
 
 class SplitCounts:
@@ -99,6 +103,40 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
     ]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
+
+
+def doubts(statistics: Mapping[str, Any]) -> list[str]:
+    """What speaks against a dataset, or against trusting what is measured on it.
+
+    Args:
+        statistics: What `compute_statistics` returned.
+
+    Returns:
+        A sentence each; none where nothing does.
+    """
+    told = []
+    length, shown, n_test = statistics["sequence_length"], statistics["history_length"], statistics["rows"]["test"]
+    if length["median"] < _SHORT:
+        told.append(
+            f"half of the users have {length['median']:g} interactions or fewer: sequences say little, and a model of "
+            "them can learn little more than what is popular"
+        )
+    if length["median"] > shown["max"] + 1:  # the target is no history
+        told.append(
+            f"most histories are cut at {shown['max']} items: a longer `dataset.history_length` shows models more"
+        )
+    cold = statistics["cold_targets"]["test"]
+    if n_test and cold > _COLD * n_test:
+        told.append(
+            f"{cold / n_test:.1%} of the test rows ask for items that training never shows: no student finds them, "
+            "only a teacher that reads titles can"
+        )
+    if n_test and (half := 1.96 * (0.1 * 0.9 / n_test) ** 0.5) > _ROUGH:
+        told.append(
+            f"with {n_test:,} test rows an HR@10 of 10 % is known to ± {100 * half:.1f} points: small gains cannot be "
+            "told from chance"
+        )
+    return told
 
 
 def _summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError, DataError
-from llm2rec.data import CsvTables, MovieLens100K, RawData, RecData, Toy, format_statistics, load, prepare
+from llm2rec.data import CsvTables, MovieLens100K, RawData, RecData, Toy, doubts, format_statistics, load, prepare
 from llm2rec.data.filtering import check_titles
 from llm2rec.data.spec import DatasetSpec
 
@@ -336,3 +336,31 @@ def test_toy_is_a_function_of_its_seed_and_its_titles_tell():
     same_user = (visits.user_id == visits.user_id.shift()).to_numpy()
     same_world = np.array([a[0] == b[0] for a, b in zip(words[1:], words[:-1], strict=True)])[same_user[1:]]
     assert 0.85 < same_world.mean() < 0.97
+
+
+def statistics_of(median=9, longest=10, n_test=5000, cold=0):
+    spread = {"min": 3, "mean": 9.0}
+    return {
+        "sequence_length": {**spread, "median": median, "max": 60},
+        "history_length": {**spread, "median": 5, "max": longest},
+        "rows": {"train": 9, "validation": n_test, "test": n_test},
+        "cold_targets": {"validation": 0, "test": cold},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"cold": 50, "median": 11}, None),
+        ({"median": 4.5}, "half of the users have 4.5 interactions or fewer"),
+        ({"median": 12}, "most histories are cut at 10 items"),
+        ({"cold": 51}, "1.0% of the test rows ask for items that training never shows"),
+        ({"n_test": 400}, r"with 400 test rows an HR@10 of 10 % is known to ± 2\.9 points"),
+        ({"n_test": 0}, None),
+    ],
+)
+def test_doubts_about_a_dataset_are_told(changes, told):
+    found = doubts(statistics_of(**changes))
+    assert len(found) == (told is not None)
+    assert told is None or re.match(told, found[0])
