@@ -68,8 +68,8 @@ def main() -> None:
     print(json.dumps(result["headline"], indent=2))
 
 
-def parse(description: str) -> argparse.Namespace:
-    """Read the command line."""
+def command_line(description: str) -> argparse.ArgumentParser:
+    """Give the options of a job that runs stages."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
     parser.add_argument("--llm-path", help="folder with all-MiniLM-L6-v2")
@@ -77,6 +77,12 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--work", default="result/ml100k", help="folder for data and runs; finished stages are kept")
     parser.add_argument("--jobs", type=int, default=1, help="students trained at once, each on its share of processors")
     parser.add_argument("--quick", action="store_true", help="generated data and a tiny model: about a minute")
+    return parser
+
+
+def parse(description: str) -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_line(description)
     options = parser.parse_args()
     if not options.quick and not (options.raw_dir and options.llm_path):
         parser.error("--raw-dir and --llm-path are needed, or --quick")
@@ -94,19 +100,25 @@ class Plan:
 
 
 class Stages:
-    """Runs stages in a folder of their own and remembers which have finished, with what and for how long."""
+    """Runs stages in a folder of their own and remembers which have finished, with what and for how long.
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    Args:
+        options: The command line.
+        common: Overrides of all stages; None for MovieLens and MiniLM, or for what ``--quick`` has in their place.
+        paths: The same, with places on this machine, which are not remembered.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, common: list[str] | None = None, paths: list[str] | None = None
+    ) -> None:
         self.folder = Path(options.work).resolve() / ("quick" if options.quick else "full")
         self.folder.mkdir(parents=True, exist_ok=True)
-        quick = ["dataset=toy", "llm=tiny_random"]
-        real = ["dataset=movielens", "llm=minilm"]
-        self.common = quick if options.quick else real
-        self.paths = (
-            []
-            if options.quick
-            else [f"dataset.raw_dir={Path(options.raw_dir).resolve()}", f"llm.path={Path(options.llm_path).resolve()}"]
-        )
+        if common is None:
+            common = ["dataset=toy", "llm=tiny_random"] if options.quick else ["dataset=movielens", "llm=minilm"]
+        if paths is None and not options.quick:
+            paths = [f"dataset.raw_dir={Path(options.raw_dir).resolve()}"]
+            paths.append(f"llm.path={Path(options.llm_path).resolve()}")
+        self.common, self.paths = common, paths or []
         self.jobs = options.jobs
         self.log = self.folder / "finished.json"
         self.records: list[dict[str, Any]] = read_json(self.log) if self.log.is_file() else []
@@ -124,7 +136,7 @@ class Stages:
         print(f">>> llm2rec.{stage} {' '.join(overrides)}", flush=True)
         threads = str(max(1, (os.cpu_count() or 1) // at_once))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-m", f"llm2rec.{stage}", *overrides, *self.paths]
+        command = [sys.executable, "-m", f"llm2rec.{stage}", *overrides, *self.paths, *self.begun(stage, overrides)]
         done = subprocess.run(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -142,6 +154,14 @@ class Stages:
             }
         )
         write_json(self.log, self.records)
+
+    def begun(self, stage: str, overrides: list[str]) -> list[str]:
+        """What makes a stage go on where it was killed: nothing where it has not begun, or has no checkpoints."""
+        for file in sorted((self.folder / "result").glob("result_*/run.json"), reverse=True):
+            record = read_json(file)
+            if record["stage"] == stage != "data" and record.get("overrides") == [*overrides, *self.paths]:
+                return [f"resume=result/{file.parent.name}"]
+        return []
 
     def evaluate(self) -> dict[str, Any]:
         """Score all finished runs on the test split."""

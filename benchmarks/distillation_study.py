@@ -1,0 +1,318 @@
+r"""Does distillation pay? Students with and without a teacher, each tuned with the same care, on real data.
+
+    .venv/bin/python benchmarks/distillation_study.py --llm-path FOLDER --games-dir FOLDER --raw-dir FOLDER \
+        --json benchmarks/results/distillation_study.json
+
+Games and MovieLens, leave-one-out, ranked among the whole catalogue without what a user had before. Everything is
+chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, when all has been chosen. The arms:
+
+- ``baseline``: the student's own loss. Its search: learning rate, dropout, width, weight decay, loss.
+- ``ensemble``: listwise on the mean of a few baselines of other seeds: a teacher without any language model, the
+  control. What an LLM teaches has to be worth more.
+- ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
+- ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
+- ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
+- ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds.
+
+Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. A
+distilled arm takes the best of the baseline's first tries and searches what is its own; the baseline then gets as many
+tries more, around its best. The best of each arm runs with five seeds, that of the search among them.
+
+A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
+again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
+``--parts`` alone gathers and runs nothing. ``--quick`` shows the same in about a minute on generated data and a tiny
+random model. Beside the JSON file comes a figure, and tables are printed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import write_result
+from ml100k import ROOT, Stages, command_line
+from study_findings import Findings, figure, headline, tables
+from study_plan import ARMS, BASELINE, QUICK, SELECT_ON, STUDENTS, Arm, Budget, Dataset, datasets, draw, further
+from study_plan import rows_of as labelled_rows
+from study_plan import teachers as teachers_of
+
+from llm2rec.core.files import read_json
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("search", "finals", "ablations", "test")
+SEARCHED = [arm for arm in ARMS if arm.parent is None]
+VARIATIONS = [arm for arm in ARMS if arm.parent is not None]
+
+
+def main() -> None:
+    """Run what is asked for and missing, and write the JSON file, the figure and the tables."""
+    options = parse()
+    budget = QUICK if options.quick else Budget()
+    fields = [Field(dataset, options, budget) for dataset in datasets(options)]
+    studies = [Study(field, student) for student in options.students for field in fields]
+
+    def gathered(told: bool) -> dict[str, Any]:
+        samples = {field.dataset.name: field.about() for field in fields}
+        for study in studies:
+            samples[study.field.dataset.name][study.student] = study.findings()
+        write_result(options, headline(samples), samples, told=told)
+        return samples
+
+    for study in studies:
+        for part in [part for part in PARTS if part in options.parts and part != "test"]:
+            for _ in study.run(part):
+                gathered(told=False)
+    if "test" in options.parts:
+        for field in fields:
+            field.open_test([study for study in studies if study.field is field])
+    samples = gathered(told=True)
+    options.json.with_suffix(".svg").write_text(figure(samples), encoding="utf-8")
+    print(tables(samples))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_line(__doc__ or "")
+    parser.set_defaults(work="result/distillation_study")
+    parser.add_argument("--games-dir", help="folder with interactions.csv and items.csv of Amazon games")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, help="sasrec, which teaches, and then gru4rec")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="all by default; none only gathers what is there")
+    options = parser.parse_args()
+    if not options.quick and not (options.llm_path and (options.raw_dir or options.games_dir)):
+        parser.error("--llm-path is needed, and --games-dir or --raw-dir or both; or --quick")
+    options.students = options.students or ([*STUDENTS][:1] if options.quick else [*STUDENTS])
+    options.parts = list(PARTS) if options.parts is None else options.parts
+    options.arms = options.arms or [arm.name for arm in ARMS]
+    return options
+
+
+class Field:
+    """A dataset with its teachers, which all students share.
+
+    Args:
+        dataset: Where the study takes place.
+        options: The command line.
+        budget: How much is run.
+    """
+
+    def __init__(self, dataset: Dataset, options: argparse.Namespace, budget: Budget) -> None:
+        self.dataset, self.budget, self.arms = dataset, budget, options.arms
+        place = argparse.Namespace(**{**vars(options), "work": Path(options.work) / dataset.name})
+        shared = ["metrics.mask_seen=true", f"metrics.select_on={SELECT_ON}", "logging.progress=false"]
+        self.stages = Stages(place, [*dataset.common, *shared], list(dataset.paths))
+        self.llm = next(each for each in dataset.common if each.startswith("llm=")).removeprefix("llm=")
+        self.jobs = options.jobs
+
+    def record(self, stage: str, overrides: list[str]) -> dict[str, Any] | None:
+        """What is known of a finished stage; None if it has not finished."""
+        wanted = [*self.stages.common, *overrides]
+        same = (r for r in self.stages.records if r["stage"] == stage and r["overrides"] == wanted)
+        return next(same, None)
+
+    def prepared(self) -> Path:
+        """Folder of the prepared data."""
+        (folder,) = (self.stages.folder / "data" / "processed").glob(f"{self.dataset.name}-*")
+        return folder
+
+    def outputs(self, teacher: str) -> str:
+        """Folder of a teacher's outputs, from where stages run."""
+        name = "ensemble" if teacher.startswith("ensemble") else f"{teacher}-{self.llm}"
+        return f"data/teacher_outputs/{self.dataset.name}/{name}"
+
+    def teach(self, teacher: str, members: list[str]) -> None:
+        """Train a teacher and write its outputs, unless it has been done.
+
+        Args:
+            teacher: Its name in `study_plan.teachers`, or an ensemble.
+            members: Runs of baselines of a SASRec: the ensemble, of which the first is given to the hybrid teacher.
+        """
+        if not teacher.startswith("ensemble"):
+            self.stages.run("teacher", self.teacher_overrides(teacher, members[0]), self.jobs)
+            return
+        out = self.stages.folder / self.outputs(teacher)
+        if (out / "manifest.json").is_file() and read_json(out / "manifest.json")["members"] == members:
+            return
+        print(f">>> the mean of {' '.join(members)}", flush=True)
+        runs = [str(self.stages.folder / "result" / member) for member in members]
+        places = ["--prepared", str(self.prepared()), "--runs", *runs, "--out", str(out), "--top-k", "100"]
+        command = [sys.executable, str(HERE / "ensemble_outputs.py"), *places]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+    def teacher_overrides(self, teacher: str, member: str) -> list[str]:
+        """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
+        told = teachers_of(self.budget, f"result/{member}")[teacher]
+        return [f"teacher.name={teacher}", *told, *labelled_rows(teacher, self.budget)]
+
+    def teacher_runs(self) -> dict[str, dict[str, Any]]:
+        """Records of the teachers that have finished, by name."""
+        named = {each: f"teacher.name={each}" for each in ("titles", "text", "hybrid")}
+        records = [record for record in self.stages.records if record["stage"] == "teacher"]
+        return {name: r for name, told in named.items() for r in records if told in r["overrides"]}
+
+    def open_test(self, studies: list["Study"]) -> None:
+        """Score all final runs and the teachers on the test split."""
+        runs = [run for study in studies for found in study.finals().values() for run in found.values()]
+        runs += [record["run"] for record in self.teacher_runs().values()]
+        if runs:
+            self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{','.join(f'result/{run}' for run in runs)}]"])
+
+    def about(self) -> dict[str, Any]:
+        """What is said of the dataset and its teachers."""
+        told = {
+            name: {"seconds": record["seconds"], "validation": best(self.stages, record["run"])}
+            for name, record in self.teacher_runs().items()
+        }
+        return {"mask_seen": True, "select_on": SELECT_ON, "teachers": told, "stages": self.stages.records}
+
+
+class Study:
+    """All arms of one student on one dataset.
+
+    Args:
+        field: The dataset with its teachers.
+        student: Its name in `STUDENTS`.
+    """
+
+    def __init__(self, field: Field, student: str) -> None:
+        self.field, self.student, self.budget = field, student, field.budget
+        self.arms = {arm.name: arm for arm in ARMS if arm.name in field.arms or arm.name == BASELINE}
+
+    def run(self, part: str) -> Any:
+        """Run a part, and stop at each stage that has ended, for the results to be written.
+
+        Args:
+            part: ``search``, ``finals`` or ``ablations``.
+
+        Yields:
+            None, after each run that is new.
+        """
+        self.field.stages.run("data", [])
+        if part == "search":
+            for config in self.first_tries():
+                yield from self.trained(self.arms[BASELINE], config, self.budget.seeds[0])
+            for arm in (arm for arm in SEARCHED if arm.teacher and arm.name in self.arms):
+                yield from self.taught(arm)
+                for config in self.tries(arm) or []:
+                    yield from self.trained(arm, config, self.budget.seeds[0])
+            for config in self.tries(self.arms[BASELINE]) or []:
+                yield from self.trained(self.arms[BASELINE], config, self.budget.seeds[0])
+            return
+        for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
+            if (chosen := self.chosen(arm)) is not None:
+                yield from self.taught(arm)
+                for seed in self.budget.seeds:
+                    yield from self.trained(arm, chosen, seed)
+
+    def taught(self, arm: Arm) -> Any:
+        """Make the teacher of an arm, and before it the baselines of SASRec that it needs."""
+        if arm.teacher is None:
+            return
+        first = Study(self.field, next(iter(STUDENTS)))
+        config = first.best_of(first.first_tries())
+        if config is None:
+            raise SystemExit(f"{arm.name} has a teacher that needs trained SASRecs: search --students sasrec first")
+        for seed in self.budget.members:
+            yield from first.trained(first.arms[BASELINE], config, seed)
+        members = [first.done(first.arms[BASELINE], config, seed) for seed in self.budget.members]
+        self.field.teach(arm.teacher, [member["run"] for member in members if member])
+        yield
+
+    def overrides(self, arm: Arm, config: dict[str, Any], seed: int) -> list[str]:
+        """What the stage is told."""
+        told = [*STUDENTS[self.student], f"student.training.patience={self.field.dataset.patience}"]
+        told += [*self.budget.common, *(f"{name}={value}" for name, value in sorted(config.items())), f"seed={seed}"]
+        if arm.teacher is not None:
+            told += [f"distill.teacher_outputs={self.field.outputs(arm.teacher)}"]
+            told += labelled_rows(arm.teacher, self.budget)
+        return told
+
+    def done(self, arm: Arm, config: dict[str, Any], seed: int) -> dict[str, Any] | None:
+        """The record of a run; None if it has not finished."""
+        return self.field.record("distill" if arm.teacher else "student", self.overrides(arm, config, seed))
+
+    def trained(self, arm: Arm, config: dict[str, Any], seed: int) -> Any:
+        """Train a student unless it has been done; yields where it has not."""
+        if self.done(arm, config, seed) is None:
+            stage = "distill" if arm.teacher else "student"
+            self.field.stages.run(stage, self.overrides(arm, config, seed), self.field.jobs)
+            yield
+
+    def first_tries(self) -> list[dict[str, Any]]:
+        """What the baseline's first tries are."""
+        return draw(self.arms[BASELINE].space, self.budget.tries, f"{self.student} {BASELINE}")
+
+    def tries(self, arm: Arm) -> list[dict[str, Any]] | None:
+        """All tries of an arm; None while what they stand on is not known."""
+        if arm.parent is not None:
+            chosen = self.chosen(arm)
+            return None if chosen is None else [chosen]
+        start = self.best_of(self.first_tries())
+        if start is None:
+            return None
+        if arm.name == BASELINE:
+            around = draw(further(start), self.budget.tries + 1, f"{self.student} further")
+            return [*self.first_tries(), *({**start, **config} for config in around[1:])]
+        return [{**start, **arm.fixed, **config} for config in draw(arm.space, self.budget.tries, arm.name)]
+
+    def best_of(self, configs: list[dict[str, Any]], arm: Arm | None = None) -> dict[str, Any] | None:
+        """The configuration that validates best; None unless all have finished."""
+        records = [self.done(arm or self.arms[BASELINE], config, self.budget.seeds[0]) for config in configs]
+        scores = [best(self.field.stages, record["run"])[SELECT_ON] for record in records if record]
+        return configs[scores.index(max(scores))] if len(scores) == len(configs) else None
+
+    def chosen(self, arm: Arm) -> dict[str, Any] | None:
+        """The configuration of an arm's final runs; None while it is not known."""
+        if arm.parent is not None:
+            parent = self.chosen(next(each for each in ARMS if each.name == arm.parent))
+            return None if parent is None else {**parent, **arm.fixed}
+        tries = self.tries(arm)
+        return None if tries is None else self.best_of(tries, arm)
+
+    def finals(self) -> dict[str, dict[int, str]]:
+        """Runs that have finished with an arm's chosen configuration, by arm and seed."""
+        found: dict[str, dict[int, str]] = {}
+        for arm in self.arms.values():
+            chosen = self.chosen(arm)
+            records = {seed: self.done(arm, chosen, seed) for seed in self.budget.seeds} if chosen is not None else {}
+            found[arm.name] = {seed: record["run"] for seed, record in records.items() if record}
+        return {name: runs for name, runs in found.items() if runs}
+
+    def findings(self) -> dict[str, Any]:
+        """What is known by now: tries and choices on validation, and test scores where they have been opened."""
+        told: dict[str, Any] = {"tries": {}, "chosen": {}}
+        for arm in (arm for arm in self.arms.values() if arm.parent is None):
+            configs = self.tries(arm) or (self.first_tries() if arm.name == BASELINE else [])
+            records = [(config, self.done(arm, config, self.budget.seeds[0])) for config in configs]
+            told["tries"][arm.name] = [
+                {"config": config, "seconds": record["seconds"], "validation": best(self.field.stages, record["run"])}
+                for config, record in records
+                if record
+            ]
+            told["chosen"][arm.name] = self.chosen(arm)
+        runs = self.finals()
+        told["validation"] = {
+            name: {seed: best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
+            for name, found in runs.items()
+        }
+        teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
+        scored = Findings(self.field.stages.folder, self.field.prepared(), self.field.budget.seeds) if runs else None
+        told["test"] = scored.test(runs, teachers) if scored else {}
+        return told
+
+
+def best(stages: Stages, run: str) -> dict[str, float]:
+    """Validation metrics of the weights that a run has kept, and when they were best; empty for what is not trained."""
+    file = stages.folder / "result" / run / "metrics" / "validation.json"
+    if not file.is_file():
+        return {}
+    told = read_json(file)
+    at = next(each for each in told["history"] if each["step"] == told["best_step"])
+    kept = {name.removeprefix("val/"): value for name, value in at.items() if name.startswith("val/")}
+    return {**kept, "evaluations": len(told["history"]), "best_evaluation": told["history"].index(at) + 1}
+
+
+if __name__ == "__main__":
+    main()

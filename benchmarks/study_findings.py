@@ -1,0 +1,218 @@
+"""What the study of distillation found on the test split: intervals, paired tests, groups of rows, tables, a figure."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from study_plan import ARMS, BASELINE, LLM_ARMS, SELECT_ON, STUDENTS
+
+from llm2rec.data import load
+from llm2rec.evaluate.charts import Dot, grouped
+from llm2rec.evaluate.findings import Contender, Entry, gains_by
+from llm2rec.evaluate.scoring import popularity
+from llm2rec.evaluate.statistics import estimate, holm, paired_difference, row_values
+
+__all__ = ["Findings", "figure", "headline", "tables"]
+
+METRICS = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in (5, 10, 20)]
+HEADLINE_NAMES = {"games": "games", "movielens": "ml100k", "toy": "toy"}
+COLOURS = ("#0b62a4", "#c2571a", "#2b8a5a", "#8b4fa8", "#8a6d00", "#b8336a", "#4a5560")
+STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#222}.name{font-weight:600}.tick,.axis{fill:#666}"
+    ".grid{stroke:#ddd}.zero{stroke:#888}.mark{fill:var(--c)}.whisker,.stalk{stroke:var(--c);stroke-width:2.4}"
+    + "".join(f".s{number}{{--c:{colour}}}" for number, colour in enumerate(COLOURS))
+)
+
+
+class Findings:
+    """Reads ranks of the test targets that scoring has left in the folders of runs.
+
+    Args:
+        folder: Where the stages of a dataset have run.
+        prepared: Its prepared data.
+        seeds: Seeds of final runs; an arm that lacks one is left out.
+    """
+
+    def __init__(self, folder: Path, prepared: Path, seeds: tuple[int, ...]) -> None:
+        self.folder, self.prepared, self.seeds = folder, prepared, seeds
+
+    def ranks(self, run: str) -> NDArray[np.int64] | None:
+        """0-based ranks of the test targets, shape ``(M,)``; None for a run that has not been scored."""
+        metrics = self.folder / "result" / run / "metrics"
+        scored = (metrics / "test.json").is_file()
+        return np.load(metrics / "test_ranks.npy", allow_pickle=False) if scored else None
+
+    def test(self, runs: Mapping[str, Mapping[int, str]], teachers: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+        """Compare the arms with the baseline row by row, each by its mean over seeds.
+
+        Args:
+            runs: Final runs by arm and seed.
+            teachers: The same of the teachers, which are not tested against anything.
+
+        Returns:
+            Empty where the test split has not been opened. Otherwise estimates by arm and metric, differences of
+            NDCG@20 to the baseline with p-values (`p_holm` is corrected for the number of arms), and these by
+            popularity of the target and by length of the history.
+        """
+        scored = {name: self.scored(found) for name, found in runs.items() if set(found) == set(self.seeds)}
+        ranks = {name: found for name, found in scored.items() if found is not None}
+        taught = {name: found for name, each in teachers.items() if (found := self.scored(each)) is not None}
+        if BASELINE not in ranks:
+            return {}
+        told = {
+            "metrics": {name: estimates(found) for name, found in ranks.items()},
+            "teachers": {name: estimates(found) for name, found in taught.items()},
+        }
+        values = {name: row_means(found) for name, found in ranks.items()}
+        others = [name for name in values if name != BASELINE]
+        apart = {name: paired_difference(values[name], values[BASELINE]) for name in others}
+        corrected = holm([each.p for each in apart.values()])
+        mean = float(values[BASELINE].mean())
+        gains = {
+            name: {**asdict(each), "p_holm": p, "relative": each.mean / mean}
+            for (name, each), p in zip(apart.items(), corrected, strict=True)
+        }
+        return {
+            **told,
+            "gains": gains,
+            "groups": self.groups(values, {n: tuple(found.values()) for n, found in runs.items()}),
+        }
+
+    def scored(self, found: Mapping[int, str]) -> NDArray[np.int64] | None:
+        """Ranks of some runs, shape ``(runs, M)``; None unless all have been scored."""
+        ranks = [self.ranks(run) for run in found.values()]
+        known = [each for each in ranks if each is not None]
+        return np.stack(known) if known and len(known) == len(ranks) else None
+
+    def groups(self, values: Mapping[str, NDArray[np.float64]], runs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Gains over the baseline in quarters of the test rows."""
+        data = load(self.prepared)
+        test = data.splits["test"].with_format("numpy")
+        numbers = {
+            "popularity": popularity(data)[np.asarray(test["target"][:])].astype(np.int64),
+            "length": np.asarray(test["position"][:], np.int64),
+        }
+        found = {
+            name: Contender(Entry(name, "student", runs[name], (), 0, None, {}), (), each)
+            for name, each in values.items()
+        }
+        baseline = found[BASELINE]
+        return {
+            of: [
+                {
+                    **asdict(group),
+                    "baseline": float(values[BASELINE][(each >= group.low) & (each <= group.high)].mean()),
+                }
+                for group in gains_by(each, list(found.values()), baseline)
+            ]
+            for of, each in numbers.items()
+        }
+
+
+def estimates(ranks: NDArray[np.int64]) -> dict[str, Any]:
+    """Means, intervals over rows and spread over seeds by metric, of ranks of shape ``(runs, M)``."""
+    return {metric: asdict(estimate(np.stack([row_values(run, metric) for run in ranks]))) for metric in METRICS}
+
+
+def row_means(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What each row adds to NDCG@20, mean over runs; shape ``(M,)``."""
+    return np.stack([row_values(run, SELECT_ON) for run in ranks]).mean(axis=0)
+
+
+def by_student(samples: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Dataset, student and findings, of all that there are."""
+    for dataset, told in samples.items():
+        for student in STUDENTS:
+            if student in told:
+                yield dataset, student, told[student]
+
+
+def headline(samples: Mapping[str, Any]) -> dict[str, float]:
+    """Headline numbers, of SASRec where no student is named; those that have not been measured are left out.
+
+    The gain is that of the arm, among those that a language model teaches, which has validated best.
+    """
+    told: dict[str, float] = {}
+    for dataset, student, found in by_student(samples):
+        name = HEADLINE_NAMES[dataset]
+        for arm, runs in found["validation"].items():
+            told[f"{name} {student} {arm}: validation {SELECT_ON}"] = statistics.mean(runs.values())
+        if not (test := found["test"]):
+            continue
+        told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
+        for arm, gain in test["gains"].items():
+            told |= {f"{name} {student} {arm}: gain": gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
+        arms = [arm for arm in LLM_ARMS if arm in test["gains"]]
+        if arms and student == next(iter(STUDENTS)):
+            chosen = max(arms, key=lambda arm: statistics.mean(found["validation"][arm].values()))
+            told |= {f"{name}_ndcg20_gain": test["gains"][chosen]["relative"], f"{name}_p": test["gains"][chosen]["p"]}
+    return told
+
+
+def tables(samples: Mapping[str, Any]) -> str:
+    """All that is known as Markdown."""
+    lines: list[str] = []
+    for dataset, student, found in by_student(samples):
+        searches = {
+            arm: max((each["validation"][SELECT_ON], len(tries)) for each in tries)
+            for arm, tries in found["tries"].items()
+            if tries
+        }
+        lines += [
+            f"\n{dataset}, {student}, validation\n",
+            f"| arm | tries | best {SELECT_ON} | mean of the best's seeds |",
+        ]
+        lines += ["|---|---|---|---|"]
+        for arm, (score, tries) in searches.items():
+            seeds = list(found["validation"].get(arm, {}).values())
+            mean = f"{statistics.mean(seeds):.4f} ({len(seeds)})" if seeds else ""
+            lines.append(f"| {arm} | {tries} | {score:.4f} | {mean} |")
+        if found["test"]:
+            lines += [f"\n{dataset}, {student}, test\n", *test_table(found["test"])]
+    return "\n".join(lines)
+
+
+def test_table(test: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of the table of test scores."""
+    yield f"| arm | {' | '.join(METRICS)} | gain in {SELECT_ON} | p (Holm) |"
+    yield "|---" * (len(METRICS) + 3) + "|"
+    for arm, metrics in test["metrics"].items():
+        scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
+        gain = test["gains"].get(arm)
+        told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
+    for teacher, metrics in test["teachers"].items():
+        scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
+        yield f"| teacher: {teacher} | {scores} | | |"
+
+
+def figure(samples: Mapping[str, Any]) -> str:
+    """Gains in NDCG@20 over the tuned baseline with their intervals, as SVG. A line of text while there are none."""
+    arms = [arm.name for arm in ARMS if arm.teacher and arm.parent is None]
+    groups = []
+    for dataset, student, found in by_student(samples):
+        gains = found["test"].get("gains", {})
+        mean = found["test"]["metrics"][BASELINE][SELECT_ON]["mean"] if gains else 1.0
+        dots = [
+            Dot(arm, *(100 * gains[arm][end] / mean for end in ("mean", "low", "high")), slot=arms.index(arm))
+            for arm in arms
+            if arm in gains
+        ]
+        groups += [(f"{dataset}, {student}", dots)] if dots else []
+    if not groups:
+        nothing = '<text y="24">The test split has not been opened.</text>'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="400" height="40">{nothing}</svg>'
+    drawn = grouped(
+        groups,
+        axis=f"Gain in {SELECT_ON.upper()} over the tuned baseline, %",
+        title="What distillation adds",
+        description="For each dataset and student, the gain of each arm over the baseline, with its 95 % interval.",
+        form="+.1f",
+        width=768,
+    )
+    start = drawn.index(">") + 1
+    return f"{drawn[:start]}<style>{STYLE}</style>{drawn[start:]}"

@@ -1,0 +1,226 @@
+"""What the study of distillation tries: datasets, students, teachers, arms, and the space each arm is searched in."""
+
+import argparse
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_teacher import TEACHER as HYBRID_TRAINING
+from ml100k import TEACHER as TEXT_TRAINING
+
+__all__ = ["ARMS", "BASELINE", "STUDENTS", "Arm", "Budget", "Dataset", "datasets", "draw", "further", "teachers"]
+
+Config = Mapping[str, Any]
+Space = Sequence[Sequence[Config]]
+
+BASELINE = "baseline"
+SELECT_ON = "ndcg@20"
+STUDENTS = {
+    "sasrec": ["student=sasrec", "student.examples=sequences", "student.model.positions=oldest"],
+    "gru4rec": ["student=gru4rec", "student.examples=sequences"],
+}
+_TRAINING, _MODEL, _LOSS = "student.training", "student.model", "student.loss"
+_RANKING, _EMBEDDING = "distill.ranking", "distill.embedding"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is run.
+
+    Attributes:
+        tries: Configurations of each search.
+        seeds: Seeds of final runs; the first is that of all searches.
+        members: Baselines in the ensemble that teaches, by seed.
+        labelled: Part of the training rows that language models label.
+        common: Overrides of all students.
+        text: Training of the teacher that reads titles only.
+        hybrid: Training of the teacher that is given a trained SASRec.
+    """
+
+    tries: int = 6
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    members: tuple[int, ...] = (1, 2, 3)
+    labelled: float = 0.25
+    common: tuple[str, ...] = ("student.training.epochs=60",)
+    text: tuple[str, ...] = (*TEXT_TRAINING, "teacher.validation_rows=1000")
+    hybrid: tuple[str, ...] = (*HYBRID_TRAINING, "teacher.validation_rows=1000")
+
+
+QUICK = Budget(
+    tries=1,
+    seeds=(1, 2),
+    members=(1,),
+    labelled=0.5,
+    common=("student.training.epochs=2",),
+    text=("teacher.training.epochs=1", "teacher.train_rows=200"),
+    hybrid=("teacher.training.epochs=1", "teacher.train_rows=200"),
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a study takes place.
+
+    Attributes:
+        name: Its name in folders of prepared data.
+        common: Overrides of all stages.
+        paths: The same, with places on this machine.
+        patience: Evaluations without improvement after which students stop: few where many validation rows decide.
+    """
+
+    name: str
+    common: tuple[str, ...]
+    paths: tuple[str, ...]
+    patience: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a student.
+
+    Attributes:
+        name: Its name in the results.
+        teacher: The teacher it learns from; None for none.
+        space: One list of choices for each thing that is searched; an arm that is not searched has none.
+        fixed: Options that all its configurations have, over those of the baseline, or of ``parent``.
+        parent: The arm whose chosen configuration this one varies, for an ablation.
+    """
+
+    name: str
+    teacher: str | None = None
+    space: Space = ()
+    fixed: Config = field(default_factory=dict)
+    parent: str | None = None
+
+
+def datasets(options: argparse.Namespace) -> list[Dataset]:
+    """The datasets whose folders were given; games come first."""
+    if options.quick:
+        toy = ("dataset=toy", "dataset.n_users=150", "dataset.n_items=120", "llm=tiny_random")
+        return [Dataset("toy", toy, (), 2)]
+    found = []
+    llm = f"llm.path={Path(options.llm_path).resolve()}"
+    if options.games_dir:
+        files = {name: Path(options.games_dir).resolve() / f"{name}.csv" for name in ("interactions", "items")}
+        games = ("dataset=csv", "dataset.name=games", "dataset.domain=game", "llm=minilm")
+        found.append(Dataset("games", games, (*(f"dataset.{k}={file}" for k, file in files.items()), llm), 3))
+    if options.raw_dir:
+        movies = (f"dataset.raw_dir={Path(options.raw_dir).resolve()}", llm)
+        found.append(Dataset("movielens", ("dataset=movielens", "llm=minilm"), movies, 5))
+    return found
+
+
+def options_of(name: str, *values: Any) -> list[Config]:
+    """The choices of one option."""
+    return [{name: value} for value in values]
+
+
+# Searches ------------------------------------------------------------------------------------------------------------
+
+BASELINE_SPACE: Space = (
+    options_of(f"{_TRAINING}.learning_rate", 2e-3, 1e-3, 5e-4),
+    options_of(f"{_MODEL}.dropout", 0.2, 0.1, 0.3, 0.5),
+    options_of(f"{_MODEL}.width", 64, 128),
+    options_of(f"{_TRAINING}.weight_decay", 0.0, 0.01, 0.1),
+    [
+        {f"{_LOSS}.name": "cross_entropy"},
+        {f"{_LOSS}.name": "sampled_softmax", f"{_LOSS}.n_negatives": 1024, f"{_LOSS}.proposal": "popularity"},
+    ],
+)
+LISTWISE_SPACE: Space = (
+    options_of(f"{_RANKING}.weight", 1.0, 0.3, 3.0),
+    options_of(f"{_RANKING}.temperature", 1.0, 2.0, 4.0),
+    options_of(f"{_RANKING}.over", "catalogue", "candidates"),
+)
+VECTORS_SPACE: Space = (
+    [
+        {f"{_EMBEDDING}.initialise": "whitened"},
+        {f"{_EMBEDDING}.initialise": "pca"},
+        {f"{_EMBEDDING}.alignment": "cosine", f"{_EMBEDDING}.alignment_weight": 0.3},
+        {f"{_EMBEDDING}.alignment": "contrastive", f"{_EMBEDDING}.alignment_weight": 0.1},
+        {f"{_EMBEDDING}.alignment": "contrastive", f"{_EMBEDDING}.alignment_weight": 1.0},
+        {f"{_EMBEDDING}.fusion_scale": 0.3},
+    ],
+)
+PAPER_SPACE: Space = (
+    options_of(f"{_RANKING}.weight", 0.5, 0.1, 0.3, 1.0),
+    options_of(f"{_EMBEDDING}.fusion_scale", 0.3, 0.1, 1.0),
+    options_of(f"{_RANKING}.confidence", "per_candidate", "per_row"),
+)
+LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 100, f"{_EMBEDDING}.fusion_scale": 0.0}
+ARMS = (
+    Arm(BASELINE, space=BASELINE_SPACE),
+    Arm("ensemble", "ensemble", LISTWISE_SPACE, LISTWISE),
+    Arm("vectors", "titles", VECTORS_SPACE, {f"{_RANKING}.weight": 0.0, f"{_EMBEDDING}.fusion_scale": 0.0}),
+    Arm("hybrid", "hybrid", LISTWISE_SPACE, LISTWISE),
+    Arm("listwise", "text", LISTWISE_SPACE, LISTWISE),
+    Arm("dllm2rec", "text", PAPER_SPACE),
+    Arm("ensemble, rows of the LLM", "ensemble_budget", fixed={}, parent="ensemble"),
+    Arm("dllm2rec without position", "text", fixed={f"{_RANKING}.gamma_position": 0.0}, parent="dllm2rec"),
+    Arm("dllm2rec without confidence", "text", fixed={f"{_RANKING}.gamma_confidence": 0.0}, parent="dllm2rec"),
+    Arm("dllm2rec without consistency", "text", fixed={f"{_RANKING}.gamma_consistency": 0.0}, parent="dllm2rec"),
+    Arm("dllm2rec without ranking", "text", fixed={f"{_RANKING}.weight": 0.0}, parent="dllm2rec"),
+    Arm("dllm2rec without embedding", "text", fixed={f"{_EMBEDDING}.fusion_scale": 0.0}, parent="dllm2rec"),
+    Arm("dllm2rec with ranknet", "text", fixed={f"{_RANKING}.loss": "ranknet"}, parent="dllm2rec"),
+    Arm("dllm2rec with margin", "text", fixed={f"{_RANKING}.loss": "margin"}, parent="dllm2rec"),
+)
+LLM_ARMS = ("vectors", "hybrid", "listwise", "dllm2rec")  # searched, and taught by a language model
+
+
+def draw(space: Space, n: int, seed: str) -> list[dict[str, Any]]:
+    """Draw configurations: the first choice of everything, then others at random, without repetition.
+
+    Args:
+        space: One list of choices for each thing that is searched.
+        n: Configurations wanted; fewer where the space has fewer.
+        seed: The same text draws the same configurations.
+    """
+    first, *others = ({k: v for part in parts for k, v in part.items()} for parts in itertools.product(*space))
+    return [first, *random.Random(seed).sample(others, min(n - 1, len(others)))]
+
+
+def further(best: Config) -> Space:
+    """The space around the baseline's best, for its tries beyond the first; the best itself comes first."""
+    rate, dropout = best[f"{_TRAINING}.learning_rate"], best[f"{_MODEL}.dropout"]
+    decay = best[f"{_TRAINING}.weight_decay"]
+    return (
+        options_of(f"{_TRAINING}.learning_rate", rate, *(round(rate * each, 6) for each in (0.5, 0.7, 1.5))),
+        options_of(f"{_MODEL}.dropout", dropout, *(round(dropout + each, 2) for each in (-0.05, 0.1, 0.2))),
+        options_of(f"{_TRAINING}.weight_decay", decay, *(each for each in (0.0, 0.03, 0.3) if each != decay)),
+        options_of(f"{_TRAINING}.batch_size", 512, 256, 1024),
+        options_of(f"{_LOSS}.dros.weight", 0.0, 0.1, 0.3),
+    )
+
+
+# Teachers ------------------------------------------------------------------------------------------------------------
+
+
+def active(share: float) -> list[str]:
+    """A part of the rows, the same for the teacher that labels it and for every student, whatever its seed."""
+    return ["active=random", f"active.budget={share}", "active.seed=0"]
+
+
+def teachers(budget: Budget, recommender: str) -> dict[str, list[str]]:
+    """Overrides of the teachers that are language models.
+
+    Args:
+        budget: How much is run.
+        recommender: Folder of the trained SASRec that the hybrid teacher is given.
+    """
+    outputs, seed = "teacher.export.top_k=100", f"seed={budget.seeds[0]}"
+    return {
+        # Its item vectors are what is wanted: it hardly labels a row.
+        "titles": ["teacher=zero_shot", "teacher.training.epochs=0", "teacher.export.top_k=1", seed],
+        "text": [*budget.text, outputs, seed],
+        "hybrid": ["teacher=ilora_hybrid", f"teacher.recommender_run={recommender}", *budget.hybrid, outputs, seed],
+    }
+
+
+def rows_of(teacher: str, budget: Budget) -> list[str]:
+    """Which training rows a teacher labels, as overrides of its own stage and of its students'."""
+    if teacher == "ensemble":
+        return []
+    return active(0.01 if teacher == "titles" else budget.labelled)
