@@ -20,7 +20,7 @@ tries more, around its best. The best of each arm runs with five seeds, that of 
 
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
-``--parts`` alone gathers and runs nothing. ``--quick`` shows the same in about a minute on generated data and a tiny
+``--parts`` alone gathers and runs nothing. ``--quick`` shows the same in two minutes on generated data and a tiny
 random model. Beside the JSON file comes a figure, and tables are printed.
 """
 
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
         parser.error("--llm-path is needed, and --games-dir or --raw-dir or both; or --quick")
     options.students = options.students or ([*STUDENTS][:1] if options.quick else [*STUDENTS])
     options.parts = list(PARTS) if options.parts is None else options.parts
-    options.arms = options.arms or [arm.name for arm in ARMS]
+    options.arms = options.arms or [arm.name for arm in (*SEARCHED, *VARIATIONS[: 2 if options.quick else None])]
     return options
 
 
@@ -211,13 +211,14 @@ class Study:
         if arm.teacher is None:
             return
         first = Study(self.field, next(iter(STUDENTS)))
-        config = first.best_of(first.first_tries())
+        config, baseline = first.best_of(first.first_tries()), first.arms[BASELINE]
         if config is None:
             raise SystemExit(f"{arm.name} has a teacher that needs trained SASRecs: search --students sasrec first")
-        for seed in self.budget.members:
-            yield from first.trained(first.arms[BASELINE], config, seed)
-        members = [first.done(first.arms[BASELINE], config, seed) for seed in self.budget.members]
-        self.field.teach(arm.teacher, [member["run"] for member in members if member])
+        seeds = self.budget.members if arm.teacher.startswith("ensemble") else self.budget.seeds[:1]
+        for seed in seeds:
+            yield from first.trained(baseline, config, seed)
+        members = [record["run"] for seed in seeds if (record := first.done(baseline, config, seed))]
+        self.field.teach(arm.teacher, members)
         yield
 
     def overrides(self, arm: Arm, config: dict[str, Any], seed: int) -> list[str]:

@@ -51,7 +51,7 @@ class Budget:
 
 QUICK = Budget(
     tries=1,
-    seeds=(1, 2),
+    seeds=(1,),
     members=(1,),
     labelled=0.5,
     common=("student.training.epochs=2",),

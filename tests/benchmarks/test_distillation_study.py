@@ -1,0 +1,180 @@
+"""The study of distillation: equal budgets, what is made of its runs, and a whole study in small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distillation_study
+import numpy as np
+import pytest
+import study_findings
+import study_plan
+from omegaconf import OmegaConf
+
+from llm2rec.core.files import write_json
+from llm2rec.data import Toy, prepare
+from llm2rec.evaluate.statistics import row_values
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "distillation_study.py"
+
+
+def test_configurations_are_drawn_once_and_begin_with_the_first_of_everything():
+    space = ([{"a": 1}, {"a": 2}, {"a": 3}], [{"b": 1, "c": 1}, {"b": 2}])
+    drawn = study_plan.draw(space, 4, "x")
+    assert drawn[0] == {"a": 1, "b": 1, "c": 1}
+    assert drawn == study_plan.draw(space, 4, "x")
+    assert len({json.dumps(each) for each in drawn}) == 4
+    assert drawn != study_plan.draw(space, 4, "y")
+    assert len(study_plan.draw(space, 100, "x")) == 6
+
+
+@pytest.mark.parametrize("arm", [arm for arm in study_plan.ARMS if arm.parent is None], ids=lambda arm: arm.name)
+def test_every_arm_gets_as_many_tries_and_knows_every_option(arm):
+    tries = study_plan.draw(arm.space, study_plan.Budget().tries, arm.name)
+    assert len(tries) == 6
+    recipe = OmegaConf.load(ROOT / "conf" / "distill" / "dllm2rec.yaml")
+    student = OmegaConf.load(ROOT / "conf" / "student" / "sasrec.yaml")
+    known = {"distill": recipe, "student": student}
+    for config in tries:
+        for name in {**arm.fixed, **config}:
+            assert OmegaConf.select(OmegaConf.create(known), name, default="?", throw_on_missing=False) != "?", name
+
+
+def test_the_baseline_goes_on_around_its_best():
+    best = study_plan.draw(study_plan.BASELINE_SPACE, 6, "x")[3]
+    around = study_plan.draw(study_plan.further(best), 7, "y")
+    assert {**best, **around[0]}.items() >= best.items(), "the first is the best itself, which has been tried"
+    configs = [json.dumps({**best, **each}, sort_keys=True) for each in around]
+    assert len(set(configs)) == 7
+    assert all(0 < each["student.model.dropout"] < 1 for each in around)
+
+
+def test_variations_stand_on_arms_that_are_searched():
+    searched = {arm.name for arm in study_plan.ARMS if arm.parent is None}
+    assert searched >= {arm.parent for arm in study_plan.ARMS if arm.parent}
+    assert searched >= {*study_plan.LLM_ARMS, study_plan.BASELINE}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Three arms of two seeds on the toy data: the second is better on the first half of the rows."""
+    folder = tmp_path_factory.mktemp("scored")
+    spec = Toy(n_users=40, n_items=30, n_volumes=3, n_worlds=2, min_length=4, max_length=9)
+    data = prepare(spec, folder / "processed")
+    generator = np.random.default_rng(0)
+    ranks = generator.integers(0, 30, (2, 40))
+    better = np.where(np.arange(40) < 20, ranks // 4, ranks)
+    runs = {}
+    for name, found in {"baseline": ranks, "ensemble": better, "hybrid": ranks}.items():
+        runs[name] = {seed: f"{name}_{seed}" for seed in (1, 2)}
+        for seed, each in zip((1, 2), found, strict=True):
+            metrics = folder / "result" / f"{name}_{seed}" / "metrics"
+            metrics.mkdir(parents=True)
+            np.save(metrics / "test_ranks.npy", each)
+            write_json(metrics / "test.json", {})
+    return study_findings.Findings(folder, data.folder, (1, 2)), runs, ranks, better
+
+
+def test_arms_are_compared_row_by_row(scored):
+    findings, runs, ranks, better = scored
+    told = findings.test(runs, {"text": {0: "hybrid_1"}})
+    mean = {name: np.mean([row_values(each, "ndcg@20") for each in found]) for name, found in
+            {"baseline": ranks, "ensemble": better}.items()}  # fmt: skip
+    assert told["metrics"]["ensemble"]["ndcg@20"]["mean"] == pytest.approx(mean["ensemble"])
+    gain = told["gains"]["ensemble"]
+    assert gain["relative"] == pytest.approx(mean["ensemble"] / mean["baseline"] - 1)
+    assert gain["low"] < gain["mean"] < gain["high"]
+    assert gain["p"] < 0.01
+    assert told["gains"]["hybrid"]["p"] == 1
+    assert told["gains"]["hybrid"]["mean"] == 0
+    assert "baseline" not in told["gains"]
+    assert told["teachers"]["text"]["hr@20"]["mean"] == pytest.approx((ranks[0] < 20).mean())
+    for groups in told["groups"].values():
+        rows = [group["rows"] for group in groups]
+        assert sum(rows) == 40
+        parts = [group["gains"]["ensemble"]["mean"] for group in groups]
+        assert np.average(parts, weights=rows) == pytest.approx(gain["mean"])
+        assert np.average([group["baseline"] for group in groups], weights=rows) == pytest.approx(mean["baseline"])
+
+
+def test_arms_that_lack_a_seed_are_left_out_and_nothing_is_told_without_a_baseline(scored):
+    findings, runs, *_ = scored
+    lacking = {**runs, "hybrid": {1: "hybrid_1"}, "ensemble": {**runs["ensemble"], 2: "not_scored"}}
+    assert findings.test(lacking, {})["metrics"].keys() == {"baseline"}
+    assert findings.test({name: each for name, each in runs.items() if name != "baseline"}, {}) == {}
+
+
+def test_the_headline_is_of_the_arm_that_validates_best(scored):
+    findings, runs, *_ = scored
+    validation = {"baseline": {1: 0.1}, "hybrid": {1: 0.2, 2: 0.4}, "ensemble": {1: 0.9}}
+    tried = [{"validation": {"ndcg@20": 0.1}}, {"validation": {"ndcg@20": 0.3}}]
+    told = {"validation": validation, "test": findings.test(runs, {}), "tries": {"baseline": tried, "hybrid": []}}
+    samples = {"games": {"sasrec": told}, "movielens": {"sasrec": {**told, "test": {}}}}
+    headline = study_findings.headline(samples)
+    assert headline["games_ndcg20_gain"] == 0, "no language model teaches the ensemble"
+    assert headline["games_p"] == 1
+    assert headline["sasrec_games_ndcg10"] == told["test"]["metrics"]["baseline"]["ndcg@10"]["mean"]
+    assert headline["ml100k sasrec hybrid: validation ndcg@20"] == pytest.approx(0.3)
+    assert "ml100k_ndcg20_gain" not in headline
+    tables = study_findings.tables(samples)
+    assert "| baseline | 2 | 0.3000 | 0.1000 (1) |" in tables
+    assert tables.count("gain in ndcg@20") == 1
+    figure = study_findings.figure(samples)
+    assert figure.startswith("<svg")
+    assert "games, sasrec" in figure
+    assert "movielens" not in figure
+    assert "not been opened" in study_findings.figure({"movielens": samples["movielens"]})
+
+
+def command(tmp_path, *arguments):
+    told = [sys.executable, str(SCRIPT), "--quick", "--jobs", str(os.cpu_count()), "--json", str(tmp_path / "x.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told += ["--work", str(tmp_path / "work"), *arguments]
+    return subprocess.run(told, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
+    """Two arms on validation; then a third one, and the test split. What has been done is not done again."""
+    done = command(tmp_path, "--arms", "vectors", "--parts", "search")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "x.json").read_text())
+    sasrec = first["samples"]["toy"]["sasrec"]
+    assert {name: len(tries) for name, tries in sasrec["tries"].items()} == {"baseline": 2, "vectors": 1}
+    assert sasrec["test"] == {}
+    assert not any(record["stage"] == "evaluate" for record in first["samples"]["toy"]["stages"])
+
+    done = command(tmp_path, "--arms", "vectors", "ensemble", "ensemble, rows of the LLM")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "x.json").read_text())
+    stages = result["samples"]["toy"]["stages"]
+    assert stages[: len(first["samples"]["toy"]["stages"])] == first["samples"]["toy"]["stages"]
+    assert "llm2rec.teacher" not in done.stdout
+    test = result["samples"]["toy"]["sasrec"]["test"]
+    assert test["gains"].keys() == {"vectors", "ensemble", "ensemble, rows of the LLM"}
+    assert test["teachers"].keys() == {"titles"}
+    assert result["headline"].keys() >= {"toy_ndcg20_gain", "toy_p", "sasrec_toy_ndcg10"}
+    assert "| teacher: titles |" in done.stdout
+    text = (tmp_path / "x.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(ROOT) not in text
+
+    again = command(tmp_path, "--arms", "vectors", "ensemble", "ensemble, rows of the LLM", "--parts")
+    assert again.returncode == 0, again.stderr
+    assert ">>>" not in again.stdout
+    assert json.loads((tmp_path / "x.json").read_text())["headline"] == result["headline"]
+
+
+def test_a_stage_that_was_killed_goes_on(tmp_path):
+    options = distillation_study.argparse.Namespace(work=tmp_path, quick=True, jobs=1)
+    stages = distillation_study.Stages(options, ["dataset=toy"], ["dataset.seed=3"])
+    told = ["dataset=toy", "student=sasrec"]
+    assert stages.begun("student", told) == []
+    for name, overrides in {"result_1": [*told, "dataset.seed=3"], "result_2": told}.items():
+        (stages.folder / "result" / name).mkdir(parents=True)
+        write_json(stages.folder / "result" / name / "run.json", {"stage": "student", "overrides": overrides})
+    assert stages.begun("student", told) == ["resume=result/result_1"]
+    assert stages.begun("teacher", told) == []
