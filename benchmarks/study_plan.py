@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ def options_of(name: str, *values: Any) -> list[Config]:
 # Searches ------------------------------------------------------------------------------------------------------------
 
 BASELINE_SPACE: Space = (
-    options_of(f"{_TRAINING}.learning_rate", 2e-3, 1e-3, 5e-4),
+    options_of(f"{_TRAINING}.learning_rate", 2e-3, 1e-3, 4e-3),
     options_of(f"{_MODEL}.dropout", 0.2, 0.1, 0.3, 0.5),
     options_of(f"{_MODEL}.width", 64, 128),
     options_of(f"{_TRAINING}.weight_decay", 0.0, 0.01, 0.1),
@@ -171,15 +172,30 @@ LLM_ARMS = ("vectors", "hybrid", "listwise", "dllm2rec")  # searched, and taught
 
 
 def draw(space: Space, n: int, seed: str) -> list[dict[str, Any]]:
-    """Draw configurations: the first choice of everything, then others at random, without repetition.
+    """Draw configurations: the first choice of everything, then others at random, each choice about equally often.
+
+    This is Latin hypercube sampling (McKay, Beckman and Conover, 1979), of choices: a few tries see all that there is.
 
     Args:
         space: One list of choices for each thing that is searched.
-        n: Configurations wanted; fewer where the space has fewer.
+        n: Configurations wanted, all different; fewer where the space has fewer.
         seed: The same text draws the same configurations.
     """
-    first, *others = ({k: v for part in parts for k, v in part.items()} for parts in itertools.product(*space))
-    return [first, *random.Random(seed).sample(others, min(n - 1, len(others)))]
+    if n >= math.prod(map(len, space)):
+        return [_joined(parts) for parts in itertools.product(*space)]
+    generator = random.Random(seed)
+    while True:
+        columns = []
+        for choices in space:
+            first, *others = (choices[number % len(choices)] for number in range(n))
+            columns.append([first, *generator.sample(others, n - 1)])
+        drawn = [_joined(parts) for parts in zip(*columns, strict=True)]
+        if all(each not in drawn[:number] for number, each in enumerate(drawn)):
+            return drawn
+
+
+def _joined(parts: Sequence[Config]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def further(best: Config) -> Space:

@@ -29,6 +29,8 @@ def test_configurations_are_drawn_once_and_begin_with_the_first_of_everything():
     assert len({json.dumps(each) for each in drawn}) == 4
     assert drawn != study_plan.draw(space, 4, "y")
     assert len(study_plan.draw(space, 100, "x")) == 6
+    assert sorted(each["b"] for each in drawn) == [1, 1, 2, 2], "each choice as often as others"
+    assert {each["a"] for each in drawn} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("arm", [arm for arm in study_plan.ARMS if arm.parent is None], ids=lambda arm: arm.name)
