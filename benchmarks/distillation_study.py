@@ -28,6 +28,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class Field:
             members: Runs of baselines of a SASRec: the ensemble, of which the first is given to the hybrid teacher.
         """
         if not teacher.startswith("ensemble"):
-            self.stages.run("teacher", self.teacher_overrides(teacher, members[0]), self.jobs)
+            self.stages.run("teacher", self.teacher_overrides(teacher, members[0]))
             return
         out = self.stages.folder / self.outputs(teacher)
         if (out / "manifest.json").is_file() and read_json(out / "manifest.json")["members"] == members:
@@ -180,33 +181,30 @@ class Study:
         self.field, self.student, self.budget = field, student, field.budget
         self.arms = {arm.name: arm for arm in ARMS if arm.name in field.arms or arm.name == BASELINE}
 
-    def run(self, part: str) -> Any:
-        """Run a part, and stop at each stage that has ended, for the results to be written.
+    def run(self, part: str) -> Iterator[None]:
+        """Run a part, and stop when some runs have ended, for the results to be written.
 
         Args:
             part: ``search``, ``finals`` or ``ablations``.
 
         Yields:
-            None, after each run that is new.
+            None, after each lot of runs that are new.
         """
         self.field.stages.run("data", [])
+        first_seed, baseline = self.budget.seeds[:1], self.arms[BASELINE]
         if part == "search":
-            for config in self.first_tries():
-                yield from self.trained(self.arms[BASELINE], config, self.budget.seeds[0])
+            yield from self.trained(baseline, self.first_tries(), first_seed)
             for arm in (arm for arm in SEARCHED if arm.teacher and arm.name in self.arms):
                 yield from self.taught(arm)
-                for config in self.tries(arm) or []:
-                    yield from self.trained(arm, config, self.budget.seeds[0])
-            for config in self.tries(self.arms[BASELINE]) or []:
-                yield from self.trained(self.arms[BASELINE], config, self.budget.seeds[0])
+                yield from self.trained(arm, self.tries(arm) or [], first_seed)
+            yield from self.trained(baseline, self.tries(baseline) or [], first_seed)
             return
         for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
             if (chosen := self.chosen(arm)) is not None:
                 yield from self.taught(arm)
-                for seed in self.budget.seeds:
-                    yield from self.trained(arm, chosen, seed)
+                yield from self.trained(arm, [chosen], self.budget.seeds)
 
-    def taught(self, arm: Arm) -> Any:
+    def taught(self, arm: Arm) -> Iterator[None]:
         """Make the teacher of an arm, and before it the baselines of SASRec that it needs."""
         if arm.teacher is None:
             return
@@ -215,8 +213,7 @@ class Study:
         if config is None:
             raise SystemExit(f"{arm.name} has a teacher that needs trained SASRecs: search --students sasrec first")
         seeds = self.budget.members if arm.teacher.startswith("ensemble") else self.budget.seeds[:1]
-        for seed in seeds:
-            yield from first.trained(baseline, config, seed)
+        yield from first.trained(baseline, [config], seeds)
         members = [record["run"] for seed in seeds if (record := first.done(baseline, config, seed))]
         self.field.teach(arm.teacher, members)
         yield
@@ -234,11 +231,13 @@ class Study:
         """The record of a run; None if it has not finished."""
         return self.field.record("distill" if arm.teacher else "student", self.overrides(arm, config, seed))
 
-    def trained(self, arm: Arm, config: dict[str, Any], seed: int) -> Any:
-        """Train a student unless it has been done; yields where it has not."""
-        if self.done(arm, config, seed) is None:
-            stage = "distill" if arm.teacher else "student"
-            self.field.stages.run(stage, self.overrides(arm, config, seed), self.field.jobs)
+    def trained(self, arm: Arm, configs: list[dict[str, Any]], seeds: tuple[int, ...]) -> Iterator[None]:
+        """Train an arm's students that have not been, ``--jobs`` at once; yields after each such lot."""
+        stage, jobs = "distill" if arm.teacher else "student", self.field.jobs
+        wanted = [(config, seed) for config in configs for seed in seeds]
+        missing = [self.overrides(arm, *each) for each in wanted if self.done(arm, *each) is None]
+        for start in range(0, len(missing), jobs):
+            self.field.stages.run_many(stage, missing[start : start + jobs])
             yield
 
     def first_tries(self) -> list[dict[str, Any]]:

@@ -129,12 +129,12 @@ class Stages:
             list(pool.map(lambda overrides: self.run(stage, overrides, self.jobs), many))
 
     def run(self, stage: str, overrides: list[str], at_once: int = 1) -> None:
-        """Run one stage unless it has finished before; it gets its share of the processors."""
+        """Run one stage unless it has finished before; it gets its share of OMP_NUM_THREADS, or of the processors."""
         overrides = [*self.common, *overrides]
         if any(record["stage"] == stage and record["overrides"] == overrides for record in self.records):
             return
         print(f">>> llm2rec.{stage} {' '.join(overrides)}", flush=True)
-        threads = str(max(1, (os.cpu_count() or 1) // at_once))
+        threads = str(max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // at_once))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-m", f"llm2rec.{stage}", *overrides, *self.paths, *self.begun(stage, overrides)]
         done = subprocess.run(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True, check=False)

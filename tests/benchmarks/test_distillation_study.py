@@ -132,7 +132,7 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
 
 
 def command(tmp_path, *arguments):
-    told = [sys.executable, str(SCRIPT), "--quick", "--jobs", str(os.cpu_count()), "--json", str(tmp_path / "x.json")]
+    told = [sys.executable, str(SCRIPT), "--quick", "--json", str(tmp_path / "x.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     told += ["--work", str(tmp_path / "work"), *arguments]
     return subprocess.run(told, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
