@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from llm2rec.config import Config
 from llm2rec.core.division import divides_frozen
@@ -100,13 +97,10 @@ def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:
 
 
 def _command(folder: Path) -> str | None:
-    """The command that made a run, without its launcher, from what Hydra wrote; None where that cannot be read."""
-    try:
-        overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
-        stage_name = read_record(folder)["stage"]
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
-        return None
-    return shlex.join(["python", "-m", f"llm2rec.{stage_name}", *map(str, overrides or [])])
+    """The command that began a run, without its launcher; None for a run that has not noted it."""
+    record = read_record(folder)
+    overrides = record.get("overrides")
+    return None if overrides is None else shlex.join(["python", "-m", f"llm2rec.{record['stage']}", *overrides])
 
 
 def _folders(runs: object, root: Path, result_dir: Path, fingerprint: str) -> list[Path]:

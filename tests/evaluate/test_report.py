@@ -238,16 +238,14 @@ def test_a_baseline_that_is_not_compared_is_refused(reported):
         check_baseline("gru4rec", list(made))
 
 
-def test_a_command_is_read_from_what_hydra_wrote(tmp_path):
+def test_a_command_is_the_one_that_began_the_run(tmp_path):
     write_json(tmp_path / "run.json", {"stage": "student", "status": "finished"})
     assert _command(tmp_path) is None
-    (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- seed=3\n- 'dataset.name=\"two words\"'\n- x=${y}\n")
+    overrides = ["seed=3", 'dataset.name="two words"', "x=${y}"]
+    write_json(tmp_path / "run.json", {"stage": "student", "status": "finished", "overrides": overrides})
     assert _command(tmp_path) == "python -m llm2rec.student seed=3 'dataset.name=\"two words\"' 'x=${y}'"
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("[]\n")
+    write_json(tmp_path / "run.json", {"stage": "student", "status": "finished", "overrides": []})
     assert _command(tmp_path) == "python -m llm2rec.student"
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("{: [")
-    assert _command(tmp_path) is None
 
 
 BROWSER = next(
