@@ -1,5 +1,6 @@
 """Raw interactions in, one canonical dataset of items, sequences, splits and examples out. Knows no model."""
 
+from llm2rec.data.agreement import TitleAgreement, title_agreement
 from llm2rec.data.amazon import AmazonReviews
 from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
@@ -17,11 +18,13 @@ __all__ = [
     "MovieLens100K",
     "RawData",
     "RecData",
+    "TitleAgreement",
     "Toy",
     "doubts",
     "format_statistics",
     "load",
     "prepare",
+    "title_agreement",
 ]
 
 SCHEMAS: dict[str, type[DatasetSpec]] = {

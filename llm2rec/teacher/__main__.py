@@ -16,7 +16,7 @@ from llm2rec.core.files import read_json
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
-from llm2rec.data import RecData
+from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SequenceData
@@ -59,6 +59,8 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
+    if engine.is_main and (doubt := title_agreement(data).doubt()):
+        logger.warning("%s", doubt)
     of_run = from_launch_folder(settings.recommender_run, cfg.paths.root) if settings.recommender_run else None
     kept = run.folder / "recommender_of_run"
     with engine.first_process_first():
