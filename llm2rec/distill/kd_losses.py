@@ -26,6 +26,7 @@ __all__ = [
     "ranking_loss",
     "robust_term",
     "row_confidence_weights",
+    "stand_in_catalogue",
 ]
 
 
@@ -229,6 +230,40 @@ def listwise_loss(
     scores = logits.gather(1, ranking)
     log_probs = scores - (scores if over == "candidates" else logits).logsumexp(dim=1, keepdim=True)
     return temperature**2 * -(torch.special.entr(probs) + probs * log_probs).sum(dim=1)
+
+
+def stand_in_catalogue(
+    candidates: Tensor,
+    ranking: Tensor,
+    negatives: Tensor,
+    items: Tensor,
+    log_expected: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Scores whose softmax at a temperature has the sum of the whole catalogue's, in expectation.
+
+    The candidates are there as they are; each negative stands for all items that might have been drawn in its place,
+    ``ŷ_j - T log(n q_j)``, and counts nothing where it is a candidate (`llm2rec.student.losses.sampled_softmax`, which
+    does so for the target alone). So `listwise_loss` over these, whose candidates are the first K, estimates that
+    over the catalogue.
+
+    Args:
+        candidates: Scores of the teacher's candidates, shape ``(B, K)``.
+        ranking: Which items they are, shape ``(B, K)``.
+        negatives: Scores of n items drawn with replacement, shape ``(B, n)``.
+        items: Which they are, shape ``(n,)`` or ``(B, n)``.
+        log_expected: How often each was to be expected among them, ``log(n q_j)``, of the shape of ``items``.
+        temperature: T.
+
+    Returns:
+        Shape ``(B, K + n)``, float32 at least.
+    """
+    drawn = items.expand(negatives.shape).contiguous()
+    ordered = ranking.sort(dim=1).values
+    place = torch.searchsorted(ordered, drawn).clamp(max=ranking.shape[1] - 1)
+    hits = ordered.gather(1, place) == drawn  # (B, n)
+    others = (at_least_float32(negatives) - temperature * log_expected).masked_fill(hits, -torch.inf)
+    return torch.cat([at_least_float32(candidates), others], dim=1)
 
 
 def pairwise_loss(

@@ -35,8 +35,9 @@ class RankingSettings:
             ``consistency_dropout``).
         top_k: Teacher candidates used per row, K.
         temperature: Of ``listwise``; larger makes both distributions flatter.
-        over: Where ``listwise`` normalises the student: ``catalogue``, or ``candidates``, which compares the K with one
-            another only.
+        over: Where ``listwise`` normalises the student: ``catalogue``; ``sampled``, which estimates that from the
+            candidates and the negatives of `student.loss`, at a cost that no catalogue changes; or ``candidates``,
+            which compares the K with one another only.
         margin: Gap between the scores of a pair that is enough for ``margin``.
         beta: Ranks over which the position weight falls by a factor e.
         gamma_position: Share of the position weight.
@@ -90,7 +91,7 @@ class RankingSettings:
             raise ConfigError(f"distill.ranking: expected top_k >= 1 and beta > 0, got {self.top_k} and {self.beta}.")
         one_of("distill.ranking.confidence", self.confidence, "per_candidate", "per_row")
         one_of("distill.ranking.loss", self.loss, *_NEGATIVES)
-        one_of("distill.ranking.over", self.over, "catalogue", "candidates")
+        one_of("distill.ranking.over", self.over, "catalogue", "sampled", "candidates")
         if not (0 < self.temperature < float("inf") and 0 < self.margin < float("inf")):
             raise ConfigError(
                 "distill.ranking: expected a positive `temperature` and `margin`, got "
@@ -103,6 +104,17 @@ class RankingSettings:
                 f"distill.ranking.loss is {self.loss!r} and `top_k` is 1, which leaves no pair; raise `top_k`, or set "
                 "`negative=ranked_last`."
             )
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the loss is about the scores of all items, not of candidates and negatives only."""
+        on_catalogue = self.loss == "weighted_bce" or (self.loss == "listwise" and self.over == "catalogue")
+        return self.weight > 0 and on_catalogue
+
+    @property
+    def samples(self) -> bool:
+        """Whether the catalogue is estimated from the student's own negatives."""
+        return self.weight > 0 and self.loss == "listwise" and self.over == "sampled"
 
 
 @dataclass
@@ -211,7 +223,7 @@ class DistillSettings:
     @property
     def needs_logits(self) -> bool:
         """Whether any loss but the student's own is about the scores of all items."""
-        return self.ranking.weight > 0 or self.dros.weight > 0
+        return self.ranking.needs_logits or self.dros.weight > 0
 
     @property
     def robust_ranking(self) -> bool:

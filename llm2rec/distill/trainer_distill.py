@@ -1,6 +1,7 @@
 """Train a student on its own task and on what the teacher wrote down (DLLM2Rec)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,7 @@ from llm2rec.distill.kd_losses import (
     ranking_loss,
     robust_term,
     row_confidence_weights,
+    stand_in_catalogue,
 )
 from llm2rec.distill.selection import Selection
 from llm2rec.distill.selection_policy import SelectionPolicy
@@ -36,7 +38,7 @@ from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, popularity_propensity, sampled_bce
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.own_loss import OwnLoss
+from llm2rec.student.own_loss import OwnLoss, ScoredNegatives
 from llm2rec.student.settings import LossSettings
 
 __all__ = ["distillation_losses", "objective", "train_distilled"]
@@ -76,7 +78,8 @@ def train_distilled(
 
     Raises:
         ConfigError: If losses about a whole optimizer step are asked for and a step is divided, if a catalogue is too
-            small for the negatives that are asked for, if DROS is asked for twice, or DeepSpeed is to update rows.
+            small for the negatives that are asked for, if DROS is asked for twice, if the catalogue is to be estimated
+            from negatives that the student's own loss does not draw, or DeepSpeed is to update rows.
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
     row_losses = _RowLosses(model, train, teacher, engine, settings, loss or LossSettings())
@@ -142,6 +145,9 @@ class _RowLosses:
     ) -> dict[str, Tensor]:
         """Losses of a batch by name, each of shape ``(B,)``; ``row_weights`` ``(M,)`` weigh what is distilled."""
         rows, settings = batch.rows, self._settings
+        sampled = None
+        if self._own and settings.ranking.samples:
+            sampled = self._own.negatives(users, rows, epoch=epoch, step=step)
         targets = self._train.targets.numpy()[rows] if settings.ranking.confidence == "per_row" else None
         return distillation_losses(
             self._model,
@@ -150,8 +156,9 @@ class _RowLosses:
             self._teacher.batch(rows, settings.ranking.top_k, self._device, targets),
             torch.from_numpy(row_weights[rows]).to(self._device),
             settings,
-            own=self._own and partial(self._own, users, batch.targets, rows, epoch=epoch, step=step),
+            own=self._own and partial(self._own, users, batch.targets, rows, epoch=epoch, step=step, negatives=sampled),
             negatives=self._negatives(rows, epoch),
+            sampled=sampled,
             propensity=self._propensity,
         )
 
@@ -195,6 +202,13 @@ def _own_loss(
     model: DistilledStudent, loss: LossSettings, train: TrainingData, engine: Engine, settings: DistillSettings
 ) -> OwnLoss | None:
     """The student's own task, or None where the recipe has one."""
+    if settings.ranking.samples and (settings.own_loss != "student" or loss.name == "cross_entropy"):
+        own = f"student.loss.name is {loss.name!r}"
+        raise ConfigError(
+            "distill.ranking.over is 'sampled', which needs the negatives of the student's own loss, but "
+            f"{own if settings.own_loss == 'student' else f'distill.own_loss is {settings.own_loss!r}'}, which has "
+            "none of them; use `student.loss.name=sampled_softmax`, or `distill.ranking.over=catalogue`."
+        )
     if settings.own_loss != "student":
         return None
     if loss.dros.weight > 0 and settings.dros.weight > 0:
@@ -215,6 +229,7 @@ def distillation_losses(
     *,
     own: Callable[..., dict[str, Tensor]] | None = None,
     negatives: Tensor | None = None,
+    sampled: ScoredNegatives | None = None,
     propensity: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Losses of some rows, by name; ``loss`` is their weighted total.
@@ -229,6 +244,7 @@ def distillation_losses(
         own: `OwnLoss` of these rows, still to be told the logits; None computes what ``settings.own_loss`` names,
             cross-entropy where that is ``student``.
         negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
+        sampled: Negatives of the student's own loss; needed if ``settings.ranking.samples``.
         propensity: Of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
 
     Returns:
@@ -238,6 +254,9 @@ def distillation_losses(
     ranking = settings.ranking
     if own is not None and not settings.needs_logits:
         losses = _named(own())
+        if ranking.weight > 0:
+            losses["loss_ranking"] = distilled * order_loss_of_few(model, users, told, ranking, negatives, sampled)
+            losses["loss"] = losses["loss"] + ranking.weight * losses["loss_ranking"]
     else:
         logits = model.score(users)  # (B, N)
         weighs = ranking.weight > 0 and ranking.loss == "weighted_bce"
@@ -325,9 +344,35 @@ def _named(own: dict[str, Tensor]) -> dict[str, Tensor]:
 def order_loss(logits: Tensor, told: TeacherBatch, settings: RankingSettings, negatives: Tensor | None) -> Tensor:
     """The ranking losses that are not the paper's, as the settings say; returns shape ``(B,)``."""
     if settings.loss == "listwise":
-        return listwise_loss(logits, told.ranking, told.distance, temperature=settings.temperature, over=settings.over)
+        over = "candidates" if settings.over == "candidates" else "catalogue"  # no sample where all scores are there
+        return listwise_loss(logits, told.ranking, told.distance, temperature=settings.temperature, over=over)
     below = negatives if settings.negative == "ranked_last" else None
     return pairwise_loss(logits, told.ranking, settings.loss, margin=settings.margin, negatives=below)
+
+
+def order_loss_of_few(
+    model: DistilledStudent,
+    users: Tensor,
+    told: TeacherBatch,
+    settings: RankingSettings,
+    negatives: Tensor | None,
+    sampled: ScoredNegatives | None,
+) -> Tensor:
+    """`order_loss` without the scores of the catalogue: only candidates and negatives are scored; shape ``(B,)``."""
+    asked = told.ranking
+    if settings.negative == "ranked_last":
+        assert negatives is not None
+        asked = torch.cat([asked, negatives.unsqueeze(1)], dim=1)
+    scores = torch.einsum("bd,bkd->bk", users, model.student.output_items(asked))  # (B, K), or (B, K + 1)
+    if settings.samples:
+        assert sampled is not None
+        scores = stand_in_catalogue(
+            scores, asked, sampled.scores, sampled.items, sampled.log_expected, settings.temperature
+        )
+    # The same loss of a small catalogue, in which candidate k is item k and a negative comes after them.
+    places = torch.arange(told.ranking.shape[1], device=users.device).expand_as(told.ranking)
+    below = None if negatives is None else torch.full_like(negatives, told.ranking.shape[1])
+    return order_loss(scores, replace(told, ranking=places), settings, below)
 
 
 def candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:

@@ -229,7 +229,10 @@ def grouped(
     form: str = ".2f",
     width: int,
 ) -> str:
-    """The same names in several groups, one group below the other, with one legend; arguments as of `forest`."""
+    """The same names in several groups, one group below the other, with one legend; arguments as of `forest`.
+
+    A group may lack some of the names.
+    """
     paper = _Paper(width)
     dots = [dot for _, each in groups for dot in each]
     ends = [end for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
@@ -247,7 +250,8 @@ def grouped(
     inner, paper.parts = paper.parts, []
     bottom = paper.across(scale, 24, y, axis, zero)
     paper.parts += inner  # upon the grid
-    height = paper.legend(bottom + 18, [(dot.name, dot.slot) for dot in groups[0][1]])
+    named = dict.fromkeys((dot.name, dot.slot) for dot in dots)  # each once, in order
+    height = paper.legend(bottom + 18, list(named))
     return paper.svg(height, title, description)
 
 

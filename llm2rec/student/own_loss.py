@@ -1,5 +1,7 @@
 """The student's own task: what its users and targets cost, as `LossSettings` say."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +20,22 @@ from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.negatives import Negatives, Proposal
 from llm2rec.student.settings import LossSettings
 
-__all__ = ["OwnLoss"]
+__all__ = ["OwnLoss", "ScoredNegatives"]
+
+
+@dataclass(frozen=True)
+class ScoredNegatives:
+    """Negatives of some rows with their scores.
+
+    Attributes:
+        items: Item ids of shape ``(K,)`` where rows share them, else ``(B, K)``.
+        scores: Shape ``(B, K)``.
+        log_expected: How often each was to be expected among the K, ``log(K q_j)``, of the shape of ``items``.
+    """
+
+    items: Tensor
+    scores: Tensor
+    log_expected: Tensor
 
 
 class OwnLoss:
@@ -57,6 +74,7 @@ class OwnLoss:
         epoch: int,
         step: int,
         logits: Tensor | None = None,
+        negatives: ScoredNegatives | None = None,
     ) -> dict[str, Tensor]:
         """Losses of some rows, by name; ``loss`` is their total.
 
@@ -67,6 +85,7 @@ class OwnLoss:
             epoch: Epoch, for the negatives of rows.
             step: Global step, for shared negatives.
             logits: Scores of all items, shape ``(B, N)``, where the caller needs them anyway.
+            negatives: What `negatives` gave for these rows, likewise.
 
         Returns:
             ``loss``; with DROS ``loss_student`` and ``loss_dros`` beside it. Each of shape ``(B,)``, in nats.
@@ -76,7 +95,7 @@ class OwnLoss:
         if logits is None and on_catalogue and fits_in_a_tile(len(users), self._model.n_items, users.device):
             logits = self._model.score(users)
         if self._negatives is not None:
-            own = self._against_negatives(users, targets, self._negatives.draw(rows, epoch, step).to(users.device))
+            own = self._against(users, targets, negatives or self.negatives(users, rows, epoch=epoch, step=step))
         elif logits is None:
             own = blocked_cross_entropy(users, self._model.output_items, targets)
         else:
@@ -90,17 +109,22 @@ class OwnLoss:
             robust = dros(logits, targets.unsqueeze(1), propensity, beta).squeeze(1)
         return {"loss": own + weight * robust, "loss_student": own, "loss_dros": robust}
 
-    def _against_negatives(self, users: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-        """Losses ``(B,)`` against negatives of shape ``(K,)`` or ``(B, K)``; only their vectors are gathered."""
-        settings, table = self._settings, self._model.output_items
-        vectors = table(negatives)  # (K, D) or (B, K, D)
-        positive = (users * table(targets)).sum(dim=1)
-        negative = users @ vectors.T if vectors.ndim == 2 else torch.einsum("bd,bkd->bk", users, vectors)
-        hits = negatives == targets.unsqueeze(1)  # (B, K)
-        assert settings.n_negatives is not None
-        assert self._negatives is not None
+    def negatives(self, users: Tensor, rows: NDArray[np.int64], *, epoch: int, step: int) -> ScoredNegatives:
+        """Draw the negatives of some rows and score them; arguments as above. Only their vectors are gathered."""
+        assert self._negatives is not None, f"{self._settings.name} has no negatives"
+        items = self._negatives.draw(rows, epoch, step).to(users.device)
+        vectors = self._model.output_items(items)  # (K, D) or (B, K, D)
+        scores = users @ vectors.T if vectors.ndim == 2 else torch.einsum("bd,bkd->bk", users, vectors)
+        log_expected = self._negatives.proposal.log_probability(items) + np.log(self._negatives.n_negatives)
+        return ScoredNegatives(items, scores, log_expected)
+
+    def _against(self, users: Tensor, targets: Tensor, negatives: ScoredNegatives) -> Tensor:
+        """Losses against negatives, shape ``(B,)``."""
+        settings = self._settings
+        positive = (users * self._model.output_items(targets)).sum(dim=1)
+        hits = negatives.items == targets.unsqueeze(1)  # (B, K)
         if settings.name == "sampled_softmax":
-            log_expected = self._negatives.proposal.log_probability(negatives) + np.log(settings.n_negatives)
-            return sampled_softmax(positive, negative, log_expected, hits)
+            return sampled_softmax(positive, negatives.scores, negatives.log_expected, hits)
+        assert settings.n_negatives is not None
         power = calibration_power(settings.n_negatives, self._model.n_items, settings.calibration or 0.0)
-        return calibrated_bce(positive, negative, hits, power)
+        return calibrated_bce(positive, negatives.scores, hits, power)

@@ -24,7 +24,7 @@ from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSet
             r"ranking\.negative is 'two', expected 'none', 'one_minus_score' or 'one_minus_probability'",
         ),
         ({"loss": "bpr"}, r"ranking\.loss is 'bpr', expected 'weighted_bce', 'listwise', 'ranknet' or 'margin'"),
-        ({"over": "all"}, r"ranking\.over is 'all', expected 'catalogue' or 'candidates'"),
+        ({"over": "all"}, r"ranking\.over is 'all', expected 'catalogue', 'sampled' or 'candidates'"),
         ({"temperature": 0.0}, r"positive `temperature` and `margin`, got 0\.0 and 1\.0"),
         ({"margin": math.nan}, r"positive `temperature` and `margin`, got 1\.0 and nan"),
         (

@@ -20,6 +20,7 @@ from llm2rec.distill.kd_losses import (
     ranking_loss,
     robust_term,
     row_confidence_weights,
+    stand_in_catalogue,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -274,6 +275,39 @@ def test_listwise_is_zero_and_still_where_student_and_teacher_agree():
         loss.sum().backward()
         torch.testing.assert_close(loss, torch.zeros(1, dtype=torch.float64), atol=1e-12, rtol=0)
         torch.testing.assert_close(given.grad, torch.zeros_like(given), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_sample_of_all_items_stands_for_the_catalogue_exactly(shared, temperature):
+    torch.manual_seed(0)
+    logits, ranking = 2 * torch.randn(4, 9, dtype=torch.float64), torch.stack([torch.randperm(9)[:3] for _ in range(4)])
+    logits.requires_grad_()
+    distance = torch.rand(4, 3, dtype=torch.float64)
+    whole = listwise_loss(logits, ranking, distance, temperature=temperature)
+    # Each item is drawn as often as expected: item j j + 1 times of 45, n q_j = j + 1. Candidates must not count again.
+    items = torch.arange(9).repeat_interleave(torch.arange(1, 10))
+    items = items if shared else torch.stack([items[torch.randperm(45)] for _ in range(4)])
+    drawn = logits.gather(1, items.expand(4, 45))
+    scores = stand_in_catalogue(logits.gather(1, ranking), ranking, drawn, items, (items + 1.0).log(), temperature)
+    first = torch.arange(3).expand(4, 3)
+    sampled = listwise_loss(scores, first, distance, temperature=temperature)
+    torch.testing.assert_close(sampled, whole)
+    ours, theirs = (torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (sampled, whole))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_sample_has_the_catalogues_sum_on_average():
+    torch.manual_seed(0)
+    logits, ranking = torch.randn(1, 9, dtype=torch.float64), torch.tensor([[4, 7]])
+    probabilities = torch.softmax(torch.randn(9, dtype=torch.float64), dim=0)
+    items = torch.multinomial(probabilities, 20_000 * 5, replacement=True).view(20_000, 5)
+    expected = (5 * probabilities).log()[items]
+    drawn, own = logits.expand(20_000, 9).gather(1, items), logits[:, [4, 7]].expand(20_000, 2)
+    scores = stand_in_catalogue(own, ranking.expand(20_000, 2), drawn, items, expected)
+    sums = scores.exp().sum(dim=1)
+    assert abs(sums.mean() - logits.exp().sum()) < 4 * sums.std() / math.sqrt(20_000)
+    assert sums.std() > 0
 
 
 @pytest.mark.parametrize("kind", ["ranknet", "margin"])

@@ -1,0 +1,150 @@
+"""Ranking losses that are about candidates and negatives only: the catalogue is not scored for them."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, written
+from small_students import TEACHER, TRAIN, TRAINING, VALIDATION, N, distilled, settings_of
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.distill.selection_policy import SelectionPolicyAll
+from llm2rec.distill.settings import DrosSettings, RankingSettings
+from llm2rec.distill.student import DistilledStudent
+from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
+from llm2rec.student.own_loss import OwnLoss, ScoredNegatives
+from llm2rec.student.settings import LossSettings
+
+SAMPLED = LossSettings("sampled_softmax", 8, proposal="popularity")
+FEW = {
+    "candidates": {"loss": "listwise", "over": "candidates", "temperature": 2.0},
+    "ranknet": {"loss": "ranknet"},
+    "margin": {"loss": "margin", "negative": "ranked_last"},
+}
+
+
+def settings_with(**ranking):
+    return replace(settings_of(fusion=0.3), ranking=RankingSettings(weight=0.7, top_k=4, **ranking))
+
+
+def trained(folder, settings, loss=SAMPLED, kind=None, seed=0, **changes):
+    arguments = {**TRAINING, **changes}
+    engine = engine_in(folder, **arguments) if kind is None else engine_in(folder, kind=kind, **arguments)
+    policy = SelectionPolicyAll()
+    return train_distilled(
+        distilled(settings, seed), TRAIN, TEACHER, VALIDATION, policy, engine, settings, loss=loss
+    ).state_dict()
+
+
+def parts(settings, loss, rows):
+    """A student in evaluation mode, and what its losses of some rows are made of."""
+    model = distilled(settings).eval()
+    batch = TRAIN.batch(rows)
+    users, own = model(*batch.inputs), OwnLoss(model.student, loss, TRAIN.targets, seed=0)
+    told = TEACHER.batch(rows, settings.ranking.top_k)
+    negatives = torch.from_numpy(np.random.default_rng(0).integers(N, size=len(rows)))
+    return model, users, batch, told, torch.linspace(0, 1, len(rows)), own, negatives
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("loss", [SAMPLED, LossSettings()])
+def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
+    settings, rows = settings_with(**FEW[kind]), np.arange(7)
+    model, users, batch, told, weights, own, negatives = parts(settings, loss, rows)
+
+    def mine(**given):
+        return own(users, batch.targets, rows, epoch=0, step=0, **given)
+
+    few = distillation_losses(model, users, batch, told, weights, settings, own=mine, negatives=negatives)
+    logits = model.score(users)
+    plain = objective(logits, batch.targets, told, weights, settings, own=mine(logits=logits), negatives=negatives)
+    assert few.keys() == plain.keys()
+    for name in few:
+        torch.testing.assert_close(few[name], plain[name])
+    weights = [each for each in model.parameters() if each.requires_grad]
+    ours, theirs = (torch.autograd.grad(each["loss"].sum(), weights, retain_graph=True) for each in (few, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.to_dense(), other.to_dense())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
+    settings, rows = settings_with(loss="listwise", over="sampled", temperature=temperature), np.arange(7)
+    model, users, batch, told, weights, own, _ = parts(settings, SAMPLED, rows)
+    logits = model.score(users)
+    everything = ScoredNegatives(torch.arange(N), logits, torch.zeros(N))
+
+    def mine(**given):
+        return own(users, batch.targets, rows, epoch=0, step=0, negatives=everything, **given)
+
+    few = distillation_losses(model, users, batch, told, weights, settings, own=mine, sampled=everything)
+    plain = objective(logits, batch.targets, told, weights, settings, own=mine())  # where all scores are there
+    over_all = replace(settings, ranking=replace(settings.ranking, over="catalogue"))
+    whole = objective(logits, batch.targets, told, weights, over_all, own=mine())
+    for name in few:
+        torch.testing.assert_close(few[name], whole[name])
+        assert torch.equal(plain[name], whole[name])
+
+
+@pytest.mark.parametrize("ranking", [*FEW.values(), {"loss": "listwise", "over": "sampled"}])
+def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking):
+    class Scored(Exception):
+        pass
+
+    def refuse(self, users):
+        raise Scored
+
+    monkeypatch.setattr(DistilledStudent, "score", refuse)
+    trained(tmp_path / "few", settings_with(**ranking))
+    assert all(entry["train/loss_ranking"] > 0 for entry in written(tmp_path / "few", "validation")["history"])
+    with pytest.raises(Scored):
+        trained(tmp_path / "all", settings_with(loss="listwise"))
+
+
+@pytest.mark.parametrize("loss", [SAMPLED, LossSettings("bce", 3), LossSettings("gbce", 5)])
+def test_a_sampled_listwise_student_trains_and_resumes(tmp_path, loss):
+    settings = settings_with(loss="listwise", over="sampled")
+    whole = trained(tmp_path / "whole", settings, loss, checkpoint_every_steps=3)
+    with pytest.raises(Killed):
+        trained(tmp_path / "broken", settings, loss, killed_at(7), checkpoint_every_steps=3)
+    resumed = trained(tmp_path / "broken", settings, loss, seed=7, checkpoint_every_steps=3)
+    assert_same_weights(resumed, whole)
+    assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
+    history = written(tmp_path / "whole", "validation")["history"]
+    for entry in history:
+        total = entry["train/loss_student"] + 0.7 * entry["train/loss_ranking"]
+        assert entry["train/loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own_loss", "loss", "named"),
+    [
+        ("student", LossSettings(), r"student\.loss\.name is 'cross_entropy'"),
+        ("sampled_bce", SAMPLED, r"distill\.own_loss is 'sampled_bce'"),
+    ],
+)
+def test_a_sample_needs_negatives_of_the_students_own(tmp_path, own_loss, loss, named):
+    settings = replace(settings_with(loss="listwise", over="sampled"), own_loss=own_loss)
+    with pytest.raises(
+        ConfigError, match=rf"over is 'sampled', which needs the negatives .* but {named}.*over=catalogue"
+    ):
+        trained(tmp_path, settings, loss)
+
+
+def test_dros_needs_all_scores_and_then_there_is_no_sample():
+    settings = replace(settings_with(loss="listwise", over="sampled"), dros=DrosSettings(weight=0.3))
+    rows, propensity = np.arange(7), torch.linspace(0.1, 1, N)
+    model, users, batch, told, weights, own, _ = parts(settings, SAMPLED, rows)
+    sampled = own.negatives(users, rows, epoch=0, step=0)
+
+    def losses(settings):
+        mine = partial(own, users, batch.targets, rows, epoch=0, step=0, negatives=sampled)
+        given = {"own": mine, "sampled": sampled, "propensity": propensity}
+        return distillation_losses(model, users, batch, told, weights, settings, **given)
+
+    ours = losses(settings)
+    whole = losses(replace(settings, ranking=replace(settings.ranking, over="catalogue")))
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in ours)
