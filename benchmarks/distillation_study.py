@@ -7,16 +7,17 @@ Games and MovieLens, leave-one-out, ranked among the whole catalogue without wha
 chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, when all has been chosen. The arms:
 
 - ``baseline``: the student's own loss. Its search: learning rate, dropout, width, weight decay, loss.
-- ``ensemble``: listwise on the mean of a few baselines of other seeds: a teacher without any language model, the
-  control. What an LLM teaches has to be worth more.
+- ``collaborative``: listwise on the mean of item neighbours (`item_neighbours.py`) and a few baselines of other seeds:
+  a teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it tell
+  what each half is worth.
 - ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
 - ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
 - ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
 - ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds.
 
-Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. A
-distilled arm takes the best of the baseline's first tries and searches what is its own; the baseline then gets as many
-tries more, around its best. The best of each arm runs with five seeds, that of the search among them.
+Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. All
+go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline gets as many
+tries more around its best. The best of each arm runs with five seeds, that of the search among them.
 
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
@@ -29,17 +30,35 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness import write_result
 from ml100k import ROOT, Stages, command_line
 from study_findings import Findings, figure, headline, tables
-from study_plan import ARMS, BASELINE, QUICK, SELECT_ON, STUDENTS, Arm, Budget, Dataset, datasets, draw, further
+from study_plan import (
+    ARMS,
+    BASELINE,
+    MIXTURES,
+    QUICK,
+    SELECT_ON,
+    STUDENTS,
+    Arm,
+    Budget,
+    Dataset,
+    datasets,
+    draw,
+    fitting,
+    further,
+    mixture_of,
+)
 from study_plan import rows_of as labelled_rows
 from study_plan import teachers as teachers_of
 
 from llm2rec.core.files import read_json
+from llm2rec.data import load, title_agreement
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("search", "finals", "ablations", "test")
@@ -55,8 +74,9 @@ def main() -> None:
     studies = [Study(field, student) for student in options.students for field in fields]
 
     def gathered(told: bool) -> dict[str, Any]:
-        samples = {field.dataset.name: field.about() for field in fields}
-        for study in studies:
+        begun = [field for field in fields if field.stages.records]
+        samples = {field.dataset.name: field.about() for field in begun}
+        for study in (study for study in studies if study.field in begun):
             samples[study.field.dataset.name][study.student] = study.findings()
         write_result(options, headline(samples), samples, told=told)
         return samples
@@ -120,27 +140,39 @@ class Field:
 
     def outputs(self, teacher: str) -> str:
         """Folder of a teacher's outputs, from where stages run."""
-        name = "ensemble" if teacher.startswith("ensemble") else f"{teacher}-{self.llm}"
+        name = mixture_of(teacher) or f"{teacher}-{self.llm}"
         return f"data/teacher_outputs/{self.dataset.name}/{name}"
 
     def teach(self, teacher: str, members: list[str]) -> None:
         """Train a teacher and write its outputs, unless it has been done.
 
         Args:
-            teacher: Its name in `study_plan.teachers`, or an ensemble.
+            teacher: Its name in `study_plan.teachers` or among the mixtures.
             members: Runs of baselines of a SASRec: the ensemble, of which the first is given to the hybrid teacher.
         """
-        if not teacher.startswith("ensemble"):
+        mixture = mixture_of(teacher)
+        if mixture is None:
             self.stages.run("teacher", self.teacher_overrides(teacher, members[0]))
             return
         out = self.stages.folder / self.outputs(teacher)
         if (out / "manifest.json").is_file() and read_json(out / "manifest.json")["members"] == members:
             return
-        print(f">>> the mean of {' '.join(members)}", flush=True)
+        self.mix(members, MIXTURES[mixture], out)
+
+    def mix(self, members: list[str], share: float, out: Path, *options: str) -> None:
+        """Write the outputs of a mixture of students and neighbours, or what ``options`` ask of it."""
+        print(
+            f">>> the mean of {' '.join(members)}, and a part of {share} of neighbours {' '.join(options)}", flush=True
+        )
         runs = [str(self.stages.folder / "result" / member) for member in members]
-        places = ["--prepared", str(self.prepared()), "--runs", *runs, "--out", str(out), "--top-k", "100"]
-        command = [sys.executable, str(HERE / "ensemble_outputs.py"), *places]
+        places = ["--prepared", str(self.prepared()), "--runs", *runs, "--out", str(out), "--neighbours", str(share)]
+        command = [sys.executable, str(HERE / "ensemble_outputs.py"), *places, *options]
         subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+    def mixtures(self) -> dict[str, dict[str, Any]]:
+        """Manifests of the mixtures whose outputs are there, by name."""
+        files = {name: self.stages.folder / self.outputs(name) / "manifest.json" for name in MIXTURES}
+        return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
     def teacher_overrides(self, teacher: str, member: str) -> list[str]:
         """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
@@ -157,6 +189,10 @@ class Field:
         """Score all final runs and the teachers on the test split."""
         runs = [run for study in studies for found in study.finals().values() for run in found.values()]
         runs += [record["run"] for record in self.teacher_runs().values()]
+        for name, told in self.mixtures().items():
+            run = self.stages.folder / "result" / f"mixture_{name}"
+            if not (run / "metrics" / "test.json").is_file():
+                self.mix(told["members"], told["neighbours"], run, "--ranks", "test")
         if runs:
             self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{','.join(f'result/{run}' for run in runs)}]"])
 
@@ -166,7 +202,18 @@ class Field:
             name: {"seconds": record["seconds"], "validation": best(self.stages, record["run"])}
             for name, record in self.teacher_runs().items()
         }
-        return {"mask_seen": True, "select_on": SELECT_ON, "teachers": told, "stages": self.stages.records}
+        return {
+            "mask_seen": True,
+            "select_on": SELECT_ON,
+            "titles": self.titles,
+            "teachers": told,
+            "stages": self.stages.records,
+        }
+
+    @cached_property
+    def titles(self) -> dict[str, float]:
+        """Whether titles tell what follows what: where they do not, no teacher that reads them can."""
+        return asdict(title_agreement(load(self.prepared())))
 
 
 class Study:
@@ -212,7 +259,7 @@ class Study:
         config, baseline = first.best_of(first.first_tries()), first.arms[BASELINE]
         if config is None:
             raise SystemExit(f"{arm.name} has a teacher that needs trained SASRecs: search --students sasrec first")
-        seeds = self.budget.members if arm.teacher.startswith("ensemble") else self.budget.seeds[:1]
+        seeds = self.budget.members if mixture_of(arm.teacher) else self.budget.seeds[:1]
         yield from first.trained(baseline, [config], seeds)
         members = [record["run"] for seed in seeds if (record := first.done(baseline, config, seed))]
         self.field.teach(arm.teacher, members)
@@ -253,9 +300,10 @@ class Study:
         if start is None:
             return None
         if arm.name == BASELINE:
-            around = draw(further(start), self.budget.tries + 1, f"{self.student} further")
+            around = draw(further(start), self.budget.more_tries + 1, f"{self.student} further")
             return [*self.first_tries(), *({**start, **config} for config in around[1:])]
-        return [{**start, **arm.fixed, **config} for config in draw(arm.space, self.budget.tries, arm.name)]
+        drawn = draw(arm.space, self.budget.more_tries, arm.name)
+        return [fitting({**start, **arm.fixed, **config}) for config in drawn]
 
     def best_of(self, configs: list[dict[str, Any]], arm: Arm | None = None) -> dict[str, Any] | None:
         """The configuration that validates best; None unless all have finished."""
@@ -297,7 +345,8 @@ class Study:
             name: {seed: best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
             for name, found in runs.items()
         }
-        teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
+        teachers = {name: {0: f"mixture_{name}"} for name in self.field.mixtures()}
+        teachers |= {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.field.budget.seeds) if runs else None
         told["test"] = scored.test(runs, teachers) if scored else {}
         return told

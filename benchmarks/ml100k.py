@@ -121,7 +121,12 @@ class Stages:
         self.common, self.paths = common, paths or []
         self.jobs = options.jobs
         self.log = self.folder / "finished.json"
-        self.records: list[dict[str, Any]] = read_json(self.log) if self.log.is_file() else []
+        self.records: list[dict[str, Any]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what has finished by now: another process may work in this folder too, on other runs."""
+        self.records = read_json(self.log) if self.log.is_file() else []
 
     def run_many(self, stage: str, many: list[list[str]]) -> None:
         """Run a stage with several sets of overrides, as many at once as asked for."""
@@ -131,6 +136,7 @@ class Stages:
     def run(self, stage: str, overrides: list[str], at_once: int = 1) -> None:
         """Run one stage unless it has finished before; it gets its share of OMP_NUM_THREADS, or of the processors."""
         overrides = [*self.common, *overrides]
+        self.refresh()
         if any(record["stage"] == stage and record["overrides"] == overrides for record in self.records):
             return
         print(f">>> llm2rec.{stage} {' '.join(overrides)}", flush=True)
@@ -143,6 +149,7 @@ class Stages:
         match = re.search(r"result/result_\d{8}_\d{6}", done.stderr)
         assert match, f"the stage told no run folder:\n{done.stderr}"
         run = self.folder / match[0]
+        self.refresh()
         self.records.append(
             {
                 "stage": stage,

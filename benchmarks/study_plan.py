@@ -12,7 +12,20 @@ from typing import Any
 from hybrid_teacher import TEACHER as HYBRID_TRAINING
 from ml100k import TEACHER as TEXT_TRAINING
 
-__all__ = ["ARMS", "BASELINE", "STUDENTS", "Arm", "Budget", "Dataset", "datasets", "draw", "further", "teachers"]
+__all__ = [
+    "ARMS",
+    "BASELINE",
+    "STUDENTS",
+    "Arm",
+    "Budget",
+    "Dataset",
+    "datasets",
+    "draw",
+    "fitting",
+    "further",
+    "mixture_of",
+    "teachers",
+]
 
 Config = Mapping[str, Any]
 Space = Sequence[Sequence[Config]]
@@ -27,12 +40,18 @@ _TRAINING, _MODEL, _LOSS = "student.training", "student.model", "student.loss"
 _RANKING, _EMBEDDING = "distill.ranking", "distill.embedding"
 
 
+def shorter(training: Sequence[str]) -> list[str]:
+    """The training of a teacher on 4,000 rows: minutes, not hours, without a GPU."""
+    return [*(each for each in training if "train_rows" not in each), "teacher.train_rows=4000"]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much is run.
 
     Attributes:
-        tries: Configurations of each search.
+        tries: Configurations of the baseline's search, of which the best is where all arms begin.
+        more_tries: Configurations that each arm tries from there, the baseline too.
         seeds: Seeds of final runs; the first is that of all searches.
         members: Baselines in the ensemble that teaches, by seed.
         labelled: Part of the training rows that language models label.
@@ -42,16 +61,18 @@ class Budget:
     """
 
     tries: int = 6
+    more_tries: int = 4
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     members: tuple[int, ...] = (1, 2, 3)
-    labelled: float = 0.25
+    labelled: float = 0.1
     common: tuple[str, ...] = ("student.training.epochs=60",)
-    text: tuple[str, ...] = (*TEXT_TRAINING, "teacher.validation_rows=1000")
-    hybrid: tuple[str, ...] = (*HYBRID_TRAINING, "teacher.validation_rows=1000")
+    text: tuple[str, ...] = (*shorter(TEXT_TRAINING), "teacher.validation_rows=1000")
+    hybrid: tuple[str, ...] = (*shorter(HYBRID_TRAINING), "teacher.validation_rows=1000")
 
 
 QUICK = Budget(
     tries=1,
+    more_tries=1,
     seeds=(1,),
     members=(1,),
     labelled=0.5,
@@ -132,9 +153,14 @@ BASELINE_SPACE: Space = (
     ],
 )
 LISTWISE_SPACE: Space = (
-    options_of(f"{_RANKING}.weight", 1.0, 0.3, 3.0),
-    options_of(f"{_RANKING}.temperature", 1.0, 2.0, 4.0),
-    options_of(f"{_RANKING}.over", "catalogue", "candidates"),
+    options_of(f"{_RANKING}.weight", 3.0, 1.0, 10.0),
+    options_of(f"{_MODEL}.dropout", 0.3, 0.1, 0.2, 0.5),  # soft labels regularise too
+    options_of(f"{_RANKING}.temperature", 1.0, 2.0),
+)
+WEAK_TEACHER_SPACE: Space = (  # one that knows less than its student must not be followed far
+    options_of(f"{_RANKING}.weight", 0.3, 0.1, 1.0, 0.03),
+    options_of(f"{_MODEL}.dropout", 0.2, 0.3, 0.1, 0.5),
+    options_of(f"{_RANKING}.temperature", 1.0, 2.0),
 )
 VECTORS_SPACE: Space = (
     [
@@ -151,15 +177,19 @@ PAPER_SPACE: Space = (
     options_of(f"{_EMBEDDING}.fusion_scale", 0.3, 0.1, 1.0),
     options_of(f"{_RANKING}.confidence", "per_candidate", "per_row"),
 )
-LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 100, f"{_EMBEDDING}.fusion_scale": 0.0}
+LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 50, f"{_EMBEDDING}.fusion_scale": 0.0}
+# Teachers without a language model: what part of their distribution item neighbours have, and baselines the rest.
+MIXTURES = {"collaborative": 0.5, "ensemble": 0.0, "neighbours": 1.0}
 ARMS = (
     Arm(BASELINE, space=BASELINE_SPACE),
-    Arm("ensemble", "ensemble", LISTWISE_SPACE, LISTWISE),
+    Arm("collaborative", "collaborative", LISTWISE_SPACE, LISTWISE),
     Arm("vectors", "titles", VECTORS_SPACE, {f"{_RANKING}.weight": 0.0, f"{_EMBEDDING}.fusion_scale": 0.0}),
-    Arm("hybrid", "hybrid", LISTWISE_SPACE, LISTWISE),
-    Arm("listwise", "text", LISTWISE_SPACE, LISTWISE),
+    Arm("hybrid", "hybrid", WEAK_TEACHER_SPACE, LISTWISE),
+    Arm("listwise", "text", WEAK_TEACHER_SPACE, LISTWISE),
     Arm("dllm2rec", "text", PAPER_SPACE),
-    Arm("ensemble, rows of the LLM", "ensemble_budget", fixed={}, parent="ensemble"),
+    Arm("collaborative, neighbours only", "neighbours", parent="collaborative"),
+    Arm("collaborative, ensemble only", "ensemble", parent="collaborative"),
+    Arm("collaborative, rows of the LLM", "collaborative_budget", parent="collaborative"),
     Arm("dllm2rec without position", "text", fixed={f"{_RANKING}.gamma_position": 0.0}, parent="dllm2rec"),
     Arm("dllm2rec without confidence", "text", fixed={f"{_RANKING}.gamma_confidence": 0.0}, parent="dllm2rec"),
     Arm("dllm2rec without consistency", "text", fixed={f"{_RANKING}.gamma_consistency": 0.0}, parent="dllm2rec"),
@@ -198,16 +228,22 @@ def _joined(parts: Sequence[Config]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
+def fitting(config: Config) -> dict[str, Any]:
+    """A configuration whose listwise loss normalises as the student's own loss does: over a sample, or over all."""
+    if config.get(f"{_RANKING}.loss") != "listwise":
+        return dict(config)
+    return {**config, f"{_RANKING}.over": "catalogue" if config[f"{_LOSS}.name"] == "cross_entropy" else "sampled"}
+
+
 def further(best: Config) -> Space:
     """The space around the baseline's best, for its tries beyond the first; the best itself comes first."""
     rate, dropout = best[f"{_TRAINING}.learning_rate"], best[f"{_MODEL}.dropout"]
     decay = best[f"{_TRAINING}.weight_decay"]
     return (
         options_of(f"{_TRAINING}.learning_rate", rate, *(round(rate * each, 6) for each in (0.5, 0.7, 1.5))),
-        options_of(f"{_MODEL}.dropout", dropout, *(round(dropout + each, 2) for each in (-0.05, 0.1, 0.2))),
+        options_of(f"{_MODEL}.dropout", dropout, *(round(dropout * each, 2) for each in (0.6, 0.8, 1.3))),
         options_of(f"{_TRAINING}.weight_decay", decay, *(each for each in (0.0, 0.03, 0.3) if each != decay)),
-        options_of(f"{_TRAINING}.batch_size", 512, 256, 1024),
-        options_of(f"{_LOSS}.dros.weight", 0.0, 0.1, 0.3),
+        options_of(f"{_TRAINING}.batch_size", 512, 1024),
     )
 
 
@@ -235,8 +271,14 @@ def teachers(budget: Budget, recommender: str) -> dict[str, list[str]]:
     }
 
 
+def mixture_of(teacher: str) -> str | None:
+    """Which mixture a teacher is, whatever rows of it are used; None for a language model."""
+    name = teacher.removesuffix("_budget")
+    return name if name in MIXTURES else None
+
+
 def rows_of(teacher: str, budget: Budget) -> list[str]:
     """Which training rows a teacher labels, as overrides of its own stage and of its students'."""
-    if teacher == "ensemble":
+    if teacher in MIXTURES:
         return []
     return active(0.01 if teacher == "titles" else budget.labelled)

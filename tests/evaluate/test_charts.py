@@ -135,3 +135,9 @@ class TestColours:
         seen = [lab(np.array(BLIND[eyes]) @ linear(colours[f"s{slot}"])) for slot in range(N_COLOURS)]
         apart = {(i, j): np.linalg.norm(seen[i] - seen[j]) for i in range(N_COLOURS) for j in range(i)}
         assert min(apart.values()) > 10, min(apart, key=apart.get)
+
+
+def test_the_legend_of_groups_names_what_only_some_of_them_have():
+    first, second = Dot("early", 1.0, slot=0), Dot("late", 2.0, slot=1)
+    drawn = grouped([("few", [first]), ("many", [first, second])], axis="gain", width=800, **SAID)
+    assert drawn.count(">early<") == drawn.count(">late<") == 1
