@@ -21,8 +21,10 @@ tries more around its best. The best of each arm runs with five seeds, that of t
 
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
-``--parts`` alone gathers and runs nothing. ``--quick`` shows the same in two minutes on generated data and a tiny
-random model. Beside the JSON file comes a figure, and tables are printed.
+``--parts`` alone gathers and runs nothing. ``--earlier RESULT`` goes on where the runs are no longer at hand: what an
+earlier JSON file tells of is not run again, and new arms are compared with the baseline's rows in the file beside it
+(``.npz``: what each test row adds to NDCG@20, mean over seeds). ``--quick`` shows the same in two minutes on generated
+data and a tiny random model. Beside the JSON file and its rows comes a figure, and tables are printed.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from typing import Any
 
 from harness import write_result
 from ml100k import ROOT, Stages, command_line
+from study_earlier import Earlier, Rows, Told, row_name, write_rows
 from study_findings import Findings, figure, headline, tables
 from study_plan import (
     ARMS,
@@ -75,10 +78,14 @@ def main() -> None:
 
     def gathered(told: bool) -> dict[str, Any]:
         begun = [field for field in fields if field.stages.records]
-        samples = {field.dataset.name: field.about() for field in begun}
+        samples = options.earlier.samples | {field.dataset.name: field.about() for field in begun}
+        rows = dict(options.earlier.rows)
         for study in (study for study in studies if study.field in begun):
-            samples[study.field.dataset.name][study.student] = study.findings()
-        write_result(options, headline(samples), samples, told=told)
+            dataset, student = study.field.dataset.name, study.student
+            samples[dataset][student], found = study.findings()
+            rows |= {row_name(dataset, student, arm): each for arm, each in found.items()}
+        write_result(options, headline(samples), samples, told=told, earlier=options.earlier.sources)
+        write_rows(options.json, rows)
         return samples
 
     for study in studies:
@@ -101,9 +108,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--students", nargs="+", choices=STUDENTS, help="sasrec, which teaches, and then gru4rec")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="all by default; none only gathers what is there")
+    parser.add_argument("--earlier", type=Path, help="JSON file of a result whose runs are not here, to go on from")
     options = parser.parse_args()
     if not options.quick and not (options.llm_path and (options.raw_dir or options.games_dir)):
         parser.error("--llm-path is needed, and --games-dir or --raw-dir or both; or --quick")
+    options.earlier = Earlier(options.earlier)
     options.students = options.students or ([*STUDENTS][:1] if options.quick else [*STUDENTS])
     options.parts = list(PARTS) if options.parts is None else options.parts
     options.arms = options.arms or [arm.name for arm in (*SEARCHED, *VARIATIONS[: 2 if options.quick else None])]
@@ -125,7 +134,11 @@ class Field:
         shared = ["metrics.mask_seen=true", f"metrics.select_on={SELECT_ON}", "logging.progress=false"]
         self.stages = Stages(place, [*dataset.common, *shared], list(dataset.paths))
         self.llm = next(each for each in dataset.common if each.startswith("llm=")).removeprefix("llm=")
-        self.jobs = options.jobs
+        self.jobs, self._earlier = options.jobs, options.earlier
+
+    def earlier(self, student: str) -> Told:
+        """What an earlier result tells of a student here."""
+        return self._earlier.of(self.dataset.name, student)
 
     def record(self, stage: str, overrides: list[str]) -> dict[str, Any] | None:
         """What is known of a finished stage; None if it has not finished."""
@@ -148,11 +161,11 @@ class Field:
 
         Args:
             teacher: Its name in `study_plan.teachers` or among the mixtures.
-            members: Runs of baselines of a SASRec: the ensemble, of which the first is given to the hybrid teacher.
+            members: Runs of baselines of a SASRec: the ensemble, or the one that the hybrid teacher is given.
         """
         mixture = mixture_of(teacher)
         if mixture is None:
-            self.stages.run("teacher", self.teacher_overrides(teacher, members[0]))
+            self.stages.run("teacher", self.teacher_overrides(teacher, *members))
             return
         out = self.stages.folder / self.outputs(teacher)
         if (out / "manifest.json").is_file() and read_json(out / "manifest.json")["members"] == members:
@@ -174,7 +187,7 @@ class Field:
         files = {name: self.stages.folder / self.outputs(name) / "manifest.json" for name in MIXTURES}
         return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
-    def teacher_overrides(self, teacher: str, member: str) -> list[str]:
+    def teacher_overrides(self, teacher: str, member: str = "") -> list[str]:
         """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
         told = teachers_of(self.budget, f"result/{member}")[teacher]
         return [f"teacher.name={teacher}", *told, *labelled_rows(teacher, self.budget)]
@@ -202,12 +215,14 @@ class Field:
             name: {"seconds": record["seconds"], "validation": best(self.stages, record["run"])}
             for name, record in self.teacher_runs().items()
         }
+        earlier = self._earlier.samples.get(self.dataset.name, {})
         return {
+            **earlier,
             "mask_seen": True,
             "select_on": SELECT_ON,
             "titles": self.titles,
-            "teachers": told,
-            "stages": self.stages.records,
+            "teachers": {**earlier.get("teachers", {}), **told},
+            "stages": [*earlier.get("stages", []), *self.stages.records],
         }
 
     @cached_property
@@ -226,6 +241,7 @@ class Study:
 
     def __init__(self, field: Field, student: str) -> None:
         self.field, self.student, self.budget = field, student, field.budget
+        self.earlier = field.earlier(student)
         self.arms = {arm.name: arm for arm in ARMS if arm.name in field.arms or arm.name == BASELINE}
 
     def run(self, part: str) -> Iterator[None]:
@@ -240,14 +256,15 @@ class Study:
         self.field.stages.run("data", [])
         first_seed, baseline = self.budget.seeds[:1], self.arms[BASELINE]
         if part == "search":
-            yield from self.trained(baseline, self.first_tries(), first_seed)
+            yield from self.trained(baseline, self.untried(baseline, self.first_tries()), first_seed)
             for arm in (arm for arm in SEARCHED if arm.teacher and arm.name in self.arms):
-                yield from self.taught(arm)
-                yield from self.trained(arm, self.tries(arm) or [], first_seed)
-            yield from self.trained(baseline, self.tries(baseline) or [], first_seed)
+                if configs := self.untried(arm, self.tries(arm) or []):
+                    yield from self.taught(arm)
+                    yield from self.trained(arm, configs, first_seed)
+            yield from self.trained(baseline, self.untried(baseline, self.tries(baseline) or []), first_seed)
             return
         for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
-            if (chosen := self.chosen(arm)) is not None:
+            if (chosen := self.chosen(arm)) is not None and not self.told_earlier(arm):
                 yield from self.taught(arm)
                 yield from self.trained(arm, [chosen], self.budget.seeds)
 
@@ -259,7 +276,9 @@ class Study:
         config, baseline = first.best_of(first.first_tries()), first.arms[BASELINE]
         if config is None:
             raise SystemExit(f"{arm.name} has a teacher that needs trained SASRecs: search --students sasrec first")
-        seeds = self.budget.members if mixture_of(arm.teacher) else self.budget.seeds[:1]
+        seeds = self.budget.members if mixture_of(arm.teacher) else ()
+        if arm.teacher == "hybrid":
+            seeds = self.budget.seeds[:1]
         yield from first.trained(baseline, [config], seeds)
         members = [record["run"] for seed in seeds if (record := first.done(baseline, config, seed))]
         self.field.teach(arm.teacher, members)
@@ -287,6 +306,26 @@ class Study:
             self.field.stages.run_many(stage, missing[start : start + jobs])
             yield
 
+    def untried(self, arm: Arm, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those that an earlier result does not tell of."""
+        return [config for config in configs if self.earlier.tried(arm.name, config) is None]
+
+    def told_earlier(self, arm: Arm) -> bool:
+        """Whether an earlier result has the test rows of what would be run."""
+        searched = arm if arm.parent is None else self.searched(arm.parent)
+        return arm.name in self.earlier.rows and self.earlier.chosen[searched.name] == self.chosen(searched)
+
+    def searched(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(each for each in SEARCHED if each.name == name)
+
+    def tried(self, arm: Arm, config: dict[str, Any]) -> dict[str, Any] | None:
+        """A try as the results tell it; None if it has not finished."""
+        if (record := self.done(arm, config, self.budget.seeds[0])) is None:
+            return self.earlier.tried(arm.name, config)
+        validation = best(self.field.stages, record["run"])
+        return {"config": config, "seconds": record["seconds"], "validation": validation}
+
     def first_tries(self) -> list[dict[str, Any]]:
         """What the baseline's first tries are."""
         return draw(self.arms[BASELINE].space, self.budget.tries, f"{self.student} {BASELINE}")
@@ -307,14 +346,14 @@ class Study:
 
     def best_of(self, configs: list[dict[str, Any]], arm: Arm | None = None) -> dict[str, Any] | None:
         """The configuration that validates best; None unless all have finished."""
-        records = [self.done(arm or self.arms[BASELINE], config, self.budget.seeds[0]) for config in configs]
-        scores = [best(self.field.stages, record["run"])[SELECT_ON] for record in records if record]
+        told = [self.tried(arm or self.arms[BASELINE], config) for config in configs]
+        scores = [each["validation"][SELECT_ON] for each in told if each]
         return configs[scores.index(max(scores))] if len(scores) == len(configs) else None
 
     def chosen(self, arm: Arm) -> dict[str, Any] | None:
         """The configuration of an arm's final runs; None while it is not known."""
         if arm.parent is not None:
-            parent = self.chosen(next(each for each in ARMS if each.name == arm.parent))
+            parent = self.chosen(self.searched(arm.parent))
             return None if parent is None else {**parent, **arm.fixed}
         tries = self.tries(arm)
         return None if tries is None else self.best_of(tries, arm)
@@ -328,28 +367,24 @@ class Study:
             found[arm.name] = {seed: record["run"] for seed, record in records.items() if record}
         return {name: runs for name, runs in found.items() if runs}
 
-    def findings(self) -> dict[str, Any]:
-        """What is known by now: tries and choices on validation, and test scores where they have been opened."""
-        told: dict[str, Any] = {"tries": {}, "chosen": {}}
+    def findings(self) -> tuple[dict[str, Any], Rows]:
+        """What is known by now: tries and choices on validation, test scores and rows where they have been opened."""
+        tries, chosen = dict(self.earlier.tries), dict(self.earlier.chosen)
         for arm in (arm for arm in self.arms.values() if arm.parent is None):
             configs = self.tries(arm) or (self.first_tries() if arm.name == BASELINE else [])
-            records = [(config, self.done(arm, config, self.budget.seeds[0])) for config in configs]
-            told["tries"][arm.name] = [
-                {"config": config, "seconds": record["seconds"], "validation": best(self.field.stages, record["run"])}
-                for config, record in records
-                if record
-            ]
-            told["chosen"][arm.name] = self.chosen(arm)
+            tries[arm.name] = [told for config in configs if (told := self.tried(arm, config))]
+            chosen[arm.name] = self.chosen(arm)
         runs = self.finals()
-        told["validation"] = {
-            name: {seed: best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
+        validation = {
+            name: {str(seed): best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
             for name, found in runs.items()
         }
         teachers = {name: {0: f"mixture_{name}"} for name in self.field.mixtures()}
         teachers |= {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
-        scored = Findings(self.field.stages.folder, self.field.prepared(), self.field.budget.seeds) if runs else None
-        told["test"] = scored.test(runs, teachers) if scored else {}
-        return told
+        scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)
+        test, rows = scored.test(runs, teachers, self.earlier)
+        told = {"tries": tries, "chosen": chosen, "validation": {**self.earlier.validation, **validation}, "test": test}
+        return told, rows
 
 
 def best(stages: Stages, run: str) -> dict[str, float]:

@@ -151,8 +151,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def write_result(options: argparse.Namespace, headline: dict[str, Any], samples: Any, *, told: bool = True) -> None:
-    """Write the JSON file and print the headline, unless it is not to be ``told`` yet."""
+def write_result(
+    options: argparse.Namespace, headline: dict[str, Any], samples: Any, *, told: bool = True, **further: Any
+) -> None:
+    """Write the JSON file, ``further`` entries last, and print the headline unless it is not to be ``told`` yet."""
     on_gpu = str(getattr(options, "device", "cpu")).startswith("cuda")
     environment = {
         **library_versions(),
@@ -162,7 +164,7 @@ def write_result(options: argparse.Namespace, headline: dict[str, Any], samples:
     }
     command = " ".join(["python", *map(relative, sys.argv)])
     result = {"headline": headline, "samples": samples, "command": command, "commit": git_state()}
-    write_json(options.json, {**result, "environment": environment})
+    write_json(options.json, {**result, "environment": environment, **further})
     if told:
         print(json.dumps(headline, indent=2))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from study_earlier import Rows, Told
 from study_plan import ARMS, BASELINE, LLM_ARMS, SELECT_ON, STUDENTS
 
 from llm2rec.data import load
@@ -46,41 +47,47 @@ class Findings:
         scored = (metrics / "test.json").is_file()
         return np.load(metrics / "test_ranks.npy", allow_pickle=False) if scored else None
 
-    def test(self, runs: Mapping[str, Mapping[int, str]], teachers: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    def test(
+        self, runs: Mapping[str, Mapping[int, str]], teachers: Mapping[str, Mapping[int, str]], earlier: Told
+    ) -> tuple[dict[str, Any], Rows]:
         """Compare the arms with the baseline row by row, each by its mean over seeds.
 
         Args:
             runs: Final runs by arm and seed.
             teachers: The same of the teachers, which are not tested against anything.
+            earlier: What is known of arms that have not been run here.
 
         Returns:
             Empty where the test split has not been opened. Otherwise estimates by arm and metric, differences of
             NDCG@20 to the baseline with p-values (`p_holm` is corrected for the number of arms), and these by
-            popularity of the target and by length of the history.
+            popularity of the target and by length of the history. Beside it, by arm, what each test row adds to
+            NDCG@20, shape ``(M,)``.
         """
         scored = {name: self.scored(found) for name, found in runs.items() if set(found) == set(self.seeds)}
         ranks = {name: found for name, found in scored.items() if found is not None}
         taught = {name: found for name, each in teachers.items() if (found := self.scored(each)) is not None}
-        if BASELINE not in ranks:
-            return {}
-        told = {
-            "metrics": {name: estimates(found) for name, found in ranks.items()},
-            "teachers": {name: estimates(found) for name, found in taught.items()},
-        }
-        values = {name: row_means(found) for name, found in ranks.items()}
-        others = [name for name in values if name != BASELINE]
-        apart = {name: paired_difference(values[name], values[BASELINE]) for name in others}
-        corrected = holm([each.p for each in apart.values()])
+        rows = {**earlier.rows, **{name: row_means(each).astype(np.float32) for name, each in ranks.items()}}
+        if BASELINE not in rows:
+            return dict(earlier.test), rows
+        known = {key: earlier.test.get(key, {}) for key in ("metrics", "teachers", "gains", "groups")}
+        values = {name: each.astype(np.float64) for name, each in rows.items()}
         mean = float(values[BASELINE].mean())
-        gains = {
-            name: {**asdict(each), "p_holm": p, "relative": each.mean / mean}
-            for (name, each), p in zip(apart.items(), corrected, strict=True)
-        }
+        gains = dict(known["gains"])  # of an arm whose rows are not at hand it stands: the baseline's runs are the same
+        for name in (name for name in values if name != BASELINE):
+            apart = paired_difference(values[name], values[BASELINE])
+            gains[name] = {**asdict(apart), "relative": apart.mean / mean}
+        for each, p in zip(gains.values(), holm([each["p"] for each in gains.values()]), strict=True):
+            each["p_holm"] = p
+        groups = self.groups(values)
+        for of, before in known["groups"].items():
+            for group, told in zip(groups[of], before, strict=True):
+                group["gains"] = {**told["gains"], **group["gains"]}
         return {
-            **told,
+            "metrics": {**known["metrics"], **{name: estimates(found) for name, found in ranks.items()}},
+            "teachers": {**known["teachers"], **{name: estimates(found) for name, found in taught.items()}},
             "gains": gains,
-            "groups": self.groups(values, {n: tuple(found.values()) for n, found in runs.items()}),
-        }
+            "groups": groups,
+        }, rows
 
     def scored(self, found: Mapping[int, str]) -> NDArray[np.int64] | None:
         """Ranks of some runs, shape ``(runs, M)``; None unless all have been scored."""
@@ -88,7 +95,7 @@ class Findings:
         known = [each for each in ranks if each is not None]
         return np.stack(known) if known and len(known) == len(ranks) else None
 
-    def groups(self, values: Mapping[str, NDArray[np.float64]], runs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    def groups(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
         """Gains over the baseline in quarters of the test rows."""
         data = load(self.prepared)
         test = data.splits["test"].with_format("numpy")
@@ -97,8 +104,7 @@ class Findings:
             "length": np.asarray(test["position"][:], np.int64),
         }
         found = {
-            name: Contender(Entry(name, "student", runs[name], (), 0, None, {}), (), each)
-            for name, each in values.items()
+            name: Contender(Entry(name, "student", (name,), (), 0, None, {}), (), each) for name, each in values.items()
         }
         baseline = found[BASELINE]
         return {

@@ -9,6 +9,7 @@ from pathlib import Path
 import distillation_study
 import numpy as np
 import pytest
+import study_earlier
 import study_findings
 import study_plan
 from omegaconf import OmegaConf
@@ -92,7 +93,7 @@ def scored(tmp_path_factory):
 
 def test_arms_are_compared_row_by_row(scored):
     findings, runs, ranks, better = scored
-    told = findings.test(runs, {"text": {0: "hybrid_1"}})
+    told, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Told())
     mean = {name: np.mean([row_values(each, "ndcg@20") for each in found]) for name, found in
             {"baseline": ranks, "collaborative": better}.items()}  # fmt: skip
     assert told["metrics"]["collaborative"]["ndcg@20"]["mean"] == pytest.approx(mean["collaborative"])
@@ -103,6 +104,7 @@ def test_arms_are_compared_row_by_row(scored):
     assert told["gains"]["hybrid"]["p"] == 1
     assert told["gains"]["hybrid"]["mean"] == 0
     assert "baseline" not in told["gains"]
+    assert rows["collaborative"].mean() == pytest.approx(mean["collaborative"])
     assert told["teachers"]["text"]["hr@20"]["mean"] == pytest.approx((ranks[0] < 20).mean())
     for groups in told["groups"].values():
         rows = [group["rows"] for group in groups]
@@ -115,15 +117,58 @@ def test_arms_are_compared_row_by_row(scored):
 def test_arms_that_lack_a_seed_are_left_out_and_nothing_is_told_without_a_baseline(scored):
     findings, runs, *_ = scored
     lacking = {**runs, "hybrid": {1: "hybrid_1"}, "collaborative": {**runs["collaborative"], 2: "not_scored"}}
-    assert findings.test(lacking, {})["metrics"].keys() == {"baseline"}
-    assert findings.test({name: each for name, each in runs.items() if name != "baseline"}, {}) == {}
+    told, rows = findings.test(lacking, {}, study_earlier.Told())
+    assert told["metrics"].keys() == rows.keys() == {"baseline"}
+    others = {name: each for name, each in runs.items() if name != "baseline"}
+    assert findings.test(others, {}, study_earlier.Told())[0] == {}
+
+
+def test_what_an_earlier_result_tells_counts_as_if_it_had_been_run_here(scored, tmp_path):
+    findings, runs, *_ = scored
+    whole, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    former = {name: runs[name] for name in ("baseline", "hybrid")}
+    test, former_rows = findings.test(former, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    tried = {"config": {"a": 1}, "seconds": {}, "validation": {"ndcg@20": 0.1}}
+    section = {"tries": {"baseline": [tried]}, "chosen": {}, "validation": {}, "test": test}
+    write_json(tmp_path / "x.json", {"samples": {"toy": {"sasrec": section}}, "command": "c", "commit": {}})
+    study_earlier.write_rows(
+        tmp_path / "x.json", {study_earlier.row_name("toy", "sasrec", name): each for name, each in former_rows.items()}
+    )
+
+    earlier = study_earlier.Earlier(tmp_path / "x.json")
+    told = earlier.of("toy", "sasrec")
+    assert told.tried("baseline", {"a": 1}) == tried
+    assert told.tried("baseline", {"a": 2}) is None
+    assert earlier.of("toy", "gru4rec") == study_earlier.Told()
+    again, again_rows = findings.test({"collaborative": runs["collaborative"]}, {}, told)
+    assert again.keys() == whole.keys()
+    assert again_rows.keys() == rows.keys()
+    for part in ("metrics", "teachers"):
+        assert json.dumps(again[part], sort_keys=True) == json.dumps(whole[part], sort_keys=True)
+    for name, gain in whole["gains"].items():  # float32 rows
+        assert again["gains"][name] == pytest.approx(gain, rel=1e-5)
+    for of, groups in whole["groups"].items():
+        for one, other in zip(groups, again["groups"][of], strict=True):
+            assert other["gains"].keys() == one["gains"].keys()
+            assert other["baseline"] == pytest.approx(one["baseline"], rel=1e-5)
+
+
+def test_gains_whose_rows_are_not_at_hand_stand_and_are_corrected_with_the_new_ones(scored):
+    findings, runs, *_ = scored
+    former, _ = findings.test({name: runs[name] for name in ("baseline", "collaborative")}, {}, study_earlier.Told())
+    now = {name: runs[name] for name in ("baseline", "hybrid")}
+    told, rows = findings.test(now, {}, study_earlier.Told(test=former))
+    assert rows.keys() == {"baseline", "hybrid"}
+    assert told["gains"]["collaborative"]["p_holm"] == 2 * former["gains"]["collaborative"]["p"]
+    assert all(group["gains"].keys() == {"collaborative", "hybrid"} for group in told["groups"]["length"])
 
 
 def test_the_headline_is_of_the_arm_that_validates_best(scored):
     findings, runs, *_ = scored
     validation = {"baseline": {1: 0.1}, "hybrid": {1: 0.2, 2: 0.4}, "collaborative": {1: 0.9}}
     tried = [{"validation": {"ndcg@20": 0.1}}, {"validation": {"ndcg@20": 0.3}}]
-    told = {"validation": validation, "test": findings.test(runs, {}), "tries": {"baseline": tried, "hybrid": []}}
+    test, _ = findings.test(runs, {}, study_earlier.Told())
+    told = {"validation": validation, "test": test, "tries": {"baseline": tried, "hybrid": []}}
     titles = {"titles": {"errors": 0.5}}
     samples = {"games": {**titles, "sasrec": told}, "movielens": {**titles, "sasrec": {**told, "test": {}}}}
     headline = study_findings.headline(samples)
@@ -181,6 +226,18 @@ def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
     assert again.returncode == 0, again.stderr
     assert ">>>" not in again.stdout
     assert json.loads((tmp_path / "x.json").read_text())["headline"] == result["headline"]
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    told = ["--earlier", str(tmp_path / "x.json")]
+    done = command(elsewhere, *told, "--arms", "vectors", "collaborative", "collaborative, ensemble only")
+    assert done.returncode == 0, done.stderr
+    moved = json.loads((elsewhere / "x.json").read_text())
+    trained = [record for record in moved["samples"]["toy"]["stages"][len(stages) :] if record["stage"] == "distill"]
+    assert len(trained) == 1, "what is compared with has been run elsewhere"
+    assert moved["samples"]["toy"]["sasrec"]["test"]["gains"].keys() == {*test["gains"], "collaborative, ensemble only"}
+    (source,) = moved["earlier"]
+    assert source["command"].endswith("--parts"), "the last that wrote the file"
 
 
 def test_a_stage_that_was_killed_goes_on(tmp_path):

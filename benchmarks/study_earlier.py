@@ -1,0 +1,85 @@
+"""What an earlier result of the study of distillation tells, so that it need not be run again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2rec.core.files import read_json
+
+__all__ = ["Earlier", "Rows", "Told", "row_name", "rows_file", "write_rows"]
+
+Rows = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is known of one student on one dataset.
+
+    Attributes:
+        tries: Of each searched arm, its tries: ``config``, ``seconds`` and ``validation``.
+        chosen: Of each searched arm, the configuration of its final runs.
+        validation: Of each arm, what its final runs reach on validation, by seed.
+        test: As `study_findings.Findings.test` gives it; empty where the test split was not opened.
+        rows: Of each arm, what each test row adds to the metric, mean over seeds, shape ``(M,)``.
+    """
+
+    tries: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    chosen: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+    validation: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    test: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
+
+    def tried(self, arm: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What came of a try; None for one that is not known."""
+        return next((each for each in self.tries.get(arm, []) if each["config"] == config), None)
+
+
+class Earlier:
+    """A result of `distillation_study.py` with the rows beside it, or nothing.
+
+    Args:
+        file: The JSON file; None for a study that begins.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        told = read_json(file) if file is not None else {}
+        self.samples: dict[str, Any] = told.get("samples", {})
+        self.sources = [*told.get("earlier", []), {key: told[key] for key in ("command", "commit")}] if told else []
+        self.rows: Rows = {}
+        if file is not None and rows_file(file).is_file():
+            with np.load(rows_file(file), allow_pickle=False) as rows:
+                self.rows = {name: rows[name] for name in rows.files}
+
+    def of(self, dataset: str, student: str) -> Told:
+        """What it tells of one student on one dataset."""
+        found = self.samples.get(dataset, {}).get(student)
+        if found is None:
+            return Told()
+        start = row_name(dataset, student, "")
+        rows = {name.removeprefix(start): each for name, each in self.rows.items() if name.startswith(start)}
+        return Told(found["tries"], found["chosen"], found["validation"], found["test"], rows)
+
+
+def row_name(dataset: str, student: str, arm: str) -> str:
+    """The name of an arm's rows in the file of rows."""
+    return f"{dataset}/{student}/{arm}"
+
+
+def rows_file(file: Path) -> Path:
+    """Where the rows of a result lie."""
+    return file.with_suffix(".npz")
+
+
+def write_rows(file: Path, rows: Rows) -> None:
+    """Write what test rows add beside their result, for a later study to compare with.
+
+    Args:
+        file: The JSON file of the result.
+        rows: By `row_name`.
+    """
+    if rows:
+        np.savez_compressed(rows_file(file), allow_pickle=False, **rows)
