@@ -14,6 +14,7 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
 - ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
 - ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
 - ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds.
+- ``collaborative, paper's losses`` and ``collaborative, pairs`` (RankNet, margin): is it the teacher, or the loss?
 
 Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. All
 go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline gets as many

@@ -177,6 +177,12 @@ PAPER_SPACE: Space = (
     options_of(f"{_EMBEDDING}.fusion_scale", 0.3, 0.1, 1.0),
     options_of(f"{_RANKING}.confidence", "per_candidate", "per_row"),
 )
+PAIRS_SPACE: Space = (
+    options_of(f"{_RANKING}.weight", 1.0, 0.3, 3.0, 0.1),
+    options_of(f"{_MODEL}.dropout", 0.3, 0.1, 0.2, 0.5),
+    options_of(f"{_RANKING}.loss", "ranknet", "margin"),
+    options_of(f"{_RANKING}.negative", "ranked_last", "none"),
+)
 LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 50, f"{_EMBEDDING}.fusion_scale": 0.0}
 # Teachers without a language model: what part of their distribution item neighbours have, and baselines the rest.
 MIXTURES = {"collaborative": 0.5, "ensemble": 0.0, "neighbours": 1.0}
@@ -187,6 +193,8 @@ ARMS = (
     Arm("hybrid", "hybrid", WEAK_TEACHER_SPACE, LISTWISE),
     Arm("listwise", "text", WEAK_TEACHER_SPACE, LISTWISE),
     Arm("dllm2rec", "text", PAPER_SPACE),
+    Arm("collaborative, paper's losses", "collaborative", PAPER_SPACE),
+    Arm("collaborative, pairs", "collaborative", PAIRS_SPACE, {f"{_EMBEDDING}.fusion_scale": 0.0}),
     Arm("collaborative, neighbours only", "neighbours", parent="collaborative"),
     Arm("collaborative, ensemble only", "ensemble", parent="collaborative"),
     Arm("collaborative, rows of the LLM", "collaborative_budget", parent="collaborative"),
