@@ -7,9 +7,9 @@ Games and MovieLens, leave-one-out, ranked among the whole catalogue without wha
 chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, when all has been chosen. The arms:
 
 - ``baseline``: the student's own loss. Its search: learning rate, dropout, width, weight decay, loss.
-- ``collaborative``: listwise on the mean of item neighbours (`item_neighbours.py`) and a few baselines of other seeds:
-  a teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it tell
-  what each half is worth.
+- ``collaborative``: listwise on the mean of item neighbours and a few baselines of other seeds (`llm2rec.ensemble`): a
+  teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it tell what
+  each half is worth.
 - ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
 - ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
 - ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
@@ -29,9 +29,6 @@ data and a tiny random model. Beside the JSON file and its rows comes a figure, 
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -39,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import write_result
-from ml100k import ROOT, Stages, command_line
+from ml100k import Stages, command_line
 from study_earlier import Earlier, Rows, Told, row_name, write_rows
 from study_findings import Findings, figure, headline, tables
 from study_plan import (
@@ -64,7 +61,6 @@ from study_plan import teachers as teachers_of
 from llm2rec.core.files import read_json
 from llm2rec.data import load, title_agreement
 
-HERE = Path(__file__).resolve().parent
 PARTS = ("search", "finals", "ablations", "test")
 SEARCHED = [arm for arm in ARMS if arm.parent is None]
 VARIATIONS = [arm for arm in ARMS if arm.parent is not None]
@@ -164,29 +160,11 @@ class Field:
             teacher: Its name in `study_plan.teachers` or among the mixtures.
             members: Runs of baselines of a SASRec: the ensemble, or the one that the hybrid teacher is given.
         """
-        mixture = mixture_of(teacher)
-        if mixture is None:
+        if (mixture := mixture_of(teacher)) is None:
             self.stages.run("teacher", self.teacher_overrides(teacher, *members))
             return
-        out = self.stages.folder / self.outputs(teacher)
-        if (out / "manifest.json").is_file() and read_json(out / "manifest.json")["members"] == members:
-            return
-        self.mix(members, MIXTURES[mixture], out)
-
-    def mix(self, members: list[str], share: float, out: Path, *options: str) -> None:
-        """Write the outputs of a mixture of students and neighbours, or what ``options`` ask of it."""
-        print(
-            f">>> the mean of {' '.join(members)}, and a part of {share} of neighbours {' '.join(options)}", flush=True
-        )
-        runs = [str(self.stages.folder / "result" / member) for member in members]
-        places = ["--prepared", str(self.prepared()), "--runs", *runs, "--out", str(out), "--neighbours", str(share)]
-        command = [sys.executable, str(HERE / "ensemble_outputs.py"), *places, *options]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-
-    def mixtures(self) -> dict[str, dict[str, Any]]:
-        """Manifests of the mixtures whose outputs are there, by name."""
-        files = {name: self.stages.folder / self.outputs(name) / "manifest.json" for name in MIXTURES}
-        return {name: read_json(file) for name, file in files.items() if file.is_file()}
+        runs = f"runs=[{','.join(f'result/{member}' for member in members)}]"
+        self.stages.run("ensemble", [f"ensemble.name={mixture}", f"ensemble.neighbours={MIXTURES[mixture]}", runs])
 
     def teacher_overrides(self, teacher: str, member: str = "") -> list[str]:
         """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
@@ -196,17 +174,14 @@ class Field:
     def teacher_runs(self) -> dict[str, dict[str, Any]]:
         """Records of the teachers that have finished, by name."""
         named = {each: f"teacher.name={each}" for each in ("titles", "text", "hybrid")}
-        records = [record for record in self.stages.records if record["stage"] == "teacher"]
+        named |= {each: f"ensemble.name={each}" for each in MIXTURES}
+        records = [record for record in self.stages.records if record["stage"] in ("teacher", "ensemble")]
         return {name: r for name, told in named.items() for r in records if told in r["overrides"]}
 
     def open_test(self, studies: list["Study"]) -> None:
         """Score all final runs and the teachers on the test split."""
         runs = [run for study in studies for found in study.finals().values() for run in found.values()]
         runs += [record["run"] for record in self.teacher_runs().values()]
-        for name, told in self.mixtures().items():
-            run = self.stages.folder / "result" / f"mixture_{name}"
-            if not (run / "metrics" / "test.json").is_file():
-                self.mix(told["members"], told["neighbours"], run, "--ranks", "test")
         if runs:
             self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{','.join(f'result/{run}' for run in runs)}]"])
 
@@ -380,8 +355,7 @@ class Study:
             name: {str(seed): best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
             for name, found in runs.items()
         }
-        teachers = {name: {0: f"mixture_{name}"} for name in self.field.mixtures()}
-        teachers |= {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
+        teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)
         test, rows = scored.test(runs, teachers, self.earlier)
         told = {"tries": tries, "chosen": chosen, "validation": {**self.earlier.validation, **validation}, "test": test}

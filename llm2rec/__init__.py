@@ -2,7 +2,7 @@
 
 What a notebook needs, each name imported when it is first used:
 
-    run                 run a stage: data, student, teacher, distill, evaluate
+    run                 run a stage: data, student, teacher, ensemble, distill, evaluate
     load_data           open a prepared dataset; `prepare` makes one of `CsvTables`, `MovieLens100K` or `Toy`
     Recommender         a finished student, distilled or not, that answers
     TeacherRecommender  a finished teacher that answers

@@ -17,6 +17,7 @@ from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
+from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
@@ -160,6 +161,7 @@ class Config:
         student: Which student, and its training.
         distill: How the student learns from the teacher.
         active: From which rows.
+        ensemble: Of what `llm2rec.ensemble` is made, besides ``runs``.
         metrics: How rankings are measured.
         report: What the report of an evaluation compares with.
         logging: What is told.
@@ -168,7 +170,7 @@ class Config:
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
         reuse: Whether a finished run of the same stage, configuration and data is taken for this one.
         runs: What to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of run
-            folders, and of sweeps' folders, which stand for their finished jobs.
+            folders, and of sweeps' folders, which stand for their finished jobs. `llm2rec.ensemble` takes a list too.
         plan: What `llm2rec.plan` plans for.
         gpus: On how many GPUs; `llm2rec.plan` reads it, the launcher decides.
     """
@@ -179,6 +181,7 @@ class Config:
     student: StudentSettings = MISSING
     distill: DistillSettings = MISSING
     active: ActiveConfig = MISSING
+    ensemble: EnsembleSettings = MISSING
     metrics: MetricsConfig = MISSING
     report: ReportSettings = MISSING
     logging: LoggingConfig = MISSING
@@ -222,6 +225,7 @@ def register(decide: Callable[..., str] = run_folder) -> None:
             "meta": MetaActiveConfig,
             "custom": CustomActiveConfig,
         },
+        "ensemble": {"ensemble": EnsembleSettings},
         "metrics": {"recsys": MetricsConfig},
         "report": {"report": ReportSettings},
         "logging": {"default": LoggingConfig},

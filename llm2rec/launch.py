@@ -20,7 +20,7 @@ def run(stage: str, *overrides: str, folder: Path | str = ".", quiet: bool = Fal
     What it prints is shown. One process runs it; use ``accelerate launch`` for several.
 
     Args:
-        stage: ``data``, ``student``, ``teacher``, ``distill`` or ``evaluate``.
+        stage: ``data``, ``student``, ``teacher``, ``ensemble``, ``distill`` or ``evaluate``.
         overrides: Of the configuration, such as ``"dataset=movielens"`` or ``"student.training.epochs=5"``.
         folder: Where to launch it; ``data/`` and ``result/`` lie there.
         quiet: Show nothing of it.

@@ -25,7 +25,7 @@ class Run:
 
     Attributes:
         folder: ``result/result_YYYYmmdd_HHMMSS``.
-        stage: ``data``, ``student``, ``teacher``, ``distill`` or ``evaluate``.
+        stage: ``data``, ``student``, ``teacher``, ``ensemble``, ``distill`` or ``evaluate``.
         config: The resolved configuration, as plain values.
     """
 

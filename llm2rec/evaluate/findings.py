@@ -44,6 +44,7 @@ _SETTINGS = {
     "student": ("dataset", "student", "metrics"),
     "distill": ("dataset", "student", "distill", "active", "metrics"),
     "teacher": ("dataset", "llm", "teacher", "metrics"),
+    "ensemble": ("dataset", "ensemble", "runs", "metrics"),
 }
 
 
@@ -87,7 +88,7 @@ class Entry:
 
     Attributes:
         name: Its label, with the run's name where several entries have that label.
-        stage: ``student``, ``distill``, ``teacher`` or ``popularity``.
+        stage: ``student``, ``distill``, ``teacher``, ``ensemble`` or ``popularity``.
         runs: Names of its runs.
         seeds: Their seeds.
         parameters: Parameters that answering needs.

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from llm2rec.core.engine import Engine
 from llm2rec.data import RecData
+from llm2rec.ensemble.model import Ensemble, load_ensemble
+from llm2rec.ensemble.model import rank_targets as rank_ensemble_targets
 from llm2rec.evaluate.candidates import rank_among_candidates
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
@@ -23,7 +25,7 @@ from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.trainer import rank_targets as rank_teacher_targets
 
-__all__ = ["FinishedModel", "FinishedStudent", "FinishedTeacher", "gates_of_rows"]
+__all__ = ["FinishedEnsemble", "FinishedModel", "FinishedStudent", "FinishedTeacher", "gates_of_rows"]
 
 _LATENCY_REPEATS = 50
 _BATCH_ROWS = 512
@@ -113,6 +115,36 @@ class FinishedStudent(FinishedModel):
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
         return rank_targets(self._model, self._test, self._engine, seen=seen, batch_size=_BATCH_ROWS)
+
+    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
+        """See `FinishedModel.candidate_ranks`."""
+        costs = np.ones(len(self._test), np.int64)
+        return rank_among_candidates(
+            self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_ROWS
+        )
+
+    def answer(self, k: int) -> None:
+        """See `FinishedModel.answer`."""
+        self._score(np.zeros(1, np.int64)).topk(k)
+
+
+class FinishedEnsemble(FinishedModel):
+    """Students and item neighbours, asked together."""
+
+    @cached_property
+    def _model(self) -> Ensemble:
+        return load_ensemble(self._folder / "ensemble", self._data, self._engine.device)
+
+    @cached_property
+    def _test(self) -> SequenceData:
+        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._model.max_length)
+
+    def _score(self, rows: NDArray[np.int64]) -> Tensor:
+        return self._model.probabilities(self._test.batch(rows, self._engine.device))
+
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
+        """See `FinishedModel.ranks`."""
+        return rank_ensemble_targets(self._model, self._test, self._engine, seen=seen, batch_rows=_BATCH_ROWS)
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`."""

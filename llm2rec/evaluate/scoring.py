@@ -19,7 +19,7 @@ from llm2rec.core.ranking import Pairs
 from llm2rec.core.run import read_record
 from llm2rec.data import RecData
 from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
-from llm2rec.evaluate.finished import FinishedModel, FinishedStudent, FinishedTeacher
+from llm2rec.evaluate.finished import FinishedEnsemble, FinishedModel, FinishedStudent, FinishedTeacher
 from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
@@ -27,6 +27,7 @@ from llm2rec.student.datamodule import SeenItems, SequenceData
 __all__ = ["Protocol", "Scored", "find_runs", "popularity", "popularity_ranks", "score_popularity", "score_run"]
 
 _BATCH_ROWS = 512
+_WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be measured
 _OF_A_MODEL = ("dataset", "label", "seed", "parameters")  # what the run.json of a finished model holds
 
 
@@ -80,14 +81,14 @@ def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
         fingerprint: The dataset's fingerprint.
 
     Returns:
-        Run folders of students, teachers and distilled students.
+        Run folders of students, teachers, ensembles and distilled students.
     """
     newest: dict[tuple[str, Any], Path] = {}
     # A multirun keeps its runs one folder deeper.
     for file in sorted([*result_dir.glob("result_*/run.json"), *result_dir.glob("result_*/*/run.json")]):
         folder, record = file.parent, read_record(file.parent)
         same = record.get("dataset", {}).get("fingerprint") == fingerprint
-        if same and record["status"] == "finished" and record["stage"] in ("student", "teacher", "distill"):
+        if same and record["status"] == "finished" and record["stage"] in _WITH_A_MODEL:
             record = read_record(folder, *_OF_A_MODEL)
             newest[(record["label"], record["seed"])] = folder
     return sorted(newest.values())
@@ -186,6 +187,8 @@ def _among_candidates(
 
 def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
     """What measures the model of a run."""
+    if record["stage"] == "ensemble":
+        return FinishedEnsemble
     if record["stage"] != "teacher":
         return FinishedStudent
     recipe = folder / "teacher" / "config.json"  # where it is missing, loading the teacher tells
@@ -235,10 +238,10 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} is no run folder (it holds no run.json); give `runs=[result/result_...]`.")
     record = read_record(folder)
-    if record["stage"] not in ("student", "teacher", "distill") or record["status"] != "finished":
+    if record["stage"] not in _WITH_A_MODEL or record["status"] != "finished":
         raise CheckpointError(
-            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of student, "
-            "teacher and distill can be evaluated. Resume it, or leave it out of `runs`."
+            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of "
+            f"{', '.join(_WITH_A_MODEL)} can be evaluated. Resume it, or leave it out of `runs`."
         )
     record = read_record(folder, *_OF_A_MODEL)
     if record["dataset"]["fingerprint"] != data.fingerprint:

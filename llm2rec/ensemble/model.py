@@ -1,0 +1,147 @@
+"""The ensemble itself: a distribution over the catalogue that trained students and item neighbours share."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.engine import Engine
+from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import read_object, replaced_folder, write_json
+from llm2rec.core.metrics import target_ranks
+from llm2rec.data import RecData
+from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
+from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData
+from llm2rec.student.models import SequentialRecommender
+from llm2rec.student.store import load_student
+
+__all__ = ["Ensemble", "load_ensemble", "rank_targets", "save_ensemble"]
+
+
+class Ensemble:
+    """Averages what its members think, and gives item neighbours a part of it.
+
+    Members know the targets of the rows that they were trained on; neighbours are asked without what a row's own user
+    added. So they are as unsure of training rows as of others, which a student that learns from both profits from.
+
+    Args:
+        members: Trained students, which read histories of one length.
+        neighbours: What was counted; None if ``share`` is 0.
+        share: Part of the distribution that the neighbours have, 0 to 1.
+        device: Where the members are.
+
+    Raises:
+        ConfigError: If there are no members, or their histories differ in length.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[SequentialRecommender],
+        neighbours: Neighbours | None,
+        share: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        lengths = sorted({member.max_length for member in members})
+        if len(lengths) != 1:
+            found = f"members that read histories of {lengths} items" if lengths else "no members"
+            raise ConfigError(f"the ensemble has {found}; expected students that read histories of one length.")
+        self.members = [member.eval().to(device) for member in members]
+        self.max_length, self.neighbours, self.share, self.device = lengths[0], neighbours, share, device
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """The members' item vectors side by side, shape ``(N, sum of widths)``."""
+        return torch.cat([member.output_items.vectors().detach() for member in self.members], dim=1)
+
+    @property
+    def n_parameters(self) -> int:
+        """What answering needs: the members' weights, and the pairs of items that were counted."""
+        weights = sum(each.numel() for member in self.members for each in member.weights_to_serve().values())
+        return weights + (self.neighbours.n_pairs if self.neighbours else 0)
+
+    @torch.inference_mode()
+    def probabilities(self, batch: SequenceBatch, users: NDArray[np.int64] | None = None) -> Tensor:
+        """Tell what comes next.
+
+        Args:
+            batch: Some rows, a sequence each, on the ensemble's device.
+            users: Whose rows they are, shape ``(B,)``, if they are training rows; see `Neighbours.scores`.
+
+        Returns:
+            Shape ``(B, N)``, float32; rows sum to 1, or to less where no neighbour of the history is known.
+        """
+        told = torch.stack([member.score(member(*batch.inputs)).float().softmax(dim=1) for member in self.members])
+        told = (1 - self.share) * told.mean(dim=0)
+        if self.neighbours is None:
+            return told
+        known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users))
+        return told + self.share * known.to(told.device)
+
+
+def rank_targets(
+    ensemble: Ensemble, rows: SequenceData, engine: Engine, *, seen: SeenItems | None = None, batch_rows: int = 512
+) -> Tensor:
+    """Rank the targets of rows that were not counted, divided among processes; no row is dropped.
+
+    Args:
+        ensemble: What ranks them.
+        rows: Rows of validation or test, M of them.
+        engine: Divides the rows and gathers the ranks.
+        seen: Items to leave out of each row's ranking; None ranks all items.
+        batch_rows: Rows scored at once.
+
+    Returns:
+        0-based ranks of shape ``(M,)``, int64, on the CPU.
+    """
+    mine, ranks = engine.my_rows(len(rows)), [torch.zeros(0, dtype=torch.int64)]
+    for start in range(0, len(mine), batch_rows):
+        block = mine[start : start + batch_rows]
+        batch = rows.batch(block, engine.device)
+        told = ensemble.probabilities(batch)
+        ranks.append(target_ranks(told if seen is None else seen.mask(told, block, batch.targets), batch.targets).cpu())
+    return engine.gather_rows(torch.cat(ranks), len(rows))
+
+
+def save_ensemble(folder: Path, members: Sequence[Path], share: float) -> None:
+    """Write an ensemble so that `load_ensemble` needs nothing but the dataset besides.
+
+    Args:
+        folder: Usually ``<run>/ensemble``.
+        members: Folders of students, as `llm2rec.student.store.save_student` writes them.
+        share: Part of the neighbours.
+    """
+    with replaced_folder(folder) as aside:
+        names = [f"member_{number}" for number in range(len(members))]
+        for name, member in zip(names, members, strict=True):
+            shutil.copytree(member, aside / name)
+        write_json(aside / "config.json", {"members": names, "neighbours": share})
+
+
+def load_ensemble(folder: Path, data: RecData, device: torch.device | str = "cpu") -> Ensemble:
+    """Load an ensemble and count again what its neighbours know.
+
+    Args:
+        folder: Usually ``<run>/ensemble``.
+        data: The dataset that it is of.
+        device: Where the members are to be.
+
+    Raises:
+        CheckpointError: If the folder holds no ensemble, or a member cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no ensemble (no config.json); name a finished run of llm2rec.ensemble.")
+    told = read_object(folder / "config.json", "members", "neighbours")
+    members = [load_student(folder / name) for name in told["members"]]
+    return ensemble_of(members, data, told["neighbours"], device)
+
+
+def ensemble_of(
+    members: Sequence[SequentialRecommender], data: RecData, share: float, device: torch.device | str = "cpu"
+) -> Ensemble:
+    """An ensemble of students and of what the training split counts; arguments as of `Ensemble`."""
+    neighbours = Neighbours(training_sequences(data), data.n_items) if share > 0 else None
+    return Ensemble(members, neighbours, share, device)

@@ -1,0 +1,105 @@
+"""Item neighbours: what followed what, counted; the simplest recommender that knows other users, and hard to beat.
+
+The score of item x after a history is a sum over the history, ``Σ_j 0.6^j · near(h_j, x)`` with j = 0 for the most
+recent item, and ``near(a, x)`` counts how often x came up to five steps after a (a weight of 0.7 a step, half of that
+for x before a), over ``sqrt((c_a + 100)(c_x + 100))`` with the counts c of both: nearness that few observations speak
+for is kept small. It is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and
+cosine, and the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The numbers were chosen on
+validation rows of Amazon games, where this alone ranked better than a tuned SASRec; elsewhere they are untuned.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.data import RecData
+from llm2rec.student.rows import RowPlaces
+
+__all__ = ["Neighbours", "sharpened", "training_sequences"]
+
+STEPS, DECAY, BACKWARDS, FORGETTING, SHRINKAGE = 5, 0.7, 0.5, 0.6, 100.0
+SHARPNESS = 1.5
+_ROUNDING = 1e-9  # what taking a user's own counts out again may leave
+
+
+class Neighbours:
+    """Nearness of all pairs of items.
+
+    Args:
+        sequences: Items of each user, oldest first, without what is held out.
+        n_items: Number of items, N; also the padding id of histories.
+    """
+
+    def __init__(self, sequences: Sequence[NDArray[np.int64]], n_items: int) -> None:
+        counts = np.bincount(np.concatenate([*sequences, np.empty(0, np.int64)]), minlength=n_items)
+        self._sequences, self._n_items = sequences, n_items
+        self._scale = 1 / np.sqrt(counts + SHRINKAGE)  # (N,)
+        empty = _pairs(np.empty(0, np.int64))
+        first, second, weight = (np.concatenate(parts) for parts in zip(empty, *map(_pairs, sequences), strict=True))
+        values = torch.from_numpy(weight * self._scale[first] * self._scale[second]).float()
+        places = torch.from_numpy(np.stack([second, first]))
+        self._near = torch.sparse_coo_tensor(places, values, (n_items, n_items), check_invariants=True).coalesce()
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of items that are near each other at all."""
+        return int(self._near.values().numel())
+
+    def scores(self, history: Tensor, lengths: Tensor, users: NDArray[np.int64] | None = None) -> Tensor:
+        """Score the catalogue after some histories.
+
+        Args:
+            history: Item ids, shape ``(B, L)``, oldest first, padded on the right.
+            lengths: Real items of each, shape ``(B,)``.
+            users: Whose they are, shape ``(B,)``: what these users' own sequences added to the counts is taken out of
+                their scores, for rows that were counted. None for rows that were not.
+
+        Returns:
+            Shape ``(B, N)``, float32, 0 or more, on the CPU.
+        """
+        history, lengths = history.cpu(), lengths.cpu()
+        ages = lengths.unsqueeze(1) - 1 - torch.arange(history.shape[1])  # (B, L)
+        rows, slots = torch.nonzero(ages >= 0, as_tuple=True)
+        weights = torch.zeros(self._n_items, len(history))  # of each item in each history
+        weights.index_put_((history[rows, slots], rows), FORGETTING ** ages[rows, slots].float(), accumulate=True)
+        scores = (self._near @ weights).T.contiguous()  # (B, N)
+        for user in () if users is None else np.unique(users).tolist():
+            mine = torch.from_numpy(np.flatnonzero(users == user))
+            first, second, weight = _pairs(self._sequences[user])
+            near = torch.from_numpy(weight * self._scale[first] * self._scale[second]).float()
+            own = weights[torch.from_numpy(first)][:, mine] * near.unsqueeze(1)  # (pairs, rows)
+            taken = torch.zeros(len(mine), self._n_items).index_add_(1, torch.from_numpy(second), own.T)
+            scores[mine] -= taken
+        return scores.clamp_(min=_ROUNDING).sub_(_ROUNDING)
+
+
+def sharpened(scores: Tensor) -> Tensor:
+    """A distribution of scores of 0 or more, ``(B, N)``: the best stand out more. Rows without any stay 0."""
+    powers = scores**SHARPNESS
+    return powers / powers.sum(dim=1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
+
+
+def training_sequences(data: RecData) -> list[NDArray[np.int64]]:
+    """Items of each user up to the last target of the training split, oldest first: nothing that is held out."""
+    train = RowPlaces.of(data.splits["train"], data.sequences)
+    rows = np.arange(len(train))
+    ends = np.zeros(len(data.sequences), np.int64)
+    np.maximum.at(ends, train.users[rows], train.positions[rows].astype(np.int64) + 1)
+    return [
+        train.items[np.arange(start, start + end)].astype(np.int64)
+        for start, end in zip(train.user_starts, ends, strict=True)
+    ]
+
+
+def _pairs(sequence: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs of items that are near in a sequence: of which, to which, and how much it counts."""
+    first, second, weight = [sequence[:0]], [sequence[:0]], [np.empty(0)]
+    for distance in range(1, min(STEPS, len(sequence) - 1) + 1):
+        earlier, later, value = sequence[:-distance], sequence[distance:], DECAY ** (distance - 1)
+        first += [earlier, later]
+        second += [later, earlier]
+        weight += [np.full(len(earlier), value), np.full(len(earlier), value * BACKWARDS)]
+    return np.concatenate(first), np.concatenate(second), np.concatenate(weight)

@@ -1,0 +1,94 @@
+"""The ensemble: its distribution, its ranks, and a folder that holds it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import engine_in
+
+from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.data import Toy, prepare
+from llm2rec.ensemble.model import ensemble_of, load_ensemble, rank_targets, save_ensemble
+from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
+from llm2rec.ensemble.settings import EnsembleSettings
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.models import build_model
+from llm2rec.student.store import load_student, save_student
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A small dataset and two random students."""
+    folder = tmp_path_factory.mktemp("toy")
+    data = prepare(Toy(n_users=40, n_items=30, n_volumes=3, n_worlds=2), folder / "processed")
+    places = []
+    for seed, name in ((1, "sasrec"), (2, "gru4rec")):
+        torch.manual_seed(seed)
+        arguments = {"n_items": data.n_items, "width": 8, "max_length": 5}
+        places.append(folder / f"student_{seed}")
+        save_student(places[-1], build_model(name, **arguments), name, arguments)
+    return SimpleNamespace(data=data, places=places, members=[load_student(place) for place in places])
+
+
+def rows_of(toy, split):
+    return SequenceData.of(toy.data.splits[split], toy.data.n_items, 5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_members_and_neighbours_have_their_parts(toy, share, split):
+    rows = rows_of(toy, split)
+    batch = rows.batch(np.arange(len(rows)))
+    users = np.asarray(toy.data.splits[split]["user_index"][:]) if split == "train" else None
+    told = ensemble_of(toy.members, toy.data, share).probabilities(batch, users)
+    known = Neighbours(training_sequences(toy.data), toy.data.n_items).scores(batch.history, batch.lengths, users)
+    with torch.inference_mode():
+        thought = sum(member.score(member(*batch.inputs)).softmax(dim=1) for member in toy.members) / 2
+    torch.testing.assert_close(told, (1 - share) * thought + share * sharpened(known))
+    if share < 1:
+        assert (told > 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_targets_are_ranked_as_one_by_one(toy, tmp_path, masked):
+    rows, split = rows_of(toy, "validation"), toy.data.splits["validation"]
+    ensemble = ensemble_of(toy.members, toy.data, 0.5)
+    seen = SeenItems.of(split, toy.data.sequences) if masked else None
+    ranks = rank_targets(ensemble, rows, engine_in(tmp_path), seen=seen, batch_rows=7)
+    scores = ensemble.probabilities(rows.batch(np.arange(len(rows))))
+    for row, (user, target) in enumerate(zip(split["user_index"], split["target"], strict=True)):
+        had = toy.data.sequences["items"][user][:-2] if masked else []
+        others = set(range(toy.data.n_items)) - set(had) - {target}
+        assert ranks[row] == sum(scores[row, item].item() >= scores[row, target].item() for item in others)
+
+
+def test_a_saved_ensemble_thinks_the_same(toy, tmp_path):
+    save_ensemble(tmp_path / "ensemble", toy.places, 0.25)
+    rows = rows_of(toy, "validation")
+    batch = rows.batch(np.arange(len(rows)))
+    ensemble = ensemble_of(toy.members, toy.data, 0.25)
+    assert torch.equal(
+        load_ensemble(tmp_path / "ensemble", toy.data).probabilities(batch), ensemble.probabilities(batch)
+    )
+    assert ensemble.item_vectors.shape == (toy.data.n_items, 16)
+    assert ensemble.n_parameters > sum(weights.numel() for weights in ensemble.item_vectors)
+    with pytest.raises(CheckpointError, match="holds no ensemble"):
+        load_ensemble(tmp_path, toy.data)
+    (tmp_path / "ensemble" / "member_1" / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(CheckpointError, match="member_1"):
+        load_ensemble(tmp_path / "ensemble", toy.data)
+
+
+def test_members_must_read_the_same(toy):
+    longer = build_model("sasrec", n_items=toy.data.n_items, width=8, max_length=6)
+    with pytest.raises(ConfigError, match=r"histories of \[5, 6\] items"):
+        ensemble_of([*toy.members, longer], toy.data, 0.5)
+    with pytest.raises(ConfigError, match="no members"):
+        ensemble_of([], toy.data, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"name": ""}, {"name": "a/b"}, {"name": ".."}, {"neighbours": 1.5}, {"top_k": 0}])
+def test_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}"):
+        EnsembleSettings(**wrong)

@@ -1,0 +1,131 @@
+"""The whole way without a language model: students, an ensemble of them, a student of the ensemble, the comparison."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from command_helpers import STUDENT, TORCHRUN, history, run, run_until, runs
+
+from llm2rec.core.files import read_json
+
+SMALL = ["ensemble.top_k=60", "ensemble.block_rows=50"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A sweep of two students, their ensemble, what learnt from it, and the comparison of all."""
+    folder = tmp_path_factory.mktemp("chain")
+    run(folder, "student", *STUDENT, "--multirun", "seed=1,2")
+    (sweep,) = runs(folder)
+    told = run(folder, "ensemble", *STUDENT, *SMALL, f"runs=[result/{sweep.name}]").stderr
+    ensemble = runs(folder)[-1]
+    outputs = "distill.teacher_outputs=data/teacher_outputs/toy/ensemble"
+    run(folder, "distill", *STUDENT, "distill=listwise", outputs)
+    distilled = runs(folder)[-1]
+    run(folder, "evaluate", *STUDENT, "metrics.n_candidates=20", "report.baseline=sasrec")
+    return {"folder": folder, "sweep": sweep, "ensemble": ensemble, "distilled": distilled, "told": told}
+
+
+def outputs_in(folder):
+    found = folder / "data" / "teacher_outputs" / "toy" / "ensemble"
+    tables = (np.load(found / f"{name}_train.npy") for name in ("myrank", "confidence"))
+    return *tables, read_json(found / "manifest.json")
+
+
+def test_an_ensemble_teaches_and_is_compared(chain):
+    folder, ensemble = chain["folder"], chain["ensemble"]
+    ranking, confidence, manifest = outputs_in(folder)
+    assert ranking.shape == confidence.shape == (424, 60)
+    assert (np.sort(ranking, axis=1) == np.arange(60)).all(), "the whole catalogue, once each"
+    assert (np.diff(confidence, axis=1) >= 0).all(), "surest first"
+    np.testing.assert_allclose(np.exp(-confidence.astype(np.float64)).sum(axis=1), 1, rtol=1e-4)
+    assert (manifest["members"], manifest["neighbours"]) == (["0", "1"], 0.5)
+    assert "ndcg@10 on validation: 0." in chain["told"]
+    assert not (ensemble / "export").exists()
+    record = read_json(ensemble / "run.json")
+    assert (record["label"], record["status"]) == ("ensemble (2 students, 0.5 neighbours)", "finished")
+    assert read_json(chain["distilled"] / "run.json")["label"] == "sasrec + listwise (ensemble)"
+
+    compared = read_json(runs(folder)[-1] / "report.json")
+    entries = {entry["stage"]: entry for entry in compared["entries"]}
+    assert entries.keys() == {"popularity", "student", "ensemble", "distill"}
+    ranks = np.load(ensemble / "metrics" / "test_ranks.npy")
+    assert ranks.shape == (60,)
+    shown = json.loads((ensemble / "metrics" / "test.json").read_text())
+    assert shown["metrics"]["hr@10"] == pytest.approx((ranks < 10).mean())
+    assert (ensemble / "metrics" / "test_candidates.json").is_file()
+
+
+def test_an_ensemble_outlives_its_members(chain, tmp_path):
+    shutil.copytree(chain["folder"] / "data", tmp_path / "data")
+    shutil.copytree(chain["ensemble"], tmp_path / "result" / chain["ensemble"].name)
+    shutil.rmtree(tmp_path / "result" / chain["ensemble"].name / "metrics")
+    run(tmp_path, "evaluate", *STUDENT)
+    there, here = (
+        np.load(each / "result" / chain["ensemble"].name / "metrics" / "test_ranks.npy")
+        for each in (chain["folder"], tmp_path)
+    )
+    assert (there == here).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "`runs` is 'latest', expected finished students"),
+        (["runs=[]"], "`runs` is []"),
+        (["runs=[result/never]"], "is no run folder"),
+        (["runs=[result/ENSEMBLE]"], "is a finished run of stage 'ensemble'; an ensemble is made of finished runs of"),
+        (["runs=[result/SWEEP]", "dataset.seed=7"], "was trained on dataset 'toy', which is not this"),
+        (["runs=[result/SWEEP]", "ensemble.neighbours=2"], "ensemble.neighbours is 2.0, expected a part"),
+        (["runs=[result/SWEEP]", "ensemble.name=a/b"], "ensemble.name is 'a/b'"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value[:20],
+)
+def test_what_makes_no_ensemble_is_told_before_anything_is_written(chain, overrides, message):
+    names = {"SWEEP": chain["sweep"].name, "ENSEMBLE": chain["ensemble"].name}
+    for word, name in names.items():
+        overrides = [each.replace(word, name) for each in overrides]
+    before = outputs_in(chain["folder"])[2]
+    done = run(chain["folder"], "ensemble", *STUDENT, *SMALL, *overrides, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert outputs_in(chain["folder"])[2] == before
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_killed_one_write_the_same(chain, tmp_path):
+    members = f"runs=[{chain['sweep']}]"
+    whole = outputs_in(chain["folder"])
+
+    killed = tmp_path / "killed"
+
+    def blocks():
+        return [block for each in runs(killed) for block in each.glob("export/block_*")]
+
+    run_until(killed, "ensemble", *STUDENT, *SMALL, members, reached=lambda: len(blocks()) >= 2)
+    assert not (killed / "data" / "teacher_outputs").exists()
+    (begun,) = runs(killed)
+    run(killed, "ensemble", *STUDENT, *SMALL, members, f"resume=result/{begun.name}")
+
+    two = tmp_path / "two"
+    run(two, "ensemble", *STUDENT, *SMALL, members, launcher=TORCHRUN)
+    for folder in (killed, two):
+        for ours, theirs in zip(outputs_in(folder)[:2], whole[:2], strict=True):
+            assert np.array_equal(ours, theirs)
+        (made,) = runs(folder)
+        assert history(made) == history(chain["ensemble"])
+
+
+@pytest.mark.slow
+def test_a_finished_ensemble_is_taken_again_until_its_outputs_are_gone(chain):
+    folder = chain["folder"]
+    told = [*STUDENT, *SMALL, f"runs=[result/{chain['sweep'].name}]", "reuse=true"]
+    before = len(runs(folder))
+    assert "up to date" in run(folder, "ensemble", *told).stderr
+    assert len(runs(folder)) == before
+    shutil.move(folder / "data" / "teacher_outputs" / "toy" / "ensemble", folder / "aside")
+    run(folder, "ensemble", *told)
+    assert len(runs(folder)) == before + 1
+    assert np.array_equal(outputs_in(folder)[0], np.load(folder / "aside" / "myrank_train.npy"))
