@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ["data", "student", "teacher", "distill", "evaluate"]
 STAND_INS = {
     "dataset=movielens": ["dataset=toy", "dataset.n_users=60", "dataset.n_items=60", "dataset.n_worlds=5"],
+    "distill.teacher_outputs=": ["distill.teacher_outputs=data/teacher_outputs/toy/ensemble"],
     "llm=": ["llm=tiny_random", "llm.width=32", "llm.n_heads=2"],
 }
 STUDENT = ["student.training.epochs=2"]
@@ -136,7 +137,7 @@ def test_every_command_of_the_readme_runs(hub, launch, tmp_path, capsys):
             if (stage, *given) not in done:  # two launchers are shown with one pipeline
                 launch(stage, [*given, *quick])
                 done.append((stage, *given))
-    assert {stage for stage, *_ in done} == {*PIPELINE, "recommend", "share", "plan"}
+    assert {stage for stage, *_ in done} == {*PIPELINE, "ensemble", "recommend", "share", "plan"}
     assert len(hub.repos["ann/movielens-sasrec"]["commits"]) == 1
     answers = re.findall(r"^ +score +id +title$", capsys.readouterr().out, re.MULTILINE)
     assert len(answers) == 3
