@@ -50,7 +50,7 @@ class Ensemble:
             found = f"members that read histories of {lengths} items" if lengths else "no members"
             raise ConfigError(f"the ensemble has {found}; expected students that read histories of one length.")
         self.members = [member.eval().to(device) for member in members]
-        self.max_length, self.neighbours, self.share, self.device = lengths[0], neighbours, share, device
+        self.max_length, self.neighbours, self.share = lengths[0], neighbours, share
 
     @property
     def item_vectors(self) -> Tensor:
