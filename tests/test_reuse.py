@@ -97,4 +97,4 @@ def test_stages_name_all_that_they_read():
         read = {node.attr for node in attributes if ast.unparse(node.value) == "cfg"}
         assert read <= {*ast.literal_eval(reads), *ALWAYS}, file
         checked.append(file.parent.name)
-    assert sorted(checked) == ["data", "distill", "student", "teacher"]
+    assert sorted(checked) == ["data", "distill", "ensemble", "student", "teacher"]

@@ -58,8 +58,13 @@ def test_the_same_budget_distils_from_either(outputs, tmp_path):
     for folder in outputs:
         run(tmp_path / folder.name, "distill", *ONCE, *BUDGET, f"distill.teacher_outputs={written(folder)}")
         found.append(student(runs(tmp_path / folder.name)[-1]))
-    for name in found[0]:
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+    everything, some = found
+    for name in everything:
+        if name.endswith("qkv.bias"):
+            # A key's bias shifts all scores of a row alike: its true gradient is 0, and Adam steps by the sign of the
+            # rounding errors, which differ with the batches that a confidence was computed in.
+            everything[name], some[name] = (np.delete(each[name].reshape(3, -1), 1, axis=0) for each in found)
+        np.testing.assert_allclose(everything[name], some[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_a_policy_that_chooses_takes_what_is_labelled_and_one_that_needs_all_is_refused(outputs, tmp_path):
