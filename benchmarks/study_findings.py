@@ -19,6 +19,7 @@ from llm2rec.evaluate.statistics import estimate, holm, paired_difference, row_v
 
 __all__ = ["Findings", "figure", "headline", "tables"]
 
+PARENTS = {arm.name: arm.parent for arm in ARMS if arm.parent is not None}
 METRICS = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in (5, 10, 20)]
 HEADLINE_NAMES = {"games": "games", "movielens": "ml100k", "toy": "toy"}
 COLOURS = ("#0b62a4", "#c2571a", "#2b8a5a", "#8b4fa8", "#8a6d00", "#b8336a", "#4a5560")
@@ -58,10 +59,11 @@ class Findings:
             earlier: What is known of arms that have not been run here.
 
         Returns:
-            Empty where the test split has not been opened. Otherwise estimates by arm and metric, differences of
-            NDCG@20 to the baseline with p-values (`p_holm` is corrected for the number of arms), and these by
-            popularity of the target and by length of the history. Beside it, by arm, what each test row adds to
-            NDCG@20, shape ``(M,)``.
+            Empty where the test split has not been opened. Otherwise estimates by arm and metric; differences of
+            NDCG@20 with p-values, of searched arms to the baseline and of variations to the arm that they vary
+            (`p_holm` is corrected for the number of searched arms, or of that arm's variations); and differences of all
+            to the baseline by popularity of the target and by length of the history. Beside it, by arm, what each test
+            row adds to NDCG@20, shape ``(M,)``.
         """
         scored = {name: self.scored(found) for name, found in runs.items() if set(found) == set(self.seeds)}
         ranks = {name: found for name, found in scored.items() if found is not None}
@@ -69,15 +71,17 @@ class Findings:
         rows = {**earlier.rows, **{name: row_means(each).astype(np.float32) for name, each in ranks.items()}}
         if BASELINE not in rows:
             return dict(earlier.test), rows
-        known = {key: earlier.test.get(key, {}) for key in ("metrics", "teachers", "gains", "groups")}
+        known = {key: earlier.test.get(key, {}) for key in ("metrics", "teachers", "gains", "variations", "groups")}
         values = {name: each.astype(np.float64) for name, each in rows.items()}
-        mean = float(values[BASELINE].mean())
-        gains = dict(known["gains"])  # of an arm whose rows are not at hand it stands: the baseline's runs are the same
-        for name in (name for name in values if name != BASELINE):
-            apart = paired_difference(values[name], values[BASELINE])
-            gains[name] = {**asdict(apart), "relative": apart.mean / mean}
-        for each, p in zip(gains.values(), holm([each["p"] for each in gains.values()]), strict=True):
-            each["p_holm"] = p
+        searched = {name: each for name, each in values.items() if name not in PARENTS}
+        # The gain of an arm whose rows are not at hand stands: the baseline's runs are the same.
+        before = {name: gain for name, gain in known["gains"].items() if name not in PARENTS}
+        gains = corrected({**before, **gains_over(BASELINE, searched)})
+        variations = {}
+        for parent in dict.fromkeys(PARENTS.values()):
+            before = {name: gain for name, gain in known["variations"].items() if PARENTS[name] == parent}
+            family = {name: each for name, each in values.items() if parent in (name, PARENTS.get(name))}
+            variations |= corrected({**before, **(gains_over(parent, family) if parent in family else {})})
         groups = self.groups(values)
         for of, before in known["groups"].items():
             for group, told in zip(groups[of], before, strict=True):
@@ -86,6 +90,7 @@ class Findings:
             "metrics": {**known["metrics"], **{name: estimates(found) for name, found in ranks.items()}},
             "teachers": {**known["teachers"], **{name: estimates(found) for name, found in taught.items()}},
             "gains": gains,
+            "variations": variations,
             "groups": groups,
         }, rows
 
@@ -117,6 +122,19 @@ class Findings:
             ]
             for of, each in numbers.items()
         }
+
+
+def gains_over(reference: str, values: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[str, Any]]:
+    """Differences of the others to one of the arms, row by row."""
+    apart = {name: paired_difference(each, values[reference]) for name, each in values.items() if name != reference}
+    mean = float(values[reference].mean())
+    return {name: {**asdict(each), "relative": each.mean / mean} for name, each in apart.items()}
+
+
+def corrected(gains: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same with p-values corrected for how many there are."""
+    p_values = holm([gain["p"] for gain in gains.values()])
+    return {name: {**gain, "p_holm": p} for (name, gain), p in zip(gains.items(), p_values, strict=True)}
 
 
 def estimates(ranks: NDArray[np.int64]) -> dict[str, Any]:
@@ -152,9 +170,10 @@ def headline(samples: Mapping[str, Any]) -> dict[str, float]:
         if not (test := found["test"]):
             continue
         told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
-        for arm, gain in test["gains"].items():
-            told |= {f"{name} {student} {arm}: gain": gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
-        searched = [arm.name for arm in ARMS if arm.parent is None and arm.name in test["gains"]]
+        for arm, gain in {**test["gains"], **test["variations"]}.items():
+            which = f"{name} {student} {arm}: gain" + (f" over {PARENTS[arm]}" if arm in PARENTS else "")
+            told |= {which: gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
+        searched = list(test["gains"])
         for prefix, arms in ((name, searched), (f"{name}_llm", [arm for arm in searched if arm in LLM_ARMS])):
             if arms and student == next(iter(STUDENTS)):
                 chosen = max(arms, key=lambda arm: statistics.mean(found["validation"][arm].values()))
@@ -192,8 +211,9 @@ def test_table(test: Mapping[str, Any]) -> Iterator[str]:
     yield "|---" * (len(METRICS) + 3) + "|"
     for arm, metrics in test["metrics"].items():
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
-        gain = test["gains"].get(arm)
+        gain = {**test["gains"], **test["variations"]}.get(arm)
         told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        told += f" over {PARENTS[arm]}" if told and arm in PARENTS else ""
         yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
     for teacher, metrics in test["teachers"].items():
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)

@@ -114,6 +114,25 @@ def test_arms_are_compared_row_by_row(scored):
         assert np.average([group["baseline"] for group in groups], weights=rows) == pytest.approx(mean["baseline"])
 
 
+def test_variations_are_compared_with_what_they_vary_and_make_no_claim_dearer(scored):
+    findings, runs, *_ = scored
+    varied = {"collaborative, neighbours only": runs["baseline"], "collaborative, ensemble only": runs["collaborative"]}
+    told, _ = findings.test({**runs, **varied}, {}, study_earlier.Told())
+    alone, _ = findings.test(runs, {}, study_earlier.Told())
+    assert told["gains"] == alone["gains"]
+    assert alone["variations"] == {}
+    lost, nothing = (told["variations"][name] for name in varied)
+    gain = told["gains"]["collaborative"]
+    assert lost["mean"] == pytest.approx(-gain["mean"])
+    assert lost["p_holm"] == 2 * lost["p"]
+    assert (nothing["mean"], nothing["p"]) == (0, 1)
+    orphans, _ = findings.test({**runs, "dllm2rec with margin": runs["hybrid"]}, {}, study_earlier.Told())
+    assert orphans["variations"] == {}, "nothing to compare it with"
+    stands, _ = findings.test(runs, {}, study_earlier.Told(test=told))
+    assert stands["variations"] == told["variations"], "as their rows are not at hand"
+    assert "over collaborative" in "\n".join(study_findings.test_table(told))
+
+
 def test_arms_that_lack_a_seed_are_left_out_and_nothing_is_told_without_a_baseline(scored):
     findings, runs, *_ = scored
     lacking = {**runs, "hybrid": {1: "hybrid_1"}, "collaborative": {**runs["collaborative"], 2: "not_scored"}}
@@ -167,13 +186,15 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
     findings, runs, *_ = scored
     validation = {"baseline": {1: 0.1}, "hybrid": {1: 0.2, 2: 0.4}, "collaborative": {1: 0.9}}
     tried = [{"validation": {"ndcg@20": 0.1}}, {"validation": {"ndcg@20": 0.3}}]
-    test, _ = findings.test(runs, {}, study_earlier.Told())
+    test, _ = findings.test({**runs, "collaborative, ensemble only": runs["baseline"]}, {}, study_earlier.Told())
     told = {"validation": validation, "test": test, "tries": {"baseline": tried, "hybrid": []}}
     titles = {"titles": {"errors": 0.5}}
     samples = {"games": {**titles, "sasrec": told}, "movielens": {**titles, "sasrec": {**told, "test": {}}}}
     headline = study_findings.headline(samples)
     gain = told["test"]["gains"]["collaborative"]
     assert (headline["games_ndcg20_gain"], headline["games_p"]) == (gain["relative"], gain["p_holm"])
+    varied = headline["games sasrec collaborative, ensemble only: gain over collaborative"]
+    assert varied == test["variations"]["collaborative, ensemble only"]["relative"] < 0
     assert headline["games_llm_ndcg20_gain"] == 0, "no language model is in the collaborative teacher"
     assert headline["games_llm_p"] == 1
     assert headline["sasrec_games_ndcg10"] == told["test"]["metrics"]["baseline"]["ndcg@10"]["mean"]
