@@ -6,6 +6,7 @@ rows these are. That program knows no such file and reads tables with a line for
 """
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     if ranking.shape[1] < top_k:
         raise _refused(
             folder, f"they hold {ranking.shape[1]} candidates per row, `distill.ranking.top_k` asks for {top_k}; "
-            "lower it or export more with `teacher.export.top_k`"
+            "lower it or export more with `teacher.export.top_k` or `ensemble.top_k`"
         )  # fmt: skip
     found = {
         "rows": len(ranking), "top_k": ranking.shape[1], "n_items": len(embeddings), "width": embeddings.shape[1]
@@ -139,19 +140,37 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     lowest, highest = int(ranking.min()), int(ranking.max())
     if lowest < 0 or highest >= n_items:
         row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
-        raise _refused(folder, f"row {row} of {RANKING} names an item outside 0..{n_items - 1} ({lowest}..{highest})")
+        raise _refused(
+            folder, f"line {row + 1} of {RANKING} names an item outside 0..{n_items - 1} ({lowest}..{highest})"
+        )
     if not np.isfinite(confidence).all():
         row = int(np.argmax(~np.isfinite(confidence).all(axis=1)))
-        raise _refused(folder, f"row {row} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
+        raise _refused(folder, f"line {row + 1} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
+    if not manifest:
+        _check_foreign(folder, ranking, confidence)
     distance = _as_distance(confidence, manifest.get("confidence", "distance"), folder)
     return TeacherOutputs(embeddings, ranking, distance, manifest, labelled)
 
 
 def _refused(folder: Path, why: str) -> TeacherOutputsError:
     return TeacherOutputsError(
-        f"teacher outputs in {folder} do not fit: {why}. Write them again with `python -m llm2rec.teacher`, or name a "
-        "folder with `distill.teacher_outputs=FOLDER`."
+        f"teacher outputs in {folder} do not fit: {why}. Write them again with `python -m llm2rec.teacher` or "
+        "`llm2rec.ensemble`, or name a folder with `distill.teacher_outputs=FOLDER`."
     )
+
+
+def _check_foreign(folder: Path, ranking: NDArray[np.int32], confidence: NDArray[np.float32]) -> None:
+    """Refuse tables of another program that are about something else than distances of different items."""
+    ordered = np.sort(ranking, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if repeated.any():
+        raise _refused(folder, f"line {int(np.argmax(repeated)) + 1} of {RANKING} names an item twice")
+    first, last = (float(confidence[:, place].mean(dtype=np.float64)) for place in (0, -1))
+    if last < first:
+        raise _refused(
+            folder, f"without manifest.json {CONFIDENCE} is read as distances, lower is surer, but from the best "
+            f"candidate to the last they fall from {first:.3g} to {last:.3g} in the mean; negate what are scores"
+        )  # fmt: skip
 
 
 def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -168,6 +187,8 @@ def _manifest(folder: Path, fingerprint: str) -> dict[str, Any]:
             folder, f"they were made for dataset {manifest.get('dataset')!r} with fingerprint "
             f"{str(manifest.get('fingerprint'))[:12]}, this one has {fingerprint[:12]}"
         )  # fmt: skip
+    if "confidence" not in manifest:
+        raise _refused(folder, "manifest.json does not say in `confidence` what kind of numbers they are")
     _check_hashes(folder, manifest)
     return manifest
 
@@ -218,9 +239,10 @@ def _embeddings(folder: Path, n_items: int) -> Tensor:
         raise _refused(
             folder, f"{EMBEDDINGS} is {tuple(embeddings.shape)} of {embeddings.dtype}, expected real numbers"
         )
+    embeddings = embeddings.detach().float()  # such as a layer's weight, saved with its wish for a gradient
     if not bool(torch.isfinite(embeddings).all()):
-        raise _refused(folder, f"{EMBEDDINGS} holds values that are not finite")
-    return embeddings.float()
+        raise _refused(folder, f"{EMBEDDINGS} holds values that are not finite, or too large for float32")
+    return embeddings
 
 
 def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> NDArray[Any]:
@@ -238,17 +260,36 @@ def _table(folder: Path, name: str, manifest: dict[str, Any], dtype: type) -> ND
     if not text.is_file():
         raise _refused(folder, f"{text.name} is missing")
     try:
-        values = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.float64, na_filter=True).to_numpy()
+        table = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.float64, skip_blank_lines=False)
     except (ValueError, OverflowError, IndexError, TypeError) as error:  # a ParserError is a ValueError
-        raise _refused(folder, f"{text.name} is not a table of numbers ({str(error).strip()})") from error
-    short = np.isnan(values).any(axis=1)
-    if short.any():
-        raise _refused(folder, f"line {int(np.argmax(short)) + 1} of {text.name} is shorter than others, or holds NaN")
+        raise _refused(folder, _blame(text) or f"{text.name} is no table of numbers ({str(error).strip()})") from error
+    values = table.to_numpy()
+    if np.isnan(values).any() and (blamed := _blame(text)):
+        raise _refused(folder, blamed)
     is_id = (values == np.round(values)) & (np.abs(values) < 2**31)
     if dtype is np.int32 and not is_id.all():
         line = int(np.argmax(~is_id.all(axis=1))) + 1
         raise _refused(folder, f"line {line} of {text.name} holds a number that is no item id")
     return values.astype(dtype)
+
+
+def _blame(text: Path) -> str | None:
+    """What is wrong with the first line of a table that is not like the first one, or not of numbers."""
+    expected = None
+    with open(text, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            values = line.split()
+            expected = len(values) if expected is None else expected
+            if len(values) != expected:
+                return f"line {number} of {text.name} has {len(values)} values and line 1 has {expected}"
+            for place, value in enumerate(values, start=1):
+                try:
+                    is_nan = math.isnan(float(value))
+                except ValueError:
+                    return f"value {place} in line {number} of {text.name} is {value[:40]!r}, expected a number"
+                if is_nan:
+                    return f"value {place} in line {number} of {text.name} is NaN, expected a number"
+    return None if expected else f"{text.name} holds no numbers"
 
 
 def _as_distance(confidence: NDArray[np.float32], kind: str, folder: Path) -> NDArray[np.float32]:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from distill_helpers import FINGERPRINT, teacher_for, write_manifest, write_teacher
 
 from llm2rec.core.errors import TeacherOutputsError
-from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
+from llm2rec.distill.data_bridge import EMBEDDINGS, TeacherOutputs, read_outputs
 
 ROWS, ITEMS, K = 6, 9, 4
 REMEDY = r".*distill\.teacher_outputs=FOLDER"
@@ -96,24 +97,25 @@ def change_text(name, number, text):
         (lambda f: torch.save(torch.zeros(8, 2), f / "all_embeddings.pt"), r"is \(8, 2\), expected \(9, width\)"),
         (lambda f: torch.save(torch.zeros(9), f / "all_embeddings.pt"), r"is \(9,\), expected \(9, width\)"),
         (lambda f: torch.save(torch.full((9, 2), torch.nan), f / "all_embeddings.pt"), "values that are not finite"),
-        (change_text("myrank", 3, "0 1 2 9"), r"row 2 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"),
-        (change_text("myrank", 3, "0 1 2 -1"), r"row 2 of myrank_train names an item outside 0\.\.8 \(-1\.\.8\)"),
+        (change_text("myrank", 3, "0 1 2 9"), r"line 3 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"),
+        (change_text("myrank", 3, "0 1 2 -1"), r"line 3 of myrank_train names an item outside 0\.\.8 \(-1\.\.8\)"),
         (change_text("myrank", 2, "0 1 2.5 3"), r"line 2 of myrank_train\.txt holds a number that is no item id"),
         (
             change_text("myrank", 2, "0 1 4294967297 3"),
             r"line 2 of myrank_train\.txt holds a number that is no item id",
         ),
-        (change_text("myrank", 4, "0 1 2"), r"line 4 of myrank_train\.txt is shorter than others"),
-        (change_text("myrank", 4, "0 1 2 3 4"), r"myrank_train\.txt is not a table of numbers"),
-        (change_text("myrank", 4, "0 1 2 three"), r"myrank_train\.txt is not a table of numbers"),
-        (lambda f: (f / "myrank_train.txt").write_text(""), r"myrank_train\.txt is not a table of numbers"),
-        (
-            change_text("confidence", 5, "0 1 nan 3"),
-            r"line 5 of confidence_train\.txt is shorter than others, or holds NaN",
-        ),
+        (change_text("myrank", 4, "0 1 2"), r"line 4 of myrank_train\.txt has 3 values and line 1 has 4"),
+        (change_text("myrank", 4, "0 1 2 3 4"), r"line 4 of myrank_train\.txt has 5 values and line 1 has 4"),
+        (change_text("myrank", 1, "0 1 2"), r"line 2 of myrank_train\.txt has 4 values and line 1 has 3"),
+        (change_text("myrank", 1, "0 1 2 3 4"), r"line 2 of myrank_train\.txt has 4 values and line 1 has 5"),
+        (change_text("myrank", 4, ""), r"line 4 of myrank_train\.txt has 0 values and line 1 has 4"),
+        (change_text("myrank", 4, "0 1 2 three"), r"value 4 in line 4 of myrank_train\.txt is 'three', expected a num"),
+        (lambda f: (f / "myrank_train.txt").write_text(""), r"myrank_train\.txt holds no numbers"),
+        (change_text("confidence", 5, "0 1 nan 3"), r"value 3 in line 5 of confidence_train\.txt is NaN"),
+        (change_text("confidence", 5, "0 1 2"), r"line 5 of confidence_train\.txt has 3 values and line 1 has 4"),
         (
             change_text("confidence", 5, "0 1 inf 3"),
-            r"row 4 of confidence_train is not finite: \[0\.0, 1\.0, inf, 3\.0\]",
+            r"line 5 of confidence_train is not finite: \[0\.0, 1\.0, inf, 3\.0\]",
         ),
     ],
 )
@@ -123,6 +125,30 @@ def test_damage_is_refused_with_its_own_message(tmp_path, teacher, manifest, dam
     if manifest:  # made by whoever made the damage, so that the hashes are right
         write_manifest(tmp_path, confidence="neg_log_prob", fingerprint=FINGERPRINT)
     with pytest.raises(TeacherOutputsError, match=rf"{re.escape(str(tmp_path))} do not fit: .*{message}{REMEDY}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranking": [[0, 1, 2, 2]] * ROWS}, r"line 1 of myrank_train names an item twice"),
+        ({"distance": [[-1, -2, -3, -9]] * ROWS}, r"from the best candidate to the last they fall from -1 to -9"),
+    ],
+)
+def test_files_of_other_programs_that_mean_something_else_are_refused(tmp_path, teacher, changes, message):
+    kinds = {"ranking": np.int32, "distance": np.float32}
+    changed = replace(teacher, **{name: np.asarray(values, kinds[name]) for name, values in changes.items()})
+    write_teacher(tmp_path, changed, manifest=False)
+    with pytest.raises(TeacherOutputsError, match=message):
+        read(tmp_path)
+
+
+def test_vectors_are_read_as_numbers_whatever_they_were_saved_as(tmp_path, teacher):
+    write_teacher(tmp_path, teacher, manifest=False)
+    torch.save(torch.nn.Embedding.from_pretrained(teacher.embeddings, freeze=False).weight, tmp_path / EMBEDDINGS)
+    assert not read(tmp_path).embeddings.requires_grad
+    torch.save(teacher.embeddings.double() * 1e300, tmp_path / EMBEDDINGS)
+    with pytest.raises(TeacherOutputsError, match="not finite, or too large for float32"):
         read(tmp_path)
 
 
@@ -185,7 +211,7 @@ def test_tables_of_unequal_shape_are_refused(tmp_path, teacher):
 def test_values_are_checked_in_the_twin_too(tmp_path, teacher, twin):
     teacher.ranking[4, 1] = ITEMS
     write_teacher(tmp_path, teacher, twin=twin)
-    with pytest.raises(TeacherOutputsError, match=r"row 4 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"):
+    with pytest.raises(TeacherOutputsError, match=r"line 5 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"):
         read(tmp_path)
 
 
@@ -203,12 +229,20 @@ def test_a_manifest_that_is_no_object_is_refused(tmp_path, teacher):
         read(tmp_path)
 
 
+def test_a_manifest_says_what_its_numbers_are(tmp_path, teacher):
+    write_teacher(tmp_path, teacher, manifest=False)
+    write_manifest(tmp_path, fingerprint=FINGERPRINT)
+    with pytest.raises(TeacherOutputsError, match="does not say in `confidence` what kind of numbers"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "found"), [("rows", ROWS), ("top_k", K), ("n_items", ITEMS), ("width", 5)])
 def test_a_manifest_that_says_other_sizes_than_its_files_is_refused(tmp_path, teacher, name, found):
     write_teacher(tmp_path, teacher, manifest=False)
-    write_manifest(tmp_path, fingerprint=FINGERPRINT, **{name: found})
+    about = {"fingerprint": FINGERPRINT, "confidence": "distance"}
+    write_manifest(tmp_path, **about, **{name: found})
     read(tmp_path)
-    write_manifest(tmp_path, fingerprint=FINGERPRINT, **{name: found + 1})
+    write_manifest(tmp_path, **about, **{name: found + 1})
     message = rf"manifest\.json says `{name}` is {found + 1}, the files hold {found}{REMEDY}"
     with pytest.raises(TeacherOutputsError, match=message):
         read(tmp_path)
