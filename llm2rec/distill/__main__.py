@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from llm2rec.config import Config
+from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import sha256_of_file
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
@@ -23,7 +24,7 @@ from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.samples import log_recommendations, student_answers
 from llm2rec.student.segments import training_data
-from llm2rec.student.settings import StudentSettings
+from llm2rec.student.settings import LossSettings, StudentSettings
 from llm2rec.student.store import save_student
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,14 @@ def main(cfg: Config, run: Run) -> None:
     """Distil the teacher into a student and store the weights that validate best."""
     settings, student_settings = build(cfg.distill, DistillSettings), build(cfg.student, StudentSettings)
     policy: SelectionPolicy = built_object(cfg.active)
+    if not settings.teaches:
+        raise ConfigError(
+            f"distill={settings.name} takes nothing from the teacher: `distill.ranking.weight`, "
+            "`distill.embedding.fusion_scale` and `alignment_weight` are all 0 and `initialise` is none; give one of "
+            "them a value, or train the student alone with `python -m llm2rec.student`."
+        )
+    if settings.own_loss != "student" and student_settings.loss != LossSettings():
+        logger.warning("student.loss is not read: the recipe %s fixes %s", settings.name, settings.own_loss)
     data = open_data(cfg, run)
     outputs = from_launch_folder(settings.teacher_outputs, cfg.paths.root)
     teacher = read_outputs(

@@ -32,9 +32,11 @@ class Selection:
         teacher: What the policy may look at.
         student: Gives the student as it is at the start of an epoch.
         folder: Where weights are kept; no other run's.
+        needs_labels: Whether what is distilled is read off the teacher's files row by row; item vectors are not.
 
     Raises:
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
+        ConfigError: If some epoch's budget is more than what is labelled.
     """
 
     def __init__(
@@ -44,19 +46,27 @@ class Selection:
         teacher: TeacherOutputs,
         student: Callable[[int], StudentNow],
         folder: Path,
+        *,
+        needs_labels: bool = True,
     ) -> None:
         self._policy, self._n_rows, self._teacher, self._folder = policy, n_rows, teacher, folder
         self._student, self._rows = student, teacher.rows_labelled(n_rows)
+        self._needs_labels = needs_labels
         self._epoch, self._weights = -1, np.empty(0, np.float32)
         self._told: tuple[int, int, float] | None = None
-        asked = policy.rows_to_label(n_rows)
+        asked = policy.checked_rows_to_label(n_rows)
         missing = np.empty(0, np.int64) if asked is None else np.setdiff1d(asked, self._rows)
-        if len(missing):
+        if len(missing) and needs_labels:
             raise TeacherOutputsError(
                 f"{type(policy).__name__} distils rows that the teacher has not labelled: {len(missing)} of them, the "
                 f"first is row {missing[0]}; it has labelled {len(self._rows)} of {n_rows}. Use the policy, seed and "
                 "budget that the teacher was run with (`selection` in manifest.json), or a policy that chooses among "
                 "the labelled rows, or label these too with `python -m llm2rec.teacher`."
+            )
+        if asked is None and (most := policy.most_chosen(n_rows)) > len(self._rows):
+            raise ConfigError(
+                f"the largest budget of any epoch is {most} rows, but the teacher has labelled {len(self._rows)} of "
+                f"{n_rows}; lower `active.budget` and `active.final_budget`, or label more."
             )
 
     def weights(self, epoch: int) -> NDArray[np.float32]:
@@ -102,7 +112,7 @@ class Selection:
             raise ConfigError(f"{name} gave row {row} the weight {weights[row]}, expected 0 or a positive number.")
         unlabelled = weights > 0
         unlabelled[self._rows] = False
-        if unlabelled.any():
+        if unlabelled.any() and self._needs_labels:
             raise ConfigError(
                 f"{name} gave a weight to row {int(np.argmax(unlabelled))}, which the teacher has not labelled; choose "
                 "among `evidence.rows`."

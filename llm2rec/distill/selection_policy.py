@@ -63,6 +63,29 @@ class SelectionPolicy(ABC):
         """
         return None
 
+    def checked_rows_to_label(self, n_rows: int) -> NDArray[np.int64] | None:
+        """The same, refused where nobody could label them: asked before a teacher is trained.
+
+        Raises:
+            ConfigError: If the answer is no list of row numbers, ascending.
+        """
+        asked = self.rows_to_label(n_rows)
+        if asked is None:
+            return None
+        rows = np.asarray(asked)
+        wrong = rows.ndim != 1 or rows.size == 0 or not np.issubdtype(rows.dtype, np.integer)
+        if wrong or rows[0] < 0 or rows[-1] >= n_rows or (np.diff(rows) <= 0).any():
+            told = np.array2string(rows, threshold=8, edgeitems=3)
+            raise ConfigError(
+                f"{type(self).__name__}.rows_to_label gave {told}, expected some of the row numbers 0 to {n_rows - 1}, "
+                "each once and ascending."
+            )
+        return rows.astype(np.int64)
+
+    def most_chosen(self, n_rows: int) -> int:
+        """The most rows that any epoch distils, as far as that is known beforehand; else 0."""
+        return 0
+
     def decided_at(self, epoch: int) -> int:
         """The epoch, at most ``epoch``, at whose start the weights of ``epoch`` are decided; by default itself."""
         return epoch
@@ -103,19 +126,13 @@ class _Budgeted(SelectionPolicy):
         done = min(epoch / self.over_epochs, 1.0)
         return max(1, round(((1 - done) * self.budget + done * self.final_budget) * n_rows))
 
-    def largest(self, values: NDArray[Any], evidence: Evidence) -> NDArray[np.float32]:
-        """Weigh the labelled rows of the largest ``values`` (shape ``(labelled,)``) 1; of equal ones the earlier rows.
+    def most_chosen(self, n_rows: int) -> int:
+        """Rows of the largest budget of any epoch."""
+        return max(self.n_chosen(n_rows, epoch) for epoch in (0, self.over_epochs))
 
-        Raises:
-            ConfigError: If the budget is more than what is labelled.
-        """
+    def largest(self, values: NDArray[Any], evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the labelled rows of the largest ``values`` (shape ``(labelled,)``) 1; of equal ones the earlier."""
         n_chosen = self.n_chosen(evidence.n_rows, evidence.epoch)
-        if n_chosen > len(evidence.rows):
-            raise ConfigError(
-                f"the budget of epoch {evidence.epoch} is {n_chosen} rows, but the teacher has labelled "
-                f"{len(evidence.rows)} of {evidence.n_rows}; lower `active.budget` and `active.final_budget`, or label "
-                "more."
-            )
         weights = np.zeros(evidence.n_rows, np.float32)
         weights[evidence.rows[np.argsort(-values, kind="stable")[:n_chosen]]] = 1
         return weights
@@ -135,6 +152,8 @@ class SelectionPolicyRandom(_Budgeted):
 
     def __init__(self, budget: float, seed: int, final_budget: float | None = None, over_epochs: int = 10) -> None:
         super().__init__(budget, final_budget, over_epochs)
+        if seed < 0:
+            raise ConfigError(f"active.seed is {seed}, expected 0 or more.")
         self.seed = seed
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
@@ -145,7 +164,7 @@ class SelectionPolicyRandom(_Budgeted):
 
     def rows_to_label(self, n_rows: int) -> NDArray[np.int64]:
         """The rows of the largest budget of any epoch."""
-        return np.sort(self._first(n_rows, max(self.n_chosen(n_rows, epoch) for epoch in (0, self.over_epochs))))
+        return np.sort(self._first(n_rows, self.most_chosen(n_rows)))
 
     def _first(self, n_rows: int, n_chosen: int) -> NDArray[np.int64]:
         return np.random.default_rng([self.seed, n_rows]).permutation(n_rows)[:n_chosen]
@@ -264,6 +283,11 @@ class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
         """How far the student is from the teacher, shape ``(B,)``."""
         if self.measure == "rank":
             return target_ranks(scored.logits, scored.told.ranking[:, 0])
+        if (stored := scored.told.ranking.shape[1]) < self.top_k:
+            raise ConfigError(
+                f"active.top_k is {self.top_k}, but the teacher's files hold {stored} candidates per row; lower it, or "
+                "export more with `teacher.export.top_k` or `ensemble.top_k`."
+            )
         shared = consistency_weights(scored.logits, scored.told.ranking[:, : self.top_k], self.top_k)
         return 1 - shared.mean(dim=1)
 

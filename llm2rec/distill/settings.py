@@ -82,7 +82,8 @@ class RankingSettings:
             )
         if not 0 <= self.weight_floor < float("inf"):
             raise ConfigError(f"distill.ranking.weight_floor is {self.weight_floor}, expected 0 (none) or more.")
-        if self.weight > 0 and self.gamma_position + self.gamma_confidence + self.weight_floor <= 0:
+        weighs = self.weight > 0 and self.loss == "weighted_bce"
+        if weighs and self.gamma_position + self.gamma_confidence + self.weight_floor <= 0:
             raise ConfigError(
                 "distill.ranking: `gamma_position` and `gamma_confidence` are both 0, so a row without any consistent "
                 "candidate would have no weight; set one of them, or `weight: 0` to leave ranking distillation out."
@@ -103,6 +104,11 @@ class RankingSettings:
             raise ConfigError(
                 f"distill.ranking.loss is {self.loss!r} and `top_k` is 1, which leaves no pair; raise `top_k`, or set "
                 "`negative=ranked_last`."
+            )
+        if self.loss == "listwise" and self.over == "candidates" and self.top_k < 2:
+            raise ConfigError(
+                "distill.ranking.loss is 'listwise' over the candidates and `top_k` is 1: one candidate among itself "
+                "is always right; raise `top_k`, or use `over=catalogue`."
             )
 
     @property
@@ -144,7 +150,7 @@ class EmbeddingSettings:
         fusion_scale: Item vector = offset + fusion_scale · projected teacher vector (the paper); 0 leaves it out.
         fusion_sides: ``both`` (paper): items are read and scored with fused vectors. ``input`` (program): items are
             scored with plain vectors of their own, whatever `student.model.tie_items` says. ``output``: they are read
-            with plain ones instead.
+            with plain ones instead. One side alone keeps two tables with a ``fusion_scale`` of 0 too.
         alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out.
         alignment: ``mse``, ``cosine``, or ``contrastive``: telling an item's teacher vector from all others.
         alignment_sides: Whether vectors that items are read with are pulled (``input``), those that they are scored
@@ -182,7 +188,7 @@ class EmbeddingSettings:
     @property
     def unties(self) -> bool:
         """Whether items must be scored with vectors of their own."""
-        return self.fusion_scale != 0 and self.fusion_sides != "both"
+        return self.fusion_sides != "both"
 
 
 @dataclass
@@ -216,6 +222,13 @@ class DistillSettings:
             )
 
     @property
+    def teaches(self) -> bool:
+        """Whether anything at all is taken from the teacher."""
+        embedding = self.embedding
+        vectors = embedding.fusion_scale != 0 or embedding.alignment_weight > 0 or embedding.initialise != "none"
+        return self.ranking.weight > 0 or vectors
+
+    @property
     def needs_negatives(self) -> bool:
         """Whether any loss is about a sampled negative."""
         return self.own_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
@@ -239,7 +252,14 @@ class DLLM2RecCodeSettings(DistillSettings):
     own_loss: str = "sampled_bce"
     dros: DrosSettings = field(default_factory=partial(DrosSettings, weight=0.5, in_ranking="broadcast"))
     ranking: RankingSettings = field(
-        default_factory=partial(RankingSettings, weight=0.7, weight_floor=1e-8, negative="one_minus_score")
+        default_factory=partial(
+            RankingSettings,
+            weight=0.7,
+            confidence="per_candidate",
+            weight_floor=1e-8,
+            renormalise=True,
+            negative="one_minus_score",
+        )
     )
     embedding: EmbeddingSettings = field(
         default_factory=partial(EmbeddingSettings, fusion_sides="input", standardise=False)

@@ -88,7 +88,8 @@ def train_distilled(
     def student_now(epoch: int) -> StudentNow:
         return StudentNow(model.student, train, validation, teacher, engine, partial(row_losses.ranking, epoch))
 
-    selection = Selection(policy, len(train), teacher, student_now, engine.run.folder / "selection")
+    kept, by_row = engine.run.folder / "selection", settings.ranking.weight > 0
+    selection = Selection(policy, len(train), teacher, student_now, kept, needs_labels=by_row)
     wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)

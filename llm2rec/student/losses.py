@@ -25,7 +25,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-probability of the target under a softmax over the whole catalogue, in float32.
+    """Negative log-probability of the target under a softmax over the whole catalogue, in float32 at least.
 
     Args:
         logits: Shape ``(B, N)``.
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Losses of shape ``(B,)``, in nats.
     """
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(at_least_float32(logits), targets, reduction="none")
 
 
 def sampled_bce(logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:

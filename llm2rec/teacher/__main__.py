@@ -57,6 +57,7 @@ def main(cfg: Config, run: Run) -> None:
     check_launch(settings.precision)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
     data = open_data(cfg, run)
+    asked = policy.checked_rows_to_label(len(data.splits["train"])) if settings.export.enabled else None
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
     if engine.is_main and (doubt := title_agreement(data).doubt()):
@@ -101,7 +102,6 @@ def main(cfg: Config, run: Run) -> None:
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
     if export.enabled:
-        asked = policy.rows_to_label(len(train))
         with run.phase("export_gate_inputs"):
             rows = cache.rows(train, np.arange(len(train)) if asked is None else asked)
         with run.phase("export"):

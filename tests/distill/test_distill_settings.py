@@ -36,6 +36,7 @@ from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSet
             r"negative \(with loss=ranknet\) is 'one_minus_score', expected 'none' or 'ranked_last'",
         ),
         ({"negative": "ranked_last"}, r"ranking\.negative is 'ranked_last'"),
+        ({"loss": "listwise", "over": "candidates", "top_k": 1}, r"one candidate among itself is always right"),
         ({"loss": "margin", "top_k": 1}, r"'margin' and `top_k` is 1, which leaves no pair.*negative=ranked_last"),
     ],
 )
@@ -71,6 +72,28 @@ def test_an_unknown_loss_of_the_student_is_refused():
 def test_dros_of_candidates_needs_their_weights():
     with pytest.raises(ConfigError, match=r"in_ranking is 'per_row'.*loss=weighted_bce does, and that is 'listwise'"):
         DistillSettings(ranking=RankingSettings(loss="listwise"), dros=DrosSettings(in_ranking="per_row"))
+
+
+@pytest.mark.parametrize(
+    ("embedding", "teaches"),
+    [({}, False), ({"fusion_scale": -0.1}, True), ({"alignment_weight": 0.1}, True), ({"initialise": "pca"}, True)],
+)
+def test_a_recipe_knows_whether_it_takes_anything_from_the_teacher(embedding, teaches):
+    given = EmbeddingSettings(**{"fusion_scale": 0.0, **embedding})
+    assert DistillSettings(ranking=RankingSettings(weight=0.0), embedding=given).teaches == teaches
+    assert DistillSettings(embedding=given).teaches
+
+
+def test_shares_of_weights_are_read_by_the_papers_loss_alone():
+    RankingSettings(loss="listwise", gamma_position=0.0, gamma_confidence=0.0)
+    with pytest.raises(ConfigError, match="`gamma_position` and `gamma_confidence` are both 0"):
+        RankingSettings(gamma_position=0.0, gamma_confidence=0.0)
+
+
+@pytest.mark.parametrize(("sides", "scale"), [("input", 0.0), ("output", 0.3), ("input", 0.3)])
+def test_one_side_alone_keeps_two_tables_whatever_the_scale(sides, scale):
+    assert EmbeddingSettings(fusion_sides=sides, fusion_scale=scale).unties
+    assert not EmbeddingSettings(fusion_scale=scale).unties
 
 
 @pytest.mark.parametrize(

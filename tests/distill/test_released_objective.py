@@ -30,10 +30,7 @@ from small_students import (
 from llm2rec.core.errors import ConfigError, OutOfMemoryError
 from llm2rec.distill.kd_losses import listwise_loss, pairwise_loss, ranking_loss
 from llm2rec.distill.selection_policy import SelectionPolicyAll
-from llm2rec.distill.settings import (
-    DrosSettings,
-    RankingSettings,
-)
+from llm2rec.distill.settings import DistillSettings, DrosSettings, RankingSettings
 from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
 from llm2rec.student.losses import dros, sampled_bce
 
@@ -107,7 +104,13 @@ def test_the_programs_objective_agrees_with_loops_gradients_included():
 
 @pytest.mark.parametrize(
     "settings",
-    [code(), code(**{"dros.in_ranking": "per_row", "ranking.negative": "one_minus_probability"})],
+    [
+        code(),
+        code(**{"dros.in_ranking": "per_row", "ranking.negative": "one_minus_probability"}),
+        code(own_loss="cross_entropy"),
+        DistillSettings(),
+        DistillSettings(dros=DrosSettings(weight=0.5, in_ranking="per_row")),
+    ],
 )
 def test_objective_gradcheck(settings):
     logits, *rest = rows_by_hand(3)
@@ -241,7 +244,8 @@ def test_the_students_list_may_come_from_a_pass_without_dropout():
     assert not torch.allclose(losses["loss_ranking"], objective_of(code(), given)["loss_ranking"])
 
     model = distilled(settings_of(fusion=0.0)).train()
-    batch, told = TRAIN.batch(np.arange(20)), TEACHER.batch(np.arange(20), 4)
+    batch = TRAIN.batch(np.arange(20))
+    told = TEACHER.batch(np.arange(20), 4, targets=batch.targets.numpy())
     found = {}
     for dropout in (True, False):
         settings = replace(settings_of(), ranking=replace(settings_of().ranking, consistency_dropout=dropout))

@@ -141,12 +141,10 @@ def test_of_equally_sure_rows_the_earlier_are_chosen():
     assert np.flatnonzero(SelectionPolicyConfidence(0.2).weights(evidence(alike))).tolist() == list(range(7))
 
 
-def test_a_policy_chooses_among_the_labelled_rows_and_no_more_than_there_are():
+def test_a_policy_chooses_among_the_labelled_rows():
     weights = SelectionPolicyConfidence(0.2, "best").weights(evidence(PARTIAL))
     surest = LABELLED[np.argsort(PARTIAL.distance[:, 0], kind="stable")[:7]]
     assert sorted(np.flatnonzero(weights)) == sorted(surest)
-    with pytest.raises(ConfigError, match=r"budget of epoch 0 is 22 rows, but the teacher has labelled 19 of 37"):
-        SelectionPolicyConfidence(0.6).weights(evidence(PARTIAL))
 
 
 def test_a_margin_needs_two_candidates():
@@ -239,10 +237,13 @@ def settings_of(ranking=0.5, **changes):
     )
 
 
-def train_in(folder, policy, *, kind=Engine, teacher=TEACHER, settings=None, data=(TRAIN, VALIDATION), **changes):
+def train_in(
+    folder, policy, *, kind=Engine, teacher=TEACHER, settings=None, data=(TRAIN, VALIDATION), align=False, **changes
+):
     training = {"epochs": 3, "batch_size": 8, "micro_batch_size": 3, "learning_rate": 0.01, **changes}
     settings, engine = settings or settings_of(), engine_in(folder, kind=kind, **training)
-    model = DistilledStudent(student(), teacher.embeddings, fusion_scale=0.0, align=False)
+    align = settings.embedding.alignment_weight > 0
+    model = DistilledStudent(student(), teacher.embeddings, fusion_scale=0.0, align=align)
     return train_distilled(model, data[0], teacher, data[1], policy, engine, settings)
 
 
@@ -339,6 +340,53 @@ def test_a_policy_that_needs_rows_that_were_not_labelled_is_refused(tmp_path, po
     message = rf"has not labelled: {len(missing)} of them, the first is row {missing[0]}; it has labelled 19 of 37"
     with pytest.raises(TeacherOutputsError, match=message):
         train_in(tmp_path, policy, teacher=PARTIAL)
+
+
+def test_a_budget_that_grows_beyond_what_is_labelled_is_refused_before_the_first_step(tmp_path):
+    policy = SelectionPolicyUncertainty(0.1, final_budget=0.6, over_epochs=4)
+    with pytest.raises(ConfigError, match=r"budget of any epoch is 22 rows, but the teacher has labelled 19 of 37"):
+        train_in(tmp_path, policy, teacher=PARTIAL, kind=killed_at(0))
+
+
+@pytest.mark.parametrize("policy", [SelectionPolicyAll(), SelectionPolicyRandom(0.9, seed=0)])
+def test_item_vectors_are_taught_without_labels(tmp_path, policy):
+    settings = replace(settings_of(ranking=0.0), embedding=EmbeddingSettings(fusion_scale=0.0, alignment_weight=0.5))
+    weights = [
+        train_in(tmp_path / name, policy, teacher=teacher, settings=settings).state_dict()
+        for name, teacher in {"partial": PARTIAL, "whole": TEACHER}.items()
+    ]
+    assert_same_weights(*weights)
+
+
+class Labels(SelectionPolicyAll):
+    def __init__(self, answer):
+        self.answer = answer
+
+    def rows_to_label(self, n_rows):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ([3, 1], r"\[3 1\]"),
+        ([1, 1], r"\[1 1\]"),
+        ([0, M], r"\[ 0 37\]"),
+        ([-1, 2], r"\[-1  2\]"),
+        ([], r"\[\]"),
+        ([0.5], r"\[0\.5\]"),
+        ([[0]], r"\[\[0\]\]"),
+    ],
+)
+def test_rows_that_nobody_could_label_are_refused(answer, told):
+    message = rf"Labels\.rows_to_label gave {told}, expected some of the row numbers 0 to 36, each once and ascending"
+    with pytest.raises(ConfigError, match=message):
+        Labels(answer).checked_rows_to_label(M)
+
+
+def test_an_overlap_of_more_than_the_files_hold_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=rf"active\.top_k is {K + 1}, but the teacher's files hold {K} candidates"):
+        SelectionPolicyDisagreement(0.3, top_k=K + 1).weights(evidence(student=now(tmp_path)))
 
 
 class Answers(SelectionPolicy):
