@@ -67,10 +67,10 @@ class RankingSettings:
     gamma_position: float = 0.3
     gamma_confidence: float = 0.5
     gamma_consistency: float = 0.1
-    confidence: str = "per_candidate"
+    confidence: str = "per_row"
     normalise_consistency: bool = False
     weight_floor: float = 0.0
-    renormalise: bool = True
+    renormalise: bool = False
     consistency_dropout: bool = True
     negative: str = "none"
 

@@ -120,7 +120,7 @@ def losses_of(settings, weights=None, teacher=TEACHER, model=None):
     batch = TRAIN.batch(rows)
     counted = torch.ones(6) if weights is None else torch.tensor(weights)
     users = model(batch.history, batch.lengths)
-    told = teacher.batch(rows, settings.ranking.top_k)
+    told = teacher.batch(rows, settings.ranking.top_k, targets=batch.targets.numpy())
     return distillation_losses(model, users, batch, told, counted, settings), model, batch
 
 
@@ -139,16 +139,16 @@ def test_losses_of_a_row_by_hand(kind):
         logits = model.score(model(batch.history, batch.lengths))
         for row in range(6):
             best = logits[row].topk(3).indices.tolist()
-            ranking, distance = TEACHER.ranking[row, :3].tolist(), TEACHER.distance[row, :3].tolist()
-            shares = [
-                0.3 * math.exp(-rank) / sum(math.exp(-r) for r in range(3))
-                + 0.5 * math.exp(-distance[rank]) / sum(math.exp(-d) for d in distance)
-                + 0.1 * (item in best)
-                for rank, item in enumerate(ranking)
-            ]
+            stored, target = TEACHER.ranking[row].tolist(), int(batch.targets[row])
+            distance = TEACHER.distance[row, stored.index(target) if target in stored else -1]
             told = sum(
-                share / sum(shares) * -math.log(1 / (1 + math.exp(-logits[row, item].item())))
-                for share, item in zip(shares, ranking, strict=True)
+                (
+                    0.3 * math.exp(-rank) / sum(math.exp(-r) for r in range(3))
+                    + 0.5 * math.exp(-distance)
+                    + 0.1 * (item in best)
+                )
+                * -math.log(1 / (1 + math.exp(-logits[row, item].item())))
+                for rank, item in enumerate(stored[:3])
             )
             target = batch.targets[row : row + 1]
             aligned = alignment_loss(model.projected(target)["input"], TEACHER.embeddings[target], kind).item()
@@ -161,6 +161,7 @@ def test_losses_of_a_row_by_hand(kind):
 
 def test_only_top_k_candidates_count():
     settings = settings_of(top_k=2)
+    settings = replace(settings, ranking=replace(settings.ranking, confidence="per_candidate"))
     changed = TEACHER.ranking.copy()
     changed[:, 2:] = changed[:, 2:][:, ::-1]
     other = TeacherOutputs(TEACHER.embeddings, changed, TEACHER.distance, {})
