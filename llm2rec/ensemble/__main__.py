@@ -5,7 +5,9 @@ Its outputs are those of `llm2rec.teacher`: ``llm2rec.distill distill=listwise d
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,12 @@ from safetensors.numpy import save_file
 from llm2rec.config import Config
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.core.files import replaced_file
+from llm2rec.core.files import read_json, replaced_file
 from llm2rec.core.git_info import git_state
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
+from llm2rec.core.sweep import is_sweep, jobs_of
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.settings import EnsembleSettings
@@ -33,25 +36,45 @@ logger = logging.getLogger("llm2rec.ensemble")
 _LEAST = 1e-12  # what a probability of 0 is written as
 
 
+@dataclass(frozen=True)
+class Member:
+    """A student of the ensemble.
+
+    Attributes:
+        folder: Its run folder.
+        run: That folder's name; of a sweep's job with the sweep's before it.
+        label: What it is, such as ``sasrec``.
+        seed: Its seed.
+    """
+
+    folder: Path
+    run: str
+    label: str
+    seed: int | None
+
+
 def _outputs(cfg: Config) -> Path:
     return from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / cfg.dataset.name / cfg.ensemble.name
 
 
-@stage(
-    "ensemble",
-    reads=("ensemble", "runs", "metrics"),
-    is_current=lambda cfg, folder: (folder / "ensemble").is_dir() and (_outputs(cfg) / "manifest.json").is_file(),
-)
+def _is_current(cfg: Config, folder: Path) -> bool:
+    """Whether the ensemble is still there, and the outputs that bear its name are those that it wrote."""
+    manifest = _outputs(cfg) / "manifest.json"
+    return (folder / "ensemble").is_dir() and manifest.is_file() and read_json(manifest).get("run") == folder.name
+
+
+@stage("ensemble", reads=("ensemble", "runs", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
     """Rank the catalogue for every training row, and say how well it ranks on validation."""
     settings = build(cfg.ensemble, EnsembleSettings)
     data = open_data(cfg, run)
-    places = _members(cfg.runs, Path(cfg.paths.root), data)
+    members = _members(cfg.runs, Path(cfg.paths.root), data)
     engine = open_engine(cfg, run)
     with engine.first_process_first():
         if engine.is_main:
-            save_ensemble(run.folder / "ensemble", [place / "student" for place in places], settings.neighbours)
-        ensemble = load_ensemble(run.folder / "ensemble", data, engine.device)
+            places = [member.folder / "student" for member in members]
+            save_ensemble(run.folder / "ensemble", places, settings.neighbours)
+    ensemble = load_ensemble(run.folder / "ensemble", data, engine.device)
     validation = SequenceData.of(data.splits["validation"], data.n_items, ensemble.max_length)
     seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
     with run.phase("validation"):
@@ -70,14 +93,16 @@ def main(cfg: Config, run: Run) -> None:
                 "fingerprint": data.fingerprint,
                 "teacher": settings.name,
                 "train_rows": len(data.splits["train"]),
-                "members": [place.name for place in places],
+                "members": [{"run": each.run, "label": each.label, "seed": each.seed} for each in members],
                 "neighbours": settings.neighbours,
                 **git_state(),
                 "run": run.folder.name,
             }
             write_outputs(_outputs(cfg), blocks, ensemble.item_vectors, ExportSettings(top_k=settings.top_k), about)
             shutil.rmtree(run.folder / "export")
-    label = f"{settings.name} ({len(places)} students, {settings.neighbours:g} neighbours)"
+    kinds = Counter(member.label for member in members)
+    of = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    label = f"{settings.name} ({of}; {settings.neighbours:g} neighbours)"
     run.note(label=label, parameters=ensemble.n_parameters)
     engine.close()
 
@@ -90,7 +115,7 @@ def rank_training_rows(
     Returns:
         What `llm2rec.teacher.export.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
     """
-    split, size = data.splits["train"], settings.block_rows
+    split, size, at_once = data.splits["train"], settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
     rows = SequenceData.of(split, data.n_items, ensemble.max_length)
     users = RowPlaces.of(split, data.sequences).users
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(rows) // size))]
@@ -98,7 +123,7 @@ def rank_training_rows(
     for number in engine.progress(mine, "export", len(mine), "block"):
         numbers = np.arange(number * size, min((number + 1) * size, len(rows)))
         probabilities, items = [], []
-        for part in np.array_split(numbers, -(-len(numbers) // settings.batch_rows)):
+        for part in np.array_split(numbers, -(-len(numbers) // at_once)):
             told = ensemble.probabilities(rows.batch(part, engine.device), users[part].astype(np.int64))
             best = told.topk(min(settings.top_k, data.n_items), dim=1)
             probabilities.append(best.values.cpu())
@@ -110,11 +135,11 @@ def rank_training_rows(
     return files
 
 
-def _members(runs: object, root: Path, data: RecData) -> list[Path]:
-    """Run folders of the students that were named; a sweep's folder stands for its jobs.
+def _members(runs: object, root: Path, data: RecData) -> list[Member]:
+    """The students that were named; a sweep's folder stands for its finished jobs.
 
     Raises:
-        ConfigError: If none were named.
+        ConfigError: If none were named, or one twice.
         CheckpointError: If one is no finished run of a student on this dataset.
     """
     if isinstance(runs, str) or not isinstance(runs, Sequence) or not runs:
@@ -122,24 +147,36 @@ def _members(runs: object, root: Path, data: RecData) -> list[Path]:
             f"`runs` is {runs!r}, expected finished students such as `runs=[result/result_...,result/result_...]`, or "
             "the folder of a sweep: `python -m llm2rec.student --multirun seed=1,2,3`."
         )
-    named = [from_launch_folder(str(each), root) for each in runs]
-    jobs = [sorted(file.parent for file in each.glob("*/run.json")) for each in named]
-    found = [folder for each, inner in zip(named, jobs, strict=True) for folder in (inner or [each])]
-    for folder in found:
-        if not (folder / "run.json").is_file():
-            raise CheckpointError(f"{folder} is no run folder (it holds no run.json); give `runs=[result/result_...]`.")
-        record = read_record(folder)
-        if record["stage"] not in ("student", "distill") or record["status"] != "finished":
-            raise CheckpointError(
-                f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; an ensemble is made of "
-                "finished runs of student and distill."
-            )
-        if read_record(folder, "dataset")["dataset"]["fingerprint"] != data.fingerprint:
-            raise CheckpointError(
-                f"{folder.name} was trained on dataset {record['dataset']['name']!r}, which is not this {data.name!r} "
-                f"({data.fingerprint[:12]}); give the same dataset overrides as in training."
-            )
-    return found
+    found: dict[Path, str] = {}
+    for folder in (from_launch_folder(str(each), root).resolve() for each in runs):
+        jobs = jobs_of(folder) if is_sweep(folder) else []
+        for job in (job for job in jobs if not job.is_finished):
+            logger.warning("%s is not finished and stays out of the ensemble", job.name)
+        alone = f"{folder.parent.name}/{folder.name}" if is_sweep(folder.parent) else folder.name
+        named = {job.folder: job.name for job in jobs if job.is_finished} or {folder: alone}
+        if again := next((name for place, name in named.items() if place in found), None):
+            raise ConfigError(f"`runs` names {again} twice, which would give that student the weight of two.")
+        found |= named
+    return [_member(folder, name, data) for folder, name in found.items()]
+
+
+def _member(folder: Path, name: str, data: RecData) -> Member:
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no run folder and no sweep's (it holds no run.json); give `runs=[result/result_...]`."
+        )
+    record = read_record(folder)
+    if record["stage"] not in ("student", "distill") or record["status"] != "finished":
+        raise CheckpointError(
+            f"{name} is a {record['status']} run of stage {record['stage']!r}; an ensemble is made of finished runs of "
+            "student and distill."
+        )
+    if read_record(folder, "dataset")["dataset"]["fingerprint"] != data.fingerprint:
+        raise CheckpointError(
+            f"{name} was trained on dataset {record['dataset']['name']!r}, which is not this {data.name!r} "
+            f"({data.fingerprint[:12]}); give the same dataset overrides as in training."
+        )
+    return Member(folder, name, str(record["label"]), record.get("seed"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.engine import Engine
-from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import read_object, replaced_folder, write_json
 from llm2rec.core.metrics import target_ranks
 from llm2rec.data import RecData
@@ -25,8 +25,10 @@ __all__ = ["Ensemble", "load_ensemble", "rank_targets", "save_ensemble"]
 class Ensemble:
     """Averages what its members think, and gives item neighbours a part of it.
 
-    Members know the targets of the rows that they were trained on; neighbours are asked without what a row's own user
-    added. So they are as unsure of training rows as of others, which a student that learns from both profits from.
+    Members know the targets of the rows that they were trained on; neighbours are asked without the pairs of a row's
+    own user. So they are as unsure of training rows as of others, which a student that learns from both profits from.
+    Items that a user has had before keep their places: some are had again, and what is left out of a ranking is for
+    whoever ranks to say.
 
     Args:
         members: Trained students, which read histories of one length.
@@ -63,6 +65,11 @@ class Ensemble:
         weights = sum(each.numel() for member in self.members for each in member.weights_to_serve().values())
         return weights + (self.neighbours.n_pairs if self.neighbours else 0)
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose distributions over the catalogue are 256 MiB; some five such tables are held at once."""
+        return max(1, 2**26 // self.members[0].n_items)
+
     @torch.inference_mode()
     def probabilities(self, batch: SequenceBatch, users: NDArray[np.int64] | None = None) -> Tensor:
         """Tell what comes next.
@@ -72,14 +79,15 @@ class Ensemble:
             users: Whose rows they are, shape ``(B,)``, if they are training rows; see `Neighbours.scores`.
 
         Returns:
-            Shape ``(B, N)``, float32; rows sum to 1, or to less where no neighbour of the history is known.
+            Shape ``(B, N)``, float32; rows sum to 1. Where no neighbour of the history is known, members have it all.
         """
-        told = torch.stack([member.score(member(*batch.inputs)).float().softmax(dim=1) for member in self.members])
-        told = (1 - self.share) * told.mean(dim=0)
+        told = torch.zeros(())
+        for member in self.members:
+            told = told + member.score(member(*batch.inputs)).float().softmax(dim=1) / len(self.members)
         if self.neighbours is None:
             return told
-        known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users))
-        return told + self.share * known.to(told.device)
+        known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users)).to(told.device)
+        return (1 - self.share * known.sum(dim=1, keepdim=True)) * told + self.share * known
 
 
 def rank_targets(
@@ -92,18 +100,22 @@ def rank_targets(
         rows: Rows of validation or test, M of them.
         engine: Divides the rows and gathers the ranks.
         seen: Items to leave out of each row's ranking; None ranks all items.
-        batch_rows: Rows scored at once.
+        batch_rows: Rows scored at once, at most.
 
     Returns:
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
     mine, ranks = engine.my_rows(len(rows)), [torch.zeros(0, dtype=torch.int64)]
-    for start in range(0, len(mine), batch_rows):
-        block = mine[start : start + batch_rows]
+    size = min(batch_rows, ensemble.rows_at_once)
+    # Batches are the same in any division, since their sizes show in the last bits; a process ranks those that hold its
+    # rows.
+    first = int(mine[0]) // size * size if len(mine) else 0
+    for start in range(first, int(mine[-1]) + 1 if len(mine) else 0, size):
+        block = np.arange(start, min(start + size, len(rows)))
         batch = rows.batch(block, engine.device)
         told = ensemble.probabilities(batch)
         ranks.append(target_ranks(told if seen is None else seen.mask(told, block, batch.targets), batch.targets).cpu())
-    return engine.gather_rows(torch.cat(ranks), len(rows))
+    return engine.gather_rows(torch.cat(ranks)[mine - first], len(rows))
 
 
 def save_ensemble(folder: Path, members: Sequence[Path], share: float) -> None:
@@ -134,9 +146,12 @@ def load_ensemble(folder: Path, data: RecData, device: torch.device | str = "cpu
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no ensemble (no config.json); name a finished run of llm2rec.ensemble.")
-    told = read_object(folder / "config.json", "members", "neighbours")
-    members = [load_student(folder / name) for name in told["members"]]
-    return ensemble_of(members, data, told["neighbours"], device)
+    try:
+        told = read_object(folder / "config.json", "members", "neighbours")
+        members, share = [str(name) for name in told["members"]], float(told["neighbours"])
+    except (DataError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds a damaged ensemble: {error}") from error
+    return ensemble_of([load_student(folder / name) for name in members], data, share, device)
 
 
 def ensemble_of(

@@ -22,7 +22,7 @@ __all__ = ["Neighbours", "sharpened", "training_sequences"]
 
 STEPS, DECAY, BACKWARDS, FORGETTING, SHRINKAGE = 5, 0.7, 0.5, 0.6, 100.0
 SHARPNESS = 1.5
-_ROUNDING = 1e-9  # what taking a user's own counts out again may leave
+_ROUNDING = 1e-12  # what taking a user's own counts out again may leave of nothing, in float64
 
 
 class Neighbours:
@@ -39,7 +39,7 @@ class Neighbours:
         self._scale = 1 / np.sqrt(counts + SHRINKAGE)  # (N,)
         empty = _pairs(np.empty(0, np.int64))
         first, second, weight = (np.concatenate(parts) for parts in zip(empty, *map(_pairs, sequences), strict=True))
-        values = torch.from_numpy(weight * self._scale[first] * self._scale[second]).float()
+        values = torch.from_numpy(weight * self._scale[first] * self._scale[second])
         places = torch.from_numpy(np.stack([second, first]))
         self._near = torch.sparse_coo_tensor(places, values, (n_items, n_items), check_invariants=True).coalesce()
 
@@ -54,8 +54,9 @@ class Neighbours:
         Args:
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right.
             lengths: Real items of each, shape ``(B,)``.
-            users: Whose they are, shape ``(B,)``: what these users' own sequences added to the counts is taken out of
-                their scores, for rows that were counted. None for rows that were not.
+            users: Whose they are, shape ``(B,)``: the pairs of these users' own sequences are taken out of their
+                scores, for rows that were counted (the counts of single items, hundreds mostly, keep them). None for
+                rows that were not.
 
         Returns:
             Shape ``(B, N)``, float32, 0 or more, on the CPU.
@@ -63,17 +64,19 @@ class Neighbours:
         history, lengths = history.cpu(), lengths.cpu()
         ages = lengths.unsqueeze(1) - 1 - torch.arange(history.shape[1])  # (B, L)
         rows, slots = torch.nonzero(ages >= 0, as_tuple=True)
-        weights = torch.zeros(self._n_items, len(history))  # of each item in each history
-        weights.index_put_((history[rows, slots], rows), FORGETTING ** ages[rows, slots].float(), accumulate=True)
+        # In float64, so that nothing remains of pairs that are taken out: made a distribution, the least rest would be
+        # a certainty where nobody else has a say, and it is the row's own target.
+        weights = torch.zeros(self._n_items, len(history), dtype=torch.float64)  # of each item in each history
+        weights.index_put_((history[rows, slots], rows), FORGETTING ** ages[rows, slots].double(), accumulate=True)
         scores = (self._near @ weights).T.contiguous()  # (B, N)
         for user in () if users is None else np.unique(users).tolist():
             mine = torch.from_numpy(np.flatnonzero(users == user))
             first, second, weight = _pairs(self._sequences[user])
-            near = torch.from_numpy(weight * self._scale[first] * self._scale[second]).float()
+            near = torch.from_numpy(weight * self._scale[first] * self._scale[second])
             own = weights[torch.from_numpy(first)][:, mine] * near.unsqueeze(1)  # (pairs, rows)
-            taken = torch.zeros(len(mine), self._n_items).index_add_(1, torch.from_numpy(second), own.T)
-            scores[mine] -= taken
-        return scores.clamp_(min=_ROUNDING).sub_(_ROUNDING)
+            taken = torch.zeros(len(mine), self._n_items, dtype=torch.float64)
+            scores[mine] -= taken.index_add_(1, torch.from_numpy(second), own.T)
+        return scores.masked_fill_(scores < _ROUNDING, 0).float()
 
 
 def sharpened(scores: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the ensemble can be told; a Hydra schema and plain values at once."""
 
+import re
 from dataclasses import dataclass
 
 from llm2rec.core.errors import ConfigError
@@ -16,7 +17,7 @@ class EnsembleSettings:
         neighbours: Part of its distribution that item neighbours have, 0 to 1; the members share the rest.
         top_k: Items per training row.
         block_rows: Rows per resumable block.
-        batch_rows: Rows scored at once, each on the whole catalogue.
+        batch_rows: Rows scored at once, each on the whole catalogue; fewer where that is large.
     """
 
     name: str = "ensemble"
@@ -27,9 +28,13 @@ class EnsembleSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"ensemble.name is {self.name!r}, expected the name of a folder.")
+        if not re.fullmatch(r"\w[\w. -]{0,99}", self.name):
+            raise ConfigError(
+                f"ensemble.name is {self.name!r}, expected the name of a folder: up to 100 letters, digits, `_`, `-`, "
+                "`.` and spaces, the first a letter or digit."
+            )
         if not 0 <= self.neighbours <= 1:
             raise ConfigError(f"ensemble.neighbours is {self.neighbours}, expected a part of the whole, 0 to 1.")
-        if min(self.top_k, self.block_rows, self.batch_rows) < 1:
-            raise ConfigError("ensemble: top_k, block_rows and batch_rows must be at least 1.")
+        for name in ("top_k", "block_rows", "batch_rows"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"ensemble.{name} is {value}, expected at least 1.")

@@ -97,16 +97,44 @@ class FinishedModel(ABC):
         return round(1000 * float(np.median(seconds[5:])), 4)
 
 
-class FinishedStudent(FinishedModel):
+class _Sequential(FinishedModel):
+    """What reads ids and scores the whole catalogue at once."""
+
+    @property
+    @abstractmethod
+    def _max_length(self) -> int:
+        """The longest history that it reads."""
+
+    @abstractmethod
+    def _score(self, rows: NDArray[np.int64]) -> Tensor:
+        """Scores of all items for some test rows, shape ``(B, N)``."""
+
+    @cached_property
+    def _test(self) -> SequenceData:
+        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._max_length)
+
+    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
+        """See `FinishedModel.candidate_ranks`."""
+        costs = np.ones(len(self._test), np.int64)
+        return rank_among_candidates(
+            self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_ROWS
+        )
+
+    def answer(self, k: int) -> None:
+        """See `FinishedModel.answer`."""
+        self._score(np.zeros(1, np.int64)).topk(k)
+
+
+class FinishedStudent(_Sequential):
     """A student, distilled or not."""
 
     @cached_property
     def _model(self) -> SequentialRecommender:
         return load_student(self._folder / "student").to(self._engine.device)
 
-    @cached_property
-    def _test(self) -> SequenceData:
-        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._model.max_length)
+    @property
+    def _max_length(self) -> int:
+        return self._model.max_length
 
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
         batch = self._test.batch(rows, self._engine.device)
@@ -116,28 +144,17 @@ class FinishedStudent(FinishedModel):
         """See `FinishedModel.ranks`."""
         return rank_targets(self._model, self._test, self._engine, seen=seen, batch_size=_BATCH_ROWS)
 
-    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
-        """See `FinishedModel.candidate_ranks`."""
-        costs = np.ones(len(self._test), np.int64)
-        return rank_among_candidates(
-            self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_ROWS
-        )
 
-    def answer(self, k: int) -> None:
-        """See `FinishedModel.answer`."""
-        self._score(np.zeros(1, np.int64)).topk(k)
-
-
-class FinishedEnsemble(FinishedModel):
+class FinishedEnsemble(_Sequential):
     """Students and item neighbours, asked together."""
 
     @cached_property
     def _model(self) -> Ensemble:
         return load_ensemble(self._folder / "ensemble", self._data, self._engine.device)
 
-    @cached_property
-    def _test(self) -> SequenceData:
-        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._model.max_length)
+    @property
+    def _max_length(self) -> int:
+        return self._model.max_length
 
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
         return self._model.probabilities(self._test.batch(rows, self._engine.device))
@@ -145,17 +162,6 @@ class FinishedEnsemble(FinishedModel):
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
         return rank_ensemble_targets(self._model, self._test, self._engine, seen=seen, batch_rows=_BATCH_ROWS)
-
-    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
-        """See `FinishedModel.candidate_ranks`."""
-        costs = np.ones(len(self._test), np.int64)
-        return rank_among_candidates(
-            self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_ROWS
-        )
-
-    def answer(self, k: int) -> None:
-        """See `FinishedModel.answer`."""
-        self._score(np.zeros(1, np.int64)).topk(k)
 
 
 class FinishedTeacher(FinishedModel):

@@ -1,4 +1,4 @@
-"""Sweeps: the jobs of ``--multirun``, gathered into one row for each combination of options."""
+"""The jobs of sweeps, gathered into one row for each combination of options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,35 +6,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from llm2rec.core.errors import CheckpointError
 from llm2rec.core.files import replaced_file, write_json
-from llm2rec.core.run import read_record
+from llm2rec.core.sweep import Job
 from llm2rec.evaluate.report import aligned
 from llm2rec.evaluate.scoring import Scored
 
-__all__ = ["Combination", "Job", "format_sweep", "gather", "is_sweep", "jobs_of", "write_sweep"]
-
-_SWEEP = "multirun.yaml"  # Hydra's mark of a sweep's folder
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep.
-
-    Attributes:
-        folder: Its run folder, ``<sweep>/<number>``.
-        options: Its overrides by their keys, without the seed.
-        is_finished: Whether there is something to evaluate.
-    """
-
-    folder: Path
-    options: dict[str, str]
-    is_finished: bool
-
-    @property
-    def name(self) -> str:
-        """Sweep and number."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+__all__ = ["Combination", "format_sweep", "gather", "write_sweep"]
 
 
 @dataclass(frozen=True)
@@ -55,34 +32,6 @@ class Combination:
     seeds: list[int | None]
     runs: list[str]
     metrics: dict[str, dict[str, Any]]
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep, and of no run."""
-    return not (folder / "run.json").is_file() and (folder / _SWEEP).is_file()
-
-
-def jobs_of(folder: Path) -> list[Job]:
-    """The jobs of a sweep in the order they were run.
-
-    Raises:
-        CheckpointError: If none of them is finished.
-    """
-    jobs = [_job(each) for each in folder.iterdir() if each.name.isdecimal() and each.is_dir()]
-    if not any(job.is_finished for job in jobs):
-        raise CheckpointError(
-            f"no job of the sweep {folder} is finished; its {len(jobs)} jobs tell why in their log.txt."
-        )
-    return sorted(jobs, key=lambda job: (len(job.folder.name), job.folder.name))  # 2 before 10
-
-
-def _job(folder: Path) -> Job:
-    if not (folder / "run.json").is_file():  # it failed early
-        return Job(folder, {}, False)
-    record = read_record(folder)
-    options = dict(each.partition("=")[::2] for each in record.get("overrides", ()))
-    options.pop("seed", None)
-    return Job(folder, options, record["status"] == "finished")
 
 
 def gather(jobs: Sequence[Job], scored: Mapping[Path, Scored]) -> list[Combination]:

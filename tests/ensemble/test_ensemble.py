@@ -1,5 +1,6 @@
 """The ensemble: its distribution, its ranks, and a folder that holds it."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from engine_helpers import engine_in
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.data import Toy, prepare
-from llm2rec.ensemble.model import ensemble_of, load_ensemble, rank_targets, save_ensemble
+from llm2rec.ensemble.model import Ensemble, ensemble_of, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.student.datamodule import SeenItems, SequenceData
@@ -45,9 +46,21 @@ def test_members_and_neighbours_have_their_parts(toy, share, split):
     known = Neighbours(training_sequences(toy.data), toy.data.n_items).scores(batch.history, batch.lengths, users)
     with torch.inference_mode():
         thought = sum(member.score(member(*batch.inputs)).softmax(dim=1) for member in toy.members) / 2
-    torch.testing.assert_close(told, (1 - share) * thought + share * sharpened(known))
+    shares = share * (known > 0).any(dim=1, keepdim=True)  # of a history without neighbours, members have it all
+    torch.testing.assert_close(told, (1 - shares) * thought + shares * sharpened(known))
+    torch.testing.assert_close(told.sum(dim=1), torch.ones(len(rows)))
     if share < 1:
         assert (told > 0).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_members_answer_for_histories_that_have_no_neighbours(toy, share):
+    nobody = Ensemble(toy.members, Neighbours([], toy.data.n_items), share)
+    rows = rows_of(toy, "validation")
+    batch = rows.batch(np.arange(len(rows)))
+    torch.testing.assert_close(
+        nobody.probabilities(batch), ensemble_of(toy.members, toy.data, 0.0).probabilities(batch)
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -61,6 +74,24 @@ def test_targets_are_ranked_as_one_by_one(toy, tmp_path, masked):
         had = toy.data.sequences["items"][user][:-2] if masked else []
         others = set(range(toy.data.n_items)) - set(had) - {target}
         assert ranks[row] == sum(scores[row, item].item() >= scores[row, target].item() for item in others)
+
+
+def test_any_division_ranks_the_same_batches(toy, tmp_path):
+    """Sizes of batches show in the last bits, so that a process takes whole batches and keeps what is its own."""
+    rows, ensemble, asked = rows_of(toy, "validation"), ensemble_of(toy.members, toy.data, 0.5), []
+    think = ensemble.probabilities
+    ensemble.probabilities = lambda batch: asked.append(len(batch.targets)) or think(batch)
+    engine = engine_in(tmp_path)
+    whole = rank_targets(ensemble, rows, engine, batch_rows=7)
+    sizes = [7] * (len(rows) // 7) + ([len(rows) % 7] if len(rows) % 7 else [])
+    assert asked == sizes
+    for part in np.array_split(np.arange(len(rows)), 3):
+        share = SimpleNamespace(device="cpu", my_rows=lambda n, part=part: part, gather_rows=lambda mine, n: mine)
+        asked.clear()
+        assert torch.equal(rank_targets(ensemble, rows, share, batch_rows=7), whole[part])
+        assert asked == sizes[part[0] // 7 : part[-1] // 7 + 1]
+    nothing = SimpleNamespace(device="cpu", my_rows=lambda n: np.arange(0), gather_rows=lambda mine, n: mine)
+    assert len(rank_targets(ensemble, rows, nothing)) == 0
 
 
 def test_a_saved_ensemble_thinks_the_same(toy, tmp_path):
@@ -78,6 +109,10 @@ def test_a_saved_ensemble_thinks_the_same(toy, tmp_path):
     (tmp_path / "ensemble" / "member_1" / "model.safetensors").write_bytes(b"?")
     with pytest.raises(CheckpointError, match="member_1"):
         load_ensemble(tmp_path / "ensemble", toy.data)
+    for damaged in ("{", "[]", "{}", '{"members": ["member_0"], "neighbours": "x"}', '{"members": 3, "neighbours": 0}'):
+        (tmp_path / "ensemble" / "config.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="holds a damaged ensemble"):
+            load_ensemble(tmp_path / "ensemble", toy.data)
 
 
 def test_members_must_read_the_same(toy):
@@ -88,7 +123,18 @@ def test_members_must_read_the_same(toy):
         ensemble_of([], toy.data, 1.0)
 
 
-@pytest.mark.parametrize("wrong", [{"name": ""}, {"name": "a/b"}, {"name": ".."}, {"neighbours": 1.5}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"name": name} for name in ("", " ", "a/b", "a\\b", "a\nb", "..", "a" * 101)),
+        {"neighbours": 1.5},
+        {"neighbours": -0.1},
+        {"top_k": 0},
+        {"block_rows": 0},
+        {"batch_rows": -3},
+    ],
+)
 def test_settings_that_cannot_work_are_refused(wrong):
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}"):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=re.escape(f"ensemble.{name} is {value!r}")):
         EnsembleSettings(**wrong)

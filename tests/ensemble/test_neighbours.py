@@ -38,9 +38,9 @@ def by_loops(sequences, history):
     ]
 
 
-def padded(histories):
+def padded(histories, n_items=N):
     lengths = torch.tensor([len(history) for history in histories])
-    table = torch.full((len(histories), int(lengths.max())), N)
+    table = torch.full((len(histories), int(lengths.max())), n_items)
     for row, history in enumerate(histories):
         table[row, : len(history)] = torch.as_tensor(history)
     return table, lengths
@@ -50,7 +50,7 @@ def test_neighbours_agree_with_loops():
     histories = [[0, 1], [3], [8, 8], [5, 2, 2]]
     scores = Neighbours(SEQUENCES, N).scores(*padded(histories))
     expected = torch.tensor([by_loops(SEQUENCES, history) for history in histories]).float()
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=2e-9)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-12)
     assert scores[2].tolist() == [0] * N, "nobody has had item 8"
 
 
@@ -64,9 +64,21 @@ def test_what_users_told_themselves_is_not_told_to_them():
     scores = Neighbours(SEQUENCES, N).scores(*padded(histories), users)
     for score, history, user in zip(scores, histories, users, strict=True):
         others = [sequence if number != user else np.empty(0, int) for number, sequence in enumerate(SEQUENCES)]
-        torch.testing.assert_close(score, torch.tensor(by_loops(others, history)).float(), rtol=1e-4, atol=2e-9)
+        torch.testing.assert_close(score, torch.tensor(by_loops(others, history)).float(), rtol=1e-5, atol=1e-12)
     everything = Neighbours(SEQUENCES, N).scores(*padded(histories))
-    assert not torch.allclose(scores, everything, rtol=1e-4, atol=2e-9)
+    assert not torch.allclose(scores, everything, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("times", [1, 2, 7])
+def test_nothing_remains_of_what_only_the_user_told(times):
+    """Made a distribution, the least rest would be a certainty, and often the row's own target."""
+    alone = np.tile(np.random.default_rng(0).permutation(60), times)
+    sequences = [np.array([60, 61]), alone]
+    histories = [alone[max(0, end - 10) : end].tolist() for end in range(1, len(alone))]
+    neighbours = Neighbours(sequences, 62)
+    scores = neighbours.scores(*padded(histories, 62), np.ones(len(histories), int))
+    assert (sharpened(scores) == 0).all()
+    assert (sharpened(neighbours.scores(*padded(histories, 62))).sum(dim=1) > 0.999).all()
 
 
 def test_nothing_counted_is_no_error():

@@ -40,11 +40,15 @@ def test_an_ensemble_teaches_and_is_compared(chain):
     assert (np.sort(ranking, axis=1) == np.arange(60)).all(), "the whole catalogue, once each"
     assert (np.diff(confidence, axis=1) >= 0).all(), "surest first"
     np.testing.assert_allclose(np.exp(-confidence.astype(np.float64)).sum(axis=1), 1, rtol=1e-4)
-    assert (manifest["members"], manifest["neighbours"]) == (["0", "1"], 0.5)
+    sweep = chain["sweep"].name
+    assert manifest["members"] == [
+        {"run": f"{sweep}/{job}", "label": "sasrec", "seed": seed} for job, seed in ((0, 1), (1, 2))
+    ]
+    assert manifest["neighbours"] == 0.5
     assert "ndcg@10 on validation: 0." in chain["told"]
     assert not (ensemble / "export").exists()
     record = read_json(ensemble / "run.json")
-    assert (record["label"], record["status"]) == ("ensemble (2 students, 0.5 neighbours)", "finished")
+    assert (record["label"], record["status"]) == ("ensemble (2 sasrec; 0.5 neighbours)", "finished")
     assert read_json(chain["distilled"] / "run.json")["label"] == "sasrec + listwise (ensemble)"
 
     compared = read_json(runs(folder)[-1] / "report.json")
@@ -75,6 +79,9 @@ def test_an_ensemble_outlives_its_members(chain, tmp_path):
         ([], "`runs` is 'latest', expected finished students"),
         (["runs=[]"], "`runs` is []"),
         (["runs=[result/never]"], "is no run folder"),
+        (["runs=[result]"], "is no run folder and no sweep's"),
+        (["runs=[result/SWEEP,result/SWEEP/1]"], "names SWEEP/1 twice"),
+        (["runs=[result/SWEEP/0,result/SWEEP/0]"], "names SWEEP/0 twice"),
         (["runs=[result/ENSEMBLE]"], "is a finished run of stage 'ensemble'; an ensemble is made of finished runs of"),
         (["runs=[result/SWEEP]", "dataset.seed=7"], "was trained on dataset 'toy', which is not this"),
         (["runs=[result/SWEEP]", "ensemble.neighbours=2"], "ensemble.neighbours is 2.0, expected a part"),
@@ -85,13 +92,16 @@ def test_an_ensemble_outlives_its_members(chain, tmp_path):
 def test_what_makes_no_ensemble_is_told_before_anything_is_written(chain, overrides, message):
     names = {"SWEEP": chain["sweep"].name, "ENSEMBLE": chain["ensemble"].name}
     for word, name in names.items():
-        overrides = [each.replace(word, name) for each in overrides]
-    before = outputs_in(chain["folder"])[2]
+        overrides, message = [each.replace(word, name) for each in overrides], message.replace(word, name)
+    before, known = outputs_in(chain["folder"])[2], set(runs(chain["folder"]))
     done = run(chain["folder"], "ensemble", *STUDENT, *SMALL, *overrides, check=False)
     assert done.returncode == 1
     assert message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert outputs_in(chain["folder"])[2] == before
+    for begun in set(runs(chain["folder"])) - known:
+        assert not (begun / "ensemble").exists()
+        assert not (begun / "export").exists()
 
 
 @pytest.mark.slow
@@ -119,7 +129,7 @@ def test_two_processes_and_a_killed_one_write_the_same(chain, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_ensemble_is_taken_again_until_its_outputs_are_gone(chain):
+def test_a_finished_ensemble_is_taken_again_until_its_outputs_are_gone_or_anothers(chain):
     folder = chain["folder"]
     told = [*STUDENT, *SMALL, f"runs=[result/{chain['sweep'].name}]", "reuse=true"]
     before = len(runs(folder))
@@ -129,3 +139,17 @@ def test_a_finished_ensemble_is_taken_again_until_its_outputs_are_gone(chain):
     run(folder, "ensemble", *told)
     assert len(runs(folder)) == before + 1
     assert np.array_equal(outputs_in(folder)[0], np.load(folder / "aside" / "myrank_train.npy"))
+    run(folder, "ensemble", *told, "ensemble.neighbours=0.25")  # under the same name
+    assert "up to date" not in run(folder, "ensemble", *told).stderr
+    assert len(runs(folder)) == before + 3
+    assert outputs_in(folder)[2]["neighbours"] == 0.5
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_that_have_not_finished_stay_out(chain, tmp_path):
+    shutil.copytree(chain["folder"] / "data" / "processed", tmp_path / "data" / "processed")
+    sweep = shutil.copytree(chain["sweep"], tmp_path / "sweep")
+    (sweep / "1" / "run.json").unlink()
+    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, f"runs=[{sweep}]").stderr
+    assert "sweep/1 is not finished and stays out of the ensemble" in told
+    assert [member["run"] for member in outputs_in(tmp_path)[2]["members"]] == ["sweep/0"]
