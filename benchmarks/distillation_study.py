@@ -11,6 +11,7 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
   teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it tell what
   each half is worth.
 - ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
+  ``vectors, aligned`` searches losses of alignment alone.
 - ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
 - ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
 - ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds.
@@ -44,6 +45,7 @@ from study_plan import (
     BASELINE,
     MIXTURES,
     QUICK,
+    RECIPE,
     SELECT_ON,
     STUDENTS,
     Arm,
@@ -266,7 +268,8 @@ class Study:
         told += [*self.budget.common, *(f"{name}={value}" for name, value in sorted(config.items())), f"seed={seed}"]
         if arm.teacher is not None:
             told += [f"distill.teacher_outputs={self.field.outputs(arm.teacher)}"]
-            told += labelled_rows(arm.teacher, self.budget)
+            told += RECIPE
+            told += labelled_rows(arm.teacher, self.budget) if arm.reads_labels else []
         return told
 
     def done(self, arm: Arm, config: dict[str, Any], seed: int) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ __all__ = ["Findings", "figure", "headline", "tables"]
 PARENTS = {arm.name: arm.parent for arm in ARMS if arm.parent is not None}
 METRICS = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in (5, 10, 20)]
 HEADLINE_NAMES = {"games": "games", "movielens": "ml100k", "toy": "toy"}
-COLOURS = ("#0b62a4", "#c2571a", "#2b8a5a", "#8b4fa8", "#8a6d00", "#b8336a", "#4a5560")
+COLOURS = ("#0b62a4", "#c2571a", "#2b8a5a", "#8b4fa8", "#8a6d00", "#b8336a", "#4a5560", "#1a7f8e")
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}.name{font-weight:600}.tick,.axis{fill:#666}"
     ".grid{stroke:#ddd}.zero{stroke:#888}.mark{fill:var(--c)}.whisker,.stalk{stroke:var(--c);stroke-width:2.4}"

@@ -117,6 +117,11 @@ class Arm:
     fixed: Config = field(default_factory=dict)
     parent: str | None = None
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its students read what the teacher says of rows, and not its item vectors alone."""
+        return self.fixed.get(f"{_RANKING}.weight") != 0
+
 
 def datasets(options: argparse.Namespace) -> list[Dataset]:
     """The datasets whose folders were given; games come first."""
@@ -172,6 +177,12 @@ VECTORS_SPACE: Space = (
         {f"{_EMBEDDING}.fusion_scale": 0.3},
     ],
 )
+ALIGNED_SPACE: Space = (
+    [
+        {f"{_EMBEDDING}.alignment": kind, f"{_EMBEDDING}.alignment_weight": weight}
+        for kind, weight in (("cosine", 0.3), ("contrastive", 0.1), ("cosine", 3.0), ("contrastive", 1.0))
+    ],
+)
 PAPER_SPACE: Space = (
     options_of(f"{_RANKING}.weight", 0.5, 0.1, 0.3, 1.0),
     options_of(f"{_EMBEDDING}.fusion_scale", 0.3, 0.1, 1.0),
@@ -183,6 +194,8 @@ PAIRS_SPACE: Space = (
     options_of(f"{_RANKING}.loss", "ranknet", "margin"),
     options_of(f"{_RANKING}.negative", "ranked_last", "none"),
 )
+# The committed results are of weights that sum to 1 over a row's candidates, as in the released program.
+RECIPE = (f"{_RANKING}.renormalise=true",)
 LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 50, f"{_EMBEDDING}.fusion_scale": 0.0}
 # Teachers without a language model: what part of their distribution item neighbours have, and baselines the rest.
 MIXTURES = {"collaborative": 0.5, "ensemble": 0.0, "neighbours": 1.0}
@@ -190,6 +203,7 @@ ARMS = (
     Arm(BASELINE, space=BASELINE_SPACE),
     Arm("collaborative", "collaborative", LISTWISE_SPACE, LISTWISE),
     Arm("vectors", "titles", VECTORS_SPACE, {f"{_RANKING}.weight": 0.0, f"{_EMBEDDING}.fusion_scale": 0.0}),
+    Arm("vectors, aligned", "titles", ALIGNED_SPACE, {f"{_RANKING}.weight": 0.0, f"{_EMBEDDING}.fusion_scale": 0.0}),
     Arm("hybrid", "hybrid", WEAK_TEACHER_SPACE, LISTWISE),
     Arm("listwise", "text", WEAK_TEACHER_SPACE, LISTWISE),
     Arm("dllm2rec", "text", PAPER_SPACE),
@@ -206,7 +220,7 @@ ARMS = (
     Arm("dllm2rec with ranknet", "text", fixed={f"{_RANKING}.loss": "ranknet"}, parent="dllm2rec"),
     Arm("dllm2rec with margin", "text", fixed={f"{_RANKING}.loss": "margin"}, parent="dllm2rec"),
 )
-LLM_ARMS = ("vectors", "hybrid", "listwise", "dllm2rec")  # searched, and taught by a language model
+LLM_ARMS = ("vectors", "vectors, aligned", "hybrid", "listwise", "dllm2rec")  # searched, and taught by a language model
 
 
 def draw(space: Space, n: int, seed: str) -> list[dict[str, Any]]:
@@ -286,7 +300,7 @@ def mixture_of(teacher: str) -> str | None:
 
 
 def rows_of(teacher: str, budget: Budget) -> list[str]:
-    """Which training rows a teacher labels, as overrides of its own stage and of its students'."""
+    """Which training rows a teacher labels, as overrides of its own stage and of those that read its labels."""
     if teacher in MIXTURES:
         return []
     return active(0.01 if teacher == "titles" else budget.labelled)
