@@ -18,7 +18,7 @@ from engine_helpers import engine_in
 from llm2rec.core.errors import ConfigError, TeacherOutputsError
 from llm2rec.data import Toy, prepare
 from llm2rec.distill.data_bridge import read_outputs
-from llm2rec.distill.export_dllm2rec.layout import write_data, write_teacher
+from llm2rec.distill.export_dllm2rec.layout import arguments_for, write_data, write_teacher
 from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DLLM2RecCodeSettings
 from llm2rec.distill.student import DistilledStudent
@@ -134,3 +134,17 @@ def test_a_catalogue_smaller_than_the_programs_lists_is_refused(data, tmp_path):
     small = replace(data, items=data.items.select(range(19)))
     with pytest.raises(ConfigError, match=r"the dataset has 19 items, but the released program's metrics need 20"):
         write_data(tmp_path / "small", small)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_candidates", "told"),
+    [
+        (97_171, 10, "--data toy"),
+        (256, 100, "--data toy"),
+        (255, 10, "--data toy --batch_size 255"),
+        (424, 5, "--data toy --candidate_topk 5"),
+        (20, 4, "--data toy --candidate_topk 4 --batch_size 20"),
+    ],
+)
+def test_the_program_is_told_what_its_defaults_would_not_find(n_rows, n_candidates, told):
+    assert arguments_for("toy", n_rows, n_candidates) == told

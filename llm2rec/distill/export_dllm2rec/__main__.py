@@ -10,7 +10,7 @@ from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run
 from llm2rec.distill.data_bridge import read_outputs
-from llm2rec.distill.export_dllm2rec.layout import write_data, write_teacher
+from llm2rec.distill.export_dllm2rec.layout import arguments_for, write_data, write_teacher
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.stage import build, open_data, stage
 
@@ -35,7 +35,8 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export"):
             write_teacher(folder / "tocf" / data.name, teacher, n_rows)
             write_data(folder / "data" / data.name, data)
-    logger.info("files for DLLM2Rec in %s: run its main.py there with --data %s", folder, data.name)
+    told = arguments_for(data.name, n_rows, teacher.ranking.shape[1])
+    logger.info("files for DLLM2Rec in %s: run its main.py there with %s", folder, told)
 
 
 if __name__ == "__main__":

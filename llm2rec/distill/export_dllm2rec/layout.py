@@ -26,9 +26,10 @@ from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.student.datamodule import SequenceData
 
-__all__ = ["HISTORY_LENGTH", "VECTOR_WIDTH", "write_data", "write_teacher"]
+__all__ = ["HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
 
 HISTORY_LENGTH, VECTOR_WIDTH = 10, 4096
+CANDIDATES, BATCH_SIZE = 10, 256  # the program's defaults, which may be told otherwise
 _PICKLE_PROTOCOL = 4  # what every Python since 3.4 reads
 
 
@@ -82,6 +83,22 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
         torch.save(vectors.contiguous(), aside / "all_embeddings.pt")
         np.savetxt(aside / "myrank_train.txt", teacher.ranking, fmt="%d")
         np.savetxt(aside / "confidence_train.txt", teacher.distance, fmt="%.9g")
+
+
+def arguments_for(name: str, n_rows: int, n_candidates: int) -> str:
+    """What its ``main.py`` is to be told, so that its defaults ask for nothing that is not there.
+
+    Args:
+        name: Of the dataset.
+        n_rows: Training rows; the program draws whole batches of 256.
+        n_candidates: Candidates per row; it takes 10.
+    """
+    arguments = ["--data", name]
+    if n_candidates < CANDIDATES:
+        arguments += ["--candidate_topk", str(n_candidates)]
+    if n_rows < BATCH_SIZE:
+        arguments += ["--batch_size", str(n_rows)]
+    return " ".join(arguments)
 
 
 def _names(*columns: str) -> "pd.Index[str]":
