@@ -137,6 +137,11 @@ def corrected(gains: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {**gain, "p_holm": p} for (name, gain), p in zip(gains.items(), p_values, strict=True)}
 
 
+def compared(test: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All differences that a test tells of, by arm; results from before variations were told apart hold gains alone."""
+    return {**test["gains"], **test.get("variations", {})}
+
+
 def estimates(ranks: NDArray[np.int64]) -> dict[str, Any]:
     """Means, intervals over rows and spread over seeds by metric, of ranks of shape ``(runs, M)``."""
     return {metric: asdict(estimate(np.stack([row_values(run, metric) for run in ranks]))) for metric in METRICS}
@@ -170,7 +175,7 @@ def headline(samples: Mapping[str, Any]) -> dict[str, float]:
         if not (test := found["test"]):
             continue
         told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
-        for arm, gain in {**test["gains"], **test["variations"]}.items():
+        for arm, gain in compared(test).items():
             which = f"{name} {student} {arm}: gain" + (f" over {PARENTS[arm]}" if arm in PARENTS else "")
             told |= {which: gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
         searched = list(test["gains"])
@@ -211,7 +216,7 @@ def test_table(test: Mapping[str, Any]) -> Iterator[str]:
     yield "|---" * (len(METRICS) + 3) + "|"
     for arm, metrics in test["metrics"].items():
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
-        gain = {**test["gains"], **test["variations"]}.get(arm)
+        gain = compared(test).get(arm)
         told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
         told += f" over {PARENTS[arm]}" if told and arm in PARENTS else ""
         yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"

@@ -200,6 +200,13 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
     assert headline["sasrec_games_ndcg10"] == told["test"]["metrics"]["baseline"]["ndcg@10"]["mean"]
     assert headline["ml100k sasrec hybrid: validation ndcg@20"] == pytest.approx(0.3)
     assert "ml100k_ndcg20_gain" not in headline
+    former = {"games": {**titles, "sasrec": {**told, "test": {k: v for k, v in test.items() if k != "variations"}}}}
+    assert study_findings.headline(former).keys() == headline.keys() - {
+        "games sasrec collaborative, ensemble only: gain over collaborative",
+        "games sasrec collaborative, ensemble only: p",
+        *(name for name in headline if name.startswith("ml100k")),
+    }
+    assert "| baseline | 2 |" in study_findings.tables(former)
     tables = study_findings.tables(samples)
     assert "| baseline | 2 | 0.3000 | 0.1000 (1) |" in tables
     assert tables.count("gain in ndcg@20") == 1
