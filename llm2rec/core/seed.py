@@ -22,7 +22,10 @@ def seed_everything(*parts: int | str) -> None:
     seed = derived_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same numbers; `torch.manual_seed` would format a stack for each kind of device that might still come
+        torch.default_generator.manual_seed(seed)
 
 
 def random_state() -> Callable[[], None]:

@@ -71,7 +71,7 @@ class Stepper:
         """Take over what is to be trained: the model, and it and its optimizer as they are for this launch."""
         self._model, self._wrapped, self._optimizer = model, wrapped, optimizer
         self._deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
-        self._buffers = list[Tensor]()
+        self._buffers: list[Tensor] | None = None
         if self._deepspeed and self.training.nonfinite == "skip":
             raise ConfigError(
                 "`nonfinite` is 'skip', but DeepSpeed takes each step within its backward pass, where nothing can keep "
@@ -168,16 +168,17 @@ class Stepper:
 
     def _before(self) -> Callable[[], None]:
         """Note what passes change; returns what puts it back."""
-        if not self._buffers:  # not before the model is where it is trained
+        if self._buffers is None:  # not before the model is where it is trained
             self._buffers = list(trained_buffers(self._model).values())
-        restore_random, values = random_state(), [buffer.clone() for buffer in self._buffers]
+        buffers = self._buffers
+        restore_random, values = random_state(), [buffer.clone() for buffer in buffers]
 
         def put_back() -> None:
             restore_random()
             for parameter in self._model.parameters():
                 parameter.grad = None
             with torch.no_grad():
-                for buffer, value in zip(self._buffers, values, strict=True):
+                for buffer, value in zip(buffers, values, strict=True):
                     buffer.copy_(value)
 
         return put_back

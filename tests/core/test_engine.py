@@ -147,6 +147,8 @@ def test_an_engine_seeds_the_initial_weights(tmp_path):
     assert torch.equal(torch.rand(4), first)
     seed_everything(3)
     assert torch.equal(torch.rand(4), first)
+    torch.manual_seed(derived_seed(3))
+    assert torch.equal(torch.rand(4), first)
 
 
 def test_rates_follow_the_schedule_and_a_groups_own_ratio(tmp_path):
