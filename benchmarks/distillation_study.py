@@ -12,9 +12,9 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
   each half is worth.
 - ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
   ``vectors, aligned`` searches losses of alignment alone.
-- ``hybrid``: listwise on the top 100 of an LLM that is given a trained SASRec (`teacher=ilora_hybrid`).
-- ``listwise``: listwise on the top 100 of an LLM that reads titles alone (iLoRA).
-- ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds.
+- ``hybrid``, ``listwise``: listwise on the top 100 of an LLM that is given a trained SASRec, or reads titles alone.
+- ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds,
+  and whether it is what the item vectors know (``vectors shuffled``: each item has another one's).
 - ``collaborative, paper's losses`` and ``collaborative, pairs`` (RankNet, margin): is it the teacher, or the loss?
 
 Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. All
@@ -30,12 +30,14 @@ data and a tiny random model. Beside the JSON file and its rows comes a figure, 
 """
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import write_result
 from ml100k import Stages, command_line
 from study_earlier import Earlier, Rows, Told, row_name, write_rows
@@ -47,6 +49,7 @@ from study_plan import (
     QUICK,
     RECIPE,
     SELECT_ON,
+    SHUFFLED,
     STUDENTS,
     Arm,
     Budget,
@@ -60,7 +63,7 @@ from study_plan import (
 from study_plan import rows_of as labelled_rows
 from study_plan import teachers as teachers_of
 
-from llm2rec.core.files import read_json
+from llm2rec.core.files import read_json, replaced_folder, sha256_of_file, write_json
 from llm2rec.data import load, title_agreement
 
 PARTS = ("search", "finals", "ablations", "test")
@@ -162,6 +165,10 @@ class Field:
             teacher: Its name in `study_plan.teachers` or among the mixtures.
             members: Runs of baselines of a SASRec: the ensemble, or the one that the hybrid teacher is given.
         """
+        if teacher == SHUFFLED:
+            self.teach("text", members)
+            shuffle_vectors(*(self.stages.folder / self.outputs(each) for each in ("text", teacher)))
+            return
         if (mixture := mixture_of(teacher)) is None:
             self.stages.run("teacher", self.teacher_overrides(teacher, *members))
             return
@@ -363,6 +370,19 @@ class Study:
         test, rows = scored.test(runs, teachers, self.earlier)
         told = {"tries": tries, "chosen": chosen, "validation": {**self.earlier.validation, **validation}, "test": test}
         return told, rows
+
+
+def shuffle_vectors(outputs: Path, folder: Path) -> None:
+    """Copy a teacher's outputs with item vectors that belong to other items, unless it has been done."""
+    if folder.is_dir():
+        return
+    with replaced_folder(folder) as aside:
+        shutil.copytree(outputs, aside, dirs_exist_ok=True)
+        path, manifest = aside / "all_embeddings.pt", read_json(aside / "manifest.json")
+        vectors, generator = torch.load(path, weights_only=True), torch.Generator().manual_seed(0)
+        torch.save(vectors[torch.randperm(len(vectors), generator=generator)], path)
+        hashes = {**manifest["sha256"], path.name: sha256_of_file(path)}
+        write_json(aside / "manifest.json", {**manifest, "teacher": folder.name, "sha256": hashes})
 
 
 def best(stages: Stages, run: str) -> dict[str, float]:

@@ -199,6 +199,7 @@ RECIPE = (f"{_RANKING}.renormalise=true",)
 LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 50, f"{_EMBEDDING}.fusion_scale": 0.0}
 # Teachers without a language model: what part of their distribution item neighbours have, and baselines the rest.
 MIXTURES = {"collaborative": 0.5, "ensemble": 0.0, "neighbours": 1.0}
+SHUFFLED = "text_shuffled"  # the text teacher with the item vectors of other items
 ARMS = (
     Arm(BASELINE, space=BASELINE_SPACE),
     Arm("collaborative", "collaborative", LISTWISE_SPACE, LISTWISE),
@@ -212,6 +213,7 @@ ARMS = (
     Arm("collaborative, neighbours only", "neighbours", parent="collaborative"),
     Arm("collaborative, ensemble only", "ensemble", parent="collaborative"),
     Arm("collaborative, rows of the LLM", "collaborative_budget", parent="collaborative"),
+    Arm("dllm2rec, vectors shuffled", SHUFFLED, parent="dllm2rec"),
     Arm("dllm2rec without position", "text", fixed={f"{_RANKING}.gamma_position": 0.0}, parent="dllm2rec"),
     Arm("dllm2rec without confidence", "text", fixed={f"{_RANKING}.gamma_confidence": 0.0}, parent="dllm2rec"),
     Arm("dllm2rec without consistency", "text", fixed={f"{_RANKING}.gamma_consistency": 0.0}, parent="dllm2rec"),

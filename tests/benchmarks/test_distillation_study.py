@@ -12,9 +12,10 @@ import pytest
 import study_earlier
 import study_findings
 import study_plan
+import torch
 from omegaconf import OmegaConf
 
-from llm2rec.core.files import write_json
+from llm2rec.core.files import sha256_of_file, write_json
 from llm2rec.data import Toy, prepare
 from llm2rec.evaluate.statistics import row_values
 
@@ -215,6 +216,25 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
     assert "games, sasrec" in figure
     assert "movielens" not in figure
     assert "not been opened" in study_findings.figure({"movielens": samples["movielens"]})
+
+
+def test_shuffled_vectors_belong_to_other_items_and_nothing_else_changes(tmp_path):
+    vectors = torch.arange(40.0).view(20, 2)
+    (tmp_path / "text").mkdir()
+    torch.save(vectors, tmp_path / "text" / "all_embeddings.pt")
+    (tmp_path / "text" / "rows.npy").write_bytes(b"rows")
+    hashes = {"all_embeddings.pt": "of the former", "rows.npy": "stays"}
+    write_json(tmp_path / "text" / "manifest.json", {"teacher": "text", "width": 2, "sha256": hashes})
+    folder = tmp_path / "shuffled"
+    distillation_study.shuffle_vectors(tmp_path / "text", folder)
+    shuffled = torch.load(folder / "all_embeddings.pt", weights_only=True)
+    assert not torch.equal(shuffled, vectors)
+    assert torch.equal(shuffled.sort(dim=0).values, vectors)
+    hashes["all_embeddings.pt"] = sha256_of_file(folder / "all_embeddings.pt")
+    assert json.loads((folder / "manifest.json").read_text()) == {"teacher": "shuffled", "width": 2, "sha256": hashes}
+    assert (folder / "rows.npy").read_bytes() == b"rows"
+    (tmp_path / "text" / "all_embeddings.pt").unlink()
+    distillation_study.shuffle_vectors(tmp_path / "text", folder)  # it has been done
 
 
 def command(tmp_path, *arguments):
