@@ -73,6 +73,10 @@ find_python() {
 }
 
 if [ -e "$unfinished" ] || [ -n "$moved" ] || ! "$python" -c '' 2>/dev/null; then
+  # --clear below would empty the environment that it leads to, which others may use at this moment.
+  if [ -L "$venv" ]; then
+    die ".venv is a link to $(readlink "$venv"), not an environment of $root: remove the link (rm .venv) and call this again"
+  fi
   base="$(find_python)"
   "$base" -c 'import venv, ensurepip' 2>/dev/null ||
     die "$base has no venv module. On Debian and Ubuntu: apt-get install python3-venv"

@@ -69,6 +69,20 @@ def test_moved_checkout_gets_a_new_environment(ready: Checkout) -> None:
     assert len(ready.calls("-m venv --clear")) == 1
 
 
+def test_another_checkouts_environment_is_not_emptied_through_a_link(ready: Checkout) -> None:
+    other = (ready.root / ".venv").rename(ready.root.with_name("other"))
+    stamp = other / ".llm2rec-ready"
+    stamp.write_text(stamp.read_text().replace(str(ready.root), "/another/checkout"))
+    before = sorted(other.rglob("*"))
+    (ready.root / ".venv").symlink_to(other)
+    run = ready.run("env_shell/setup.sh")
+    assert run.returncode != 0
+    assert f".venv is a link to {other}" in run.stderr
+    assert "rm .venv" in run.stderr
+    assert ready.calls("-m venv") == []
+    assert sorted(other.rglob("*")) == before
+
+
 def test_environment_of_others_is_completed_and_not_cleared(ready: Checkout) -> None:
     (ready.root / ".venv" / ".llm2rec-ready").unlink()  # as `poetry install` would have left it
     (ready.root / ".venv" / "precious").touch()
