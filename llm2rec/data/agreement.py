@@ -77,7 +77,11 @@ def title_agreement(data: RecData) -> TitleAgreement:
 
 def _vectors(titles: dict[int, str]) -> dict[int, dict[str, float]]:
     """Letter triples of each title with their weights, of length 1. Triples know no language, and need no spaces."""
-    triples = {item: {text[i : i + 3] for i in range(max(1, len(text) - 2))} for item, text in _folded(titles).items()}
+    # In order of appearance: a set's order differs between processes, and with it the last digit of the sums.
+    triples = {
+        item: dict.fromkeys(text[i : i + 3] for i in range(max(1, len(text) - 2)))
+        for item, text in _folded(titles).items()
+    }
     counts = Counter(triple for each in triples.values() for triple in each)
     found = {}
     for item, each in triples.items():

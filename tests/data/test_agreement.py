@@ -1,6 +1,9 @@
 """Titles that belong to their items are told from titles that do not."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from data_files import csv_pair
@@ -43,6 +46,23 @@ def test_titles_of_what_follows_are_alike_until_they_are_mixed_up(tmp_path, kind
     wrong = title_agreement(dataset(tmp_path / "wrong", titles, sequences_of_kinds()))
     assert abs(wrong.following - wrong.by_chance) < 0.02
     assert f"over {wrong.pairs:,} pairs): do the titles belong to these item ids?" in wrong.doubt()
+
+
+def test_the_last_digit_is_the_same_in_every_process(tmp_path):
+    folder = prepare(Toy(), tmp_path).folder
+    program = "import sys; from llm2rec.data import load, title_agreement; print(title_agreement(load(sys.argv[1])))"
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(folder)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    ]
+    assert told[0].startswith("TitleAgreement(pairs=")
+    assert told == told[:1] * 3
 
 
 def test_few_pairs_and_toys_leave_no_doubt(tmp_path):
