@@ -15,7 +15,8 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
 - ``hybrid``, ``listwise``: listwise on the top 100 of an LLM that is given a trained SASRec, or reads titles alone.
 - ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds,
   and whether it is what the item vectors know (``vectors shuffled``: each item has another one's).
-- ``collaborative, paper's losses`` and ``collaborative, pairs`` (RankNet, margin): is it the teacher, or the loss?
+- ``collaborative, paper's losses``, again with variations without each part, and ``collaborative, pairs`` (RankNet,
+  margin): is it the teacher, or the loss?
 
 Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. All
 go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline gets as many
@@ -47,7 +48,6 @@ from study_plan import (
     BASELINE,
     MIXTURES,
     QUICK,
-    RECIPE,
     SELECT_ON,
     SHUFFLED,
     STUDENTS,
@@ -275,7 +275,6 @@ class Study:
         told += [*self.budget.common, *(f"{name}={value}" for name, value in sorted(config.items())), f"seed={seed}"]
         if arm.teacher is not None:
             told += [f"distill.teacher_outputs={self.field.outputs(arm.teacher)}"]
-            told += RECIPE
             told += labelled_rows(arm.teacher, self.budget) if arm.reads_labels else []
         return told
 

@@ -186,7 +186,10 @@ ALIGNED_SPACE: Space = (
 PAPER_SPACE: Space = (
     options_of(f"{_RANKING}.weight", 0.5, 0.1, 0.3, 1.0),
     options_of(f"{_EMBEDDING}.fusion_scale", 0.3, 0.1, 1.0),
-    options_of(f"{_RANKING}.confidence", "per_candidate", "per_row"),
+    [  # how candidates are weighed: as in the paper, or as in its program
+        {f"{_RANKING}.confidence": "per_row", f"{_RANKING}.renormalise": "false"},
+        {f"{_RANKING}.confidence": "per_candidate", f"{_RANKING}.renormalise": "true"},
+    ],
 )
 PAIRS_SPACE: Space = (
     options_of(f"{_RANKING}.weight", 1.0, 0.3, 3.0, 0.1),
@@ -194,12 +197,24 @@ PAIRS_SPACE: Space = (
     options_of(f"{_RANKING}.loss", "ranknet", "margin"),
     options_of(f"{_RANKING}.negative", "ranked_last", "none"),
 )
-# The committed results are of weights that sum to 1 over a row's candidates, as in the released program.
-RECIPE = (f"{_RANKING}.renormalise=true",)
 LISTWISE = {f"{_RANKING}.loss": "listwise", f"{_RANKING}.top_k": 50, f"{_EMBEDDING}.fusion_scale": 0.0}
 # Teachers without a language model: what part of their distribution item neighbours have, and baselines the rest.
 MIXTURES = {"collaborative": 0.5, "ensemble": 0.0, "neighbours": 1.0}
 SHUFFLED = "text_shuffled"  # the text teacher with the item vectors of other items
+PARTS_OF_THE_PAPER = {
+    "position": {f"{_RANKING}.gamma_position": 0.0},
+    "confidence": {f"{_RANKING}.gamma_confidence": 0.0},
+    "consistency": {f"{_RANKING}.gamma_consistency": 0.0},
+    "ranking": {f"{_RANKING}.weight": 0.0},
+    "embedding": {f"{_EMBEDDING}.fusion_scale": 0.0},
+}
+
+
+def without_each_part(arm: str, teacher: str) -> list[Arm]:
+    """Variations of an arm with the paper's losses, each without one of their parts."""
+    return [Arm(f"{arm} without {part}", teacher, (), off, arm) for part, off in PARTS_OF_THE_PAPER.items()]
+
+
 ARMS = (
     Arm(BASELINE, space=BASELINE_SPACE),
     Arm("collaborative", "collaborative", LISTWISE_SPACE, LISTWISE),
@@ -213,12 +228,9 @@ ARMS = (
     Arm("collaborative, neighbours only", "neighbours", parent="collaborative"),
     Arm("collaborative, ensemble only", "ensemble", parent="collaborative"),
     Arm("collaborative, rows of the LLM", "collaborative_budget", parent="collaborative"),
+    *without_each_part("collaborative, paper's losses", "collaborative"),
+    *without_each_part("dllm2rec", "text"),
     Arm("dllm2rec, vectors shuffled", SHUFFLED, parent="dllm2rec"),
-    Arm("dllm2rec without position", "text", fixed={f"{_RANKING}.gamma_position": 0.0}, parent="dllm2rec"),
-    Arm("dllm2rec without confidence", "text", fixed={f"{_RANKING}.gamma_confidence": 0.0}, parent="dllm2rec"),
-    Arm("dllm2rec without consistency", "text", fixed={f"{_RANKING}.gamma_consistency": 0.0}, parent="dllm2rec"),
-    Arm("dllm2rec without ranking", "text", fixed={f"{_RANKING}.weight": 0.0}, parent="dllm2rec"),
-    Arm("dllm2rec without embedding", "text", fixed={f"{_EMBEDDING}.fusion_scale": 0.0}, parent="dllm2rec"),
     Arm("dllm2rec with ranknet", "text", fixed={f"{_RANKING}.loss": "ranknet"}, parent="dllm2rec"),
     Arm("dllm2rec with margin", "text", fixed={f"{_RANKING}.loss": "margin"}, parent="dllm2rec"),
 )
