@@ -24,6 +24,14 @@ __all__ = ["TeacherBatch", "TeacherOutputs", "read_outputs"]
 
 logger = logging.getLogger(__name__)
 
+# What numbers of a kind are, and where they lie; a sum of 1 may be off by its rounding.
+_SLACK = 1e-3
+_RANGES = {
+    "neg_log_prob": ("0 or more", -_SLACK, math.inf),
+    "log_prob": ("0 or less", -math.inf, _SLACK),
+    "prob": ("above 0 and up to 1", 0.0, 1 + _SLACK),
+}
+_BLOCK_ROWS = 65536
 EMBEDDINGS, RANKING, CONFIDENCE, ROWS = "all_embeddings.pt", "myrank_train", "confidence_train", "rows.npy"
 
 
@@ -137,6 +145,10 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     for name, value in found.items():
         if manifest.get(name, value) != value:
             raise _refused(folder, f"manifest.json says `{name}` is {manifest[name]}, the files hold {value}")
+    if manifest.get("train_rows", n_rows) != n_rows:
+        raise _refused(
+            folder, f"manifest.json says `train_rows` is {manifest['train_rows']}, the training split has {n_rows}"
+        )
     lowest, highest = int(ranking.min()), int(ranking.max())
     if lowest < 0 or highest >= n_items:
         row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
@@ -146,9 +158,10 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     if not np.isfinite(confidence).all():
         row = int(np.argmax(~np.isfinite(confidence).all(axis=1)))
         raise _refused(folder, f"line {row + 1} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
-    if not manifest:
-        _check_foreign(folder, ranking, confidence)
-    distance = _as_distance(confidence, manifest.get("confidence", "distance"), folder)
+    _check_repeated(folder, ranking)
+    kind = manifest.get("confidence", "distance")
+    distance = _as_distance(confidence, kind, folder)
+    _check_direction(folder, distance, kind, is_said="confidence" in manifest)
     return TeacherOutputs(embeddings, ranking, distance, manifest, labelled)
 
 
@@ -159,17 +172,23 @@ def _refused(folder: Path, why: str) -> TeacherOutputsError:
     )
 
 
-def _check_foreign(folder: Path, ranking: NDArray[np.int32], confidence: NDArray[np.float32]) -> None:
-    """Refuse tables of another program that are about something else than distances of different items."""
-    ordered = np.sort(ranking, axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    if repeated.any():
-        raise _refused(folder, f"line {int(np.argmax(repeated)) + 1} of {RANKING} names an item twice")
-    first, last = (float(confidence[:, place].mean(dtype=np.float64)) for place in (0, -1))
+def _check_repeated(folder: Path, ranking: NDArray[np.int32]) -> None:
+    """Refuse a row that names an item twice; block by block, since the table may be larger than memory."""
+    for start in range(0, len(ranking), _BLOCK_ROWS):
+        ordered = np.sort(ranking[start : start + _BLOCK_ROWS], axis=1)
+        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        if repeated.any():
+            raise _refused(folder, f"line {start + int(np.argmax(repeated)) + 1} of {RANKING} names an item twice")
+
+
+def _check_direction(folder: Path, distance: NDArray[np.float32], kind: str, is_said: bool) -> None:
+    """Refuse numbers that make a teacher surer of its last candidates than of its first, which would turn it round."""
+    first, last = (float(distance[:, place].mean(dtype=np.float64)) for place in (0, -1))
     if last < first:
+        read = f"says that {CONFIDENCE} is of kind {kind!r}" if is_said else f"is missing, so {CONFIDENCE} is distances"
         raise _refused(
-            folder, f"without manifest.json {CONFIDENCE} is read as distances, lower is surer, but from the best "
-            f"candidate to the last they fall from {first:.3g} to {last:.3g} in the mean; negate what are scores"
+            folder, f"manifest.json {read}, but as distances, lower is surer, they fall from {first:.3g} for the best "
+            f"candidate to {last:.3g} for the last in the mean; negate what are scores, or name their kind"
         )  # fmt: skip
 
 
@@ -294,12 +313,17 @@ def _blame(text: Path) -> str | None:
 
 def _as_distance(confidence: NDArray[np.float32], kind: str, folder: Path) -> NDArray[np.float32]:
     """Turn scores into values of which the lower is the surer."""
-    if kind in ("neg_log_prob", "distance"):
+    if kind == "distance":
         return confidence
-    if kind == "log_prob":
-        return -confidence
+    if kind not in _RANGES:
+        raise _refused(folder, f"confidences of kind {kind!r} are not known; expected distance, {', '.join(_RANGES)}")
+    what, low, high = _RANGES[kind]
+    lowest, highest = float(confidence.min()), float(confidence.max())
+    if lowest < low or highest > high or (kind == "prob" and lowest == 0):
+        raise _refused(
+            folder, f"manifest.json says that {CONFIDENCE} is of kind {kind!r}, {what}, but its numbers lie within "
+            f"{lowest:.6g} and {highest:.6g}"
+        )  # fmt: skip
     if kind == "prob":
-        if confidence.min() <= 0:
-            raise _refused(folder, "confidences are said to be probabilities but some are not positive")
         return -np.log(confidence)
-    raise _refused(folder, f"confidences of kind {kind!r} are not known")
+    return -confidence if kind == "log_prob" else confidence

@@ -128,18 +128,27 @@ def test_damage_is_refused_with_its_own_message(tmp_path, teacher, manifest, dam
         read(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [None, "distance", "neg_log_prob", "log_prob", "prob"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranking": [[0, 1, 2, 2]] * ROWS}, r"line 1 of myrank_train names an item twice"),
-        ({"distance": [[-1, -2, -3, -9]] * ROWS}, r"from the best candidate to the last they fall from -1 to -9"),
+        ({"ranking": [[0, 1, 2, 3]] * (ROWS - 1) + [[0, 1, 2, 2]]}, r"line 6 of myrank_train names an item twice"),
+        ({"distance": 1}, r"they fall from .* for the best candidate to .* for the last in the mean; negate"),
     ],
 )
-def test_files_of_other_programs_that_mean_something_else_are_refused(tmp_path, teacher, changes, message):
-    kinds = {"ranking": np.int32, "distance": np.float32}
-    changed = replace(teacher, **{name: np.asarray(values, kinds[name]) for name, values in changes.items()})
+def test_rankings_that_mean_something_else_are_refused(tmp_path, teacher, kind, changes, message):
+    worst_first = {
+        None: [-1, -2, -3, -9], "distance": [4, 3, 2, 1], "neg_log_prob": [9, 5, 3, 1], "log_prob": [-9, -5, -3, -1],
+        "prob": [0.1, 0.2, 0.3, 0.4],
+    }  # fmt: skip
+    best_first = {key: values[::-1] for key, values in worst_first.items()}
+    distance = (worst_first if "distance" in changes else best_first)[kind]
+    ranking = np.asarray(changes.get("ranking", teacher.ranking), np.int32)
+    changed = replace(teacher, ranking=ranking, distance=np.asarray([distance] * ROWS, np.float32))
     write_teacher(tmp_path, changed, manifest=False)
-    with pytest.raises(TeacherOutputsError, match=message):
+    if kind is not None:
+        write_manifest(tmp_path, confidence=kind, fingerprint=FINGERPRINT)
+    with pytest.raises(TeacherOutputsError, match=message + r".*\. Write them again"):
         read(tmp_path)
 
 
@@ -271,10 +280,34 @@ def test_a_manifest_without_a_fingerprint_is_refused(tmp_path, teacher):
         read(tmp_path)
 
 
-def test_probabilities_must_be_positive(tmp_path, teacher):
-    teacher.distance[2, 1] = 0
-    write_teacher(tmp_path, teacher, kind="prob")
-    with pytest.raises(TeacherOutputsError, match="said to be probabilities but some are not positive"):
+@pytest.mark.parametrize(
+    ("kind", "numbers", "message"),
+    [
+        ("prob", [0.5, 0.3, 0.2, 0], r"'prob', above 0 and up to 1, but its numbers lie within 0 and 0\.5"),
+        ("prob", [3, 0.3, 0.2, 0.1], r"'prob', above 0 and up to 1, but its numbers lie within 0\.1 and 3"),
+        ("log_prob", [1, -1, -2, -3], r"'log_prob', 0 or less, but its numbers lie within -3 and 1"),
+        ("neg_log_prob", [-1, 1, 2, 3], r"'neg_log_prob', 0 or more, but its numbers lie within -1 and 3"),
+    ],
+)
+def test_numbers_lie_where_those_of_their_kind_do(tmp_path, teacher, kind, numbers, message):
+    write_teacher(tmp_path, replace(teacher, distance=np.asarray([numbers] * ROWS, np.float32)), kind=kind)
+    with pytest.raises(TeacherOutputsError, match=message + REMEDY):
+        read(tmp_path)
+
+
+def test_sums_that_rounding_has_put_past_their_end_are_taken(tmp_path, teacher):
+    beyond = np.asarray([[-1e-4, 1, 2, 3]] * ROWS, np.float32)
+    write_teacher(tmp_path, replace(teacher, distance=beyond), kind="neg_log_prob")
+    assert read(tmp_path).distance.tolist() == beyond.tolist()
+
+
+def test_a_manifest_of_another_number_of_training_rows_is_refused(tmp_path, teacher):
+    write_teacher(tmp_path, teacher, manifest=False)
+    about = {"confidence": "distance", "fingerprint": FINGERPRINT}
+    write_manifest(tmp_path, **about, train_rows=ROWS)
+    read(tmp_path)
+    write_manifest(tmp_path, **about, train_rows=999)
+    with pytest.raises(TeacherOutputsError, match=rf"`train_rows` is 999, the training split has 6{REMEDY}"):
         read(tmp_path)
 
 
