@@ -119,14 +119,22 @@ class RandomActiveConfig(BudgetedActiveConfig):
 
 
 @dataclass
-class TeacherActiveConfig(BudgetedActiveConfig):
+class ChoosingActiveConfig(BudgetedActiveConfig):
+    """What every policy can be told that chooses among labelled rows."""
+
+    pool: float = 1.0
+    seed: int = MISSING
+
+
+@dataclass
+class TeacherActiveConfig(ChoosingActiveConfig):
     """Schema of ``conf/active/confidence.yaml`` and ``uncertainty.yaml``; see `SelectionPolicyConfidence`."""
 
     measure: str = MISSING
 
 
 @dataclass
-class DisagreementActiveConfig(BudgetedActiveConfig):
+class DisagreementActiveConfig(ChoosingActiveConfig):
     """Schema of ``conf/active/disagreement.yaml``; see `SelectionPolicyDisagreement`."""
 
     measure: str = MISSING

@@ -31,10 +31,18 @@ logger = logging.getLogger(__name__)
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the student is still there, and the teacher's outputs are those that it was trained on."""
-    manifest = from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root) / "manifest.json"
-    read = read_record(folder).get("teacher_outputs")
-    return (folder / "student").is_dir() and manifest.is_file() and sha256_of_file(manifest) == read
+    """Whether the student is still there, and what it was trained on is as it was: outputs, and a policy's source."""
+    manifest, record = (
+        from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root) / "manifest.json",
+        read_record(folder),
+    )
+    if built_object(cfg.active).source() != record.get("selection_source"):
+        return False
+    return (
+        (folder / "student").is_dir()
+        and manifest.is_file()
+        and sha256_of_file(manifest) == record.get("teacher_outputs")
+    )
 
 
 @stage("distill", reads=("student", "distill", "active", "metrics"), is_current=_is_current)
@@ -61,6 +69,7 @@ def main(cfg: Config, run: Run) -> None:
     )
     if (manifest := outputs / "manifest.json").is_file():  # outputs of other programs have none
         run.note(teacher_outputs=sha256_of_file(manifest))
+    run.note(selection_source=policy.source())
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:

@@ -6,8 +6,8 @@ chosen with ``active=custom active.policy=module.Class``; nothing else has to kn
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from importlib import import_module
+from inspect import getfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.files import sha256_of_file
 from llm2rec.core.metrics import target_ranks
 from llm2rec.distill.evidence import Evidence, ScoredRows
 from llm2rec.distill.kd_losses import consistency_weights
@@ -28,7 +29,6 @@ __all__ = [
     "SelectionPolicyMeta",
     "SelectionPolicyRandom",
     "SelectionPolicyUncertainty",
-    "policy_named",
 ]
 
 
@@ -90,6 +90,12 @@ class SelectionPolicy(ABC):
         """The epoch, at most ``epoch``, at whose start the weights of ``epoch`` are decided; by default itself."""
         return epoch
 
+    def source(self) -> str | None:
+        """SHA-256 of the file that this policy is written in, if that is not this library's: ``reuse`` asks for it."""
+        if type(self).__module__.startswith("llm2rec."):
+            return None
+        return sha256_of_file(Path(getfile(type(self))))
+
 
 class SelectionPolicyAll(SelectionPolicy):
     """Every row counts fully: DLLM2Rec as published."""
@@ -101,6 +107,11 @@ class SelectionPolicyAll(SelectionPolicy):
     def rows_to_label(self, n_rows: int) -> NDArray[np.int64]:
         """All of them."""
         return np.arange(n_rows)
+
+
+def _drawn(n_rows: int, n_drawn: int, seed: int) -> NDArray[np.int64]:
+    """Row numbers drawn without replacement; fewer are the first of more."""
+    return np.random.default_rng([seed, n_rows]).permutation(n_rows)[:n_drawn]
 
 
 class _Budgeted(SelectionPolicy):
@@ -130,13 +141,6 @@ class _Budgeted(SelectionPolicy):
         """Rows of the largest budget of any epoch."""
         return max(self.n_chosen(n_rows, epoch) for epoch in (0, self.over_epochs))
 
-    def largest(self, values: NDArray[Any], evidence: Evidence) -> NDArray[np.float32]:
-        """Weigh the labelled rows of the largest ``values`` (shape ``(labelled,)``) 1; of equal ones the earlier."""
-        n_chosen = self.n_chosen(evidence.n_rows, evidence.epoch)
-        weights = np.zeros(evidence.n_rows, np.float32)
-        weights[evidence.rows[np.argsort(-values, kind="stable")[:n_chosen]]] = 1
-        return weights
-
 
 class SelectionPolicyRandom(_Budgeted):
     """A fixed random part of the rows: what any cleverer policy has to beat at the same budget.
@@ -152,28 +156,75 @@ class SelectionPolicyRandom(_Budgeted):
 
     def __init__(self, budget: float, seed: int, final_budget: float | None = None, over_epochs: int = 10) -> None:
         super().__init__(budget, final_budget, over_epochs)
-        if seed < 0:
-            raise ConfigError(f"active.seed is {seed}, expected 0 or more.")
-        self.seed = seed
+        self.seed = _checked_seed(seed)
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the chosen rows 1 and the others 0; the choice is the same in every epoch of the same budget."""
         weights = np.zeros(evidence.n_rows, np.float32)
-        weights[self._first(evidence.n_rows, self.n_chosen(evidence.n_rows, evidence.epoch))] = 1
+        weights[_drawn(evidence.n_rows, self.n_chosen(evidence.n_rows, evidence.epoch), self.seed)] = 1
         return weights
 
     def rows_to_label(self, n_rows: int) -> NDArray[np.int64]:
         """The rows of the largest budget of any epoch."""
-        return np.sort(self._first(n_rows, self.most_chosen(n_rows)))
+        return np.sort(_drawn(n_rows, self.most_chosen(n_rows), self.seed))
 
-    def _first(self, n_rows: int, n_chosen: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, n_rows]).permutation(n_rows)[:n_chosen]
+
+def _checked_seed(seed: int) -> int:
+    if seed < 0:
+        raise ConfigError(f"active.seed is {seed}, expected 0 or more.")
+    return seed
+
+
+class _Choosing(_Budgeted):
+    """Has a budget, and chooses among rows that must have been labelled before: all, or a random pool of them.
+
+    The pool is what active learning calls the unlabelled pool (Settles, 2009, section 2.3), drawn before there is any
+    teacher, which then labels no more than that.
+
+    Args:
+        budget: As in every policy with a budget.
+        final_budget: As there.
+        over_epochs: As there.
+        pool: Part of all training rows that is labelled and chosen among, above 0; 1 leaves open which are labelled.
+        seed: Seed of the pool.
+    """
+
+    def __init__(self, budget: float, final_budget: float | None, over_epochs: int, pool: float, seed: int) -> None:
+        super().__init__(budget, final_budget, over_epochs)
+        if not 0 < pool <= 1:
+            raise ConfigError(f"active.pool is {pool}, expected a part of the rows above 0 and up to 1.")
+        if pool < (largest := max(self.budget, self.final_budget)):
+            raise ConfigError(
+                f"active.pool is {pool}, but `budget` or `final_budget` is {largest}: more rows than there are to "
+                "choose among; raise the pool or lower the budget."
+            )
+        self.pool, self.seed = pool, _checked_seed(seed)
+
+    def rows_to_label(self, n_rows: int) -> NDArray[np.int64] | None:
+        """The pool; None where it is not bounded."""
+        if self.pool == 1:
+            return None
+        return np.sort(_drawn(n_rows, max(self.most_chosen(n_rows), round(self.pool * n_rows)), self.seed))
+
+    def largest(self, values: NDArray[Any], evidence: Evidence) -> NDArray[np.float32]:
+        """Weigh the rows of the largest ``values`` (shape ``(labelled,)``) 1; of equal ones the earlier.
+
+        Rows outside the pool are left alone though they may be labelled, so that whoever has labelled more decides
+        nothing.
+        """
+        n_chosen = self.n_chosen(evidence.n_rows, evidence.epoch)
+        ordered = evidence.rows[np.argsort(-values, kind="stable")]
+        if (pool := self.rows_to_label(evidence.n_rows)) is not None:
+            ordered = ordered[np.isin(ordered, pool)]
+        weights = np.zeros(evidence.n_rows, np.float32)
+        weights[ordered[:n_chosen]] = 1
+        return weights
 
 
 _MEASURES = ("best", "margin", "entropy")
 
 
-class _ByTheTeacher(_Budgeted):
+class _ByTheTeacher(_Choosing):
     """Chooses by how sure the teacher is of a row, read off the distances in its files.
 
     Args:
@@ -184,12 +235,20 @@ class _ByTheTeacher(_Budgeted):
             Computer Sciences Technical Report 1648, University of Wisconsin-Madison, 2009).
         final_budget: Part from epoch ``over_epochs`` on; None keeps ``budget``.
         over_epochs: Epochs from the one to the other.
+        pool: Part of the rows that the teacher labels, at random, for this to choose among.
+        seed: Seed of the pool.
     """
 
     def __init__(
-        self, budget: float, measure: str = "entropy", final_budget: float | None = None, over_epochs: int = 10
+        self,
+        budget: float,
+        measure: str = "entropy",
+        final_budget: float | None = None,
+        over_epochs: int = 10,
+        pool: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(budget, final_budget, over_epochs)
+        super().__init__(budget, final_budget, over_epochs, pool, seed)
         if measure not in _MEASURES:
             raise ConfigError(f"active.measure is {measure!r}, expected one of {', '.join(_MEASURES)}.")
         self.measure = measure
@@ -245,7 +304,7 @@ class _Refreshed(SelectionPolicy):
         return epoch - epoch % self.refresh_epochs
 
 
-class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
+class SelectionPolicyDisagreement(_Choosing, _Refreshed):
     """Distils the rows where the student, as it is now, is farthest from the teacher.
 
     Args:
@@ -256,6 +315,8 @@ class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
         refresh_epochs: Epochs from one look at the student to the next.
         final_budget: Part from epoch ``over_epochs`` on; None keeps ``budget``. A new part waits for the next look.
         over_epochs: Epochs from the one to the other.
+        pool: Part of the rows that the teacher labels, at random, for this to choose among.
+        seed: Seed of the pool.
     """
 
     def __init__(
@@ -266,8 +327,10 @@ class SelectionPolicyDisagreement(_Budgeted, _Refreshed):
         refresh_epochs: int = 1,
         final_budget: float | None = None,
         over_epochs: int = 10,
+        pool: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(budget, final_budget, over_epochs)
+        super().__init__(budget, final_budget, over_epochs, pool, seed)
         if measure not in ("overlap", "rank"):
             raise ConfigError(f"active.measure is {measure!r}, expected 'overlap' or 'rank'.")
         if top_k < 1:
@@ -329,29 +392,3 @@ class SelectionPolicyMeta(_Refreshed):
         weights = np.zeros(evidence.n_rows, np.float32)
         weights[evidence.rows] = useful / mean if mean > 0 else 0
         return weights
-
-
-def policy_named(policy: str, arguments: Mapping[str, Any]) -> SelectionPolicy:
-    """Build a policy that somebody else wrote.
-
-    Args:
-        policy: Its class, as ``module.Class``, with a module that Python finds from where the command is launched.
-        arguments: Of its constructor, by name.
-
-    Raises:
-        ConfigError: If there is no such class, it is no policy, or the arguments are not its own.
-    """
-    module, _, name = policy.rpartition(".")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"active.policy is {policy!r}, which cannot be imported ({error}); expected `module.Class` of a module in "
-            "the folder of the launch or on PYTHONPATH."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, SelectionPolicy)):
-        raise ConfigError(f"active.policy is {policy!r}, which is no subclass of {SelectionPolicy.__module__}.")
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"active.policy {policy!r} cannot be built from {dict(arguments)}: {error}.") from error

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llm2rec.config import Config
@@ -26,10 +28,10 @@ from llm2rec.core.sweep import is_sweep, jobs_of
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.settings import EnsembleSettings
-from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.rows import RowPlaces
-from llm2rec.teacher.export import write_outputs
+from llm2rec.teacher.export import tell_labelling, tell_unbounded, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
@@ -60,14 +62,21 @@ def _outputs(cfg: Config) -> Path:
 def _is_current(cfg: Config, folder: Path) -> bool:
     """Whether the ensemble is still there, and the outputs that bear its name are those that it wrote."""
     manifest = _outputs(cfg) / "manifest.json"
+    if built_object(cfg.active).source() != read_record(folder).get("selection_source"):
+        return False
     return (folder / "ensemble").is_dir() and manifest.is_file() and read_json(manifest).get("run") == folder.name
 
 
-@stage("ensemble", reads=("ensemble", "runs", "metrics"), is_current=_is_current)
+@stage("ensemble", reads=("ensemble", "active", "runs", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
-    """Rank the catalogue for every training row, and say how well it ranks on validation."""
+    """Rank the catalogue for the training rows that are to be labelled, and say how well it ranks on validation."""
     settings = build(cfg.ensemble, EnsembleSettings)
+    policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
     data = open_data(cfg, run)
+    asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
+    rows = np.arange(n_rows) if asked is None else asked
+    run.note(selection_source=policy.source())
+    tell_unbounded(policy, asked, n_rows)
     members = _members(cfg.runs, Path(cfg.paths.root), data)
     engine = open_engine(cfg, run)
     with engine.first_process_first():
@@ -86,20 +95,30 @@ def main(cfg: Config, run: Run) -> None:
         told = cfg.metrics.select_on
         logger.info("%s on validation: %.4f", told, reached[f"val/{told}"])
     with run.phase("export"):
-        blocks = rank_training_rows(ensemble, data, engine, run.folder / "export", settings)
+        blocks = rank_training_rows(ensemble, data, rows, engine, run.folder / "export", settings)
         if engine.is_main:
             about = {
                 "dataset": data.name,
                 "fingerprint": data.fingerprint,
                 "teacher": settings.name,
-                "train_rows": len(data.splits["train"]),
+                "train_rows": n_rows,
                 "members": [{"run": each.run, "label": each.label, "seed": each.seed} for each in members],
                 "neighbours": settings.neighbours,
+                "selection": run.config["active"],
                 **git_state(),
                 "run": run.folder.name,
             }
-            write_outputs(_outputs(cfg), blocks, ensemble.item_vectors, ExportSettings(top_k=settings.top_k), about)
+            write_outputs(
+                _outputs(cfg),
+                blocks,
+                ensemble.item_vectors,
+                ExportSettings(top_k=settings.top_k),
+                about,
+                labelled=rows if len(rows) < n_rows else None,
+            )
             shutil.rmtree(run.folder / "export")
+    if engine.is_main:
+        tell_labelling(run, ("export",), len(rows), n_rows)
     kinds = Counter(member.label for member in members)
     of = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     label = f"{settings.name} ({of}; {settings.neighbours:g} neighbours)"
@@ -108,9 +127,14 @@ def main(cfg: Config, run: Run) -> None:
 
 
 def rank_training_rows(
-    ensemble: Ensemble, data: RecData, engine: Engine, folder: Path, settings: EnsembleSettings
+    ensemble: Ensemble,
+    data: RecData,
+    asked: NDArray[np.int64],
+    engine: Engine,
+    folder: Path,
+    settings: EnsembleSettings,
 ) -> list[Path]:
-    """Rank the catalogue for every training row and keep the top K, block by block; a collective.
+    """Rank the catalogue for the training rows ``asked`` and keep the top K, block by block; a collective.
 
     Returns:
         What `llm2rec.teacher.export.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
@@ -118,10 +142,10 @@ def rank_training_rows(
     split, size, at_once = data.splits["train"], settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
     rows = SequenceData.of(split, data.n_items, ensemble.max_length)
     users = RowPlaces.of(split, data.sequences).users
-    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(rows) // size))]
+    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(asked) // size))]
     mine = engine.my_missing(files)
     for number in engine.progress(mine, "export", len(mine), "block"):
-        numbers = np.arange(number * size, min((number + 1) * size, len(rows)))
+        numbers = asked[number * size : (number + 1) * size]
         probabilities, items = [], []
         for part in np.array_split(numbers, -(-len(numbers) // at_once)):
             told = ensemble.probabilities(rows.batch(part, engine.device), users[part].astype(np.int64))

@@ -22,7 +22,7 @@ from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.samples import log_recommendations
 from llm2rec.teacher.card import teacher_card
-from llm2rec.teacher.export import rank_blocks, write_outputs
+from llm2rec.teacher.export import rank_blocks, tell_labelling, tell_unbounded, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
@@ -40,7 +40,10 @@ def _is_current(cfg: Config, folder: Path) -> bool:
     """Whether the teacher is still there, and the outputs that bear its name are those that it wrote."""
     if not (folder / "teacher").is_dir() or not cfg.teacher.export.enabled:
         return (folder / "teacher").is_dir()
-    manifest = _outputs(cfg, read_record(folder, "dataset")["dataset"]["name"]) / "manifest.json"
+    record = read_record(folder, "dataset")
+    if built_object(cfg.active).source() != record.get("selection_source"):
+        return False
+    manifest = _outputs(cfg, record["dataset"]["name"]) / "manifest.json"
     return manifest.is_file() and read_json(manifest).get("run") == folder.name
 
 
@@ -57,7 +60,11 @@ def main(cfg: Config, run: Run) -> None:
     check_launch(settings.precision)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
     data = open_data(cfg, run)
-    asked = policy.checked_rows_to_label(len(data.splits["train"])) if settings.export.enabled else None
+    asked = None
+    if settings.export.enabled:
+        asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
+        run.note(selection_source=policy.source())
+        tell_unbounded(policy, asked, n_rows)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
     if engine.is_main and (doubt := title_agreement(data).doubt()):
@@ -107,7 +114,7 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export"):
             write_down(model.eval(), rows, settings, engine, run, data, _outputs(cfg, data.name))
         if engine.is_main:
-            tell_labelling(run, len(rows.rows), len(train))
+            tell_labelling(run, ("export_gate_inputs", "export"), len(rows.rows), len(train))
     engine.drop_checkpoints()
     if engine.is_main:
         shutil.rmtree(kept, ignore_errors=True)  # the finished teacher holds its own
@@ -162,22 +169,6 @@ def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]
     if wanted is None or wanted >= n_rows:
         return np.arange(n_rows)
     return np.sort(np.random.default_rng([seed, n_rows]).permutation(n_rows)[:wanted])
-
-
-def tell_labelling(run: Run, n_labelled: int, n_rows: int) -> None:
-    """Tell and write down what labelling took, and about how much a budget has saved; for one process.
-
-    Seconds are those of all attempts of this run. Gate inputs that an earlier run has left on disk cost none, so that
-    the saving is rather told too small.
-    """
-    seconds = read_json(run.folder / "metrics" / "time.json")
-    spent = seconds["export"] + seconds["export_gate_inputs"]
-    saved = spent / n_labelled * (n_rows - n_labelled)
-    if n_labelled < n_rows:
-        told = "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s"
-        logger.info(told, n_labelled, n_rows, spent, saved)
-    figures = {"train_rows": n_rows, "labelled": n_labelled, "seconds": spent, "seconds_saved": round(saved, 3)}
-    run.write_metrics("labelling", figures)
 
 
 def model_size(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ rows.npy               (labelled rows,) their numbers, int64, ascending
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llm2rec.core.engine import Engine
-from llm2rec.core.files import replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.run import Run
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import LLMTeacher
 from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.settings import ExportSettings
 
-__all__ = ["rank_blocks", "write_outputs"]
+__all__ = ["rank_blocks", "tell_labelling", "tell_unbounded", "write_outputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -147,3 +148,43 @@ def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple
         twin.seek(0)
         np.lib.format.write_array_header_1_0(twin, about | {"shape": (n_rows, top_k)})
     return n_rows, top_k
+
+
+def tell_unbounded(policy: Any, asked: NDArray[np.int64] | None, n_rows: int) -> None:
+    """Tell whoever has given a budget that it bounds what is distilled, and not what is labelled.
+
+    Args:
+        policy: An `llm2rec.distill.selection_policy.SelectionPolicy`; distillation lies above the teacher.
+        asked: Its rows to label.
+        n_rows: Training rows.
+    """
+    if asked is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows:
+        logger.warning(
+            "%s distils at most %d rows and chooses them among labelled ones: all %d are labelled. `active.pool=PART` "
+            "has that part of them labelled and chosen among",
+            type(policy).__name__,
+            most,
+            n_rows,
+        )
+
+
+def tell_labelling(run: Run, phases: Sequence[str], n_labelled: int, n_rows: int) -> None:
+    """Tell and write down what labelling took, and about how much a budget has saved; for one process.
+
+    Seconds are those of all attempts of this run. Gate inputs that an earlier run has left on disk cost none, so that
+    the saving is rather told too small.
+
+    Args:
+        run: The run.
+        phases: Those of its phases that were spent on labels.
+        n_labelled: Rows labelled.
+        n_rows: Training rows.
+    """
+    seconds = read_json(run.folder / "metrics" / "time.json")
+    spent = sum(seconds[phase] for phase in phases)
+    saved = spent / n_labelled * (n_rows - n_labelled)
+    if n_labelled < n_rows:
+        told = "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s"
+        logger.info(told, n_labelled, n_rows, spent, saved)
+    figures = {"train_rows": n_rows, "labelled": n_labelled, "seconds": spent, "seconds_saved": round(saved, 3)}
+    run.write_metrics("labelling", figures)

@@ -1,6 +1,8 @@
 """Policies: what each chooses, that it can be resumed, and that a new one takes one file."""
 
+import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hydra.utils import instantiate
 from llm2rec.config import register
 from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, TeacherOutputsError
+from llm2rec.distill.custom_policy import policy_named
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.evidence import Evidence, StudentNow
 from llm2rec.distill.kd_losses import listwise_loss
@@ -26,7 +29,6 @@ from llm2rec.distill.selection_policy import (
     SelectionPolicyMeta,
     SelectionPolicyRandom,
     SelectionPolicyUncertainty,
-    policy_named,
 )
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
@@ -106,6 +108,35 @@ def test_policies_that_cannot_work_are_refused(arguments, message):
     if "measure" in arguments:
         with pytest.raises(ConfigError, match=r"'surprise', expected one of best, margin, entropy"):
             SelectionPolicyConfidence(**arguments)
+
+
+@pytest.mark.parametrize(
+    "kind", [SelectionPolicyConfidence, SelectionPolicyUncertainty, partial(SelectionPolicyDisagreement, top_k=3)]
+)
+def test_policies_that_choose_have_no_more_than_their_pool_labelled_and_choose_there(tmp_path, kind):
+    policy = kind(0.1, pool=0.4, final_budget=0.2, over_epochs=2, seed=3)
+    pool = policy.rows_to_label(M)
+    assert len(pool) == round(0.4 * M)
+    assert (np.diff(pool) > 0).all()
+    assert set(pool) == set(SelectionPolicyRandom(0.4, 3).rows_to_label(M))
+    assert set(pool) > set(kind(0.1, pool=0.2, seed=3).rows_to_label(M))
+    of_pool = TeacherOutputs(TEACHER.embeddings, TEACHER.ranking[pool], TEACHER.distance[pool], {}, pool)
+    for epoch, n_chosen in ((0, round(0.1 * M)), (2, round(0.2 * M))):
+        part, whole = (
+            policy.weights(evidence(teacher, epoch, now(tmp_path, teacher))) for teacher in (of_pool, TEACHER)
+        )
+        assert part.sum() == n_chosen
+        assert set(np.flatnonzero(part)) <= set(pool)
+        assert (part == whole).all(), "whoever has labelled more decides nothing"
+    assert kind(0.1).rows_to_label(M) is None
+    with pytest.raises(TeacherOutputsError, match="distils rows that the teacher has not labelled"):
+        Selection(policy, M, PARTIAL, lambda epoch: None, tmp_path / "kept")
+    with pytest.raises(ConfigError, match=r"active\.pool is 0\.15, but `budget` or `final_budget` is 0\.2"):
+        kind(0.1, pool=0.15, final_budget=0.2)
+    with pytest.raises(ConfigError, match=r"active\.pool is 0\.0, expected a part"):
+        kind(0.1, pool=0.0)
+    with pytest.raises(ConfigError, match=r"active\.seed is -1"):
+        kind(0.1, seed=-1)
 
 
 # ---- the teacher's own opinion ---------------------------------------------------------------------------------------
@@ -442,6 +473,18 @@ def test_a_new_policy_takes_one_file(tmp_path):
     assert list(watched.given) == [0, 1, 2]
     first = PARTIAL.ranking[:, 0]
     assert 0 < watched.given[0].sum() <= (np.bincount(first)[first] <= 3).sum()
+
+
+def test_a_policy_of_ones_own_is_known_by_its_source(tmp_path, monkeypatch):
+    assert SelectionPolicyAll().source() is SelectionPolicyRandom(0.1, 0).source() is None
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "policies_of_ones_own.py"
+    text = "from llm2rec.distill.selection_policy import SelectionPolicyAll\nclass Mine(SelectionPolicyAll): pass\n"
+    file.write_text(text)
+    before = policy_named("policies_of_ones_own.Mine", {}).source()
+    assert before == hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(text + "# another\n")
+    assert policy_named("policies_of_ones_own.Mine", {}).source() != before
 
 
 @pytest.mark.parametrize(

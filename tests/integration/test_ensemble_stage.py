@@ -73,6 +73,24 @@ def test_an_ensemble_outlives_its_members(chain, tmp_path):
     assert (there == here).all()
 
 
+def test_an_ensemble_labels_the_rows_of_a_budget_alone(chain, tmp_path):
+    budget, members = ["active=random", "active.budget=0.25"], f"runs=[{chain['sweep']}]"
+    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, *budget, members).stderr
+    assert "labelled 106 of 424 rows in" in told
+    some, everything = (each / "data" / "teacher_outputs" / "toy" / "ensemble" for each in (tmp_path, chain["folder"]))
+    rows = np.load(some / "rows.npy")
+    for name in ("myrank_train", "confidence_train"):
+        part, whole = (np.load(each / f"{name}.npy") for each in (some, everything))
+        np.testing.assert_allclose(part, whole[rows], rtol=1e-4)
+    assert read_json(some / "manifest.json")["selection"]["budget"] == 0.25
+    (of_run,) = runs(tmp_path)
+    assert read_json(of_run / "metrics" / "labelling.json")["labelled"] == len(rows) == 106
+    done = run(tmp_path, "distill", *STUDENT, *budget, "distill=listwise", f"distill.teacher_outputs={some}")
+    assert "distilling 106 of 424 rows" in done.stderr
+    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, "active=disagreement", members).stderr
+    assert "SelectionPolicyDisagreement distils at most 42 rows and chooses them among labelled ones: all 424" in told
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
