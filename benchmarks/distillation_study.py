@@ -18,9 +18,9 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
 - ``collaborative, paper's losses``, again with variations without each part, and ``collaborative, pairs`` (RankNet,
   margin): is it the teacher, or the loss?
 
-Each arm is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with one seed. All
-go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline gets as many
-tries more around its best. The best of each arm runs with five seeds, that of the search among them.
+Each arm of a student is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with
+one seed. All go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline
+gets as many tries more around its best. The best of each arm runs with five seeds, that of the search among them.
 
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
@@ -33,7 +33,7 @@ data and a tiny random model. Beside the JSON file and its rows comes a figure, 
 import argparse
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--students", nargs="+", choices=STUDENTS, help="sasrec, which teaches, and then gru4rec")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="all by default; none only gathers what is there")
+    parser.add_argument(
+        "--tries",
+        nargs=2,
+        type=int,
+        metavar=("FIRST", "MORE"),
+        help="of the baseline, and of each arm from there, where there is less time: for students after the first, "
+        "which teaches",
+    )
     parser.add_argument("--earlier", type=Path, help="JSON file of a result whose runs are not here, to go on from")
     options = parser.parse_args()
     if not options.quick and not (options.llm_path and (options.raw_dir or options.games_dir)):
@@ -136,7 +144,7 @@ class Field:
         shared = ["metrics.mask_seen=true", f"metrics.select_on={SELECT_ON}", "logging.progress=false"]
         self.stages = Stages(place, [*dataset.common, *shared], list(dataset.paths))
         self.llm = next(each for each in dataset.common if each.startswith("llm=")).removeprefix("llm=")
-        self.jobs, self._earlier = options.jobs, options.earlier
+        self.jobs, self._earlier, self.tries = options.jobs, options.earlier, options.tries
 
     def earlier(self, student: str) -> Told:
         """What an earlier result tells of a student here."""
@@ -226,6 +234,8 @@ class Study:
 
     def __init__(self, field: Field, student: str) -> None:
         self.field, self.student, self.budget = field, student, field.budget
+        if field.tries and student != next(iter(STUDENTS)):
+            self.budget = replace(self.budget, tries=field.tries[0], more_tries=field.tries[1])
         self.earlier = field.earlier(student)
         self.arms = {arm.name: arm for arm in ARMS if arm.name in field.arms or arm.name == BASELINE}
 
