@@ -20,12 +20,25 @@ from llm2rec.ilora import gate_health
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.store import load_student
 
-__all__ = ["Curve", "GateUse", "Overlap", "Sample", "curves", "gate_use", "overlaps", "samples", "top_items"]
+__all__ = [
+    "Curve",
+    "GateUse",
+    "Labelling",
+    "Overlap",
+    "Sample",
+    "curves",
+    "gate_use",
+    "labellings",
+    "overlaps",
+    "samples",
+    "top_items",
+]
 
 _OVERLAP_ROWS = 1000
 _TOP = 10
 _SAMPLE_USERS, _SAMPLE_ITEMS, _SAMPLE_HISTORY = 5, 5, 6
 _GATE_GROUPS = 4
+_LABELLING = ("labelled", "train_rows", "seconds", "seconds_saved")
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,25 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class Labelling:
+    """What a teacher's labels cost, and what a budget has saved.
+
+    Attributes:
+        name: The run, as its entry.
+        labelled: Training rows that it labelled.
+        train_rows: Those that there are.
+        seconds: What that took.
+        seconds_saved: What the others would have taken at the same speed.
+    """
+
+    name: str
+    labelled: int
+    train_rows: int
+    seconds: float
+    seconds_saved: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """What students recommend to a test user.
 
@@ -118,6 +150,20 @@ def _runs(found: Sequence[Contender], *stages: str) -> list[tuple[str, str, RunS
         for run in each.runs
         if run.stage in stages
     ]
+
+
+def labellings(found: Sequence[Contender]) -> list[Labelling]:
+    """Read what each run that has written labels says of them; ``found`` as `contenders` gave it.
+
+    Raises:
+        DataError: If such a file is damaged.
+    """
+    told = []
+    for name, _, run in _runs(found, "teacher", "ensemble"):
+        if run.folder is not None and (file := run.folder / "metrics" / "labelling.json").is_file():
+            figures = read_object(file, *_LABELLING)
+            told.append(Labelling(name, *(figures[key] for key in _LABELLING)))
+    return told
 
 
 def curves(found: Sequence[Contender], metric: str) -> tuple[list[Curve], list[str]]:

@@ -10,7 +10,18 @@ import torch
 
 from llm2rec.data import RecData
 from llm2rec.evaluate.conclusions import conclusions
-from llm2rec.evaluate.evidence import Curve, GateUse, Overlap, Sample, curves, gate_use, overlaps, samples
+from llm2rec.evaluate.evidence import (
+    Curve,
+    GateUse,
+    Labelling,
+    Overlap,
+    Sample,
+    curves,
+    gate_use,
+    labellings,
+    overlaps,
+    samples,
+)
 from llm2rec.evaluate.findings import (
     Comparison,
     Entry,
@@ -65,6 +76,7 @@ class Findings:
         by_length: Gains by how many interactions the user had before the target.
         curves: Validation histories.
         overlaps: Teachers and students.
+        labellings: What the teachers' labels cost.
         gates: Use of experts.
         samples: Recommendations.
         runs: Where the numbers come from.
@@ -81,6 +93,7 @@ class Findings:
     by_length: list[Group]
     curves: list[Curve]
     overlaps: list[Overlap]
+    labellings: list[Labelling]
     gates: list[GateUse]
     samples: list[Sample]
     runs: list[RunNote]
@@ -131,6 +144,7 @@ def gather(
         by_length=gains_by(lengths, found, reference),
         curves=validation,
         overlaps=shared,
+        labellings=labellings(found),
         gates=gates,
         samples=told,
         runs=[_note(run, each.entry.name) for each in found for run in each.runs if run.folder is not None],

@@ -6,7 +6,7 @@ from math import log
 from llm2rec.evaluate.charts import Dot, Line, forest, grouped, lines
 from llm2rec.evaluate.conclusions import percent
 from llm2rec.evaluate.document import Block, Figure, Table, Text
-from llm2rec.evaluate.evidence import Curve, GateUse, Overlap, Sample
+from llm2rec.evaluate.evidence import Curve, GateUse, Labelling, Overlap, Sample
 from llm2rec.evaluate.gathering import Findings
 
 __all__ = ["curve_blocks", "gate_blocks", "overlap_blocks", "sample_blocks"]
@@ -57,11 +57,26 @@ def _curves(kind: str, metric: str, curves: Sequence[Curve], slots: dict[str, in
 
 
 def overlap_blocks(findings: Findings, slots: dict[str, int]) -> list[Block]:
-    """Shared best items of students and the teachers they were distilled from."""
+    """Shared best items of students and the teachers they were distilled from, and what those teachers' labels cost."""
     figures: list[Block] = [_overlap(each, slots) for each in findings.overlaps]
     if not figures and not findings.notes["overlap"]:
         figures = [Text("No run was distilled from a teacher.", is_note=True)]
-    return figures + _notes(findings, "overlap")
+    return figures + _notes(findings, "overlap") + _labels(findings.labellings)
+
+
+def _labels(labellings: Sequence[Labelling]) -> list[Block]:
+    if not labellings:
+        return []
+    rows = [
+        [each.name, f"{each.labelled:,} of {each.train_rows:,}", f"{each.seconds:,.1f}", f"{each.seconds_saved:,.1f}"]
+        for each in labellings
+    ]
+    note = (
+        "Saved: what labelling the other training rows would have taken at the same speed; a selection policy with a "
+        "budget (`active`) told the teacher to leave them out."
+    )
+    header = ["run", "training rows labelled", "seconds", "seconds saved"]
+    return [Table("What the teachers' labels cost", header, rows), Text(note, is_note=True)]
 
 
 def _overlap(overlap: Overlap, slots: dict[str, int]) -> Figure:

@@ -61,6 +61,8 @@ def wild_runs(results, data):
         write_json(folder / "metrics" / "validation.json", told)
         made[folder] = model
     folder, model = title_run(results, data, "result_20260109_000000")
+    told = {"labelled": 1000, "train_rows": 4000, "seconds": 12.34, "seconds_saved": 37.02}
+    write_json(folder / "metrics" / "labelling.json", told)
     return made | {folder: model}
 
 

@@ -89,6 +89,16 @@ def test_gains_are_those_of_plain_loops(reported, data):
             assert group.gains[DISTILLED].mean == pytest.approx(apart[rows].mean())
 
 
+def test_what_labels_cost_and_a_budget_saves_is_shown(reported):
+    findings, _, folder = reported
+    (told,) = findings.labellings
+    assert asdict(told) == {
+        "name": TITLES, "labelled": 1000, "train_rows": 4000, "seconds": 12.34, "seconds_saved": 37.02
+    }  # fmt: skip
+    assert "| titles | 1,000 of 4,000 | 12.3 | 37.0 |" in (folder / "report.md").read_text()
+    assert "seconds saved" in (folder / "report.html").read_text()
+
+
 def test_students_and_teacher_share_what_plain_loops_count(reported, data):
     findings, made, folder = reported
     (overlap,) = findings.overlaps
