@@ -47,8 +47,8 @@ class RankingSettings:
             the distance of the row's target, the same for all candidates; a target outside the teacher's stored list
             gets the distance of the last item in it, since files hold no more.
         normalise_consistency: Whether consistency weights sum to 1 over K as the others do; neither paper nor program.
-        weight_floor: Added to confidence before it is normalised, and to consistency: 1e-8 in the program, 0 in the
-            paper.
+        weight_floor: Added to consistency, and to confidence ``per_candidate`` before it is normalised: 1e-8 in the
+            program, 0 in the paper.
         renormalise: Whether a row's mixed weights sum to 1 over K (program), or stay as mixed (paper's text).
         consistency_dropout: Whether the student's own top K is read off its training pass, dropout and all (program);
             otherwise off a second pass without dropout.
@@ -151,7 +151,8 @@ class EmbeddingSettings:
         fusion_sides: ``both`` (paper): items are read and scored with fused vectors. ``input`` (program): items are
             scored with plain vectors of their own, whatever `student.model.tie_items` says. ``output``: they are read
             with plain ones instead. One side alone keeps two tables with a ``fusion_scale`` of 0 too.
-        alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out.
+        alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out. Items
+            are pulled as often as they are the target of a distilled row: one that training never asks for is not.
         alignment: ``mse``, ``cosine``, or ``contrastive``: telling an item's teacher vector from all others.
         alignment_sides: Whether vectors that items are read with are pulled (``input``), those that they are scored
             with (``output``), or ``both`` (the mean of both losses). With one table for both sides there is but one.

@@ -20,7 +20,7 @@ from llm2rec.data import Toy, prepare
 from llm2rec.distill.data_bridge import read_outputs
 from llm2rec.distill.export_dllm2rec.layout import arguments_for, write_data, write_teacher
 from llm2rec.distill.selection_policy import SelectionPolicyAll
-from llm2rec.distill.settings import DLLM2RecCodeSettings
+from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.student.datamodule import SequenceData
@@ -124,6 +124,9 @@ def test_what_the_program_cannot_use_is_refused(data, teacher, tmp_path):
     some = replace(teacher, labelled=np.arange(0, 2 * n_rows, 2))
     with pytest.raises(TeacherOutputsError, match=rf"labelled {n_rows} of {2 * n_rows} training rows.*active=all"):
         write_teacher(tmp_path / "some", some, 2 * n_rows)
+    single = replace(teacher, ranking=teacher.ranking[:, :1], distance=teacher.distance[:, :1])
+    with pytest.raises(TeacherOutputsError, match=r"one candidate each.*export more"):
+        write_teacher(tmp_path / "single", single, n_rows)
     wide = replace(teacher, embeddings=torch.zeros(data.n_items, 5000))
     with pytest.raises(TeacherOutputsError, match=r"vectors have 5000 numbers, but the released program reads 4096"):
         write_teacher(tmp_path / "wide", wide, n_rows)
@@ -136,15 +139,25 @@ def test_a_catalogue_smaller_than_the_programs_lists_is_refused(data, tmp_path):
         write_data(tmp_path / "small", small)
 
 
+README_WEIGHTS = "--alpha 0.5 --ed_weight 0.3 --lam 0.7"
+
+
 @pytest.mark.parametrize(
     ("n_rows", "n_candidates", "told"),
     [
-        (97_171, 10, "--data toy"),
-        (256, 100, "--data toy"),
-        (255, 10, "--data toy --batch_size 255"),
-        (424, 5, "--data toy --candidate_topk 5"),
-        (20, 4, "--data toy --candidate_topk 4 --batch_size 20"),
+        (97_171, 10, f"--data toy {README_WEIGHTS}"),
+        (256, 100, f"--data toy {README_WEIGHTS}"),
+        (255, 10, f"--data toy --batch_size 255 {README_WEIGHTS}"),
+        (424, 5, f"--data toy {README_WEIGHTS} --candidate_topk 5"),
+        (20, 4, f"--data toy --batch_size 20 {README_WEIGHTS} --candidate_topk 4"),
     ],
 )
 def test_the_program_is_told_what_its_defaults_would_not_find(n_rows, n_candidates, told):
-    assert arguments_for("toy", n_rows, n_candidates) == told
+    assert arguments_for("toy", n_rows, n_candidates, DLLM2RecCodeSettings()) == told
+
+
+def test_the_program_is_told_the_weights_of_another_recipe():
+    ranking = RankingSettings(weight=0.8, top_k=20, gamma_position=0.2, gamma_confidence=0.25, gamma_consistency=0)
+    settings = DistillSettings(ranking=ranking, embedding=EmbeddingSettings(fusion_scale=0.2))
+    gammas = "--gamma_position 0.2 --gamma_confidence 0.25 --gamma_consistency 0"
+    assert arguments_for("toy", 300, 50, settings) == f"--data toy --alpha 0 --candidate_topk 20 {gammas}"

@@ -297,6 +297,20 @@ def test_a_sample_of_all_items_stands_for_the_catalogue_exactly(shared, temperat
     torch.testing.assert_close(ours, theirs)
 
 
+def test_stand_in_catalogue_gradcheck():
+    torch.manual_seed(0)
+    candidates = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    negatives = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    ranking, items = torch.tensor([[0, 5, 2], [1, 4, 3]]), torch.tensor([5, 6, 7, 8])  # one is a candidate of a row
+    distance, first = torch.rand(2, 3, dtype=torch.float64), torch.arange(3).expand(2, 3)
+
+    def loss(candidates, negatives):
+        scores = stand_in_catalogue(candidates, ranking, negatives, items, torch.full((4,), 0.3), 2.0)
+        return listwise_loss(scores, first, distance, temperature=2.0)
+
+    assert gradcheck(loss, (candidates, negatives))
+
+
 def test_a_sample_has_the_catalogues_sum_on_average():
     torch.manual_seed(0)
     logits, ranking = torch.randn(1, 9, dtype=torch.float64), torch.tensor([[4, 7]])

@@ -1,6 +1,7 @@
 """``python -m llm2rec.distill.export_dllm2rec``: write the files of the released DLLM2Rec program.
 
-Its own command then trains on them: ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>``.
+Its own command then trains on them: ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>``, with the
+weights of the recipe that this command tells (``distill=dllm2rec_code``: those of the program's README).
 """
 
 import logging
@@ -28,14 +29,14 @@ def main(cfg: Config, run: Run) -> None:
         n_rows=n_rows,
         n_items=data.n_items,
         fingerprint=data.fingerprint,
-        top_k=settings.ranking.top_k,
+        top_k=settings.ranking.top_k if settings.ranking.weight > 0 else 1,
     )
     folder = from_launch_folder(cfg.paths.dllm2rec_dir, cfg.paths.root)
     if is_first_process():
         with run.phase("export"):
             write_teacher(folder / "tocf" / data.name, teacher, n_rows)
             write_data(folder / "data" / data.name, data)
-    told = arguments_for(data.name, n_rows, teacher.ranking.shape[1])
+    told = arguments_for(data.name, n_rows, teacher.ranking.shape[1], settings)
     logger.info("files for DLLM2Rec in %s: run its main.py there with %s", folder, told)
 
 

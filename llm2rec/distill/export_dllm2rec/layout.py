@@ -24,12 +24,24 @@ from llm2rec.core.errors import ConfigError, TeacherOutputsError
 from llm2rec.core.files import replaced_folder
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs
+from llm2rec.distill.settings import DistillSettings
 from llm2rec.student.datamodule import SequenceData
 
 __all__ = ["HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
 
 HISTORY_LENGTH, VECTOR_WIDTH = 10, 4096
-CANDIDATES, BATCH_SIZE = 10, 256  # the program's defaults, which may be told otherwise
+# The program's defaults, which may be told otherwise.
+DEFAULTS = {
+    "batch_size": 256,
+    "alpha": 1.0,
+    "beta": 1.0,
+    "ed_weight": 0.2,
+    "lam": 0.8,
+    "candidate_topk": 10,
+    "gamma_position": 0.3,
+    "gamma_confidence": 0.5,
+    "gamma_consistency": 0.1,
+}
 _PICKLE_PROTOCOL = 4  # what every Python since 3.4 reads
 
 
@@ -65,12 +77,18 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
         n_rows: Training rows.
 
     Raises:
-        TeacherOutputsError: If the program could not use them: not all rows are labelled, or the vectors are too wide.
+        TeacherOutputsError: If the program could not use them: not all rows are labelled, a row has one candidate, or
+            the vectors are too wide.
     """
     if teacher.labelled is not None:
         raise TeacherOutputsError(
             f"the teacher has labelled {len(teacher.labelled)} of {n_rows} training rows, but the released program "
             "distils every row that it trains on; label all of them: run `python -m llm2rec.teacher` with `active=all`."
+        )
+    if teacher.ranking.shape[1] < 2:
+        raise TeacherOutputsError(
+            "the teacher's rows have one candidate each, which the released program reads as no table; export more "
+            "with `teacher.export.top_k` or `ensemble.top_k`."
         )
     width = teacher.embeddings.shape[1]
     if width > VECTOR_WIDTH:
@@ -85,20 +103,29 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
         np.savetxt(aside / "confidence_train.txt", teacher.distance, fmt="%.9g")
 
 
-def arguments_for(name: str, n_rows: int, n_candidates: int) -> str:
-    """What its ``main.py`` is to be told, so that its defaults ask for nothing that is not there.
+def arguments_for(name: str, n_rows: int, n_candidates: int, settings: DistillSettings) -> str:
+    """What its ``main.py`` is to be told: the weights of a recipe, and to ask for nothing that is not there.
 
     Args:
         name: Of the dataset.
-        n_rows: Training rows; the program draws whole batches of 256.
-        n_candidates: Candidates per row; it takes 10.
+        n_rows: Training rows; the program draws whole batches.
+        n_candidates: Candidates per row.
+        settings: The recipe. Of what the program has no option for, such as another ranking loss, nothing is told.
     """
-    arguments = ["--data", name]
-    if n_candidates < CANDIDATES:
-        arguments += ["--candidate_topk", str(n_candidates)]
-    if n_rows < BATCH_SIZE:
-        arguments += ["--batch_size", str(n_rows)]
-    return " ".join(arguments)
+    ranking = settings.ranking
+    wanted = {
+        "batch_size": min(n_rows, int(DEFAULTS["batch_size"])),
+        "alpha": settings.dros.weight,
+        "beta": settings.dros.beta,
+        "ed_weight": settings.embedding.fusion_scale,
+        "lam": ranking.weight,
+        "candidate_topk": min(n_candidates, ranking.top_k),
+        "gamma_position": ranking.gamma_position,
+        "gamma_confidence": ranking.gamma_confidence,
+        "gamma_consistency": ranking.gamma_consistency,
+    }
+    told = [f"--{option} {value:g}" for option, value in wanted.items() if value != DEFAULTS[option]]
+    return " ".join([f"--data {name}", *told])
 
 
 def _names(*columns: str) -> "pd.Index[str]":
