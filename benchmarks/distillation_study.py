@@ -26,34 +26,30 @@ A day is not enough on two processors, so that it goes on where it stopped: fini
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
 ``--parts`` alone gathers and runs nothing. ``--earlier RESULT`` goes on where the runs are no longer at hand: what an
 earlier JSON file tells of is not run again, and new arms are compared with the baseline's rows in the file beside it
-(``.npz``: what each test row adds to NDCG@20, mean over seeds). ``--quick`` shows the same in two minutes on generated
-data and a tiny random model. Beside the JSON file and its rows comes a figure, and tables are printed.
+(``.npz``: what each test row adds to NDCG@20, mean over seeds). ``--quick`` shows the same in a minute on generated
+data and a tiny random model, of some arms. Beside the JSON file and its rows comes a figure, and tables are printed.
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness import write_result
-from ml100k import Stages, command_line
-from study_earlier import Earlier, Rows, Told, row_name, write_rows
+from ml100k import command_line
+from study_earlier import Earlier, Rows, row_name, write_rows
+from study_field import Field, best
 from study_findings import Findings, figure, headline, tables
 from study_plan import (
     ARMS,
     BASELINE,
-    MIXTURES,
     QUICK,
+    QUICK_ARMS,
     SELECT_ON,
-    SHUFFLED,
     STUDENTS,
     Arm,
     Budget,
-    Dataset,
     datasets,
     draw,
     fitting,
@@ -61,10 +57,6 @@ from study_plan import (
     mixture_of,
 )
 from study_plan import rows_of as labelled_rows
-from study_plan import teachers as teachers_of
-
-from llm2rec.core.files import read_json, replaced_folder, sha256_of_file, write_json
-from llm2rec.data import load, title_agreement
 
 PARTS = ("search", "finals", "ablations", "test")
 SEARCHED = [arm for arm in ARMS if arm.parent is None]
@@ -96,7 +88,8 @@ def main() -> None:
                 gathered(told=False)
     if "test" in options.parts:
         for field in fields:
-            field.open_test([study for study in studies if study.field is field])
+            found = [study.finals() for study in studies if study.field is field]
+            field.open_test([run for arms in found for seeds in arms.values() for run in seeds.values()])
     samples = gathered(told=True)
     options.json.with_suffix(".svg").write_text(figure(samples), encoding="utf-8")
     print(tables(samples))
@@ -108,7 +101,9 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(work="result/distillation_study")
     parser.add_argument("--games-dir", help="folder with interactions.csv and items.csv of Amazon games")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, help="sasrec, which teaches, and then gru4rec")
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order; with --quick some"
+    )
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="all by default; none only gathers what is there")
     parser.add_argument(
         "--tries",
@@ -125,103 +120,8 @@ def parse() -> argparse.Namespace:
     options.earlier = Earlier(options.earlier)
     options.students = options.students or ([*STUDENTS][:1] if options.quick else [*STUDENTS])
     options.parts = list(PARTS) if options.parts is None else options.parts
-    options.arms = options.arms or [arm.name for arm in (*SEARCHED, *VARIATIONS[: 2 if options.quick else None])]
+    options.arms = options.arms or (list(QUICK_ARMS) if options.quick else [arm.name for arm in ARMS])
     return options
-
-
-class Field:
-    """A dataset with its teachers, which all students share.
-
-    Args:
-        dataset: Where the study takes place.
-        options: The command line.
-        budget: How much is run.
-    """
-
-    def __init__(self, dataset: Dataset, options: argparse.Namespace, budget: Budget) -> None:
-        self.dataset, self.budget, self.arms = dataset, budget, options.arms
-        place = argparse.Namespace(**{**vars(options), "work": Path(options.work) / dataset.name})
-        shared = ["metrics.mask_seen=true", f"metrics.select_on={SELECT_ON}", "logging.progress=false"]
-        self.stages = Stages(place, [*dataset.common, *shared], list(dataset.paths))
-        self.llm = next(each for each in dataset.common if each.startswith("llm=")).removeprefix("llm=")
-        self.jobs, self._earlier, self.tries = options.jobs, options.earlier, options.tries
-
-    def earlier(self, student: str) -> Told:
-        """What an earlier result tells of a student here."""
-        return self._earlier.of(self.dataset.name, student)
-
-    def record(self, stage: str, overrides: list[str]) -> dict[str, Any] | None:
-        """What is known of a finished stage; None if it has not finished."""
-        wanted = [*self.stages.common, *overrides]
-        same = (r for r in self.stages.records if r["stage"] == stage and r["overrides"] == wanted)
-        return next(same, None)
-
-    def prepared(self) -> Path:
-        """Folder of the prepared data."""
-        (folder,) = (self.stages.folder / "data" / "processed").glob(f"{self.dataset.name}-*")
-        return folder
-
-    def outputs(self, teacher: str) -> str:
-        """Folder of a teacher's outputs, from where stages run."""
-        name = mixture_of(teacher) or f"{teacher}-{self.llm}"
-        return f"data/teacher_outputs/{self.dataset.name}/{name}"
-
-    def teach(self, teacher: str, members: list[str]) -> None:
-        """Train a teacher and write its outputs, unless it has been done.
-
-        Args:
-            teacher: Its name in `study_plan.teachers` or among the mixtures.
-            members: Runs of baselines of a SASRec: the ensemble, or the one that the hybrid teacher is given.
-        """
-        if teacher == SHUFFLED:
-            self.teach("text", members)
-            shuffle_vectors(*(self.stages.folder / self.outputs(each) for each in ("text", teacher)))
-            return
-        if (mixture := mixture_of(teacher)) is None:
-            self.stages.run("teacher", self.teacher_overrides(teacher, *members))
-            return
-        runs = f"runs=[{','.join(f'result/{member}' for member in members)}]"
-        self.stages.run("ensemble", [f"ensemble.name={mixture}", f"ensemble.neighbours={MIXTURES[mixture]}", runs])
-
-    def teacher_overrides(self, teacher: str, member: str = "") -> list[str]:
-        """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
-        told = teachers_of(self.budget, f"result/{member}")[teacher]
-        return [f"teacher.name={teacher}", *told, *labelled_rows(teacher, self.budget)]
-
-    def teacher_runs(self) -> dict[str, dict[str, Any]]:
-        """Records of the teachers that have finished, by name."""
-        named = {each: f"teacher.name={each}" for each in ("titles", "text", "hybrid")}
-        named |= {each: f"ensemble.name={each}" for each in MIXTURES}
-        records = [record for record in self.stages.records if record["stage"] in ("teacher", "ensemble")]
-        return {name: r for name, told in named.items() for r in records if told in r["overrides"]}
-
-    def open_test(self, studies: list["Study"]) -> None:
-        """Score all final runs and the teachers on the test split."""
-        runs = [run for study in studies for found in study.finals().values() for run in found.values()]
-        runs += [record["run"] for record in self.teacher_runs().values()]
-        if runs:
-            self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{','.join(f'result/{run}' for run in runs)}]"])
-
-    def about(self) -> dict[str, Any]:
-        """What is said of the dataset and its teachers."""
-        told = {
-            name: {"seconds": record["seconds"], "validation": best(self.stages, record["run"])}
-            for name, record in self.teacher_runs().items()
-        }
-        earlier = self._earlier.samples.get(self.dataset.name, {})
-        return {
-            **earlier,
-            "mask_seen": True,
-            "select_on": SELECT_ON,
-            "titles": self.titles,
-            "teachers": {**earlier.get("teachers", {}), **told},
-            "stages": [*earlier.get("stages", []), *self.stages.records],
-        }
-
-    @cached_property
-    def titles(self) -> dict[str, float]:
-        """Whether titles tell what follows what: where they do not, no teacher that reads them can."""
-        return asdict(title_agreement(load(self.prepared())))
 
 
 class Study:
@@ -379,30 +279,6 @@ class Study:
         test, rows = scored.test(runs, teachers, self.earlier)
         told = {"tries": tries, "chosen": chosen, "validation": {**self.earlier.validation, **validation}, "test": test}
         return told, rows
-
-
-def shuffle_vectors(outputs: Path, folder: Path) -> None:
-    """Copy a teacher's outputs with item vectors that belong to other items, unless it has been done."""
-    if folder.is_dir():
-        return
-    with replaced_folder(folder) as aside:
-        shutil.copytree(outputs, aside, dirs_exist_ok=True)
-        path, manifest = aside / "all_embeddings.pt", read_json(aside / "manifest.json")
-        vectors, generator = torch.load(path, weights_only=True), torch.Generator().manual_seed(0)
-        torch.save(vectors[torch.randperm(len(vectors), generator=generator)], path)
-        hashes = {**manifest["sha256"], path.name: sha256_of_file(path)}
-        write_json(aside / "manifest.json", {**manifest, "teacher": folder.name, "sha256": hashes})
-
-
-def best(stages: Stages, run: str) -> dict[str, float]:
-    """Validation metrics of the weights that a run has kept, and when they were best; empty for what is not trained."""
-    file = stages.folder / "result" / run / "metrics" / "validation.json"
-    if not file.is_file():
-        return {}
-    told = read_json(file)
-    at = next(each for each in told["history"] if each["step"] == told["best_step"])
-    kept = {name.removeprefix("val/"): value for name, value in at.items() if name.startswith("val/")}
-    return {**kept, "evaluations": len(told["history"]), "best_evaluation": told["history"].index(at) + 1}
 
 
 if __name__ == "__main__":

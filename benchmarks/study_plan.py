@@ -15,6 +15,7 @@ from ml100k import TEACHER as TEXT_TRAINING
 __all__ = [
     "ARMS",
     "BASELINE",
+    "QUICK_ARMS",
     "STUDENTS",
     "Arm",
     "Budget",
@@ -234,6 +235,7 @@ ARMS = (
     Arm("dllm2rec with ranknet", "text", fixed={f"{_RANKING}.loss": "ranknet"}, parent="dllm2rec"),
     Arm("dllm2rec with margin", "text", fixed={f"{_RANKING}.loss": "margin"}, parent="dllm2rec"),
 )
+QUICK_ARMS = ("collaborative", "vectors", "dllm2rec", "collaborative, neighbours only", "dllm2rec without ranking")
 LLM_ARMS = ("vectors", "vectors, aligned", "hybrid", "listwise", "dllm2rec")  # searched, and taught by a language model
 
 

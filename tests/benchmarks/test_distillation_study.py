@@ -1,15 +1,16 @@
 """The study of distillation: equal budgets, what is made of its runs, and a whole study in small."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import distillation_study
 import numpy as np
 import pytest
 import study_earlier
+import study_field
 import study_findings
 import study_plan
 import torch
@@ -226,7 +227,7 @@ def test_shuffled_vectors_belong_to_other_items_and_nothing_else_changes(tmp_pat
     hashes = {"all_embeddings.pt": "of the former", "rows.npy": "stays"}
     write_json(tmp_path / "text" / "manifest.json", {"teacher": "text", "width": 2, "sha256": hashes})
     folder = tmp_path / "shuffled"
-    distillation_study.shuffle_vectors(tmp_path / "text", folder)
+    study_field.shuffle_vectors(tmp_path / "text", folder)
     shuffled = torch.load(folder / "all_embeddings.pt", weights_only=True)
     assert not torch.equal(shuffled, vectors)
     assert torch.equal(shuffled.sort(dim=0).values, vectors)
@@ -234,7 +235,7 @@ def test_shuffled_vectors_belong_to_other_items_and_nothing_else_changes(tmp_pat
     assert json.loads((folder / "manifest.json").read_text()) == {"teacher": "shuffled", "width": 2, "sha256": hashes}
     assert (folder / "rows.npy").read_bytes() == b"rows"
     (tmp_path / "text" / "all_embeddings.pt").unlink()
-    distillation_study.shuffle_vectors(tmp_path / "text", folder)  # it has been done
+    study_field.shuffle_vectors(tmp_path / "text", folder)  # it has been done
 
 
 def command(tmp_path, *arguments):
@@ -292,8 +293,8 @@ def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_stage_that_was_killed_goes_on(tmp_path):
-    options = distillation_study.argparse.Namespace(work=tmp_path, quick=True, jobs=1)
-    stages = distillation_study.Stages(options, ["dataset=toy"], ["dataset.seed=3"])
+    options = argparse.Namespace(work=tmp_path, quick=True, jobs=1)
+    stages = study_field.Stages(options, ["dataset=toy"], ["dataset.seed=3"])
     told = ["dataset=toy", "student=sasrec"]
     assert stages.begun("student", told) == []
     for name, overrides in {"result_1": [*told, "dataset.seed=3"], "result_2": told}.items():
