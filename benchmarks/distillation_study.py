@@ -208,7 +208,7 @@ class Study:
     def told_earlier(self, arm: Arm) -> bool:
         """Whether an earlier result has the test rows of what would be run."""
         searched = arm if arm.parent is None else self.searched(arm.parent)
-        return arm.name in self.earlier.rows and self.earlier.chosen[searched.name] == self.chosen(searched)
+        return arm.name in self.earlier.rows and self.earlier.chosen.get(searched.name) == self.chosen(searched)
 
     def searched(self, name: str) -> Arm:
         """The arm of this name."""

@@ -8,6 +8,7 @@ a minute on generated data and a tiny random language model.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -149,18 +150,19 @@ class Stages:
         match = re.search(r"result/result_\d{8}_\d{6}", done.stderr)
         assert match, f"the stage told no run folder:\n{done.stderr}"
         run = self.folder / match[0]
-        self.refresh()
-        self.records.append(
-            {
-                "stage": stage,
-                "overrides": overrides,
-                "run": run.name,
-                "threads": int(threads),
-                "seconds": read_json(run / "metrics" / "time.json"),
-                "git": read_json(run / "run.json")["git"],
-            }
-        )
-        write_json(self.log, self.records)
+        record = {
+            "stage": stage,
+            "overrides": overrides,
+            "run": run.name,
+            "threads": int(threads),
+            "seconds": read_json(run / "metrics" / "time.json"),
+            "git": read_json(run / "run.json")["git"],
+        }
+        with open(self.log.with_suffix(".lock"), "w") as lock:  # released when it is closed
+            fcntl.flock(lock, fcntl.LOCK_EX)  # against this study's other threads, and other studies in this folder
+            self.refresh()
+            self.records.append(record)
+            write_json(self.log, self.records)
 
     def begun(self, stage: str, overrides: list[str]) -> list[str]:
         """What makes a stage go on where it was killed: nothing where it has not begun, or has no checkpoints."""

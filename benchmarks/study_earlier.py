@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2rec.core.files import read_json
+from llm2rec.core.files import read_json, replaced_file
 
 __all__ = ["Earlier", "Rows", "Told", "row_name", "rows_file", "write_rows"]
 
@@ -82,4 +82,5 @@ def write_rows(file: Path, rows: Rows) -> None:
         rows: By `row_name`.
     """
     if rows:
-        np.savez_compressed(rows_file(file), allow_pickle=False, **rows)
+        with replaced_file(rows_file(file)) as aside, open(aside, "wb") as opened:
+            np.savez_compressed(opened, allow_pickle=False, **rows)

@@ -85,6 +85,20 @@ class Run:
         if is_first_process():
             write_json(self.folder / "run.json", {**self.record, **values})
 
+    def keep(self, **values: Any) -> None:
+        """Note what has to be the same wherever the run is resumed.
+
+        Raises:
+            CheckpointError: If it is another than when the run began.
+        """
+        kept = self.record
+        if changed := [name for name, value in values.items() if kept.get(name, value) != value]:
+            raise CheckpointError(
+                f"{self.folder.name} was started with another {', '.join(changed)} (kept in run.json); put it back as "
+                "it was, or start a new run."
+            )
+        self.note(**values)
+
     def write_metrics(self, name: str, values: Any) -> None:
         """Write ``metrics/<name>.json``."""
         if is_first_process():

@@ -69,7 +69,7 @@ def main(cfg: Config, run: Run) -> None:
     )
     if (manifest := outputs / "manifest.json").is_file():  # outputs of other programs have none
         run.note(teacher_outputs=sha256_of_file(manifest))
-    run.note(selection_source=policy.source())
+    run.keep(selection_source=policy.source())
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:

@@ -52,7 +52,7 @@ class SelectionPolicy(ABC):
     def rows_to_label(self, n_rows: int) -> NDArray[np.int64] | None:
         """The rows that have to be labelled before this policy can choose, known before there is any teacher.
 
-        The teacher labels these alone, and distillation refuses outputs without them.
+        The teacher labels these alone, and distillation refuses outputs without them where it reads labels.
 
         Args:
             n_rows: Training rows, M.
@@ -135,7 +135,8 @@ class _Budgeted(SelectionPolicy):
     def n_chosen(self, n_rows: int, epoch: int) -> int:
         """Rows of M that are distilled in ``epoch``; at least 1."""
         done = min(epoch / self.over_epochs, 1.0)
-        return max(1, round(((1 - done) * self.budget + done * self.final_budget) * n_rows))
+        # In this form it is no number between two that are the same.
+        return max(1, round((self.budget + done * (self.final_budget - self.budget)) * n_rows))
 
     def most_chosen(self, n_rows: int) -> int:
         """Rows of the largest budget of any epoch."""
@@ -216,6 +217,11 @@ class _Choosing(_Budgeted):
         ordered = evidence.rows[np.argsort(-values, kind="stable")]
         if (pool := self.rows_to_label(evidence.n_rows)) is not None:
             ordered = ordered[np.isin(ordered, pool)]
+        if len(ordered) < n_chosen:
+            raise ConfigError(
+                f"{type(self).__name__} distils {n_chosen} rows in epoch {evidence.epoch}, but of those that it may "
+                f"choose the teacher has labelled {len(ordered)}; lower `active.budget`, or label more."
+            )
         weights = np.zeros(evidence.n_rows, np.float32)
         weights[ordered[:n_chosen]] = 1
         return weights

@@ -23,6 +23,7 @@ from llm2rec.core.files import read_json, replaced_file
 from llm2rec.core.git_info import git_state
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.sweep import is_sweep, jobs_of
 from llm2rec.data import RecData
@@ -60,11 +61,14 @@ def _outputs(cfg: Config) -> Path:
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the ensemble is still there, and the outputs that bear its name are those that it wrote."""
-    manifest = _outputs(cfg) / "manifest.json"
+    """Whether the ensemble is still there, of the same members, and its outputs are those that it wrote."""
     if built_object(cfg.active).source() != read_record(folder).get("selection_source"):
         return False
-    return (folder / "ensemble").is_dir() and manifest.is_file() and read_json(manifest).get("run") == folder.name
+    if not ((folder / "ensemble").is_dir() and (manifest := _outputs(cfg) / "manifest.json").is_file()):
+        return False
+    told = read_json(manifest)
+    members = list(_named(cfg.runs, Path(cfg.paths.root)).values())  # a sweep may have more finished jobs by now
+    return told.get("run") == folder.name and [each["run"] for each in told.get("members", [])] == members
 
 
 @stage("ensemble", reads=("ensemble", "active", "runs", "metrics"), is_current=_is_current)
@@ -75,9 +79,9 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
     rows = np.arange(n_rows) if asked is None else asked
-    run.note(selection_source=policy.source())
+    run.keep(selection_source=policy.source())
     tell_unbounded(policy, asked, n_rows)
-    members = _members(cfg.runs, Path(cfg.paths.root), data)
+    members = [_member(each, name, data) for each, name in _named(cfg.runs, Path(cfg.paths.root)).items()]
     engine = open_engine(cfg, run)
     with engine.first_process_first():
         if engine.is_main:
@@ -159,12 +163,11 @@ def rank_training_rows(
     return files
 
 
-def _members(runs: object, root: Path, data: RecData) -> list[Member]:
-    """The students that were named; a sweep's folder stands for its finished jobs.
+def _named(runs: object, root: Path) -> dict[Path, str]:
+    """Folders and names of the students that were named; a sweep's folder stands for its finished jobs.
 
     Raises:
         ConfigError: If none were named, or one twice.
-        CheckpointError: If one is no finished run of a student on this dataset.
     """
     if isinstance(runs, str) or not isinstance(runs, Sequence) or not runs:
         raise ConfigError(
@@ -174,17 +177,22 @@ def _members(runs: object, root: Path, data: RecData) -> list[Member]:
     found: dict[Path, str] = {}
     for folder in (from_launch_folder(str(each), root).resolve() for each in runs):
         jobs = jobs_of(folder) if is_sweep(folder) else []
-        for job in (job for job in jobs if not job.is_finished):
+        for job in (job for job in jobs if not job.is_finished and is_first_process()):
             logger.warning("%s is not finished and stays out of the ensemble", job.name)
         alone = f"{folder.parent.name}/{folder.name}" if is_sweep(folder.parent) else folder.name
         named = {job.folder: job.name for job in jobs if job.is_finished} or {folder: alone}
         if again := next((name for place, name in named.items() if place in found), None):
             raise ConfigError(f"`runs` names {again} twice, which would give that student the weight of two.")
         found |= named
-    return [_member(folder, name, data) for folder, name in found.items()]
+    return found
 
 
 def _member(folder: Path, name: str, data: RecData) -> Member:
+    """A member of the ensemble.
+
+    Raises:
+        CheckpointError: If the folder is no finished run of a student on this dataset.
+    """
     if not (folder / "run.json").is_file():
         raise CheckpointError(
             f"{folder} is no run folder and no sweep's (it holds no run.json); give `runs=[result/result_...]`."

@@ -19,7 +19,7 @@ from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student
 
-__all__ = ["Ensemble", "load_ensemble", "rank_targets", "save_ensemble"]
+__all__ = ["Ensemble", "ensemble_of", "load_ensemble", "rank_targets", "save_ensemble"]
 
 
 class Ensemble:
@@ -87,7 +87,9 @@ class Ensemble:
         if self.neighbours is None:
             return told
         known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users)).to(told.device)
-        return (1 - self.share * known.sum(dim=1, keepdim=True)) * told + self.share * known
+        # Not by the sum of `known`, 1 up to rounding: with a share of 1, members would speak in its last digit.
+        of_members = torch.where((known > 0).any(dim=1, keepdim=True), 1 - self.share, 1.0)  # (B, 1)
+        return of_members * told + self.share * known
 
 
 def rank_targets(

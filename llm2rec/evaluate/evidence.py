@@ -152,18 +152,24 @@ def _runs(found: Sequence[Contender], *stages: str) -> list[tuple[str, str, RunS
     ]
 
 
-def labellings(found: Sequence[Contender]) -> list[Labelling]:
+def labellings(found: Sequence[Contender]) -> tuple[list[Labelling], list[str]]:
     """Read what each run that has written labels says of them; ``found`` as `contenders` gave it.
 
-    Raises:
-        DataError: If such a file is damaged.
+    Returns:
+        What they say, and why a run does not.
     """
-    told = []
+    told, notes = [], []
     for name, _, run in _runs(found, "teacher", "ensemble"):
-        if run.folder is not None and (file := run.folder / "metrics" / "labelling.json").is_file():
-            figures = read_object(file, *_LABELLING)
+        assert run.folder is not None, "only popularity has no folder"
+        file = run.folder / "metrics" / "labelling.json"
+        try:
+            figures = read_object(file, *_LABELLING) if file.is_file() else None
+        except DataError as error:
+            notes.append(f"What the labels of {name} cost is not known: {error}")
+            continue
+        if figures is not None:
             told.append(Labelling(name, *(figures[key] for key in _LABELLING)))
-    return told
+    return told, notes
 
 
 def curves(found: Sequence[Contender], metric: str) -> tuple[list[Curve], list[str]]:

@@ -70,7 +70,7 @@ class RunScores:
 
     @property
     def stage(self) -> str:
-        """``student``, ``distill`` or ``teacher``; ``popularity`` for what has no run."""
+        """``student``, ``distill``, ``teacher`` or ``ensemble``; ``popularity`` for what has no run."""
         return str(self.record.get("stage", POPULARITY))
 
     @property

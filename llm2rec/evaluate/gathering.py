@@ -131,6 +131,7 @@ def gather(
     lengths = np.asarray(test["position"][:], np.int64)
     validation, no_curve = curves(found, metric)
     shared, no_overlap = overlaps(found, data, locate, device)
+    costs, no_costs = labellings(found)
     gates, no_gates = gate_use(found, lengths)
     told, no_sample = samples(found, data, mask_seen=protocol.mask_seen, device=device)
     return Findings(
@@ -144,11 +145,11 @@ def gather(
         by_length=gains_by(lengths, found, reference),
         curves=validation,
         overlaps=shared,
-        labellings=labellings(found),
+        labellings=costs,
         gates=gates,
         samples=told,
         runs=[_note(run, each.entry.name) for each in found for run in each.runs if run.folder is not None],
-        notes={"curves": no_curve, "overlap": no_overlap, "gates": no_gates, "samples": no_sample},
+        notes={"curves": no_curve, "overlap": no_overlap + no_costs, "gates": no_gates, "samples": no_sample},
     )
 
 

@@ -63,7 +63,7 @@ def main(cfg: Config, run: Run) -> None:
     asked = None
     if settings.export.enabled:
         asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
-        run.note(selection_source=policy.source())
+        run.keep(selection_source=policy.source())
         tell_unbounded(policy, asked, n_rows)
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import LLMTeacher
@@ -158,7 +159,7 @@ def tell_unbounded(policy: Any, asked: NDArray[np.int64] | None, n_rows: int) ->
         asked: Its rows to label.
         n_rows: Training rows.
     """
-    if asked is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows:
+    if asked is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows and is_first_process():
         logger.warning(
             "%s distils at most %d rows and chooses them among labelled ones: all %d are labelled. `active.pool=PART` "
             "has that part of them labelled and chosen among",

@@ -298,6 +298,18 @@ def test_a_resume_with_another_configuration_is_refused(tmp_path, changed, messa
         Run.start(tmp_path, "student", {**CONFIG, **changed})
 
 
+def test_what_a_run_keeps_must_be_the_same_when_it_is_resumed(tmp_path):
+    run = Run.start(tmp_path / "r", "distill", {"resume": None})
+    run.keep(selection_source="abc", other=None)
+    assert run.record["selection_source"] == "abc"
+    again = Run.start(tmp_path / "r", "distill", {"resume": str(tmp_path / "r")})
+    again.keep(selection_source="abc", other=None, new=1)
+    for changed in ({"selection_source": "xyz"}, {"selection_source": None}, {"other": 1}):
+        with pytest.raises(CheckpointError, match=f"r was started with another {next(iter(changed))} "):
+            again.keep(**changed)
+    assert again.record["selection_source"] == "abc"
+
+
 def test_a_resume_by_another_stage_is_refused(tmp_path):
     Run.start(tmp_path / "mine", "student", CONFIG)
     with pytest.raises(

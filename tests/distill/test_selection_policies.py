@@ -77,6 +77,9 @@ def test_a_budget_grows_linearly_and_then_stays():
     falling = SelectionPolicyRandom(0.5, 0, final_budget=0.1, over_epochs=2)
     assert [falling.n_chosen(100, epoch) for epoch in range(4)] == [50, 30, 10, 10]
     assert [SelectionPolicyRandom(0.2, 0).n_chosen(100, epoch) for epoch in (0, 50)] == [20, 20]
+    for n_rows in (25, 97_165):  # a tenth of them ends in a half, which is rounded alike in every epoch
+        constant = SelectionPolicyRandom(0.1, 0)
+        assert {constant.n_chosen(n_rows, epoch) for epoch in range(12)} == {constant.most_chosen(n_rows)}
 
 
 @pytest.mark.parametrize(("budget", "final_budget"), [(0.1, 0.5), (0.5, 0.1), (0.3, None)])
@@ -129,6 +132,9 @@ def test_policies_that_choose_have_no_more_than_their_pool_labelled_and_choose_t
         assert set(np.flatnonzero(part)) <= set(pool)
         assert (part == whole).all(), "whoever has labelled more decides nothing"
     assert kind(0.1).rows_to_label(M) is None
+    few = TeacherOutputs(TEACHER.embeddings, TEACHER.ranking[pool[:2]], TEACHER.distance[pool[:2]], {}, pool[:2])
+    with pytest.raises(ConfigError, match=r"may choose the teacher has labelled 2; lower"):
+        policy.weights(evidence(few, student=now(tmp_path, few)))
     with pytest.raises(TeacherOutputsError, match="distils rows that the teacher has not labelled"):
         Selection(policy, M, PARTIAL, lambda epoch: None, tmp_path / "kept")
     with pytest.raises(ConfigError, match=r"active\.pool is 0\.15, but `budget` or `final_budget` is 0\.2"):

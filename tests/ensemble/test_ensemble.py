@@ -51,6 +51,8 @@ def test_members_and_neighbours_have_their_parts(toy, share, split):
     torch.testing.assert_close(told.sum(dim=1), torch.ones(len(rows)))
     if share < 1:
         assert (told > 0).all()
+    else:
+        assert (told[shares.squeeze(1) > 0] == sharpened(known)[shares.squeeze(1) > 0]).all(), "members say nothing"
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -112,6 +112,8 @@ def run_until(
         while process.poll() is None and not reached() and time.monotonic() < limit:
             time.sleep(0.005)
         assert process.poll() is None, f"ended before it could be killed: {(folder / 'killed.txt').read_text()}"
+        if sent == signal.SIGKILL:
+            os.kill(process.pid, signal.SIGSTOP)  # it gets no further while the others are looked for
         for pid in _family(process.pid) if sent == signal.SIGKILL else [process.pid]:
             with contextlib.suppress(ProcessLookupError):  # a launcher may end on its own once its workers are gone
                 os.kill(pid, sent)

@@ -27,7 +27,7 @@ from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.student.datamodule import SequenceData
 
-__all__ = ["HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
+__all__ = ["DEFAULTS", "HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
 
 HISTORY_LENGTH, VECTOR_WIDTH = 10, 4096
 # The program's defaults, which may be told otherwise.
