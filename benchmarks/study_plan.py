@@ -228,6 +228,7 @@ ARMS = (
     Arm("collaborative, pairs", "collaborative", PAIRS_SPACE, {f"{_EMBEDDING}.fusion_scale": 0.0}),
     Arm("collaborative, neighbours only", "neighbours", parent="collaborative"),
     Arm("collaborative, ensemble only", "ensemble", parent="collaborative"),
+    Arm("collaborative, item vectors too", "collaborative", (), {f"{_EMBEDDING}.fusion_scale": 0.3}, "collaborative"),
     Arm("collaborative, rows of the LLM", "collaborative_budget", parent="collaborative"),
     *without_each_part("collaborative, paper's losses", "collaborative"),
     *without_each_part("dllm2rec", "text"),
