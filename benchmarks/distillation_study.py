@@ -216,8 +216,10 @@ class Study:
 
     def tried(self, arm: Arm, config: dict[str, Any]) -> dict[str, Any] | None:
         """A try as the results tell it; None if it has not finished."""
+        if (told := self.earlier.tried(arm.name, config)) is not None:
+            return told  # though it may have been run again here, as a teacher's member: elsewhere last digits differ
         if (record := self.done(arm, config, self.budget.seeds[0])) is None:
-            return self.earlier.tried(arm.name, config)
+            return None
         validation = best(self.field.stages, record["run"])
         return {"config": config, "seconds": record["seconds"], "validation": validation}
 
@@ -273,6 +275,7 @@ class Study:
         validation = {
             name: {str(seed): best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
             for name, found in runs.items()
+            if name not in self.earlier.validation or set(found) == set(self.budget.seeds)
         }
         teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)
