@@ -32,7 +32,7 @@ from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.rows import RowPlaces
-from llm2rec.teacher.export import tell_labelling, tell_unbounded, write_outputs
+from llm2rec.teacher.export import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
@@ -77,10 +77,7 @@ def main(cfg: Config, run: Run) -> None:
     settings = build(cfg.ensemble, EnsembleSettings)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
     data = open_data(cfg, run)
-    asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
-    rows = np.arange(n_rows) if asked is None else asked
-    run.keep(selection_source=policy.source())
-    tell_unbounded(policy, asked, n_rows)
+    rows = rows_to_label(policy, run, n_rows := len(data.splits["train"]))
     members = [_member(each, name, data) for each, name in _named(cfg.runs, Path(cfg.paths.root)).items()]
     engine = open_engine(cfg, run)
     with engine.first_process_first():

@@ -22,7 +22,7 @@ from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.samples import log_recommendations
 from llm2rec.teacher.card import teacher_card
-from llm2rec.teacher.export import rank_blocks, tell_labelling, tell_unbounded, write_outputs
+from llm2rec.teacher.export import rank_blocks, rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
@@ -60,11 +60,7 @@ def main(cfg: Config, run: Run) -> None:
     check_launch(settings.precision)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
     data = open_data(cfg, run)
-    asked = None
-    if settings.export.enabled:
-        asked = policy.checked_rows_to_label(n_rows := len(data.splits["train"]))
-        run.keep(selection_source=policy.source())
-        tell_unbounded(policy, asked, n_rows)
+    labelled = rows_to_label(policy, run, len(data.splits["train"])) if settings.export.enabled else None
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
     if engine.is_main and (doubt := title_agreement(data).doubt()):
@@ -108,9 +104,9 @@ def main(cfg: Config, run: Run) -> None:
     parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
-    if export.enabled:
+    if labelled is not None:
         with run.phase("export_gate_inputs"):
-            rows = cache.rows(train, np.arange(len(train)) if asked is None else asked)
+            rows = cache.rows(train, labelled)
         with run.phase("export"):
             write_down(model.eval(), rows, settings, engine, run, data, _outputs(cfg, data.name))
         if engine.is_main:

@@ -30,7 +30,7 @@ from llm2rec.teacher.ilora_model import LLMTeacher
 from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.settings import ExportSettings
 
-__all__ = ["rank_blocks", "tell_labelling", "tell_unbounded", "write_outputs"]
+__all__ = ["rank_blocks", "rows_to_label", "tell_labelling", "write_outputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,14 +151,22 @@ def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple
     return n_rows, top_k
 
 
-def tell_unbounded(policy: Any, asked: NDArray[np.int64] | None, n_rows: int) -> None:
-    """Tell whoever has given a budget that it bounds what is distilled, and not what is labelled.
+def rows_to_label(policy: Any, run: Run, n_rows: int) -> NDArray[np.int64]:
+    """The training rows that a selection policy wants labelled, ascending; asked before anything is trained.
+
+    Whoever has given a budget that bounds what is distilled and not what is labelled is told so.
 
     Args:
         policy: An `llm2rec.distill.selection_policy.SelectionPolicy`; distillation lies above the teacher.
-        asked: Its rows to label.
-        n_rows: Training rows.
+        run: Keeps what a policy of one's own is written in.
+        n_rows: Training rows, all of which are labelled where the policy chooses among whatever is.
+
+    Raises:
+        ConfigError: If the policy's answer cannot be used.
+        CheckpointError: If the run was begun with another source of the policy.
     """
+    asked: NDArray[np.int64] | None = policy.checked_rows_to_label(n_rows)
+    run.keep(selection_source=policy.source())
     if asked is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows and is_first_process():
         logger.warning(
             "%s distils at most %d rows and chooses them among labelled ones: all %d are labelled. `active.pool=PART` "
@@ -167,6 +175,7 @@ def tell_unbounded(policy: Any, asked: NDArray[np.int64] | None, n_rows: int) ->
             most,
             n_rows,
         )
+    return np.arange(n_rows) if asked is None else asked
 
 
 def tell_labelling(run: Run, phases: Sequence[str], n_labelled: int, n_rows: int) -> None:
