@@ -36,7 +36,8 @@ from llm2rec.reuse import made_by_other_code, same_runs
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "stage"]
 
 logger = logging.getLogger("llm2rec")
-_SECONDS_FOR_FIRST_PROCESS = 3.0
+_SECONDS_FOR_FIRST_PROCESS = 10.0
+_BEGAN = time.strftime("%Y-%m-%d %H:%M:%S")  # as lines of log.txt begin
 # What the place of a file is to blame for, not the code: a file where a folder is asked for, rights, room.
 _OF_THE_PLACE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -338,12 +339,25 @@ def _tell(error: Exception) -> None:
     logger.debug("the error in full", exc_info=error)
     if isinstance(error, OSError) and not isinstance(error, Llm2RecError):
         error = _of_the_place(error)
-    if not is_first_process():
-        # What the first process meets too it tells itself, and the launcher ends us meanwhile. What is left is ours
-        # alone, such as a loss that is not finite.
-        time.sleep(_SECONDS_FOR_FIRST_PROCESS)
     # One line, whatever library the message comes from.
-    logger.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if is_first_process() or not _first_process_tells(line, Path(HydraConfig.get().runtime.output_dir) / "log.txt"):
+        logger.error("%s", line)
+
+
+def _first_process_tells(line: str, log: Path) -> bool:
+    """Whether the first process tells ``line`` too, in this launch and not in an earlier one that is resumed.
+
+    What it meets as well it tells itself, and then the launcher ends us, at once or on a busy machine later. What it
+    has not told after some seconds is ours alone, such as a loss that is not finite.
+    """
+    end = time.monotonic() + _SECONDS_FOR_FIRST_PROCESS
+    while time.monotonic() < end:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        if any(each >= _BEGAN and each.endswith(f" ERROR {logger.name}: {line}") for each in lines):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _of_the_place(error: OSError) -> ConfigError:
