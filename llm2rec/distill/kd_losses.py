@@ -20,6 +20,7 @@ __all__ = [
     "contrastive_alignment",
     "importance_weights",
     "listwise_loss",
+    "listwise_loss_of",
     "negative_term",
     "pairwise_loss",
     "position_weights",
@@ -223,12 +224,28 @@ def listwise_loss(
     """
     if over not in ("candidates", "catalogue"):
         raise ValueError(f"`over` is {over!r}, expected 'candidates' or 'catalogue'.")
+    logits = at_least_float32(student_logits) / temperature
+    scores = logits.gather(1, ranking)
+    log_total = (scores if over == "candidates" else logits).logsumexp(dim=1)
+    return listwise_loss_of(scores, log_total, distance, temperature)
+
+
+def listwise_loss_of(scores: Tensor, log_total: Tensor, distance: Tensor, temperature: float = 1.0) -> Tensor:
+    """`listwise_loss` where the student's scores of the candidates are known, and the sum that they are part of.
+
+    Args:
+        scores: ``ŷ_i / T`` of the candidates, shape ``(B, K)``.
+        log_total: ``log Σ_j exp(ŷ_j / T)`` over all that is compared, shape ``(B,)``.
+        distance: As in `listwise_loss`.
+        temperature: T.
+
+    Returns:
+        Shape ``(B,)``.
+    """
     distance = at_least_float32(distance)
     # Of differences, so that no division overflows.
     probs = torch.softmax((distance.amin(dim=1, keepdim=True) - distance) / temperature, dim=1)
-    logits = at_least_float32(student_logits) / temperature
-    scores = logits.gather(1, ranking)
-    log_probs = scores - (scores if over == "candidates" else logits).logsumexp(dim=1, keepdim=True)
+    log_probs = scores - log_total.unsqueeze(1)
     return temperature**2 * -(torch.special.entr(probs) + probs * log_probs).sum(dim=1)
 
 

@@ -114,8 +114,12 @@ class RankingSettings:
     @property
     def needs_logits(self) -> bool:
         """Whether the loss is about the scores of all items, not of candidates and negatives only."""
-        on_catalogue = self.loss == "weighted_bce" or (self.loss == "listwise" and self.over == "catalogue")
-        return self.weight > 0 and on_catalogue
+        return self.over_catalogue or (self.weight > 0 and self.loss == "weighted_bce")
+
+    @property
+    def over_catalogue(self) -> bool:
+        """Whether the loss compares candidates with the sum over all items, which needs no more than that sum."""
+        return self.weight > 0 and self.loss == "listwise" and self.over == "catalogue"
 
     @property
     def samples(self) -> bool:
@@ -233,11 +237,6 @@ class DistillSettings:
     def needs_negatives(self) -> bool:
         """Whether any loss is about a sampled negative."""
         return self.own_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether any loss but the student's own is about the scores of all items."""
-        return self.ranking.needs_logits or self.dros.weight > 0
 
     @property
     def robust_ranking(self) -> bool:

@@ -22,6 +22,7 @@ from llm2rec.distill.kd_losses import (
     consistency_weights,
     importance_weights,
     listwise_loss,
+    listwise_loss_of,
     negative_term,
     pairwise_loss,
     position_weights,
@@ -34,6 +35,7 @@ from llm2rec.distill.selection import Selection
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
+from llm2rec.student.catalogue import catalogue_logsumexp, fits_in_a_tile, scores_of
 from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy, dros, popularity_propensity, sampled_bce
@@ -252,11 +254,17 @@ def distillation_losses(
         ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` where they are asked
         for, each of shape ``(B,)``.
     """
-    ranking = settings.ranking
-    if own is not None and not settings.needs_logits:
-        losses = _named(own())
+    ranking, table = settings.ranking, model.student.output_items
+    in_tiles = ranking.over_catalogue and not fits_in_a_tile(len(users), table.n_items, users.device)
+    if own is not None and settings.dros.weight == 0 and (in_tiles or not ranking.needs_logits):
+        log_total = None
+        if in_tiles:
+            log_total = catalogue_logsumexp(users / ranking.temperature, table.with_padding(), table.n_items)
+        losses = _named(own(log_total=log_total if ranking.temperature == 1 else None))
         if ranking.weight > 0:
-            losses["loss_ranking"] = distilled * order_loss_of_few(model, users, told, ranking, negatives, sampled)
+            losses["loss_ranking"] = distilled * order_loss_of_few(
+                model, users, told, ranking, negatives, sampled, log_total
+            )
             losses["loss"] = losses["loss"] + ranking.weight * losses["loss_ranking"]
     else:
         logits = model.score(users)  # (B, N)
@@ -358,9 +366,16 @@ def order_loss_of_few(
     settings: RankingSettings,
     negatives: Tensor | None,
     sampled: ScoredNegatives | None,
+    log_total: Tensor | None = None,
 ) -> Tensor:
-    """`order_loss` without the scores of the catalogue: only candidates and negatives are scored; shape ``(B,)``."""
+    """`order_loss` without the scores of the catalogue: only candidates and negatives are scored; shape ``(B,)``.
+
+    Over the catalogue it takes ``log_total``, the logarithm of its sum at the settings' temperature, shape ``(B,)``.
+    """
     asked = told.ranking
+    if log_total is not None:
+        scores = scores_of(users, model.student.output_items, asked) / settings.temperature
+        return listwise_loss_of(scores, log_total, told.distance, settings.temperature)
     if settings.negative == "ranked_last":
         assert negatives is not None
         asked = torch.cat([asked, negatives.unsqueeze(1)], dim=1)

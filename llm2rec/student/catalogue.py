@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from llm2rec.student.items import ItemTable
 
-__all__ = ["blocked_cross_entropy", "blocked_dros", "catalogue_logsumexp", "fits_in_a_tile"]
+__all__ = ["blocked_cross_entropy", "blocked_dros", "catalogue_logsumexp", "fits_in_a_tile", "scores_of"]
 
 # Logits in a tile. 4 MiB of them stay in a processor's cache; a GPU needs more work per kernel.
 _TILE = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
@@ -35,18 +35,21 @@ def _tile_size(device: torch.device) -> int:
     return _TILE.get(device.type, _TILE["cpu"])
 
 
-def blocked_cross_entropy(users: Tensor, table: ItemTable, targets: Tensor) -> Tensor:
+def blocked_cross_entropy(users: Tensor, table: ItemTable, targets: Tensor, log_total: Tensor | None = None) -> Tensor:
     """What `losses.cross_entropy` gives of all scores, without holding them.
 
     Args:
         users: User vectors, shape ``(B, D)``.
         table: Vectors of the items.
         targets: Item ids of shape ``(B,)``.
+        log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, where the caller has it.
 
     Returns:
         Losses of shape ``(B,)``, in nats.
     """
-    return catalogue_logsumexp(users, table.with_padding(), table.n_items) - _scores_of(users, table, targets)
+    if log_total is None:
+        log_total = catalogue_logsumexp(users, table.with_padding(), table.n_items)
+    return log_total - scores_of(users, table, targets)
 
 
 def blocked_dros(users: Tensor, table: ItemTable, targets: Tensor, propensity: Tensor, beta: float) -> Tensor:
@@ -62,15 +65,16 @@ def blocked_dros(users: Tensor, table: ItemTable, targets: Tensor, propensity: T
     Returns:
         Losses of shape ``(B,)``, in nats.
     """
-    scores, curvature = _scores_of(users, table, targets), propensity.to(table.weight) / beta
+    scores, curvature = scores_of(users, table, targets), propensity.to(table.weight) / beta
     as_target = curvature[targets] * (scores - 1).square()
     others = catalogue_logsumexp(users, table.with_padding(), table.n_items, curvature, targets)
     return torch.logaddexp(others, as_target)
 
 
-def _scores_of(users: Tensor, table: ItemTable, items: Tensor) -> Tensor:
-    """Score of one item per user, ``(B,)``, in the table's precision."""
-    return (users.to(table.weight.dtype) * table(items)).sum(dim=-1)
+def scores_of(users: Tensor, table: ItemTable, items: Tensor) -> Tensor:
+    """Scores of one item per user, ``(B,)``, or of K, ``(B, K)``, in the table's precision."""
+    users = users.to(table.weight.dtype)
+    return ((users if items.ndim == 1 else users.unsqueeze(1)) * table(items)).sum(dim=-1)
 
 
 def catalogue_logsumexp(

@@ -75,6 +75,7 @@ class OwnLoss:
         step: int,
         logits: Tensor | None = None,
         negatives: ScoredNegatives | None = None,
+        log_total: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of some rows, by name; ``loss`` is their total.
 
@@ -86,6 +87,7 @@ class OwnLoss:
             step: Global step, for shared negatives.
             logits: Scores of all items, shape ``(B, N)``, where the caller needs them anyway.
             negatives: What `negatives` gave for these rows, likewise.
+            log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, likewise.
 
         Returns:
             ``loss``; with DROS ``loss_student`` and ``loss_dros`` beside it. Each of shape ``(B,)``, in nats.
@@ -97,7 +99,7 @@ class OwnLoss:
         if self._negatives is not None:
             own = self._against(users, targets, negatives or self.negatives(users, rows, epoch=epoch, step=step))
         elif logits is None:
-            own = blocked_cross_entropy(users, self._model.output_items, targets)
+            own = blocked_cross_entropy(users, self._model.output_items, targets, log_total)
         else:
             own = cross_entropy(logits, targets)
         if self._propensity is None:

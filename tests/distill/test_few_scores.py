@@ -1,4 +1,4 @@
-"""Ranking losses that are about candidates and negatives only: the catalogue is not scored for them."""
+"""Ranking losses that are about candidates, negatives and a sum over the catalogue, of which no scores are held."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DrosSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
+from llm2rec.student import catalogue
 from llm2rec.student.own_loss import OwnLoss, ScoredNegatives
 from llm2rec.student.settings import LossSettings
 
@@ -22,7 +23,15 @@ FEW = {
     "candidates": {"loss": "listwise", "over": "candidates", "temperature": 2.0},
     "ranknet": {"loss": "ranknet"},
     "margin": {"loss": "margin", "negative": "ranked_last"},
+    "catalogue": {"loss": "listwise", "over": "catalogue"},
+    "catalogue, flat": {"loss": "listwise", "over": "catalogue", "temperature": 2.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """So that sums over the catalogue take several tiles, as those of large ones do."""
+    monkeypatch.setitem(catalogue._TILE, "cpu", N - 1)
 
 
 def settings_with(**ranking):
@@ -88,17 +97,31 @@ def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
         assert torch.equal(plain[name], whole[name])
 
 
-@pytest.mark.parametrize("ranking", [*FEW.values(), {"loss": "listwise", "over": "sampled"}])
-def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking):
+@pytest.mark.parametrize(
+    ("ranking", "loss", "n_sums"),
+    [
+        *((FEW[kind], SAMPLED, 0) for kind in ("candidates", "ranknet", "margin")),
+        ({"loss": "listwise", "over": "sampled"}, SAMPLED, 0),
+        (FEW["catalogue"], SAMPLED, 1),
+        (FEW["catalogue"], LossSettings(), 1),  # the student's own loss has the same sum
+        (FEW["catalogue, flat"], LossSettings(), 2),
+    ],
+)
+def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking, loss, n_sums):
     class Scored(Exception):
         pass
 
     def refuse(self, users):
         raise Scored
 
+    sums, plain = [], catalogue._Logsumexp.apply
+    monkeypatch.setattr(catalogue._Logsumexp, "apply", lambda *given: (sums.append(given), plain(*given))[1])
     monkeypatch.setattr(DistilledStudent, "score", refuse)
-    trained(tmp_path / "few", settings_with(**ranking))
-    assert all(entry["train/loss_ranking"] > 0 for entry in written(tmp_path / "few", "validation")["history"])
+    trained(tmp_path / "few", settings_with(**ranking), loss, micro_batch_size=TRAINING["batch_size"])
+    told = written(tmp_path / "few", "validation")
+    assert all(entry["train/loss_ranking"] > 0 for entry in told["history"])
+    assert len(sums) == n_sums * told["steps"]
+    monkeypatch.setitem(catalogue._TILE, "cpu", 2**20)  # where all scores are one tile, they are no more memory
     with pytest.raises(Scored):
         trained(tmp_path / "all", settings_with(loss="listwise"))
 
