@@ -347,7 +347,7 @@ def objective(
 
 def _named(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The student's own losses under the names they have beside others."""
-    return {"loss_student": own["loss"], **own}
+    return {"loss": own["loss"], "loss_student": own["loss"], **own}
 
 
 def order_loss(logits: Tensor, told: TeacherBatch, settings: RankingSettings, negatives: Tensor | None) -> Tensor:
