@@ -27,6 +27,7 @@ PROMISED = {
     "student_step.py": {"sequences_vs_plain", "sequences_share_of_floor", "evaluation_share_of_floor"},
     "serving_latency.py": {"one_user_vs_matvec", "one_user_p99_ms_10000", "many_users_p50_ms_1000"},
     "catalogue_memory.py": {"peak_vs_state_1e4", "beyond_state_vs_1e3_1e4", "peak_vs_plain_1e4", "time_vs_plain_1e4"},
+    "listwise_step.py": {"time_of_scores_vs_tiles_15301_t1", "time_of_tiles_vs_own_15301_t1"},
     "preparation_memory.py": {"peak_mebibytes_1e5", "interactions_per_second_1e5"},
     "teacher_export.py": {"tokens_per_second_vs_forward", "tokens_per_second_vs_frozen", "padding_share"},
 }
