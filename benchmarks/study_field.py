@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from study_plan import teachers as teachers_of
 from llm2rec.core.files import read_json, replaced_folder, sha256_of_file, write_json
 from llm2rec.data import load, title_agreement
 
-__all__ = ["Field", "best", "shuffle_vectors"]
+__all__ = ["Field", "best", "one_line_each", "shuffle_vectors"]
 
 
 class Field:
@@ -109,7 +110,7 @@ class Field:
             "select_on": SELECT_ON,
             "titles": self.titles,
             "teachers": {**earlier.get("teachers", {}), **told},
-            "stages": [*earlier.get("stages", []), *self.stages.records],
+            "stages": one_line_each([*earlier.get("stages", []), *self.stages.records]),
         }
 
     def labelling(self, run: str) -> dict[str, float]:
@@ -134,6 +135,15 @@ def shuffle_vectors(outputs: Path, folder: Path) -> None:
         torch.save(vectors[torch.randperm(len(vectors), generator=generator)], path)
         hashes = {**manifest["sha256"], path.name: sha256_of_file(path)}
         write_json(aside / "manifest.json", {**manifest, "teacher": folder.name, "sha256": hashes})
+
+
+def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of stages, each once, with overrides as they are typed: an earlier result may tell of those here too."""
+    told = [
+        {**each, "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"])}
+        for each in records
+    ]
+    return list({(each["run"], each["overrides"]): each for each in told}.values())
 
 
 def best(stages: Stages, run: str) -> dict[str, float]:
