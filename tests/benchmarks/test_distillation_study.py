@@ -293,7 +293,10 @@ def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
 
 
 def test_stages_are_told_once_as_they_are_typed():
-    here = [{"run": "result_1", "overrides": ["seed=1"]}, {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"]}]
+    here = [
+        {"run": "result_1", "overrides": ["seed=1"]},
+        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"]},
+    ]
     told = study_field.one_line_each(here)
     assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
     further = {"run": "result_3", "overrides": ["seed=2"]}
