@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from llm2rec.distill.data_bridge import TeacherBatch
+from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.distill.trainer_distill import distillation_losses, objective
 from llm2rec.student.datamodule import SequenceBatch
 from llm2rec.student.models import build_model
 from llm2rec.student.own_loss import OwnLoss

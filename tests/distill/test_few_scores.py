@@ -10,10 +10,11 @@ from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, wr
 from small_students import TEACHER, TRAIN, TRAINING, VALIDATION, N, distilled, settings_of
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DrosSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
+from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.student import catalogue
 from llm2rec.student.own_loss import OwnLoss, ScoredNegatives
 from llm2rec.student.settings import LossSettings

@@ -29,9 +29,10 @@ from small_students import (
 
 from llm2rec.core.errors import ConfigError, OutOfMemoryError
 from llm2rec.distill.kd_losses import listwise_loss, pairwise_loss, ranking_loss
+from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings, DrosSettings, RankingSettings
-from llm2rec.distill.trainer_distill import distillation_losses, objective, train_distilled
+from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.student.losses import dros, sampled_bce
 
 

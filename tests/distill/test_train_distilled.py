@@ -32,11 +32,12 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.kd_losses import alignment_loss
+from llm2rec.distill.objective import distillation_losses
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import (
     DrosSettings,
 )
-from llm2rec.distill.trainer_distill import distillation_losses, train_distilled
+from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.student import settings as student_settings
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import cross_entropy

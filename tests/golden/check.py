@@ -34,8 +34,8 @@ from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
 from llm2rec.core.schedule import warmup_cosine  # noqa: E402
 from llm2rec.distill import kd_losses  # noqa: E402
 from llm2rec.distill.data_bridge import TeacherBatch  # noqa: E402
+from llm2rec.distill.objective import candidate_weights, objective  # noqa: E402
 from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
-from llm2rec.distill.trainer_distill import candidate_weights, objective  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
 from llm2rec.teacher.grounding import ground  # noqa: E402
