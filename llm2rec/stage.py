@@ -1,13 +1,11 @@
 """What every stage's ``__main__`` begins with: compose the configuration, open the run, tell errors plainly."""
 
-import errno
 import logging
 import math
 import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,17 +30,11 @@ from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
 from llm2rec.reuse import made_by_other_code, same_runs
+from llm2rec.telling import TOLD, is_told, or_exit, tell
 
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "stage"]
 
 logger = logging.getLogger("llm2rec")
-_SECONDS_FOR_FIRST_PROCESS = 10.0
-_BEGAN = time.strftime("%Y-%m-%d %H:%M:%S")  # as lines of log.txt begin
-# What the place of a file is to blame for, not the code: a file where a folder is asked for, rights, room.
-_OF_THE_PLACE = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
-    errno.ENOTDIR, errno.EPERM, errno.EROFS,
-}  # fmt: skip
 Settings = TypeVar("Settings")
 
 
@@ -74,7 +66,7 @@ def stage(
                 _check_common(cfg, name, reads)
                 _carry_out(cfg, Path(job.runtime.output_dir), name, function, reads or (), is_current)
             except Exception as error:
-                told = _is_told(error)
+                told = is_told(error, Path(job.runtime.output_dir) / "log.txt")
                 # Of several processes one may fail alone while the others wait: as ever, the launcher ends them all.
                 if job.mode == RunMode.MULTIRUN and n_processes() == 1 and not isinstance(error, Interrupted):
                     failed.append(job.job.num)
@@ -87,7 +79,7 @@ def stage(
                     raise
 
         def main() -> None:
-            register(_or_exit(run_folder))
+            register(or_exit(run_folder))
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             sys.argv[1:] = overrides_last(sys.argv[1:])
@@ -194,8 +186,8 @@ def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]
             _quiet_libraries()
             try:
                 function(cfg)
-            except (Llm2RecError, OmegaConfBaseException, OSError) as error:
-                _tell(error)
+            except TOLD as error:
+                tell(error)
                 sys.exit(1)
 
         def main() -> None:
@@ -317,72 +309,6 @@ def _shown(folder: Path) -> str:
     """A folder as the user would type it: relative to where the command was launched, if it lies there."""
     launched = Path(HydraConfig.get().runtime.cwd)
     return str(folder.relative_to(launched)) if folder.is_relative_to(launched) else str(folder)
-
-
-def _is_told(error: Exception) -> bool:
-    """Tell an error that a user can do something about; False for a defect, of which nothing is told."""
-    if not isinstance(error, Llm2RecError | OmegaConfBaseException | OSError):
-        return False
-    try:
-        _tell(error)
-    except OSError:  # of which the code is to blame
-        return False
-    return True
-
-
-def _tell(error: Exception) -> None:
-    """Tell an error in one line; one of the operating system that the code is to blame for stays loud.
-
-    Raises:
-        OSError: The error itself, if it is such a one.
-    """
-    logger.debug("the error in full", exc_info=error)
-    if isinstance(error, OSError) and not isinstance(error, Llm2RecError):
-        error = _of_the_place(error)
-    # One line, whatever library the message comes from.
-    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if is_first_process() or not _first_process_tells(line, Path(HydraConfig.get().runtime.output_dir) / "log.txt"):
-        logger.error("%s", line)
-
-
-def _first_process_tells(line: str, log: Path) -> bool:
-    """Whether the first process tells ``line`` too, in this launch and not in an earlier one that is resumed.
-
-    What it meets as well it tells itself, and then the launcher ends us, at once or on a busy machine later. What it
-    has not told after some seconds is ours alone, such as a loss that is not finite.
-    """
-    end = time.monotonic() + _SECONDS_FOR_FIRST_PROCESS
-    while time.monotonic() < end:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        if any(each >= _BEGAN and each.endswith(f" ERROR {logger.name}: {line}") for each in lines):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _of_the_place(error: OSError) -> ConfigError:
-    """Say of an error of the operating system which place it is about.
-
-    Raises:
-        OSError: The error itself, if no place is to blame.
-    """
-    if error.errno not in _OF_THE_PLACE:
-        raise error
-    return ConfigError(f"{error.filename or 'a file'}: {error.strerror}; name another place, or make room there.")
-
-
-def _or_exit(function: Callable[..., str]) -> Callable[..., str]:
-    """Tell an error of the run folder in one line: Hydra resolves it outside of what it guards, with a traceback."""
-
-    def guarded(*arguments: Any) -> str:
-        try:
-            return function(*arguments)
-        except (Llm2RecError, OSError) as error:
-            told = error if isinstance(error, Llm2RecError) else _of_the_place(error)
-            sys.stderr.write(f"{type(told).__name__}: {told}\n")  # no log is open yet
-            sys.exit(1)
-
-    return guarded
 
 
 def _quiet_libraries() -> None:

@@ -26,7 +26,7 @@ BELOW = {
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},
     "share": {"core", "student", "recommend"},
 }
-TOP = {"config", "stage"}  # above all rooms; only the stages' `__main__` may import them
+TOP = {"config", "stage", "telling"}  # above all rooms; only the stages' `__main__` may import them
 CONFIGURED = {"hydra", "omegaconf"}
 PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE = {

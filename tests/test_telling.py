@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm2rec import stage
+from llm2rec import telling
 
 LINE = "ConfigError: `seed` is -1, expected 0 or more."
 FORMATS = yaml.safe_load((Path(__file__).parents[1] / "conf" / "hydra" / "default.yaml").read_text())
@@ -16,13 +16,13 @@ FORMATS = yaml.safe_load((Path(__file__).parents[1] / "conf" / "hydra" / "defaul
 @pytest.fixture
 def told(tmp_path, monkeypatch):
     """Writes to a log as a run's handler does, here with a time of writing."""
-    monkeypatch.setattr(stage, "_SECONDS_FOR_FIRST_PROCESS", 0.3)
+    monkeypatch.setattr(telling, "_SECONDS_FOR_FIRST_PROCESS", 0.3)
     log = tmp_path / "log.txt"
     form = logging.Formatter(FORMATS["hydra"]["job_logging"]["formatters"]["full"]["format"])
 
     def write(line, *, level=logging.ERROR, after=0.0):
-        record = logging.LogRecord(stage.logger.name, level, "stage.py", 1, line, None, None)
-        record.created = time.mktime(time.strptime(stage._BEGAN, "%Y-%m-%d %H:%M:%S")) + after
+        record = logging.LogRecord(telling.logger.name, level, "telling.py", 1, line, None, None)
+        record.created = time.mktime(time.strptime(telling._BEGAN, "%Y-%m-%d %H:%M:%S")) + after
         with log.open("a") as file:
             file.write(form.format(record) + "\n")
         return log
@@ -32,7 +32,7 @@ def told(tmp_path, monkeypatch):
 
 def test_what_the_first_process_tells_the_others_do_not(told):
     told("student: result/result_20260101_000000", level=logging.INFO)
-    assert stage._first_process_tells(LINE, told(LINE))
+    assert telling._first_process_tells(LINE, told(LINE))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_what_the_first_process_tells_the_others_do_not(told):
     ],
 )
 def test_an_error_of_one_process_alone_is_told(line, options, told):
-    assert not stage._first_process_tells(LINE, told(line, **options))
+    assert not telling._first_process_tells(LINE, told(line, **options))
 
 
 def test_an_error_before_there_is_a_log_is_told(tmp_path, told):
-    assert not stage._first_process_tells(LINE, tmp_path / "log.txt")
+    assert not telling._first_process_tells(LINE, tmp_path / "log.txt")
 
 
 def test_the_first_process_may_take_its_time(tmp_path, told, monkeypatch):
-    monkeypatch.setattr(stage, "_SECONDS_FOR_FIRST_PROCESS", 60.0)
-    monkeypatch.setattr(stage.time, "sleep", lambda seconds: told(LINE))
-    assert stage._first_process_tells(LINE, tmp_path / "log.txt")
+    monkeypatch.setattr(telling, "_SECONDS_FOR_FIRST_PROCESS", 60.0)
+    monkeypatch.setattr(telling.time, "sleep", lambda seconds: told(LINE))
+    assert telling._first_process_tells(LINE, tmp_path / "log.txt")
