@@ -88,10 +88,14 @@ class Field:
         return {name: r for name, told in named.items() for r in records if told in r["overrides"]}
 
     def open_test(self, finals: list[str]) -> None:
-        """Score the final runs of the students, and the teachers, on the test split."""
-        runs = finals + [record["run"] for record in self.teacher_runs().values()]
-        if runs:
-            self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{','.join(f'result/{run}' for run in runs)}]"])
+        """Score the final runs of the students, and the teachers, on the test split.
+
+        Each teacher by itself: a language model may take an hour, which more students need not pay again.
+        """
+        for runs in (finals, *([record["run"]] for record in self.teacher_runs().values())):
+            if runs:
+                named = ",".join(f"result/{run}" for run in runs)
+                self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{named}]"])
 
     def about(self) -> dict[str, Any]:
         """What is said of the dataset and its teachers."""
