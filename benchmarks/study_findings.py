@@ -17,7 +17,7 @@ from llm2rec.evaluate.findings import Contender, Entry, gains_by
 from llm2rec.evaluate.scoring import popularity
 from llm2rec.evaluate.statistics import estimate, holm, paired_difference, row_values
 
-__all__ = ["Findings", "figure", "headline", "tables"]
+__all__ = ["Findings", "brief", "figure", "headline", "tables"]
 
 PARENTS = {arm.name: arm.parent for arm in ARMS if arm.parent is not None}
 METRICS = [f"{kind}@{k}" for kind in ("hr", "ndcg") for k in (5, 10, 20)]
@@ -158,6 +158,15 @@ def by_student(samples: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str,
         for student in STUDENTS:
             if student in told:
                 yield dataset, student, told[student]
+
+
+def brief(told: Any) -> Any:
+    """The same with six digits of each number, more than chance leaves any of, and without MRR, which nothing reads."""
+    if isinstance(told, dict):
+        return {name: brief(each) for name, each in told.items() if not name.startswith("mrr")}
+    if isinstance(told, list | tuple):
+        return [brief(each) for each in told]
+    return float(f"{told:.6g}") if isinstance(told, float) else told
 
 
 def headline(samples: Mapping[str, Any]) -> dict[str, float]:

@@ -313,3 +313,10 @@ def test_a_stage_that_was_killed_goes_on(tmp_path):
         write_json(stages.folder / "result" / name / "run.json", {"stage": "student", "overrides": overrides})
     assert stages.begun("student", told) == ["resume=result/result_1"]
     assert stages.begun("teacher", told) == []
+
+
+def test_results_are_told_briefly():
+    told = {"seed": 12345678, "runs": (0.123456789, 9.9990001e-05), "validation": {"mrr@5": 0.1, "ndcg@5": 0.25}}
+    brief = study_findings.brief(told)
+    assert brief == {"seed": 12345678, "runs": [0.123457, 9.999e-05], "validation": {"ndcg@5": 0.25}}
+    assert study_findings.brief(brief) == brief, "an earlier result is told again as it was"
