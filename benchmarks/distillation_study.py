@@ -44,6 +44,7 @@ from study_findings import Findings, brief, figure, headline, tables
 from study_plan import (
     ARMS,
     BASELINE,
+    PILOTS,
     QUICK,
     QUICK_ARMS,
     SELECT_ON,
@@ -67,6 +68,8 @@ def main() -> None:
     """Run what is asked for and missing, and write the JSON file, the figure and the tables."""
     options = parse()
     budget = QUICK if options.quick else Budget()
+    if options.seeds is not None:
+        budget = replace(budget, seeds=tuple(range(1, options.seeds + 1)))
     fields = [Field(dataset, options, budget) for dataset in datasets(options)]
     studies = [Study(field, student) for student in options.students for field in fields]
 
@@ -114,6 +117,9 @@ def parse() -> argparse.Namespace:
         help="of the baseline, and of each arm from there, where there is less time: for students after the first, "
         "which teaches",
     )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="final runs of each arm: 5 by default, and never fewer than it has had"
+    )
     parser.add_argument("--earlier", type=Path, help="JSON file of a result whose runs are not here, to go on from")
     options = parser.parse_args()
     if not options.quick and not (options.llm_path and (options.raw_dir or options.games_dir)):
@@ -157,7 +163,8 @@ class Study:
                 if configs := self.untried(arm, self.tries(arm) or []):
                     yield from self.taught(arm)
                     yield from self.trained(arm, configs, first_seed)
-            yield from self.trained(baseline, self.untried(baseline, self.tries(baseline) or []), first_seed)
+            for _ in ("around its best", "pilots"):
+                yield from self.trained(baseline, self.untried(baseline, self.tries(baseline) or []), first_seed)
             return
         for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
             if (chosen := self.chosen(arm)) is not None and not self.told_earlier(arm):
@@ -207,9 +214,14 @@ class Study:
         return [config for config in configs if self.earlier.tried(arm.name, config) is None]
 
     def told_earlier(self, arm: Arm) -> bool:
-        """Whether an earlier result has the test rows of what would be run."""
+        """Whether an earlier result has the test rows of what would be run, of as many seeds."""
+        return arm.name in self.earlier.rows and self.seeds_had(arm) >= len(self.budget.seeds)
+
+    def seeds_had(self, arm: Arm) -> int:
+        """How many seeds an earlier result tells of what would be run."""
         searched = arm if arm.parent is None else self.searched(arm.parent)
-        return arm.name in self.earlier.rows and self.earlier.chosen.get(searched.name) == self.chosen(searched)
+        same = self.earlier.chosen.get(searched.name) == self.chosen(searched)
+        return len(self.earlier.validation.get(arm.name, {})) if same else 0
 
     def searched(self, name: str) -> Arm:
         """The arm of this name."""
@@ -238,7 +250,10 @@ class Study:
             return None
         if arm.name == BASELINE:
             around = draw(further(start), self.budget.more_tries + 1, f"{self.student} further")
-            return [*self.first_tries(), *({**start, **config} for config in around[1:])]
+            tries = [*self.first_tries(), *({**start, **config} for config in around[1:])]
+            if (start := self.best_of(tries)) is not None:
+                tries += [{**start, **change} for change in PILOTS.get((self.field.dataset.name, self.student), ())]
+            return tries
         drawn = draw(arm.space, self.budget.more_tries, arm.name)
         return [fitting({**start, **arm.fixed, **config}) for config in drawn]
 
@@ -257,13 +272,19 @@ class Study:
         return None if tries is None else self.best_of(tries, arm)
 
     def finals(self) -> dict[str, dict[int, str]]:
-        """Runs that have finished with an arm's chosen configuration, by arm and seed."""
+        """Runs that have finished with an arm's chosen configuration, by arm and seed: those of all arms that count.
+
+        An arm counts when it has all seeds, and no fewer than an earlier result tells of.
+        """
         found: dict[str, dict[int, str]] = {}
         for arm in self.arms.values():
-            chosen = self.chosen(arm)
-            records = {seed: self.done(arm, chosen, seed) for seed in self.budget.seeds} if chosen is not None else {}
-            found[arm.name] = {seed: record["run"] for seed, record in records.items() if record}
-        return {name: runs for name, runs in found.items() if runs}
+            if (chosen := self.chosen(arm)) is None:
+                continue
+            seeds = range(1, max(len(self.budget.seeds), self.seeds_had(arm)) + 1)
+            records = [record for seed in seeds if (record := self.done(arm, chosen, seed))]
+            if len(records) == len(seeds):
+                found[arm.name] = {seed: record["run"] for seed, record in zip(seeds, records, strict=True)}
+        return found
 
     def findings(self) -> tuple[dict[str, Any], Rows]:
         """What is known by now: tries and choices on validation, test scores and rows where they have been opened."""
@@ -276,7 +297,6 @@ class Study:
         validation = {
             name: {str(seed): best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
             for name, found in runs.items()
-            if name not in self.earlier.validation or set(found) == set(self.budget.seeds)
         }
         teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)

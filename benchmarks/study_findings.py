@@ -65,7 +65,7 @@ class Findings:
             to the baseline by popularity of the target and by length of the history. Beside it, by arm, what each test
             row adds to NDCG@20, shape ``(M,)``.
         """
-        scored = {name: self.scored(found) for name, found in runs.items() if set(found) == set(self.seeds)}
+        scored = {name: self.scored(found) for name, found in runs.items() if set(found) >= set(self.seeds)}
         ranks = {name: found for name, found in scored.items() if found is not None}
         taught = {name: found for name, each in teachers.items() if (found := self.scored(each)) is not None}
         rows = {**earlier.rows, **{name: row_means(each).astype(np.float32) for name, each in ranks.items()}}

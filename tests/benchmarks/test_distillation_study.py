@@ -14,11 +14,15 @@ import study_field
 import study_findings
 import study_plan
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from llm2rec.config import register
 from llm2rec.core.files import sha256_of_file, write_json
 from llm2rec.data import Toy, prepare
 from llm2rec.evaluate.statistics import row_values
+from llm2rec.stage import build
+from llm2rec.student.settings import StudentSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "distillation_study.py"
@@ -58,6 +62,18 @@ def test_the_baseline_goes_on_around_its_best():
     configs = [json.dumps({**best, **each}, sort_keys=True) for each in around]
     assert len(set(configs)) == 5
     assert all(0 < each["student.model.dropout"] < 1 for each in around)
+
+
+@pytest.mark.parametrize("change", study_plan.PILOTS["games", "sasrec"], ids=str)
+def test_a_pilot_is_a_configuration_of_the_student(change):
+    best = {"n_negatives": 1024, "proposal": "popularity", "name": "sampled_softmax"}
+    config = {**{f"student.loss.{name}": value for name, value in best.items()}, **change}
+    told = [*study_plan.STUDENTS["sasrec"], *(f"{name}={value}" for name, value in config.items())]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        student = build(compose("config", overrides=[*told, f"paths.root={ROOT}"]).student, StudentSettings)
+    assert student.loss.name == config["student.loss.name"]
+    assert student.training.batch_size == change.get("student.training.batch_size", 512)
 
 
 @pytest.mark.parametrize(("loss", "over"), [("cross_entropy", "catalogue"), ("sampled_softmax", "sampled")])
