@@ -1,5 +1,6 @@
 """What the study of distillation found on the test split: intervals, paired tests, groups of rows, tables, a figure."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -61,9 +62,10 @@ class Findings:
         Returns:
             Empty where the test split has not been opened. Otherwise estimates by arm and metric; differences of
             NDCG@20 with p-values, of searched arms to the baseline and of variations to the arm that they vary
-            (`p_holm` is corrected for the number of searched arms, or of that arm's variations); and differences of all
-            to the baseline by popularity of the target and by length of the history. Beside it, by arm, what each test
-            row adds to NDCG@20, shape ``(M,)``.
+            (`p_holm` is corrected for the number of searched arms, or of that arm's variations, `seeds_error` the
+            standard error that training seeds give `relative`, which the interval over rows leaves out); and
+            differences of all to the baseline by popularity of the target and by length of the history. Beside it, by
+            arm, what each test row adds to NDCG@20, shape ``(M,)``.
         """
         scored = {name: self.scored(found) for name, found in runs.items() if set(found) >= set(self.seeds)}
         ranks = {name: found for name, found in scored.items() if found is not None}
@@ -86,11 +88,12 @@ class Findings:
         for of, before in known["groups"].items():
             for group, told in zip(groups[of], before, strict=True):
                 group["gains"] = {**told["gains"], **group["gains"]}
+        metrics = {**known["metrics"], **{name: estimates(found) for name, found in ranks.items()}}
         return {
-            "metrics": {**known["metrics"], **{name: estimates(found) for name, found in ranks.items()}},
+            "metrics": metrics,
             "teachers": {**known["teachers"], **{name: estimates(found) for name, found in taught.items()}},
-            "gains": gains,
-            "variations": variations,
+            "gains": {name: {**gain, **seeds_error(metrics, name, BASELINE)} for name, gain in gains.items()},
+            "variations": {n: {**gain, **seeds_error(metrics, n, PARENTS[n])} for n, gain in variations.items()},
             "groups": groups,
         }, rows
 
@@ -135,6 +138,15 @@ def corrected(gains: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same with p-values corrected for how many there are."""
     p_values = holm([gain["p"] for gain in gains.values()])
     return {name: {**gain, "p_holm": p} for (name, gain), p in zip(gains.items(), p_values, strict=True)}
+
+
+def seeds_error(metrics: Mapping[str, Any], arm: str, reference: str) -> dict[str, float]:
+    """Standard error over seeds of an arm's relative gain, as of two independent means; empty for single runs."""
+    both = [metrics[name][SELECT_ON]["runs"] for name in (arm, reference) if name in metrics]
+    if len(both) < 2 or min(map(len, both)) < 2:
+        return {}
+    error = math.sqrt(sum(statistics.variance(runs) / len(runs) for runs in both))
+    return {"seeds_error": error / statistics.mean(both[1])}
 
 
 def compared(test: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -227,6 +239,7 @@ def test_table(test: Mapping[str, Any]) -> Iterator[str]:
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
         gain = compared(test).get(arm)
         told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        told += f", seeds ± {gain['seeds_error']:.1%}" if gain and "seeds_error" in gain else ""
         told += f" over {PARENTS[arm]}" if told and arm in PARENTS else ""
         yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
     for teacher, metrics in test["teachers"].items():

@@ -132,6 +132,20 @@ def test_arms_are_compared_row_by_row(scored):
         assert np.average([group["baseline"] for group in groups], weights=rows) == pytest.approx(mean["baseline"])
 
 
+def test_a_gain_tells_what_seeds_alone_would_change(scored):
+    findings, runs, ranks, better = scored
+    gain = findings.test(runs, {}, study_earlier.Told())[0]["gains"]["collaborative"]
+    taught, alone = ([row_values(each, "ndcg@20").mean() for each in found] for found in (better, ranks))
+    error = np.hypot(np.diff(taught)[0], np.diff(alone)[0]) / 2  # of two values each: half their difference
+    assert gain["seeds_error"] == pytest.approx(error / np.mean(alone))
+    once = {"baseline": {1: "baseline_1"}, "collaborative": {1: "collaborative_1"}}
+    single = study_findings.Findings(findings.folder, findings.prepared, (1,)).test(once, {}, study_earlier.Told())
+    assert "seeds_error" not in single[0]["gains"]["collaborative"]
+    more = {**runs, "baseline": {**runs["baseline"], 3: "collaborative_1"}}
+    told = findings.test(more, {}, study_earlier.Told())[0]
+    assert len(told["metrics"]["baseline"]["ndcg@20"]["runs"]) == 3, "further seeds count too"
+
+
 def test_variations_are_compared_with_what_they_vary_and_make_no_claim_dearer(scored):
     findings, runs, *_ = scored
     varied = {"collaborative, neighbours only": runs["baseline"], "collaborative, ensemble only": runs["collaborative"]}
