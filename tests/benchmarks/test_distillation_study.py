@@ -73,7 +73,6 @@ def test_a_pilot_is_a_configuration_of_the_student(change):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         student = build(compose("config", overrides=[*told, f"paths.root={ROOT}"]).student, StudentSettings)
     assert student.loss.name == config["student.loss.name"]
-    assert student.training.batch_size == change.get("student.training.batch_size", 512)
 
 
 @pytest.mark.parametrize(("loss", "over"), [("cross_entropy", "catalogue"), ("sampled_softmax", "sampled")])
