@@ -293,6 +293,9 @@ class Study:
             configs = self.tries(arm) or (self.first_tries() if arm.name == BASELINE else [])
             tries[arm.name] = [told for config in configs if (told := self.tried(arm, config))]
             chosen[arm.name] = self.chosen(arm)
+        earlier = self.earlier.without(
+            {name for name, config in self.earlier.chosen.items() if chosen.get(name, config) not in (config, None)}
+        )
         runs = self.finals()
         validation = {
             name: {str(seed): best(self.field.stages, run)[SELECT_ON] for seed, run in found.items()}
@@ -300,8 +303,8 @@ class Study:
         }
         teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)
-        test, rows = scored.test(runs, teachers, self.earlier)
-        told = {"tries": tries, "chosen": chosen, "validation": {**self.earlier.validation, **validation}, "test": test}
+        test, rows = scored.test(runs, teachers, earlier)
+        told = {"tries": tries, "chosen": chosen, "validation": {**earlier.validation, **validation}, "test": test}
         return told, rows
 
 

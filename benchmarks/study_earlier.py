@@ -1,12 +1,13 @@
 """What an earlier result of the study of distillation tells, so that it need not be run again."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from study_plan import ARMS, BASELINE
 
 from llm2rec.core.files import read_json, replaced_file
 
@@ -36,6 +37,25 @@ class Told:
     def tried(self, arm: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """What came of a try; None for one that is not known."""
         return next((each for each in self.tries.get(arm, []) if each["config"] == config), None)
+
+    def without(self, changed: Collection[str]) -> "Told":
+        """The same without the final runs of arms that have another configuration now, and of their variations.
+
+        Args:
+            changed: Searched arms. Gains over the baseline go with it, and groups of rows with any of them.
+        """
+        gone = {*changed, *(arm.name for arm in ARMS if arm.parent in changed)}
+        if not gone:
+            return self
+
+        def kept(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: each for name, each in found.items() if name not in gone}
+
+        test = {kind: kept(self.test.get(kind, {})) for kind in ("metrics", "gains", "variations")}
+        if BASELINE in gone:
+            test["gains"] = {}
+        test["teachers"] = self.test.get("teachers", {})
+        return replace(self, validation=kept(self.validation), rows=kept(self.rows), test=test if self.test else {})
 
 
 class Earlier:

@@ -213,6 +213,30 @@ def test_gains_whose_rows_are_not_at_hand_stand_and_are_corrected_with_the_new_o
     assert all(group["gains"].keys() == {"collaborative", "hybrid"} for group in told["groups"]["length"])
 
 
+def test_what_was_run_with_another_configuration_is_not_told_again(scored):
+    findings, runs, *_ = scored
+    varied = {**runs, "collaborative, ensemble only": runs["baseline"]}
+    test, rows = findings.test(varied, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    validation = {name: {"1": 0.1} for name in rows}
+    told = study_earlier.Told(validation=validation, test=test, rows=rows)
+    assert told.without(set()) is told
+    changed = told.without({"collaborative"})
+    assert changed.rows.keys() == changed.validation.keys() == changed.test["metrics"].keys() == {"baseline", "hybrid"}
+    assert changed.test["gains"].keys() == {"hybrid"}
+    assert changed.test["variations"] == {}
+    again, _ = findings.test({}, {}, changed)
+    assert again["gains"].keys() == {"hybrid"}
+    assert again["teachers"] == test["teachers"]
+    assert all(group["gains"].keys() == {"hybrid"} for group in again["groups"]["length"])
+    moved = told.without({"baseline"})
+    assert moved.test["gains"] == {}
+    assert moved.test["variations"].keys() == {"collaborative, ensemble only"}, "which are not compared with it"
+    now, _ = findings.test({"baseline": runs["collaborative"]}, {}, moved)
+    assert now["gains"]["collaborative"]["mean"] == pytest.approx(0, abs=1e-8), "its rows, beside the new baseline's"
+    assert now["gains"]["hybrid"]["mean"] < 0
+    assert study_earlier.Told().without({"baseline"}) == study_earlier.Told()
+
+
 def test_the_headline_is_of_the_arm_that_validates_best(scored):
     findings, runs, *_ = scored
     validation = {"baseline": {1: 0.1}, "hybrid": {1: 0.2, 2: 0.4}, "collaborative": {1: 0.9}}
