@@ -20,7 +20,8 @@ chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, whe
 
 Each arm of a student is searched with the same number of tries, drawn once from a stated space (`study_plan.py`), with
 one seed. All go on from the best of the baseline's first tries: a distilled arm searches what is its own, the baseline
-gets as many tries more around its best. The best of each arm runs with five seeds, that of the search among them.
+gets as many tries more around its best, and both have pilots where the plan names some. The best of each arm runs with
+five seeds or more, that of the search among them.
 
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
@@ -33,6 +34,7 @@ data and a tiny random model, of some arms. Beside the JSON file and its rows co
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +161,11 @@ class Study:
         first_seed, baseline = self.budget.seeds[:1], self.arms[BASELINE]
         if part == "search":
             yield from self.trained(baseline, self.untried(baseline, self.first_tries()), first_seed)
-            for arm in (arm for arm in SEARCHED if arm.teacher and arm.name in self.arms):
+            searched = [arm for arm in SEARCHED if arm.name in self.arms]
+            for arm, _ in product(searched, ("around the best of these", "pilots")):
                 if configs := self.untried(arm, self.tries(arm) or []):
                     yield from self.taught(arm)
                     yield from self.trained(arm, configs, first_seed)
-            for _ in ("around its best", "pilots"):
-                yield from self.trained(baseline, self.untried(baseline, self.tries(baseline) or []), first_seed)
             return
         for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
             if (chosen := self.chosen(arm)) is not None and not self.told_earlier(arm):
@@ -251,11 +252,13 @@ class Study:
         if arm.name == BASELINE:
             around = draw(further(start), self.budget.more_tries + 1, f"{self.student} further")
             tries = [*self.first_tries(), *({**start, **config} for config in around[1:])]
-            if (start := self.best_of(tries)) is not None:
-                tries += [{**start, **change} for change in PILOTS.get((self.field.dataset.name, self.student), ())]
-            return tries
-        drawn = draw(arm.space, self.budget.more_tries, arm.name)
-        return [fitting({**start, **arm.fixed, **config}) for config in drawn]
+        else:
+            drawn = draw(arm.space, self.budget.more_tries, arm.name)
+            tries = [fitting({**start, **arm.fixed, **config}) for config in drawn]
+        if (best_drawn := self.best_of(tries, arm)) is not None:
+            pilots = PILOTS.get((self.field.dataset.name, self.student, arm.name), ())
+            tries += [{**best_drawn, **change} for change in pilots]
+        return tries
 
     def best_of(self, configs: list[dict[str, Any]], arm: Arm | None = None) -> dict[str, Any] | None:
         """The configuration that validates best; None unless all have finished."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distillation_study
 import numpy as np
 import pytest
 import study_earlier
@@ -64,7 +65,7 @@ def test_the_baseline_goes_on_around_its_best():
     assert all(0 < each["student.model.dropout"] < 1 for each in around)
 
 
-@pytest.mark.parametrize("change", study_plan.PILOTS["games", "sasrec"], ids=str)
+@pytest.mark.parametrize("change", [each for changes in study_plan.PILOTS.values() for each in changes], ids=str)
 def test_a_pilot_is_a_configuration_of_the_student(change):
     best = {"n_negatives": 1024, "proposal": "popularity", "name": "sampled_softmax"}
     config = {**{f"student.loss.{name}": value for name, value in best.items()}, **change}
@@ -343,6 +344,37 @@ def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
     assert moved_test["variations"].keys() == {*test["variations"], "collaborative, ensemble only"}
     (source,) = moved["earlier"]
     assert source["command"].endswith("--parts"), "the last that wrote the file"
+
+
+@pytest.mark.parametrize("arm", ["baseline", "collaborative"])
+def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
+    change = {"student.training.learning_rate": 5e-4}
+    monkeypatch.setattr(distillation_study, "PILOTS", {("toy", "sasrec", arm): (change,)})
+    tries = {"baseline": [], "collaborative": []}
+
+    def study():
+        section = {"tries": tries, "chosen": {}, "validation": {}, "test": {}}
+        write_json(tmp_path / "x.json", {"samples": {"toy": {"sasrec": section}}, "command": "c", "commit": {}})
+        earlier = study_earlier.Earlier(tmp_path / "x.json")
+        options = argparse.Namespace(work=tmp_path, quick=True, jobs=1, tries=None, arms=[arm], earlier=earlier)
+        (toy,) = study_plan.datasets(options)
+        return distillation_study.Study(study_field.Field(toy, options, study_plan.Budget()), "sasrec")
+
+    def tell(name, configs, scores):
+        told = zip(configs, scores, strict=True)
+        tries[name] += [{"config": each, "seconds": {}, "validation": {"ndcg@20": score}} for each, score in told]
+
+    assert study().tries(study().arms[arm]) is None, "all begin at the best of the baseline's first tries"
+    tell("baseline", study().first_tries(), [0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
+    drawn = [each for each in study().tries(study().arms[arm]) if study().tried(study().arms[arm], each) is None]
+    assert len(drawn) == 4
+    tell(arm, drawn, [0.1, 0.3, 0.1, 0.1])
+    *others, pilot = study().tries(study().arms[arm])
+    assert len(others) == len(tries[arm])
+    assert pilot == {**drawn[1], **change}
+    assert study().chosen(study().arms[arm]) is None, "while the pilot has not been run"
+    tell(arm, [pilot], [0.25])
+    assert study().chosen(study().arms[arm]) == drawn[1]
 
 
 def test_stages_are_told_once_as_they_are_typed():
