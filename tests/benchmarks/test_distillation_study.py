@@ -379,13 +379,15 @@ def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
 
 def test_stages_are_told_once_as_they_are_typed():
     here = [
-        {"run": "result_1", "overrides": ["seed=1"]},
-        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"]},
+        {"run": "result_0", "overrides": ["dataset=toy"]},
+        {"run": "result_1", "overrides": ["dataset=toy", "seed=1"]},
+        {"run": "result_2", "overrides": ["dataset=toy", "history=[3, 4]", "seed=1"]},
     ]
-    told = study_field.one_line_each(here)
-    assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
-    further = {"run": "result_3", "overrides": ["seed=2"]}
-    assert study_field.one_line_each([*told, *here, further]) == [*told, {**further, "overrides": "seed=2"}]
+    told = study_field.one_line_each(here, ["dataset=toy"])
+    assert [each["overrides"] for each in told] == ["", "seed=1", "'history=[3, 4]' seed=1"]
+    further = {"run": "result_3", "overrides": ["dataset=toy", "seed=2"]}
+    again = study_field.one_line_each([*told, *here, further], ["dataset=toy"])
+    assert again == [*told, {**further, "overrides": "seed=2"}]
 
 
 def test_a_stage_that_was_killed_goes_on(tmp_path):
