@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
 from llm2rec.data import RecData, prepare
@@ -35,7 +36,6 @@ from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender
 from llm2rec.teacher.llm import locate
-from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.settings import (
     AdapterSettings,
     ExportSettings,
@@ -84,7 +84,7 @@ def measure(
     """Headline and samples."""
     settings = ExportSettings(block_rows=len(rows.rows))
     history, lengths = rows.data.history.numpy()[rows.rows], rows.data.lengths.numpy()[rows.rows]
-    parts = batches_by_tokens(rows.token_counts, settings.batch_tokens)
+    parts = batches_by_cost(rows.token_counts, settings.batch_tokens)
     inputs = [model.read(history[part], lengths[part]) for part in parts]
     gates = [torch.from_numpy(rows.gate_inputs[part]).to(engine.device) for part in parts]
 

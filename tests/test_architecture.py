@@ -173,6 +173,11 @@ LOADED = "import sys, json; import {}; print(json.dumps(sorted({{m.split('.')[0]
         ("llm2rec", {"torch", "numpy", "pandas", "datasets", "transformers", "peft", "accelerate", "hydra"}),
         ("llm2rec.core.errors", {"torch", "numpy", "datasets", "accelerate"}),
         ("llm2rec.student.settings", {"torch", "datasets", "accelerate"}),
+        ("llm2rec.student.__main__", {"transformers", "peft"}),
+        ("llm2rec.ensemble.__main__", {"transformers", "peft"}),
+        ("llm2rec.distill.__main__", {"transformers", "peft"}),
+        ("llm2rec.evaluate.__main__", {"transformers", "peft"}),
+        ("llm2rec.recommend.__main__", {"transformers", "peft"}),
     ],
 )
 def test_importing_brings_in_nothing_it_does_not_need(module, absent):

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["OptimizerStep", "epoch_batches", "micro_batch_count", "optimizer_step", "optimizer_steps"]
+__all__ = [
+    "OptimizerStep",
+    "batches_by_cost",
+    "epoch_batches",
+    "micro_batch_count",
+    "optimizer_step",
+    "optimizer_steps",
+]
 
 _WINDOW = 64  # effective batches whose rows are sorted together by length
 
@@ -140,3 +147,22 @@ def optimizer_steps(
     """Divide effective batches one after the other; see `optimizer_step`."""
     for batch in batches:
         yield optimizer_step(batch, n_micro_batches, rank, n_processes, sizes)
+
+
+def batches_by_cost(costs: NDArray[np.int64], max_cost: int) -> list[NDArray[np.int64]]:
+    """Cut rows that are only read, not trained on, into batches of similar cost, such as tokens with their padding.
+
+    Args:
+        costs: Cost of each row, shape ``(M,)``.
+        max_cost: Bound of rows times costliest row; a single costlier row is a batch of its own.
+
+    Returns:
+        Positions ``0..M-1``, each once, costliest rows first (so that running out of memory shows at once).
+    """
+    order = np.argsort(-costs, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, max_cost // max(1, int(costs[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

@@ -32,7 +32,7 @@ from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.rows import RowPlaces
-from llm2rec.teacher.export import rows_to_label, tell_labelling, write_outputs
+from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
@@ -138,7 +138,7 @@ def rank_training_rows(
     """Rank the catalogue for the training rows ``asked`` and keep the top K, block by block; a collective.
 
     Returns:
-        What `llm2rec.teacher.export.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
+        What `llm2rec.teacher.outputs.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
     """
     split, size, at_once = data.splits["train"], settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
     rows = SequenceData.of(split, data.n_items, ensemble.max_length)

@@ -7,15 +7,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import target_ranks
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.student.candidates import CandidateSampler
-from llm2rec.teacher.prompts import batches_by_tokens
 
-__all__ = ["CANDIDATES_HR", "candidates_hr", "rank_among", "rank_among_candidates"]
+__all__ = [
+    "CANDIDATES_HR",
+    "GENERATED_HR",
+    "GENERATED_HR_VALID",
+    "VALID_RATIO",
+    "candidates_hr",
+    "rank_among",
+    "rank_among_candidates",
+]
 
 CANDIDATES_HR = "candidates_hr@1"
+GENERATED_HR = "generated_hr@1"
+"""Rows whose written title names the answer and nothing else, over ALL rows."""
+GENERATED_HR_VALID = "generated_hr@1_valid"
+"""The same over the rows whose written title names exactly one candidate, as iLoRA's released program counts."""
+VALID_RATIO = "valid_ratio"
+"""Those rows over all rows."""
 
 
 def rank_among(scores: Tensor, candidates: NDArray[np.int64], targets: Tensor) -> Tensor:
@@ -63,7 +77,7 @@ def rank_among_candidates(
     mine = engine.my_rows(len(targets))
     ranks = torch.empty(len(mine), dtype=torch.int64)
     with torch.no_grad():
-        for part in batches_by_tokens(costs[mine], max_cost):
+        for part in batches_by_cost(costs[mine], max_cost):
             rows = mine[part]
             scores = score(rows)
             own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)

@@ -16,7 +16,6 @@ from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
 from llm2rec.evaluate.findings import Contender, RunScores
 from llm2rec.evaluate.statistics import Estimate, estimate, quantile_groups
-from llm2rec.ilora import gate_health
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.store import load_student
 
@@ -224,6 +223,9 @@ def gate_use(found: Sequence[Contender], lengths: NDArray[np.int64]) -> tuple[li
         if gates is None:
             notes.append(f"{name}: {run.name}/metrics/test_gates.npy does not hold the gates of these test rows.")
             continue
+        # With PEFT, which takes seconds to import: most reports are of students alone.
+        from llm2rec.ilora import gate_health
+
         health = gate_health(torch.from_numpy(gates))
         groups = tuple(
             (int(lengths[rows].min()), int(lengths[rows].max()), len(rows), tuple(gates[rows].mean(axis=0).tolist()))

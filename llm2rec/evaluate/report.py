@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec.core.files import replaced_file, write_json
-from llm2rec.evaluate.candidates import CANDIDATES_HR
+from llm2rec.evaluate.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 from llm2rec.evaluate.scoring import Scored
-from llm2rec.evaluate.title_runs import GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 
 __all__ = ["aligned", "draw", "format_table", "format_titles", "write_report"]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from llm2rec.core.ranking import Pairs
 from llm2rec.core.run import read_record
 from llm2rec.data import RecData
 from llm2rec.evaluate.candidates import CANDIDATES_HR, candidates_hr, rank_among
-from llm2rec.evaluate.finished import FinishedEnsemble, FinishedModel, FinishedStudent, FinishedTeacher
-from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
+from llm2rec.evaluate.finished import FinishedEnsemble, FinishedModel, FinishedStudent
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 
@@ -134,7 +134,7 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
         seen = SeenItems.of(data.splits["test"], data.sequences) if protocol.mask_seen else None
         ranks = model.ranks(seen, max(protocol.ks))
         metrics, k = ranking_metrics(ranks, protocol.ks), min(max(protocol.ks), data.n_items)
-        if isinstance(model, FinishedTitleTeacher):
+        if not model.ranks_all:
             del metrics["mrr"]  # without cut-off it would need the ranks beyond
         gates = model.gates()
         if gates is not None and engine.is_main:  # for the report, which loads no language model
@@ -143,7 +143,7 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
 
     key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": n_rows}
     scores = _once(folder / "metrics", "test", key, engine, rank)
-    n_titles = (protocol.n_candidates or model.n_candidates) if isinstance(model, FinishedTitleTeacher) else 0
+    n_titles = model.n_titles(protocol.n_candidates)
     among = _among_candidates(model, folder, data, engine, protocol, n_titles)
     return Scored(
         record["label"],
@@ -174,14 +174,9 @@ def _among_candidates(
         ranks = model.candidate_ranks(candidates)
         return ranks, _candidate_scores(ranks)
 
-    def choose_titles() -> tuple[Tensor, dict[str, Any]]:
-        assert isinstance(model, FinishedTitleTeacher), "only title teachers choose titles"
-        ranks, hits = model.candidate_ranks(candidates), model.hits(candidates)
-        columns = [ranks] if hits is None else [ranks, torch.from_numpy(hits.valid), torch.from_numpy(hits.correct)]
-        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, protocol.ks)
-
     if n_titles:
-        return _once(folder / "metrics", "test_titles", key | {"ks": list(protocol.ks)}, engine, choose_titles)
+        choose = partial(model.choose_titles, candidates, protocol.ks)
+        return _once(folder / "metrics", "test_titles", key | {"ks": list(protocol.ks)}, engine, choose)
     return _once(folder / "metrics", "test_candidates", key, engine, rank_candidates)
 
 
@@ -193,6 +188,10 @@ def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
         return FinishedStudent
     recipe = folder / "teacher" / "config.json"  # where it is missing, loading the teacher tells
     writes = recipe.is_file() and _read(recipe).get("objective") == "title"
+    # With PEFT, which takes seconds to import: a table of students does not wait for it.
+    from llm2rec.evaluate.teacher_runs import FinishedTeacher
+    from llm2rec.evaluate.title_runs import FinishedTitleTeacher
+
     return FinishedTitleTeacher if writes else FinishedTeacher
 
 

@@ -14,29 +14,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.files import read_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.evaluate.candidates import CANDIDATES_HR
-from llm2rec.evaluate.finished import FinishedModel, gates_of_rows
+from llm2rec.evaluate.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
+from llm2rec.evaluate.finished import FinishedModel
+from llm2rec.evaluate.teacher_runs import gates_of_rows
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.teacher.factory import load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.hits import HitRule, TitleHits, judge
-from llm2rec.teacher.prompts import batches_by_tokens
 from llm2rec.teacher.title_model import TitleRecommender
 from llm2rec.teacher.title_objective import UNLISTED_CANDIDATES, rank_answers
 from llm2rec.teacher.titles import fold_title
 
-__all__ = ["GENERATED_HR", "GENERATED_HR_VALID", "VALID_RATIO", "FinishedTitleTeacher", "title_scores"]
+__all__ = ["FinishedTitleTeacher", "title_scores"]
 
-GENERATED_HR = "generated_hr@1"
-"""Rows whose written title names the answer and nothing else, over ALL rows."""
-GENERATED_HR_VALID = "generated_hr@1_valid"
-"""The same over the rows whose written title names exactly one candidate, as iLoRA's released program counts."""
-VALID_RATIO = "valid_ratio"
-"""Those rows over all rows."""
 _GENERATED = {"hr@1": GENERATED_HR, "hr@1_valid": GENERATED_HR_VALID, "valid_ratio": VALID_RATIO}
 _BATCH_TOKENS = 8192
 
@@ -44,14 +39,18 @@ _BATCH_TOKENS = 8192
 class FinishedTitleTeacher(FinishedModel):
     """A teacher that writes titles."""
 
+    ranks_all = False
+
     @cached_property
     def _recipe(self) -> dict[str, Any]:
         return dict(read_json(self._folder / "teacher" / "config.json"))
 
-    @property
-    def n_candidates(self) -> int:
-        """Candidates that the teacher was trained to choose among; what validation took where it lists none."""
-        return int(self._recipe["title"]["n_candidates"]) or UNLISTED_CANDIDATES
+    def n_titles(self, n_candidates: int) -> int:
+        """See `FinishedModel.n_titles`: as many as it was trained to choose among, unless others are asked for.
+
+        A teacher whose prompts list none is asked as validation asks it.
+        """
+        return n_candidates or int(self._recipe["title"]["n_candidates"]) or UNLISTED_CANDIDATES
 
     @cached_property
     def _loaded(self) -> tuple[TitleRecommender, TeacherRows]:
@@ -68,7 +67,7 @@ class FinishedTitleTeacher(FinishedModel):
         mine = self._engine.my_rows(len(rows.rows))
         ranks = torch.empty(len(mine), dtype=torch.int64)
         counts = model.ranking_token_counts(rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine], k)
-        for part in batches_by_tokens(counts, _BATCH_TOKENS):
+        for part in batches_by_cost(counts, _BATCH_TOKENS):
             gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
             items = self._best(mine[part], k, seen, gate_inputs)
             hits = items == rows.data.targets[torch.from_numpy(mine[part])].unsqueeze(1)
@@ -101,6 +100,12 @@ class FinishedTitleTeacher(FinishedModel):
             model.prompts.check_candidates(candidates.n_candidates, hybrid=model.is_hybrid)
         return rank_answers(model, rows, candidates, self._engine, batch_tokens=_BATCH_TOKENS)
 
+    def choose_titles(self, candidates: CandidateSampler, ks: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+        """See `FinishedModel.choose_titles`."""
+        ranks, hits = self.candidate_ranks(candidates), self.hits(candidates)
+        columns = [ranks] if hits is None else [ranks, torch.from_numpy(hits.valid), torch.from_numpy(hits.correct)]
+        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, ks)
+
     def hits(self, candidates: CandidateSampler) -> TitleHits | None:
         """What the teacher writes after prompts that list candidates; None if its prompts list none; a collective.
 
@@ -114,7 +119,7 @@ class FinishedTitleTeacher(FinishedModel):
         drawn = candidates.draw(rows.rows[mine])
         counts = model.prompts.question_token_counts(history, lengths, drawn, hybrid=model.is_hybrid)
         texts = [""] * len(mine)
-        for part in batches_by_tokens(model.settings.generation_beams * counts, _BATCH_TOKENS):
+        for part in batches_by_cost(model.settings.generation_beams * counts, _BATCH_TOKENS):
             gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
             for row, text in zip(
                 part, model.generate(history[part], lengths[part], drawn[part], gate_inputs), strict=True

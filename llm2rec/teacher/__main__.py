@@ -22,11 +22,12 @@ from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.samples import log_recommendations
 from llm2rec.teacher.card import teacher_card
-from llm2rec.teacher.export import rank_blocks, rows_to_label, tell_labelling, write_outputs
+from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
 from llm2rec.teacher.llm import check_launch, locate, mixed_precision
+from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.recommender import open_recommender
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
 from llm2rec.teacher.title_model import TitleRecommender

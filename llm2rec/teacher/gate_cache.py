@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import replaced_file
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.ilora_model import LLMTeacher
-from llm2rec.teacher.prompts import batches_by_tokens
 
 __all__ = ["GateCache", "TeacherRows", "model_identity"]
 
@@ -106,7 +106,7 @@ def _compute(
     batch_tokens: int,
 ) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] | None = None
-    for rows in batches_by_tokens(model.prompts.token_counts(history, lengths), batch_tokens):
+    for rows in batches_by_cost(model.prompts.token_counts(history, lengths), batch_tokens):
         computed = model.gate_inputs(history[rows], lengths[rows]).cpu().numpy()
         vectors = np.empty((len(history), computed.shape[1]), np.float32) if vectors is None else vectors
         vectors[rows] = computed

@@ -22,13 +22,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.vectors import standardised
 from llm2rec.ilora import Gate, ILoraModel, frozen_base
 from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.heads import ItemHead
 from llm2rec.teacher.injection import ItemProjector, embedded
 from llm2rec.teacher.interfaces import ITeacherRecommender
-from llm2rec.teacher.prompts import PromptBuilder, TokenBatch, batches_by_tokens
+from llm2rec.teacher.prompts import PromptBuilder, TokenBatch
 from llm2rec.teacher.recommender import TrainedRecommender
 
 __all__ = ["EXCLUDED", "ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
@@ -384,7 +385,7 @@ def title_vectors(
     """
     vectors: Tensor | None = None
     with torch.no_grad():
-        for items in batches_by_tokens(prompts.title_token_counts(), batch_tokens):
+        for items in batches_by_cost(prompts.title_token_counts(), batch_tokens):
             tokens = prompts.titles(items).to(device)
             with mixing(items):
                 hidden = llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state

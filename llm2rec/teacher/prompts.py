@@ -22,7 +22,7 @@ from llm2rec.teacher.titles import shortened
 from llm2rec.teacher.tokenising import PieceTokenizer
 from llm2rec.teacher.wording import Wordings, plain_wordings, wordings_for
 
-__all__ = ["PromptBuilder", "TokenBatch", "batches_by_tokens"]
+__all__ = ["PromptBuilder", "TokenBatch"]
 
 
 class PromptBuilder:
@@ -251,22 +251,3 @@ class PromptBuilder:
         if self.settings.wording == "domain":
             return wordings_for(self._domain)
         return plain_wordings(self.settings.prefix, self.settings.suffix, self._domain, title_next=title_next)
-
-
-def batches_by_tokens(token_counts: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
-    """Cut rows into batches of similar length and at most ``max_tokens`` tokens each, padding included.
-
-    Args:
-        token_counts: Tokens per row, shape ``(M,)``.
-        max_tokens: Bound of rows times longest row; a single longer row is a batch of its own.
-
-    Returns:
-        Positions ``0..M-1``, each once, longest rows first (so that running out of memory shows at once).
-    """
-    order = np.argsort(-token_counts, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, max_tokens // max(1, int(token_counts[order[start]])))
-        batches.append(order[start : start + size])
-        start += size
-    return batches

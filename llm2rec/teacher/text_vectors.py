@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.teacher.ilora_model import pool
-from llm2rec.teacher.prompts import PromptBuilder, batches_by_tokens
+from llm2rec.teacher.prompts import PromptBuilder
 
 __all__ = ["TitleVectors", "read_texts", "read_titles"]
 
@@ -54,7 +55,7 @@ def read_texts(
     tokens = prompts.texts(texts)
     counts = tokens.attention_mask.sum(dim=1).numpy()
     vectors: Tensor | None = None
-    for part in batches_by_tokens(counts, batch_tokens):
+    for part in batches_by_cost(counts, batch_tokens):
         rows, width = torch.from_numpy(part), int(counts[part].max())
         ids, mask = (each[rows, :width].to(device) for each in (tokens.input_ids, tokens.attention_mask))
         pooled = pool(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling)

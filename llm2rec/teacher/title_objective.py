@@ -7,11 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llm2rec.core.batching import batches_by_cost
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.teacher.gate_cache import TeacherRows
-from llm2rec.teacher.prompts import TokenBatch, batches_by_tokens
+from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.title_model import TitleRecommender
 
 __all__ = ["UNLISTED_CANDIDATES", "TitleObjective", "rank_answers"]
@@ -120,7 +121,7 @@ def rank_answers(
     listed = drawn if model.lists_candidates else None
     counts = model.prompts.question_token_counts(history, lengths, listed, hybrid=model.is_hybrid)
     ranks = torch.empty(len(mine), dtype=torch.int64)
-    for part in batches_by_tokens(counts, batch_tokens):
+    for part in batches_by_cost(counts, batch_tokens):
         gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)
         shown = None if listed is None else listed[part]
         scores = model.candidate_log_probs(history[part], lengths[part], shown, gate_inputs, drawn[part])  # (b, C)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.batching import OptimizerStep
+from llm2rec.core.batching import OptimizerStep, batches_by_cost
 from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
 from llm2rec.core.optimizer import adamw
@@ -21,7 +21,7 @@ from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
-from llm2rec.teacher.prompts import TokenBatch, batches_by_tokens
+from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TeacherSettings
 
 __all__ = ["ItemObjective", "Objective", "rank_targets", "train_teacher"]
@@ -222,7 +222,7 @@ def rank_targets(
     mine = engine.my_rows(len(rows.rows))
     ranks = torch.empty(len(mine), dtype=torch.int64)
     with torch.no_grad():
-        for part in batches_by_tokens(rows.token_counts[mine], batch_tokens):
+        for part in batches_by_cost(rows.token_counts[mine], batch_tokens):
             numbers = rows.rows[mine[part]]
             batch = rows.data.batch(numbers, engine.device)
             inputs = model.read(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers])

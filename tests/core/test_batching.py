@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2rec.core.batching import epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.batching import batches_by_cost, epoch_batches, micro_batch_count, optimizer_steps
 from llm2rec.core.errors import ConfigError
 
 SIZES = {
@@ -146,3 +146,13 @@ def test_pieces_by_hand():
 def test_a_piece_larger_than_a_batch_is_refused():
     with pytest.raises(ConfigError, match="`batch_size` is 4, but up to 5 training rows come in one piece; raise it"):
         epoch_batches(np.arange(3), 4, 0, 0, sizes=np.array([1, 5, 2]))
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
+def test_batches_by_cost_hold_each_row_once_and_keep_the_bound(counts, bound):
+    counts = np.array(counts, np.int64)
+    batches = batches_by_cost(counts, bound)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(counts)))
+    assert all(len(batch) == 1 or len(batch) * counts[batch].max() <= bound for batch in batches)
+    longest = [counts[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)

@@ -13,7 +13,7 @@ from llm2rec.data import CsvTables, prepare
 from llm2rec.evaluate.findings import read_run
 from llm2rec.evaluate.gathering import gather
 from llm2rec.evaluate.scoring import Protocol, score_popularity, score_run
-from llm2rec.teacher.export import write_outputs
+from llm2rec.teacher.outputs import write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False, candidates_seed=3)

@@ -14,7 +14,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.evaluate import finished
+from llm2rec.evaluate import teacher_runs
 from llm2rec.evaluate.candidates import CANDIDATES_HR, rank_among, rank_among_candidates
 from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.scoring import Protocol, Scored, score_popularity, score_run
@@ -100,9 +100,9 @@ class LastItemTeacher(ITeacherRecommender):
 
 def test_a_teacher_is_asked_through_its_interface_in_batches_of_any_order(tmp_path, data, monkeypatch):
     teacher = LastItemTeacher(data.n_items)
-    monkeypatch.setattr(finished, "load_teacher", lambda folder, data, device: (teacher, None))
+    monkeypatch.setattr(teacher_runs, "load_teacher", lambda folder, data, device: (teacher, None))
     ranks = torch.arange(len(data.splits["test"]))
-    monkeypatch.setattr(finished.FinishedTeacher, "ranks", lambda self, seen, k: ranks)
+    monkeypatch.setattr(teacher_runs.FinishedTeacher, "ranks", lambda self, seen, k: ranks)
     dataset = {"name": data.name, "fingerprint": data.fingerprint}
     folder = tmp_path / "result_20260101_000000"
     record = {"stage": "teacher", "status": "finished", "seed": 1, "label": "ilora", "parameters": 5}

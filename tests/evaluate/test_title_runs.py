@@ -13,16 +13,10 @@ from llm2rec.core.files import read_json, write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.evaluate import title_runs
-from llm2rec.evaluate.candidates import CANDIDATES_HR
+from llm2rec.evaluate.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 from llm2rec.evaluate.report import write_report
 from llm2rec.evaluate.scoring import Protocol, score_run
-from llm2rec.evaluate.title_runs import (
-    GENERATED_HR,
-    GENERATED_HR_VALID,
-    VALID_RATIO,
-    FinishedTitleTeacher,
-    title_scores,
-)
+from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.teacher.hits import TitleHits

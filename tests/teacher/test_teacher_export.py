@@ -10,7 +10,8 @@ from safetensors.numpy import save_file as save_block
 from teacher_helpers import build, randomise, split, teacher_rows
 
 from llm2rec.distill.data_bridge import read_outputs
-from llm2rec.teacher.export import rank_blocks, write_outputs
+from llm2rec.teacher.export import rank_blocks
+from llm2rec.teacher.outputs import write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 TOP_K = 7
@@ -141,7 +142,7 @@ def test_a_killed_export_goes_on_and_writes_the_same_files(finished, teacher, en
 
 def test_writing_killed_half_way_leaves_the_former_outputs(teacher, engine, tmp_path, monkeypatch):
     former = contents(export(teacher, engine, tmp_path))
-    monkeypatch.setattr("llm2rec.teacher.export.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("llm2rec.teacher.outputs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(teacher, engine, tmp_path, confidence="prob")
     assert contents(tmp_path / "outputs") == former

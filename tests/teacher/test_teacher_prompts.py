@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from teacher_helpers import ODD_TITLES, bpe_tokenizer, item_table, padded, wordpiece_tokenizer
 from transformers import AutoTokenizer
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.prompts import PromptBuilder, batches_by_tokens
+from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import PromptSettings
 
 TOKENIZERS = {"bpe": bpe_tokenizer, "wordpiece": wordpiece_tokenizer}
@@ -131,16 +129,6 @@ def test_ids_of_a_row_do_not_depend_on_the_other_rows(tokenizer):
     together = real_tokens(prompts.histories(*padded(histories, len(ODD_TITLES), 8)))
     alone = [real_tokens(prompts.histories(*padded([history], len(ODD_TITLES), 8)))[0] for history in histories]
     assert together == alone
-
-
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
-def test_batches_by_tokens_hold_each_row_once_and_keep_the_bound(counts, bound):
-    counts = np.array(counts, np.int64)
-    batches = batches_by_tokens(counts, bound)
-    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(counts)))
-    assert all(len(batch) == 1 or len(batch) * counts[batch].max() <= bound for batch in batches)
-    longest = [counts[batch].max() for batch in batches]
-    assert longest == sorted(longest, reverse=True)
 
 
 def test_token_batches_are_integers_that_embeddings_take(tokenizer):
