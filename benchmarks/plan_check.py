@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ilora int4": {"precision": "int4"},
 }
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-QUICK = ("ilora", "ilora checkpointing", "lora")
+QUICK = ("ilora checkpointing", "lora")
 
 
 def main() -> None:

@@ -53,10 +53,11 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     on_gpu = options.device.startswith("cuda")
-    n_rows = 256 if options.quick else 16384 if on_gpu else 1024
+    n_rows = 64 if options.quick else 16384 if on_gpu else 1024
+    width = 128 if options.quick else 768 if on_gpu else 512
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(Toy(), Path(folder) / "data")
-        model = teacher(data, Path(folder), width=768 if on_gpu else 512, torch_device=torch.device(options.device))
+        model = teacher(data, Path(folder), width, torch.device(options.device))
         engine = Engine(Run(Path(folder) / "run", "teacher", {}), seed=0, tensorboard=False, show_progress=False)
         train = SequenceData.of(data.splits["train"], data.n_items, data.history_length)
         chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:n_rows])
@@ -65,7 +66,7 @@ def main() -> None:
     harness.write_result(options, *result)
 
 
-def teacher(data: RecData, folder: Path, width: int, torch_device: torch.device) -> ILoraRecommender:
+def teacher(data: RecData, folder: Path, width: int, device: torch.device) -> ILoraRecommender:
     """A teacher with random weights, in evaluation mode."""
     llm = TinyRandomSettings(
         name="random", width=width, n_layers=12 if width > 512 else 6, n_heads=8, prompt=PromptSettings(max_tokens=256)
@@ -73,7 +74,7 @@ def teacher(data: RecData, folder: Path, width: int, torch_device: torch.device)
     settings = TeacherSettings(adapter=AdapterSettings(r=16, num_experts=4))
     source = locate(llm, folder, folder / "llm", data.titles)
     targets = np.zeros(1, np.int32)
-    model, _ = build_teacher(llm, source, settings, data, targets, torch_device)
+    model, _ = build_teacher(llm, source, settings, data, targets, device)
     assert isinstance(model, ILoraRecommender)
     return model.eval()
 
