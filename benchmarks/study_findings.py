@@ -195,7 +195,8 @@ def headline(samples: Mapping[str, Any]) -> dict[str, float]:
             told[f"{name} {student} {arm}: validation {SELECT_ON}"] = statistics.mean(runs.values())
         if not (test := found["test"]):
             continue
-        told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
+        if BASELINE in test["metrics"]:  # an earlier one's scores do not count where another has been chosen since
+            told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
         for arm, gain in compared(test).items():
             which = f"{name} {student} {arm}: gain" + (f" over {PARENTS[arm]}" if arm in PARENTS else "")
             told |= {which: gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}

@@ -272,6 +272,12 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
     assert "movielens" not in figure
     assert "not been opened" in study_findings.figure({"movielens": samples["movielens"]})
 
+    between = {**told, "test": study_earlier.Told(validation=validation, test=test).without({"baseline"}).test}
+    chosen_anew = {"games": {**titles, "sasrec": between}}
+    assert "sasrec_games_ndcg10" not in study_findings.headline(chosen_anew), "the former baseline's"
+    assert "| hybrid |" in study_findings.tables(chosen_anew)
+    assert "not been opened" in study_findings.figure(chosen_anew)
+
 
 def test_shuffled_vectors_belong_to_other_items_and_nothing_else_changes(tmp_path):
     vectors = torch.arange(40.0).view(20, 2)
