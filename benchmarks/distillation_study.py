@@ -40,7 +40,7 @@ from typing import Any
 
 from harness import write_result
 from ml100k import command_line
-from study_earlier import Earlier, Rows, row_name, write_rows
+from study_earlier import Earlier, Rows, common_once, row_name, write_rows
 from study_field import Field, best
 from study_findings import Findings, brief, figure, headline, tables
 from study_plan import (
@@ -83,7 +83,7 @@ def main() -> None:
             dataset, student = study.field.dataset.name, study.student
             samples[dataset][student], found = study.findings()
             rows |= {row_name(dataset, student, arm): each for arm, each in found.items()}
-        samples = brief(samples)
+        samples = brief(common_once(samples))
         write_result(options, headline(samples), samples, told=told, earlier=options.earlier.sources)
         write_rows(options.json, rows)
         return samples

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from study_plan import ARMS, BASELINE
 
 from llm2rec.core.files import read_json, replaced_file
 
-__all__ = ["Earlier", "Rows", "Told", "row_name", "rows_file", "write_rows"]
+__all__ = ["Earlier", "Rows", "Told", "common_once", "row_name", "rows_file", "spelt_out", "write_rows"]
 
 Rows = dict[str, NDArray[np.float32]]
 
@@ -67,7 +68,7 @@ class Earlier:
 
     def __init__(self, file: Path | None) -> None:
         told = read_json(file) if file is not None else {}
-        self.samples: dict[str, Any] = told.get("samples", {})
+        self.samples: dict[str, Any] = spelt_out(told.get("samples", {}))
         self.sources = [*told.get("earlier", []), {key: told[key] for key in ("command", "commit")}] if told else []
         self.rows: Rows = {}
         if file is not None and rows_file(file).is_file():
@@ -82,6 +83,28 @@ class Earlier:
         start = row_name(dataset, student, "")
         rows = {name.removeprefix(start): each for name, each in self.rows.items() if name.startswith(start)}
         return Told(found["tries"], found["chosen"], found["validation"], found["test"], rows)
+
+
+def common_once(samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with what all stages of a dataset are told written once, as ``common``, and not in each of them."""
+    found = {}
+    for dataset, about in samples.items():
+        words = [each["overrides"].split(" ") for each in about["stages"]]
+        shared = [word for word, *_ in takewhile(lambda same: len(set(same)) == 1, zip(*words, strict=False))]
+        rest = [" ".join(each[len(shared) :]) for each in words]
+        stages = [{**each, "overrides": line} for each, line in zip(about["stages"], rest, strict=True)]
+        found[dataset] = {**about, "common": " ".join(shared), "stages": stages}
+    return found
+
+
+def spelt_out(samples: Mapping[str, Any]) -> dict[str, Any]:
+    """What `common_once` has written, as it was; what is without ``common`` is so already."""
+    found = {}
+    for dataset, about in samples.items():
+        common = about.get("common", "")
+        stages = [{**each, "overrides": f"{common} {each['overrides']}".strip()} for each in about.get("stages", [])]
+        found[dataset] = {**{key: each for key, each in about.items() if key != "common"}, "stages": stages}
+    return found
 
 
 def row_name(dataset: str, student: str, arm: str) -> str:

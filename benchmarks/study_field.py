@@ -114,8 +114,7 @@ class Field:
             "select_on": SELECT_ON,
             "titles": self.titles,
             "teachers": {**earlier.get("teachers", {}), **told},
-            "common": join(self.stages.common),
-            "stages": one_line_each([*earlier.get("stages", []), *self.stages.records], self.stages.common),
+            "stages": one_line_each([*earlier.get("stages", []), *self.stages.records]),
         }
 
     def labelling(self, run: str) -> dict[str, float]:
@@ -142,19 +141,12 @@ def shuffle_vectors(outputs: Path, folder: Path) -> None:
         write_json(aside / "manifest.json", {**manifest, "teacher": folder.name, "sha256": hashes})
 
 
-def one_line_each(records: list[dict[str, Any]], common: list[str]) -> list[dict[str, Any]]:
-    """Records of stages, each once, with overrides as they are typed: an earlier result may tell of those here too.
-
-    Args:
-        records: As `ml100k.Stages` keeps them, or as they came out of here.
-        common: What all stages are told, which is left out.
-    """
-
-    def line(overrides: list[str] | str) -> str:
-        typed = overrides if isinstance(overrides, str) else join(overrides)
-        return typed.removeprefix(join(common)).lstrip()
-
-    told = [{**each, "overrides": line(each["overrides"])} for each in records]
+def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of stages, each once, with overrides as they are typed: an earlier result may tell of those here too."""
+    told = [
+        {**each, "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"])}
+        for each in records
+    ]
     return list({(each["run"], each["overrides"]): each for each in told}.values())
 
 

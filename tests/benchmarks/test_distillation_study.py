@@ -385,15 +385,26 @@ def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
 
 def test_stages_are_told_once_as_they_are_typed():
     here = [
-        {"run": "result_0", "overrides": ["dataset=toy"]},
-        {"run": "result_1", "overrides": ["dataset=toy", "seed=1"]},
-        {"run": "result_2", "overrides": ["dataset=toy", "history=[3, 4]", "seed=1"]},
+        {"run": "result_1", "overrides": ["seed=1"]},
+        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"]},
     ]
-    told = study_field.one_line_each(here, ["dataset=toy"])
-    assert [each["overrides"] for each in told] == ["", "seed=1", "'history=[3, 4]' seed=1"]
-    further = {"run": "result_3", "overrides": ["dataset=toy", "seed=2"]}
-    again = study_field.one_line_each([*told, *here, further], ["dataset=toy"])
-    assert again == [*told, {**further, "overrides": "seed=2"}]
+    told = study_field.one_line_each(here)
+    assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
+    further = {"run": "result_3", "overrides": ["seed=2"]}
+    assert study_field.one_line_each([*told, *here, further]) == [*told, {**further, "overrides": "seed=2"}]
+
+
+def test_what_all_stages_are_told_is_written_once_and_read_into_each():
+    stages = [{"overrides": f"dataset=toy llm=tiny_random {rest}"} for rest in ("seed=1", "seed=12", "student=x")]
+    samples = {"toy": {"titles": {}, "stages": stages}}
+    written = study_earlier.common_once(samples)
+    assert written["toy"]["common"] == "dataset=toy llm=tiny_random"
+    assert [each["overrides"] for each in written["toy"]["stages"]] == ["seed=1", "seed=12", "student=x"]
+    assert study_earlier.spelt_out(written) == samples
+    assert study_earlier.spelt_out(samples) == samples
+    alone = {"toy": {"stages": [{"overrides": "dataset=toy"}, {"overrides": "dataset=toy seed=1"}]}}
+    assert study_earlier.spelt_out(study_earlier.common_once(alone)) == alone
+    assert study_earlier.spelt_out(study_earlier.common_once({"toy": {"stages": []}})) == {"toy": {"stages": []}}
 
 
 def test_a_stage_that_was_killed_goes_on(tmp_path):
