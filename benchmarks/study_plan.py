@@ -167,6 +167,7 @@ PILOTS: Mapping[tuple[str, str, str], Sequence[Config]] = {
         {f"{_TRAINING}.learning_rate": 1e-3},
         {f"{_MODEL}.dropout": 0.4},
         {f"{_TRAINING}.batch_size": 256},
+        {f"{_LOSS}.name": "cross_entropy", f"{_LOSS}.n_negatives": "null", f"{_LOSS}.proposal": "null"},
     ),
     ("games", "sasrec", "collaborative"): ({f"{_TRAINING}.learning_rate": 1e-3},),
 }
