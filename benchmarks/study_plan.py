@@ -160,7 +160,7 @@ BASELINE_SPACE: Space = (
     ],
 )
 # What is searched with the collaborative teacher was narrowed by pilots, of SASRec on validation of games. The baseline
-# is owed as many there and more: single changes of its best. The one that it gained by is owed to the taught student too.
+# is owed as many there and more: single changes of its best. The one that it gained by is the taught student's due too.
 PILOTS: Mapping[tuple[str, str, str], Sequence[Config]] = {
     ("games", "sasrec", BASELINE): (
         {f"{_LOSS}.n_negatives": 4096},
