@@ -142,12 +142,24 @@ def shuffle_vectors(outputs: Path, folder: Path) -> None:
 
 
 def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of stages, each once, with overrides as they are typed: an earlier result may tell of those here too."""
+    """Records of stages, each once, as they are typed and with the commit in a word.
+
+    An earlier result may tell of the same ones, and in these words.
+    """
     told = [
-        {**each, "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"])}
+        {
+            **each,
+            "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"]),
+            "git": each["git"] if isinstance(each["git"], str) else commit_in_a_word(**each["git"]),
+        }
         for each in records
     ]
     return list({(each["run"], each["overrides"]): each for each in told}.values())
+
+
+def commit_in_a_word(commit: str | None, dirty: bool | None) -> str:
+    """The start of a commit's hash, with ``+`` behind it where the checkout had changes; ``unknown`` without git."""
+    return f"{(commit or 'unknown')[:12]}{'+' if dirty else ''}"
 
 
 def best(stages: Stages, run: str) -> dict[str, float]:

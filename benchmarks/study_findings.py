@@ -62,10 +62,10 @@ class Findings:
         Returns:
             Empty where the test split has not been opened. Otherwise estimates by arm and metric; differences of
             NDCG@20 with p-values, of searched arms to the baseline and of variations to the arm that they vary
-            (`p_holm` is corrected for the number of searched arms, or of that arm's variations, `seeds_error` the
-            standard error that training seeds give `relative`, which the interval over rows leaves out); and
-            differences of all to the baseline by popularity of the target and by length of the history. Beside it, by
-            arm, what each test row adds to NDCG@20, shape ``(M,)``.
+            (`p_holm` is corrected for the number of searched arms, or of that arm's variations; the interval is over
+            rows, and `over_seeds` adds what it leaves out); and differences of all to the baseline by popularity of
+            the target and by length of the history. Beside it, by arm, what each test row adds to NDCG@20, shape
+            ``(M,)``.
         """
         scored = {name: self.scored(found) for name, found in runs.items() if set(found) >= set(self.seeds)}
         ranks = {name: found for name, found in scored.items() if found is not None}
@@ -92,8 +92,10 @@ class Findings:
         return {
             "metrics": metrics,
             "teachers": {**known["teachers"], **{name: estimates(found) for name, found in taught.items()}},
-            "gains": {name: {**gain, **seeds_error(metrics, name, BASELINE)} for name, gain in gains.items()},
-            "variations": {n: {**gain, **seeds_error(metrics, n, PARENTS[n])} for n, gain in variations.items()},
+            "gains": {name: {**gain, **over_seeds(gain, metrics, name, BASELINE)} for name, gain in gains.items()},
+            "variations": {
+                name: {**gain, **over_seeds(gain, metrics, name, PARENTS[name])} for name, gain in variations.items()
+            },
             "groups": groups,
         }, rows
 
@@ -140,13 +142,32 @@ def corrected(gains: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {**gain, "p_holm": p} for (name, gain), p in zip(gains.items(), p_values, strict=True)}
 
 
-def seeds_error(metrics: Mapping[str, Any], arm: str, reference: str) -> dict[str, float]:
-    """Standard error over seeds of an arm's relative gain, as of two independent means; empty for single runs."""
+def over_seeds(gain: Mapping[str, Any], metrics: Mapping[str, Any], arm: str, reference: str) -> dict[str, float]:
+    """What training seeds add to the uncertainty of an arm's gain over another; empty for single runs.
+
+    Args:
+        gain: Their difference, with its interval over rows.
+        metrics: Estimates by arm and metric.
+        arm: The one.
+        reference: The other.
+
+    Returns:
+        `seeds_error`, the standard error over seeds of `relative`, as of two independent means; and
+        `relative_low` and `relative_high`, the 95 % interval of `relative` over rows and seeds, whose errors add in
+        squares. What rows vary by holds a little of the seeds' noise already: it is too wide rather than too narrow.
+    """
     both = [metrics[name][SELECT_ON]["runs"] for name in (arm, reference) if name in metrics]
     if len(both) < 2 or min(map(len, both)) < 2:
         return {}
-    error = math.sqrt(sum(statistics.variance(runs) / len(runs) for runs in both))
-    return {"seeds_error": error / statistics.mean(both[1])}
+    mean = statistics.mean(both[1])
+    error = math.sqrt(sum(statistics.variance(runs) / len(runs) for runs in both)) / mean
+    of_seeds = 1.96 * error
+    below, above = ((gain[end] - gain["mean"]) / mean for end in ("low", "high"))
+    return {
+        "seeds_error": error,
+        "relative_low": gain["relative"] - math.hypot(below, of_seeds),
+        "relative_high": gain["relative"] + math.hypot(above, of_seeds),
+    }
 
 
 def compared(test: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -240,7 +261,8 @@ def test_table(test: Mapping[str, Any]) -> Iterator[str]:
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
         gain = compared(test).get(arm)
         told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
-        told += f", seeds ± {gain['seeds_error']:.1%}" if gain and "seeds_error" in gain else ""
+        if gain and "seeds_error" in gain:
+            told += f", with seeds [{gain['relative_low']:+.1%}, {gain['relative_high']:+.1%}]"
         told += f" over {PARENTS[arm]}" if told and arm in PARENTS else ""
         yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
     for teacher, metrics in test["teachers"].items():

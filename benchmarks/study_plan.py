@@ -160,16 +160,21 @@ BASELINE_SPACE: Space = (
     ],
 )
 # What is searched with the collaborative teacher was narrowed by pilots, of SASRec on validation of games. The baseline
-# is owed as many there and more: single changes of its best. The one that it gained by is the taught student's due too.
+# is owed as many there and more: single changes of its best. The one that it gained by is owed to all students there.
+_GAINED: Config = {f"{_TRAINING}.learning_rate": 1e-3}
 PILOTS: Mapping[tuple[str, str, str], Sequence[Config]] = {
     ("games", "sasrec", BASELINE): (
         {f"{_LOSS}.n_negatives": 4096},
-        {f"{_TRAINING}.learning_rate": 1e-3},
+        _GAINED,
         {f"{_MODEL}.dropout": 0.4},
         {f"{_TRAINING}.batch_size": 256},
         {f"{_LOSS}.name": "cross_entropy", f"{_LOSS}.n_negatives": "null", f"{_LOSS}.proposal": "null"},
     ),
-    ("games", "sasrec", "collaborative"): ({f"{_TRAINING}.learning_rate": 1e-3},),
+    ("games", "sasrec", "collaborative"): (_GAINED,),
+    ("games", "sasrec", "collaborative, paper's losses"): (_GAINED,),
+    ("games", "sasrec", "collaborative, pairs"): (_GAINED,),
+    ("games", "sasrec", "hybrid"): (_GAINED,),
+    ("games", "sasrec", "vectors"): (_GAINED,),
 }
 LISTWISE_SPACE: Space = (
     options_of(f"{_RANKING}.weight", 3.0, 1.0, 10.0),

@@ -132,12 +132,16 @@ def test_arms_are_compared_row_by_row(scored):
         assert np.average([group["baseline"] for group in groups], weights=rows) == pytest.approx(mean["baseline"])
 
 
-def test_a_gain_tells_what_seeds_alone_would_change(scored):
+def test_a_gain_tells_what_seeds_add_to_its_interval(scored):
     findings, runs, ranks, better = scored
     gain = findings.test(runs, {}, study_earlier.Told())[0]["gains"]["collaborative"]
     taught, alone = ([row_values(each, "ndcg@20").mean() for each in found] for found in (better, ranks))
     error = np.hypot(np.diff(taught)[0], np.diff(alone)[0]) / 2  # of two values each: half their difference
     assert gain["seeds_error"] == pytest.approx(error / np.mean(alone))
+    low, high = gain["relative_low"], gain["relative_high"]
+    below = (gain["mean"] - gain["low"]) / np.mean(alone)
+    assert gain["relative"] - low == pytest.approx(np.sqrt(below**2 + (1.96 * gain["seeds_error"]) ** 2))
+    assert low < gain["low"] / np.mean(alone) < gain["high"] / np.mean(alone) < high
     once = {"baseline": {1: "baseline_1"}, "collaborative": {1: "collaborative_1"}}
     single = study_findings.Findings(findings.folder, findings.prepared, (1,)).test(once, {}, study_earlier.Told())
     assert "seeds_error" not in single[0]["gains"]["collaborative"]
@@ -384,14 +388,17 @@ def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
 
 
 def test_stages_are_told_once_as_they_are_typed():
+    clean, changed = ({"commit": "0123456789abcdef", "dirty": dirty} for dirty in (False, True))
     here = [
-        {"run": "result_1", "overrides": ["seed=1"]},
-        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"]},
+        {"run": "result_1", "overrides": ["seed=1"], "git": clean},
+        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"], "git": changed},
     ]
     told = study_field.one_line_each(here)
     assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
-    further = {"run": "result_3", "overrides": ["seed=2"]}
-    assert study_field.one_line_each([*told, *here, further]) == [*told, {**further, "overrides": "seed=2"}]
+    assert [each["git"] for each in told] == ["0123456789ab", "0123456789ab+"]
+    further = {"run": "result_3", "overrides": ["seed=2"], "git": clean}
+    last = {**further, "overrides": "seed=2", "git": "0123456789ab"}
+    assert study_field.one_line_each([*told, *here, further]) == [*told, last]
 
 
 def test_what_all_stages_are_told_is_written_once_and_read_into_each():
