@@ -263,13 +263,14 @@ def open_data(cfg: Config, run: Run) -> RecData:
     Raises:
         DataError: If raw data is missing or malformed.
         ConfigError: If the dataset's settings cannot work.
+        CheckpointError: If the run was begun with other data.
     """
     sources = _sources(cfg)
     with run.phase("data"):
         data = prepare(*sources) if is_first_process() else None
         agree(None)  # wait for the first process
         data = data or prepare(*sources)
-    run.note(dataset={"name": data.name, "fingerprint": data.fingerprint})
+    run.keep(dataset={"name": data.name, "fingerprint": data.fingerprint})
     return data
 
 

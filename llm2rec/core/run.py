@@ -89,13 +89,13 @@ class Run:
         """Note what has to be the same wherever the run is resumed.
 
         Raises:
-            CheckpointError: If it is another than when the run began.
+            CheckpointError: If one is another than when the run began.
         """
         kept = self.record
         if changed := [name for name, value in values.items() if kept.get(name, value) != value]:
             raise CheckpointError(
-                f"{self.folder.name} was started with another {', '.join(changed)} (kept in run.json); put it back as "
-                "it was, or start a new run."
+                f"{self.folder.name} was started with another value of `{'`, `'.join(changed)}` (kept in run.json); "
+                "put back what was there then, or start a new run."
             )
         self.note(**values)
 

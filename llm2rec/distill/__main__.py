@@ -8,12 +8,11 @@ import pyarrow as pa
 
 from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.files import sha256_of_file
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.vectors import standardised
 from llm2rec.data import RecData
-from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
+from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings
 from llm2rec.distill.student import DistilledStudent
@@ -32,17 +31,10 @@ logger = logging.getLogger(__name__)
 
 def _is_current(cfg: Config, folder: Path) -> bool:
     """Whether the student is still there, and what it was trained on is as it was: outputs, and a policy's source."""
-    manifest, record = (
-        from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root) / "manifest.json",
-        read_record(folder),
-    )
+    outputs, record = from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root), read_record(folder)
     if built_object(cfg.active).source() != record.get("selection_source"):
         return False
-    return (
-        (folder / "student").is_dir()
-        and manifest.is_file()
-        and sha256_of_file(manifest) == record.get("teacher_outputs")
-    )
+    return (folder / "student").is_dir() and outputs_hash(outputs) == record.get("teacher_outputs")
 
 
 @stage("distill", reads=("student", "distill", "active", "metrics"), is_current=_is_current)
@@ -67,9 +59,7 @@ def main(cfg: Config, run: Run) -> None:
         fingerprint=data.fingerprint,
         top_k=settings.ranking.top_k if settings.ranking.weight > 0 else 1,
     )
-    if (manifest := outputs / "manifest.json").is_file():  # outputs of other programs have none
-        run.note(teacher_outputs=sha256_of_file(manifest))
-    run.keep(selection_source=policy.source())
+    run.keep(teacher_outputs=outputs_hash(outputs), selection_source=policy.source())
     engine = open_engine(cfg, run, student_settings.training)
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:

@@ -8,6 +8,7 @@ rows these are. That program knows no such file and reads tables with a line for
 import logging
 import math
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from llm2rec.core.errors import DataError, TeacherOutputsError
 from llm2rec.core.files import read_object, sha256_of_file
 
-__all__ = ["TeacherBatch", "TeacherOutputs", "read_outputs"]
+__all__ = ["TeacherBatch", "TeacherOutputs", "outputs_hash", "read_outputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,17 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     distance = _as_distance(confidence, kind, folder)
     _check_direction(folder, distance, kind, is_said="confidence" in manifest)
     return TeacherOutputs(embeddings, ranking, distance, manifest, labelled)
+
+
+def outputs_hash(folder: Path) -> str:
+    """What tells a teacher's outputs from others: the SHA-256 of their manifest, which holds those of all files.
+
+    Where there is no manifest, that of the hashes of the files that are read.
+    """
+    if (manifest := folder / "manifest.json").is_file():
+        return sha256_of_file(manifest)
+    files = (folder / name for name in (EMBEDDINGS, f"{RANKING}.txt", f"{CONFIDENCE}.txt"))
+    return sha256("".join(sha256_of_file(file) for file in files if file.is_file()).encode()).hexdigest()
 
 
 def _refused(folder: Path, why: str) -> TeacherOutputsError:

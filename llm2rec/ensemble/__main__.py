@@ -78,7 +78,10 @@ def main(cfg: Config, run: Run) -> None:
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
     data = open_data(cfg, run)
     rows = rows_to_label(policy, run, n_rows := len(data.splits["train"]))
-    members = [_member(each, name, data) for each, name in _named(cfg.runs, Path(cfg.paths.root)).items()]
+    named = _named(cfg.runs, Path(cfg.paths.root))
+    begun_with = run.record.get("members", named.values())  # of a sweep, more jobs may have finished since
+    members = [_member(each, name, data) for each, name in named.items() if name in begun_with]
+    run.keep(members=[each.run for each in members])
     engine = open_engine(cfg, run)
     with engine.first_process_first():
         if engine.is_main:

@@ -305,7 +305,7 @@ def test_what_a_run_keeps_must_be_the_same_when_it_is_resumed(tmp_path):
     again = Run.start(tmp_path / "r", "distill", {"resume": str(tmp_path / "r")})
     again.keep(selection_source="abc", other=None, new=1)
     for changed in ({"selection_source": "xyz"}, {"selection_source": None}, {"other": 1}):
-        with pytest.raises(CheckpointError, match=f"r was started with another {next(iter(changed))} "):
+        with pytest.raises(CheckpointError, match=f"r was started with another value of `{next(iter(changed))}` "):
             again.keep(**changed)
     assert again.record["selection_source"] == "abc"
 

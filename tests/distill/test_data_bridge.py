@@ -7,7 +7,7 @@ import torch
 from distill_helpers import FINGERPRINT, teacher_for, write_manifest, write_teacher
 
 from llm2rec.core.errors import TeacherOutputsError
-from llm2rec.distill.data_bridge import EMBEDDINGS, TeacherOutputs, read_outputs
+from llm2rec.distill.data_bridge import EMBEDDINGS, TeacherOutputs, outputs_hash, read_outputs
 
 ROWS, ITEMS, K = 6, 9, 4
 REMEDY = r".*distill\.teacher_outputs=FOLDER"
@@ -44,6 +44,17 @@ def test_what_was_written_is_read(tmp_path, teacher, twin, manifest):
     assert batch.ranking.tolist() == teacher.ranking[[5, 0], :2].tolist()
     assert batch.distance.tolist() == teacher.distance[[5, 0], :2].tolist()
     assert (batch.ranking.dtype, batch.distance.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_outputs_are_told_from_others(tmp_path, teacher, manifest):
+    one, same, other, another = (tmp_path / name for name in ("one", "same", "other", "another"))
+    for folder in (one, same):
+        write_teacher(folder, teacher, manifest=manifest)
+    write_teacher(other, teacher_for(ROWS, ITEMS, K - 1), manifest=manifest)
+    write_teacher(another, replace(teacher, embeddings=teacher.embeddings + 1), manifest=manifest)
+    assert outputs_hash(one) == outputs_hash(same)
+    assert len({outputs_hash(folder) for folder in (one, other, another)}) == 3
 
 
 def test_distances_of_targets_are_those_of_the_list_or_its_end(teacher):

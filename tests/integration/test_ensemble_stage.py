@@ -124,7 +124,8 @@ def test_what_makes_no_ensemble_is_told_before_anything_is_written(chain, overri
 
 @pytest.mark.slow
 def test_two_processes_and_a_killed_one_write_the_same(chain, tmp_path):
-    members = f"runs=[{chain['sweep']}]"
+    sweep = shutil.copytree(chain["sweep"], tmp_path / chain["sweep"].name)
+    members = f"runs=[{sweep}]"
     whole = outputs_in(chain["folder"])
 
     killed = tmp_path / "killed"
@@ -135,7 +136,9 @@ def test_two_processes_and_a_killed_one_write_the_same(chain, tmp_path):
     run_until(killed, "ensemble", *STUDENT, *SMALL, members, reached=lambda: len(blocks()) >= 2)
     assert not (killed / "data" / "teacher_outputs").exists()
     (begun,) = runs(killed)
+    further = shutil.copytree(sweep / "0", sweep / "7")  # a job that has finished since is no member
     run(killed, "ensemble", *STUDENT, *SMALL, members, f"resume=result/{begun.name}")
+    shutil.rmtree(further)
 
     two = tmp_path / "two"
     run(two, "ensemble", *STUDENT, *SMALL, members, launcher=TORCHRUN)

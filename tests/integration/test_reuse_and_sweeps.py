@@ -55,6 +55,16 @@ def test_a_student_is_distilled_again_when_its_teacher_has_written_again(tmp_pat
     (manifest,) = (tmp_path / "data" / "teacher_outputs").rglob("manifest.json")
     write_json(manifest, {**json.loads(manifest.read_text()), "run": "result_20000101_000000"})
     assert not is_up_to_date(tmp_path, "teacher", *teacher)
+    # Nor does a student that was being distilled go on with another teacher, or with other data.
+    record = max(
+        each for each in tmp_path.glob("result/*/run.json") if json.loads(each.read_text())["stage"] == "distill"
+    )
+    killed = {**json.loads(record.read_text()), "status": "running"}
+    resume = f"resume=result/{record.parent.name}"
+    for changed, value in (("teacher_outputs", killed["teacher_outputs"]), ("dataset", {"name": "toy"})):
+        write_json(record, {**killed, changed: value})
+        refused = run(tmp_path, "distill", *distill, resume, check=False)
+        assert f"was started with another value of `{changed}`" in refused.stderr
 
 
 def test_a_failing_job_loses_no_other_and_evaluation_gathers_the_rest(tmp_path):
