@@ -296,8 +296,9 @@ def pairwise_loss(
         ranking: Teacher's candidates, best first, shape ``(B, K)``.
         kind: ``ranknet`` or ``margin``.
         margin: Gap that is enough for ``margin``.
-        negatives: One item per row that all candidates are to stay above, shape ``(B,)``. Without it the loss leaves
-            open how the candidates compare with the rest of the catalogue.
+        negatives: One item per row that all candidates are to stay above, shape ``(B,)``; one that is a candidate
+            itself adds no pairs. Without it the loss leaves open how the candidates compare with the rest of the
+            catalogue.
 
     Returns:
         Shape ``(B,)``; nats for ``ranknet``.
@@ -309,7 +310,11 @@ def pairwise_loss(
     better, worse = torch.triu_indices(ordered.shape[1], ordered.shape[1], offset=1, device=scores.device)
     gaps = scores[:, better] - scores[:, worse]  # (B, pairs)
     losses = -functional.logsigmoid(gaps) if kind == "ranknet" else functional.relu(margin - gaps)
-    return losses.mean(dim=1)
+    if negatives is None:
+        return losses.mean(dim=1)
+    is_candidate = (ranking == negatives.unsqueeze(1)).any(dim=1, keepdim=True)  # (B, 1)
+    counts = ~(is_candidate & (worse == ranking.shape[1]))  # (B, pairs)
+    return losses.where(counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
 def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Tensor:

@@ -229,9 +229,12 @@ def order_loss_of_few(
         scores = stand_in_catalogue(
             scores, asked, sampled.scores, sampled.items, sampled.log_expected, settings.temperature
         )
-    # The same loss of a small catalogue, in which candidate k is item k and a negative comes after them.
+    # The same loss of a small catalogue, in which candidate k is item k and a negative that is none comes after them.
     places = torch.arange(told.ranking.shape[1], device=users.device).expand_as(told.ranking)
-    below = None if negatives is None else torch.full_like(negatives, told.ranking.shape[1])
+    below = None
+    if negatives is not None:
+        hits = told.ranking == negatives.unsqueeze(1)
+        below = torch.where(hits, places, places.shape[1]).amin(dim=1)
     return order_loss(scores, replace(told, ranking=places), settings, below)
 
 

@@ -325,13 +325,17 @@ def test_a_sample_has_the_catalogues_sum_on_average():
 
 
 @pytest.mark.parametrize("kind", ["ranknet", "margin"])
-@pytest.mark.parametrize("negatives", [None, torch.tensor([5, 0, 8, 8])])
-def test_pairwise_agrees_with_a_loop(kind, negatives):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_pairwise_agrees_with_a_loop(kind, sampled):
     torch.manual_seed(0)
     logits, ranking = 2 * torch.randn(4, 9), torch.stack([torch.randperm(8)[:3] for _ in range(4)])
+    # A negative that is a candidate, of the rows 0 and 1, is not below the others.
+    negatives = torch.tensor([ranking[0, 0], ranking[1, 2], 8, 8]) if sampled else None
     expected = []
     for row in range(4):
-        items = [*ranking[row].tolist(), *([] if negatives is None else [negatives[row].item()])]
+        items = ranking[row].tolist()
+        if negatives is not None and negatives[row] not in ranking[row]:
+            items.append(negatives[row].item())
         pairs = [(a, b) for place, a in enumerate(items) for b in items[place + 1 :]]
         gaps = [(logits[row, a] - logits[row, b]).item() for a, b in pairs]
         each = [math.log1p(math.exp(-gap)) if kind == "ranknet" else max(0.0, 0.5 - gap) for gap in gaps]
@@ -344,6 +348,7 @@ def test_pairwise_by_hand():
     logits = torch.tensor([[math.log(3.0), 0.0, 7.0]])
     ranking = torch.tensor([[0, 1]])
     assert pairwise_loss(logits, ranking, "ranknet").tolist() == pytest.approx([-math.log(0.75)])
+    assert pairwise_loss(logits, ranking[:, :1], "ranknet", negatives=torch.tensor([0])).tolist() == [0]  # no pair
     assert pairwise_loss(logits, ranking.flip(1), "ranknet").tolist() == pytest.approx([-math.log(0.25)])
     assert pairwise_loss(logits, ranking, "margin", margin=1.0).tolist() == [0]  # log 3 is more than 1
     assert pairwise_loss(logits, ranking.flip(1), "margin", margin=1.0).tolist() == pytest.approx([1 + math.log(3)])
