@@ -17,7 +17,7 @@ from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.selection import Selection
-from llm2rec.distill.selection_policy import SelectionPolicy
+from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData, TrainingData
@@ -64,10 +64,17 @@ def train_distilled(
 
     Raises:
         ConfigError: If losses about a whole optimizer step are asked for and a step is divided, if a catalogue is too
-            small for the negatives that are asked for, if DROS is asked for twice, if the catalogue is to be estimated
-            from negatives that the student's own loss does not draw, or DeepSpeed is to update rows.
+            small for the negatives that are asked for, if DROS is asked for twice, or of the candidates with the weight
+            of the other, if the catalogue is to be estimated from negatives that the student's own loss does not draw,
+            if rows are selected and no loss weighs them, or DeepSpeed is to update rows.
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
+    if not (settings.weighs_rows or isinstance(policy, SelectionPolicyAll)):
+        raise ConfigError(
+            f"{type(policy).__name__} selects rows, but what is taken from the teacher is the same for all of them: "
+            "`distill.ranking.weight` and `distill.embedding.alignment_weight` are 0; give one of them a value, or "
+            "select nothing with `active=all`."
+        )
     row_losses = _RowLosses(model, train, teacher, engine, settings, loss or LossSettings())
     training, record = engine.training, TrainingRecord(engine, select_on)
 
@@ -202,5 +209,10 @@ def _own_loss(
         raise ConfigError(
             f"student.loss.dros.weight is {loss.dros.weight} and distill.dros.weight is {settings.dros.weight}, which "
             "would count DROS twice; set one of them to 0."
+        )
+    if loss.dros.weight > 0 and settings.dros.in_ranking != "none":
+        raise ConfigError(
+            f"distill.dros.in_ranking is {settings.dros.in_ranking!r}, which `distill.dros.weight` weighs, and that is "
+            f"0; give it the {loss.dros.weight} of `student.loss.dros.weight`, and that one 0."
         )
     return OwnLoss(model.student, loss, train.targets, engine.seed)

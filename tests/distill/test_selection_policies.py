@@ -339,8 +339,9 @@ def test_meta_weighs_by_the_loss_that_is_trained(tmp_path, changes):
 
 
 def test_meta_without_a_ranking_loss_is_refused(tmp_path):
+    settings = replace(settings_of(ranking=0.0), embedding=EmbeddingSettings(alignment_weight=0.5))
     with pytest.raises(ConfigError, match=r"by their ranking loss, but `distill\.ranking\.weight` is 0"):
-        train_in(tmp_path, SelectionPolicyMeta(), settings=settings_of(ranking=0.0))
+        train_in(tmp_path, SelectionPolicyMeta(), settings=settings)
 
 
 def test_meta_finds_the_rows_where_the_teacher_is_right(tmp_path):
@@ -393,6 +394,14 @@ def test_item_vectors_are_taught_without_labels(tmp_path, policy):
         for name, teacher in {"partial": PARTIAL, "whole": TEACHER}.items()
     ]
     assert_same_weights(*weights)
+
+
+@pytest.mark.parametrize("policy", [SelectionPolicyRandom(0.5, seed=0), POLICIES["disagreement"]()])
+def test_rows_are_not_selected_where_no_loss_weighs_them(tmp_path, policy):
+    settings = replace(settings_of(ranking=0.0), embedding=EmbeddingSettings(fusion_scale=0.3))
+    with pytest.raises(ConfigError, match=r"selects rows.*ranking\.weight` and `.*alignment_weight` are 0.*active=all"):
+        train_in(tmp_path / "refused", policy, settings=settings)
+    train_in(tmp_path / "all", SelectionPolicyAll(), settings=settings)
 
 
 class Labels(SelectionPolicyAll):

@@ -98,10 +98,17 @@ def test_a_distilled_student_has_its_baselines_own_task(tmp_path, loss):
     assert_same_weights(trained("fixed", fixed), plain_ce.state_dict())
 
 
-def test_dros_twice_is_refused(tmp_path):
-    settings = replace(settings_of(), dros=DrosSettings(weight=0.5))
+@pytest.mark.parametrize(
+    ("dros", "message"),
+    [
+        (DrosSettings(weight=0.5), r"student\.loss\.dros\.weight is 0\.2 and distill\.dros\.weight is 0\.5"),
+        (DrosSettings(in_ranking="per_row"), r"in_ranking is 'per_row'.*that is 0; give it the 0\.2 of `student\.loss"),
+    ],
+)
+def test_dros_twice_or_with_the_weight_of_the_other_is_refused(tmp_path, dros, message):
+    settings = replace(settings_of(), dros=dros)
     loss = LossSettings(dros=student_settings.DrosSettings(weight=0.2))
-    with pytest.raises(ConfigError, match=r"student\.loss\.dros\.weight is 0\.2 and distill\.dros\.weight is 0\.5"):
+    with pytest.raises(ConfigError, match=message):
         train_distilled(
             distilled(settings),
             TRAIN,
