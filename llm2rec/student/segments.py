@@ -12,6 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.errors import ConfigError
 from llm2rec.data import RecData
 from llm2rec.student.datamodule import SequenceBatch, TrainingData
 from llm2rec.student.rows import RowPlaces
@@ -106,7 +107,7 @@ class SegmentData:
 
     def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their last L items, padded, and their targets; shape ``(B, L + 1)``."""
-        return _shown(self, rows, self.max_length)
+        return _shown(self, rows)
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,13 @@ class WindowData:
         places: Where the rows lie in the sequences.
         targets: Target items, shape ``(M,)``, int32.
         n_items: Number of items, N; also the padding id.
-        max_length: Slots of a history, L.
-        longest: Most items that are read, L or less.
+        max_length: Most items that are read, L.
     """
 
     places: RowPlaces
     targets: Tensor
     n_items: int
     max_length: int
-    longest: int
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -142,15 +141,15 @@ class WindowData:
         """Each unit is one row."""
 
     @classmethod
-    def of(cls, split: Dataset, sequences: Dataset, n_items: int, max_length: int, longest: int) -> "WindowData":
+    def of(cls, split: Dataset, sequences: Dataset, n_items: int, max_length: int) -> "WindowData":
         """Read the rows of a split of `llm2rec.data`; arguments as the attributes."""
         places = RowPlaces.of(split, sequences)
         targets = torch.from_numpy(places.items[places.targets(np.arange(len(places)))])
-        return cls(places, targets, n_items, max_length, min(max_length, longest))
+        return cls(places, targets, n_items, max_length)
 
     def batch(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
         """Gather ``rows`` of shape ``(B,)``."""
-        starts, lengths = self.places.before(rows, self.longest)
+        starts, lengths = self.places.before(rows, self.max_length)
         history = self.places.read(starts, lengths, self.max_length, self.n_items)
         return SequenceBatch(
             history=torch.from_numpy(history.astype(np.int64)).to(device, non_blocking=True),
@@ -161,7 +160,7 @@ class WindowData:
 
     def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
-        return _shown(self, rows, self.longest)
+        return _shown(self, rows)
 
 
 def training_data(data: RecData, examples: str, max_length: int) -> TrainingData:
@@ -171,17 +170,22 @@ def training_data(data: RecData, examples: str, max_length: int) -> TrainingData
         data: The dataset.
         examples: ``windows`` or ``sequences``; see `StudentSettings`.
         max_length: Longest history that the student reads.
+
+    Raises:
+        ConfigError: If that is longer than what it is trained and evaluated on.
     """
-    split = data.splits["train"]
-    # No longer than the histories that the student is going to be asked about.
-    longest = min(max_length, data.history_length)
-    if examples == "windows":
-        return WindowData.of(split, data.sequences, data.n_items, max_length, longest)
-    return SegmentData.of(split, data.sequences, data.n_items, longest)
+    if max_length > data.history_length:
+        raise ConfigError(
+            f"student.model.max_length is {max_length}, but histories of {data.name} end after {data.history_length} "
+            "items, and what was served with longer ones would be what nothing was trained for; set "
+            f"`dataset.history_length={max_length}`, which `student.model.max_length` follows by itself."
+        )
+    kind = WindowData if examples == "windows" else SegmentData
+    return kind.of(data.splits["train"], data.sequences, data.n_items, max_length)
 
 
-def _shown(data: SegmentData | WindowData, rows: NDArray[np.int64], longest: int) -> NDArray[np.int32]:
-    histories = data.places.read(*data.places.before(rows, longest), data.max_length, data.n_items)
+def _shown(data: SegmentData | WindowData, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    histories = data.places.read(*data.places.before(rows, data.max_length), data.max_length, data.n_items)
     return np.column_stack([histories, data.targets[torch.from_numpy(rows)].numpy()]).astype(np.int32)
 
 
