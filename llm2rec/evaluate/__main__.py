@@ -8,6 +8,7 @@ are tested against ``report.baseline``, and whatever needs a language model is r
 import datetime
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def main(cfg: Config, run: Run) -> None:
     named = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
     sweeps = {each: jobs_of(each) for each in named if is_sweep(each)}
     jobs = [job for each in sweeps.values() for job in each]
-    folders = [folder for each in named for folder in _finished(each, sweeps.get(each))]
+    folders = _each_once([folder for each in named for folder in _finished(each, sweeps.get(each))])
     check_baseline(settings.baseline, folders)
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
@@ -78,6 +79,13 @@ def main(cfg: Config, run: Run) -> None:
 def _finished(folder: Path, jobs: Sequence[Job] | None) -> list[Path]:
     """The runs to score of a folder: it, or of a sweep its finished jobs."""
     return [folder] if jobs is None else [job.folder for job in jobs if job.is_finished]
+
+
+def _each_once(folders: list[Path]) -> list[Path]:
+    """The same; refuse a run that is named twice, as a sweep and its job may do."""
+    if again := next((each for each, count in Counter(map(Path.resolve, folders)).items() if count > 1), None):
+        raise ConfigError(f"`runs` names {again} twice, and would count it as two seeds; name each run once.")
+    return folders
 
 
 def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:

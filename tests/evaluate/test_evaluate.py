@@ -12,7 +12,7 @@ from PIL import Image
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.evaluate.__main__ import _folders
+from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.report import format_table, write_report
 from llm2rec.evaluate.scoring import Protocol, Scored, find_runs, score_popularity, score_run
 
@@ -121,6 +121,9 @@ def test_what_to_evaluate(tmp_path, data):
         _folders("latest", tmp_path, result, "another")
     with pytest.raises(ConfigError, match="expected `latest` or a list"):
         _folders("newest", tmp_path, result, data.fingerprint)
+    assert _each_once([folder, tmp_path]) == [folder, tmp_path]
+    with pytest.raises(ConfigError, match=r"names .*result_20260101_000000 twice, and would count it as two seeds"):
+        _each_once([folder, tmp_path / "result" / ".." / "result" / folder.name])
 
 
 def test_the_report_is_a_table_a_json_file_and_a_picture(tmp_path):
