@@ -80,16 +80,19 @@ class FinishedTitleTeacher(FinishedModel):
         history, lengths, targets = (
             each.numpy()[numbers] for each in (rows.data.history, rows.data.lengths, rows.data.targets)
         )
-        left_out = np.empty((len(numbers), 0), np.int64)
+        left_out, keep = np.empty((len(numbers), 0), np.int64), None
         if seen is not None:
-            left_out = _seen_items(seen, numbers, targets, n_items)
-        barred = np.concatenate([history, left_out], axis=1) if model.exclude_history else left_out
+            left_out, keep = _seen_items(seen, numbers, targets, n_items), targets
+        barred = np.concatenate([model.left_out(history, keep), left_out], axis=1)
         n_wanted = np.minimum(k, n_items - _n_distinct(barred, n_items))  # (B,)
         best = torch.full((len(numbers), k), n_items)
         for n in np.unique(n_wanted[n_wanted > 0]):  # one search, but for rows that leave fewer than k
             part = np.flatnonzero(n_wanted == n)
             inputs = None if gate_inputs is None else gate_inputs[torch.from_numpy(part).to(gate_inputs.device)]
-            items, _ = model.best_items(history[part], lengths[part], int(n), inputs, excluded=left_out[part])
+            kept = None if keep is None else keep[part]
+            items, _ = model.best_items(
+                history[part], lengths[part], int(n), inputs, excluded=left_out[part], keep=kept
+            )
             best[torch.from_numpy(part), :n] = items.cpu()
         return best
 

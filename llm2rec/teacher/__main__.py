@@ -19,7 +19,7 @@ from llm2rec.core.run import Run, read_record
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.samples import log_recommendations
 from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.export import rank_blocks
@@ -91,7 +91,8 @@ def main(cfg: Config, run: Run) -> None:
             train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
             validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
         with run.phase("train"):
-            objective = objective_of(model, train_rows, validation_rows, engine)
+            seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+            objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     log_recommendations(engine, lambda *asked: model.eval().best_items(*asked)[0], validation, data.items)
     if engine.is_main:
@@ -153,12 +154,14 @@ def write_down(
     shutil.rmtree(run.folder / "export")
 
 
-def objective_of(model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine) -> Objective:
-    """What a teacher of this kind is trained to do."""
+def objective_of(
+    model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine, seen: SeenItems | None
+) -> Objective:
+    """What a teacher of this kind is trained to do; ``seen`` is left out where it is validated on all items."""
     if isinstance(model, TitleRecommender):
         return TitleObjective(model, train, validation, engine)
     assert isinstance(model, ILoraRecommender), "there are teachers of two kinds"
-    return ItemObjective(model, train, validation, engine)
+    return ItemObjective(model, train, validation, engine, seen=seen)
 
 
 def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]:

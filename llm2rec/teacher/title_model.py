@@ -198,6 +198,13 @@ class TitleRecommender(LLMTeacher):
         return without_history(scores, torch.from_numpy(history).to(self.device, torch.int64), kept)
 
     @torch.no_grad()
+    def left_out(self, history: NDArray[np.int32], keep: NDArray[np.int32] | None = None) -> NDArray[np.int64]:
+        """What `exclude_history` leaves out of the running, as in `best_items`; shape ``(B, L)``, padded with N."""
+        if not self.exclude_history:
+            return np.empty((len(history), 0), np.int64)
+        items = history.astype(np.int64)
+        return items if keep is None else np.where(items == keep[:, None], self.prompts.n_items, items)
+
     def best_items(
         self,
         history: NDArray[np.int32],
@@ -206,6 +213,7 @@ class TitleRecommender(LLMTeacher):
         gate_inputs: Tensor | None = None,
         *,
         excluded: NDArray[np.int64] | None = None,
+        keep: NDArray[np.int32] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The items whose titles are likeliest, or nearest to what is written; the prompt lists no candidates.
 
@@ -215,6 +223,7 @@ class TitleRecommender(LLMTeacher):
             k: How many items, at most as many as no row leaves out.
             gate_inputs: Shape ``(B, d)``.
             excluded: Items to leave out besides those that `exclude_history` does, shape ``(B, S)``, padded with N.
+            keep: One item a row that `exclude_history` leaves in the running, shape ``(B,)``; None for none.
 
         Returns:
             Item ids and log-probabilities, ``(B, k)`` each, best first; for ``ranking=grounding`` negative distances.
@@ -222,8 +231,7 @@ class TitleRecommender(LLMTeacher):
         Raises:
             ConfigError: If a row leaves fewer than k items.
         """
-        parts = [history.astype(np.int64) if self.exclude_history else np.empty((len(history), 0), np.int64)]
-        items = np.concatenate(parts if excluded is None else [*parts, excluded], axis=1)
+        items = np.concatenate([self.left_out(history, keep), *([] if excluded is None else [excluded])], axis=1)
         barred = torch.from_numpy(items).to(self.device) if items.shape[1] else None
         if self.settings.ranking == "grounding":
             return self._grounded(history, lengths, k, gate_inputs, barred)

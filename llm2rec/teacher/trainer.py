@@ -72,12 +72,21 @@ class ItemObjective:
         train: Rows to train on.
         validation: Rows for early stopping.
         engine: Divides validation rows among processes.
+        seen: Items to leave out of the validation rankings, as in `rank_targets`.
     """
 
     knows_lengths = True
 
-    def __init__(self, model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine) -> None:
-        self.model, self.train, self.validation, self.engine = model, train, validation, engine
+    def __init__(
+        self,
+        model: ILoraRecommender,
+        train: TeacherRows,
+        validation: TeacherRows,
+        engine: Engine,
+        *,
+        seen: SeenItems | None = None,
+    ) -> None:
+        self.model, self.train, self.validation, self.engine, self.seen = model, train, validation, engine, seen
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
         """See `Objective.losses`."""
@@ -89,7 +98,7 @@ class ItemObjective:
 
     def validate(self) -> dict[str, float]:
         """See `Objective.validate`."""
-        return ranking_metrics(rank_targets(self.model, self.validation, self.engine))
+        return ranking_metrics(rank_targets(self.model, self.validation, self.engine, seen=self.seen))
 
     def prompts(self, n: int) -> TokenBatch:
         """See `Objective.prompts`."""
@@ -211,7 +220,8 @@ def rank_targets(
         model: Unwrapped model; put into evaluation mode and back.
         rows: Rows to rank, M of them.
         engine: Divides the rows and gathers the ranks.
-        seen: Items to leave out of each row's ranking, besides those the model leaves out itself; None for none.
+        seen: Items to leave out of each row's ranking, besides those the model leaves out itself, of which the target
+            then is none; None for none.
         batch_tokens: Tokens per forward pass, padding included.
 
     Returns:
@@ -227,7 +237,7 @@ def rank_targets(
             batch = rows.data.batch(numbers, engine.device)
             inputs = model.read(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers])
             with model.mixing(torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)):
-                scores = model(**vars(inputs))
+                scores = model(**vars(inputs), keep=None if seen is None else batch.targets)
             if seen is not None:
                 scores = seen.mask(scores, numbers, batch.targets)
             ranks[torch.from_numpy(part)] = target_ranks(scores, batch.targets).cpu()

@@ -1,6 +1,7 @@
 """Training moves LoRA and gate alone, and gate inputs come from the cache."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llm2rec.core.run import Run
 from llm2rec.core.training import TrainingSettings
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
+from llm2rec.student.datamodule import SeenItems
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
 from llm2rec.teacher.trainer import rank_targets
@@ -122,6 +124,27 @@ def test_validation_ranks_equal_those_of_log_probs(data, llm_folder, tmp_path):
     log_probs = model.log_probs(rows.history.numpy(), rows.lengths.numpy())
     own = log_probs.gather(1, rows.targets.long().unsqueeze(1))
     assert torch.equal(ranks, (log_probs >= own).sum(dim=1) - 1)
+
+
+def test_a_target_that_its_history_shows_is_ranked_where_what_was_seen_is_left_out(data, llm_folder, tmp_path):
+    """As for students: the target is in the running, all that the user had before besides it is not."""
+    model = randomise(build("llama", llm_folder, data)[0]).eval()
+    rows = split(data, "validation")
+    last = rows.history[torch.arange(len(rows)), rows.lengths.long() - 1]
+    rows = replace(rows, targets=last)
+    seen = SeenItems.of(data.splits["validation"], data.sequences)
+    asked = teacher_rows(model, rows, np.arange(len(rows)))
+    ranks = rank_targets(model, asked, engine_in(tmp_path / "seen"), seen=seen)
+    model.exclude_history = False
+    everything = model.log_probs(rows.history.numpy(), rows.lengths.numpy())
+    expected = []
+    for row, target in enumerate(last.tolist()):
+        left = set(range(data.n_items)) - set(seen.pairs(np.array([row]))[1].tolist()) - {target}
+        expected.append(sum(bool(everything[row, item] >= everything[row, target]) for item in left))
+    assert ranks.tolist() == expected
+    model.exclude_history = True
+    alone = rank_targets(model, asked, engine_in(tmp_path / "alone"))
+    assert (alone >= data.n_items - rows.lengths).all(), "a teacher that leaves its history out, by its own protocol"
 
 
 # ---- gate inputs -----------------------------------------------------------------------------------------------------

@@ -124,6 +124,11 @@ def test_enough_beams_rank_the_catalogue_as_scoring_all_of_it(data, llm_folder, 
     left_out = items[:, :2].numpy()
     others, _ = model.best_items(history, lengths, 20, excluded=left_out)
     assert torch.equal(others, items[:, 2:22])
+    kept, _ = model.best_items(history, lengths, 20, excluded=left_out, keep=history[:, 0])
+    assert torch.equal(kept, others) != exclude_history
+    for row, shown, without in zip(kept.tolist(), history.tolist(), others.tolist(), strict=True):
+        found = [item for item in row if item != shown[0] or not exclude_history]
+        assert found == without[: len(found)], "the same but for the one that is kept"
 
 
 def test_ranking_is_said_to_cost_what_its_beams_hold(data, llm_folder, tmp_path):
