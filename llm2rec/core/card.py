@@ -30,8 +30,9 @@ class Training:
         n_rows: Training rows.
         n_validation: Validation rows.
         seed: Seed of the run.
-        mask_seen: Whether items seen before were left out in validation.
+        left_out: What was left out of the validation rankings: "items seen before", "items of the history", "no items".
         metrics: Validation metrics of the weights that were kept; empty for a model that was not validated.
+        n_candidates: How many items targets were ranked among; 0 for the whole catalogue.
     """
 
     dataset: str
@@ -41,8 +42,9 @@ class Training:
     n_rows: int
     n_validation: int
     seed: int
-    mask_seen: bool
+    left_out: str
     metrics: Mapping[str, float]
+    n_candidates: int = 0
 
 
 def best_validation(run_folder: Path) -> dict[str, float]:
@@ -84,11 +86,12 @@ def model_card(
     state = git_state()
     commit = f"commit `{state['commit']}`{' with local changes' if state['dirty'] else ''}" if state["commit"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    seen = "left out" if training.mask_seen else "not left out"
+    ranked = f"Full ranking of all {training.n_items:,} items, {training.left_out} left out"
+    if training.n_candidates:
+        ranked = f"Targets among {training.n_candidates} candidates drawn at random"
     validation = (
-        f"Full ranking of all {training.n_items:,} items for {training.n_validation:,} validation rows, items seen "
-        f"before {seen}; these numbers chose the weights, so they flatter them. Test data was not opened.\n\n"
-        + _table(training.metrics)
+        f"{ranked}, for {training.n_validation:,} validation rows; these numbers chose the weights, so they flatter "
+        "them. Test data was not opened.\n\n" + _table(training.metrics)
         if training.metrics
         else "It was not validated in its training."
     )
@@ -137,7 +140,7 @@ def _front_matter(title: str, tags: Sequence[str], training: Training, base_mode
     results = [
         EvalResult(
             task_type="recommendation",
-            task_name="next item, full ranking",
+            task_name=f"next item, {f'{among} candidates' if (among := training.n_candidates) else 'full ranking'}",
             dataset_type=training.dataset,
             dataset_name=training.dataset,
             dataset_split="validation",

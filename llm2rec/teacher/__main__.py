@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llm2rec.config import Config
+from llm2rec.core.card import Training
 from llm2rec.core.division import divides_frozen, full_size
 from llm2rec.core.engine import Engine
 from llm2rec.core.files import read_json
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
+from llm2rec.core.private import with_home
 from llm2rec.core.run import Run, read_record
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
@@ -26,21 +29,26 @@ from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
-from llm2rec.teacher.llm import check_launch, locate, mixed_precision
+from llm2rec.teacher.llm import check_launch, locate, mixed_precision, weights_changed, weights_hash
 from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.recommender import open_recommender
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
 from llm2rec.teacher.title_model import TitleRecommender
-from llm2rec.teacher.title_objective import TitleObjective
+from llm2rec.teacher.title_objective import UNLISTED_CANDIDATES, TitleObjective
 from llm2rec.teacher.trainer import ItemObjective, Objective, train_teacher
 
 logger = logging.getLogger(__name__)
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the teacher is still there, and the outputs that bear its name are those that it wrote."""
-    if not (folder / "teacher").is_dir() or not cfg.teacher.export.enabled:
-        return (folder / "teacher").is_dir()
+    """Whether the teacher and its language model are as they were, and the outputs that bear its name its own."""
+    if not (folder / "teacher").is_dir():
+        return False
+    told = read_json(folder / "teacher" / "config.json")
+    if weights_changed(with_home(told["source"]), told.get("llm_weights", "")):
+        return False
+    if not cfg.teacher.export.enabled:
+        return True
     record = read_record(folder, "dataset")
     if built_object(cfg.active).source() != record.get("selection_source"):
         return False
@@ -71,6 +79,7 @@ def main(cfg: Config, run: Run) -> None:
     with engine.first_process_first():
         recommender = open_recommender(of_run, kept, data.name, data.fingerprint, engine.device)
         source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
+    run.keep(language_model=weights_hash(source))
     train, validation = (
         SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
     )
@@ -98,7 +107,7 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         # Without the place of a trained recommender on this machine.
         told = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
-        training = training_on(data, run, settings.train_rows, settings.validation_rows)
+        training = validated_on(training_on(data, run, settings.train_rows, settings.validation_rows), model, settings)
         about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": told})
         save_teacher(run.folder / "teacher", model.eval(), recipe, teacher_card(*about))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -162,6 +171,14 @@ def objective_of(
         return TitleObjective(model, train, validation, engine)
     assert isinstance(model, ILoraRecommender), "there are teachers of two kinds"
     return ItemObjective(model, train, validation, engine, seen=seen)
+
+
+def validated_on(training: Training, model: LLMTeacher, settings: TeacherSettings) -> Training:
+    """What a card says of the training, with what teachers are validated on where it is not what students are."""
+    if isinstance(model, TitleRecommender):
+        return replace(training, n_candidates=settings.title.n_candidates or UNLISTED_CANDIDATES)
+    of_history = settings.exclude_history and training.left_out == "no items"
+    return replace(training, left_out="items of the history") if of_history else training
 
 
 def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]:

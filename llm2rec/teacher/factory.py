@@ -24,7 +24,14 @@ from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.likelihood import check_attention
-from llm2rec.teacher.llm import load_model, load_tokenizer, readable, resolve_precision
+from llm2rec.teacher.llm import (
+    load_model,
+    load_tokenizer,
+    readable,
+    resolve_precision,
+    weights_changed,
+    weights_hash,
+)
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.recipe import TeacherRecipe
 from llm2rec.teacher.recommender import TrainedRecommender
@@ -78,7 +85,7 @@ def build_teacher(
         ConfigError: If the adapter's settings, or the length of the prompts, do not fit the model, or a trained
             recommender is needed and not given.
     """
-    recipe = _recipe(llm, source, settings, device, seed)
+    recipe = _recipe(llm, source, settings, data.fingerprint, device, seed)
     if recipe.reads_recommender != (recommender is not None):
         raise ConfigError(
             f"`teacher.recommender_run` is {settings.recommender_run!r} but the `recommender` given is "
@@ -112,7 +119,9 @@ def build_teacher(
     return teacher.to(device), recipe
 
 
-def _recipe(llm: LLMSettings, source: str, settings: TeacherSettings, device: torch.device, seed: int) -> TeacherRecipe:
+def _recipe(
+    llm: LLMSettings, source: str, settings: TeacherSettings, fingerprint: str, device: torch.device, seed: int
+) -> TeacherRecipe:
     """The recipe of a teacher with these settings; arguments as in `build_teacher`."""
     return TeacherRecipe(
         source=source,
@@ -129,6 +138,8 @@ def _recipe(llm: LLMSettings, source: str, settings: TeacherSettings, device: to
         gate_input=settings.gate_input if settings.tuning == "ilora" else NoGate.name,
         hybrid=settings.prompts == "hybrid",
         title=vars(settings.title).copy(),
+        fingerprint=fingerprint,
+        llm_weights=weights_hash(source),
     )
 
 
@@ -298,8 +309,8 @@ def load_teacher(
         The teacher, and the recipe it was put together by.
 
     Raises:
-        CheckpointError: If the folder holds no teacher, or a part of one, or its language model is no longer where it
-            was, or a foreign one would run code of its own.
+        CheckpointError: If the folder holds no teacher, or a part of one, or one of another dataset, or its language
+            model is no longer where it was, or has other weights, or a foreign one would run code of its own.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no teacher (no config.json); name the folder of a finished teacher run.")
@@ -318,6 +329,16 @@ def load_teacher(
             "(`trust_remote_code` in config.json); look at that code, then load the teacher from a copy of this folder."
         )
     _check_parts(folder, recipe)
+    if recipe.fingerprint not in ("", data.fingerprint):
+        raise CheckpointError(
+            f"the teacher in {folder} ranks the items of a dataset with fingerprint {recipe.fingerprint[:12]}, and "
+            f"{data.name} here has {data.fingerprint[:12]}; prepare that one again, with the same files and options."
+        )
+    if weights_changed(recipe.source, recipe.llm_weights):
+        raise CheckpointError(
+            f"the language model in {recipe.source} has other weights than the one that the teacher in {folder} was "
+            "trained on; put that one back, or write its place into `source` of config.json there."
+        )
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
     remedy = "Copy the folder of the teacher again, as a whole."

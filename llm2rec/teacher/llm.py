@@ -1,5 +1,6 @@
 """Language models and their tokenizers: from a folder or the Hub, or a tiny random one made on the spot."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ __all__ = [
     "mixed_precision",
     "readable",
     "resolve_precision",
+    "weights_changed",
+    "weights_hash",
 ]
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,30 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
     ):
         AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     return source
+
+
+def weights_hash(source: str) -> str:
+    """Tell the weights of language models apart wherever they lie, without reading gigabytes.
+
+    Returns:
+        SHA-256 of names, sizes, and first and last MiB of the files of weights in a folder; empty where there are none,
+        as for what the Hub knows.
+    """
+    digest = hashlib.sha256()
+    found = sorted(file for file in Path(source).glob("*") if file.suffix in (".safetensors", ".bin"))
+    for file in found:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(0, size - 2**20))
+            digest.update(opened.read())
+    return digest.hexdigest() if found else ""
+
+
+def weights_changed(source: str, known: str) -> bool:
+    """Whether what lies at ``source`` is known to have other weights than those whose `weights_hash` is ``known``."""
+    return bool(known) and weights_hash(source) not in ("", known)
 
 
 @contextmanager

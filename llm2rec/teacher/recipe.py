@@ -30,6 +30,8 @@ class TeacherRecipe:
         gate_input: Name of the `GateSource`.
         hybrid: Whether prompts carry injected vectors.
         title: Arguments of `TitleSettings`.
+        fingerprint: Of the dataset whose items it ranks; empty where that is not known.
+        llm_weights: `weights_hash` of the language model; empty where that is not known.
     """
 
     source: str
@@ -46,6 +48,8 @@ class TeacherRecipe:
     gate_input: str
     hybrid: bool
     title: dict[str, Any]
+    fingerprint: str = ""
+    llm_weights: str = ""
 
     @property
     def identity(self) -> str:

@@ -11,6 +11,6 @@ TRAINING = Training(
     n_rows=5000,
     n_validation=300,
     seed=7,
-    mask_seen=False,
+    left_out="no items",
     metrics={"hr@10": 0.51234567, "ndcg@10": 0.25},
 )

@@ -1,6 +1,7 @@
 """What a card says, and that people may change it."""
 
 import subprocess
+from dataclasses import replace
 
 from huggingface_hub import ModelCard
 from share_helpers import TRAINING
@@ -39,7 +40,7 @@ def test_a_students_card_says_what_it_is_and_where_it_comes_from():
         "distilled from the teacher `ilora-minilm`",
         "5,000 training rows over 12 items, split `leave_one_out`",
         "| NDCG@10 | 0.2500 |",
-        "items seen before not left out",
+        "Full ranking of all 12 items, no items left out, for 300 validation rows",
         '"width": 8',
         "; seed 7; python ",
     ):
@@ -70,6 +71,13 @@ def test_a_teachers_card_names_its_language_model_where_that_is_on_the_hub(monke
     local = teacher_card("minilm", "/models/minilm", "none", "title", TRAINING, {})
     assert "/models" not in local
     assert ModelCard(local).data.base_model is None
+
+
+def test_a_card_says_what_a_title_teacher_was_validated_on():
+    card = teacher_card("minilm", "x", "ilora", "title", replace(TRAINING, n_candidates=20), {})
+    assert "Targets among 20 candidates drawn at random, for 300 validation rows" in card
+    assert "ull ranking" not in card
+    assert {each.task_name for each in ModelCard(card).data.eval_results} == {"next item, 20 candidates"}
 
 
 def test_a_model_that_was_not_validated_says_so():

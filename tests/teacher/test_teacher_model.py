@@ -1,6 +1,7 @@
 """The recommender: pooling, scores, what is trained, and saving."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from teacher_helpers import CPU, build, padded, randomise, split, teacher_rows
 from transformers import AutoModel
 
 from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import read_json, write_json
 from llm2rec.core.vectors import standardised
+from llm2rec.data import prepare
+from llm2rec.data.toy import Toy
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import load_teacher, popularity_bias, save_teacher
 from llm2rec.teacher.ilora_model import pool
-from llm2rec.teacher.llm import locate, resolve_precision
+from llm2rec.teacher.llm import locate, resolve_precision, weights_hash
 from llm2rec.teacher.settings import LLMSettings
 
 KINDS = ["llama", "bert"]
@@ -217,6 +221,33 @@ def test_a_language_model_that_has_moved_is_told_with_its_old_place(data, llm_fo
     save_teacher(tmp_path / "teacher", model, replace(recipe, source=str(tmp_path / "moved")))
     with pytest.raises(CheckpointError, match=r"cannot be loaded from '.*moved'.*Put it back"):
         load_teacher(tmp_path / "teacher", data, CPU)
+
+
+def test_a_language_model_with_other_weights_is_not_taken_for_the_teachers_own(data, llm_folder, tmp_path):
+    place = Path(shutil.copytree(llm_folder, tmp_path / "llm"))
+    model, recipe = build("llama", place, data)
+    save_teacher(tmp_path / "teacher", model, recipe)
+    moved = Path(shutil.move(recipe.source, tmp_path / "moved"))
+    stored = read_json(tmp_path / "teacher" / "config.json")
+    assert stored["llm_weights"] == weights_hash(str(moved)) != ""
+    write_json(tmp_path / "teacher" / "config.json", {**stored, "source": str(moved)})
+    load_teacher(tmp_path / "teacher", data, CPU)
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: each + 1 for name, each in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"language model in .*moved has other weights than the one that"):
+        load_teacher(tmp_path / "teacher", data, CPU)
+
+
+def test_a_teacher_of_another_dataset_is_refused(data, llm_folder, tmp_path):
+    model, recipe = build("llama", llm_folder, data)
+    save_teacher(tmp_path / "teacher", model, recipe)
+    other = prepare(Toy(n_users=30, n_items=data.n_items, n_worlds=5, seed=11), tmp_path / "processed")
+    with pytest.raises(CheckpointError, match=rf"fingerprint {data.fingerprint[:12]}, and toy here has"):
+        load_teacher(tmp_path / "teacher", other, CPU)
+    stored = read_json(tmp_path / "teacher" / "config.json")  # as in earlier versions
+    of_then = {name: each for name, each in stored.items() if name not in ("fingerprint", "llm_weights")}
+    write_json(tmp_path / "teacher" / "config.json", of_then)
+    load_teacher(tmp_path / "teacher", data, CPU)
 
 
 # ---- what cannot work ------------------------------------------------------------------------------------------------
