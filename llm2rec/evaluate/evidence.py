@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from llm2rec.core.errors import CheckpointError, DataError, TeacherOutputsError
 from llm2rec.core.files import read_object
 from llm2rec.core.ranking import Catalogue, Pairs, top_k_in_blocks
+from llm2rec.core.run import read_record
 from llm2rec.data import RecData
-from llm2rec.distill.data_bridge import TeacherOutputs, read_outputs
+from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
 from llm2rec.evaluate.findings import Contender, RunScores
 from llm2rec.evaluate.statistics import Estimate, estimate, quantile_groups
 from llm2rec.student.datamodule import SeenItems, SequenceData
@@ -289,13 +290,14 @@ def overlaps(
     Returns:
         One overlap for each folder of teacher outputs, and why others could not be looked at.
     """
-    taught: dict[str, list[str]] = {}
+    taught: dict[str, list[Contender]] = {}
     for each in found:
         if each.entry.stage == "distill":
             folder = (each.runs[0].config.get("distill") or {}).get("teacher_outputs")
-            taught.setdefault(str(folder or ""), []).append(each.entry.name)
+            taught.setdefault(str(folder or ""), []).append(each)
     read, notes = [], []
-    for folder, names in taught.items():
+    for folder, students in taught.items():
+        names = [each.entry.name for each in students]
         if not folder:
             notes.append(f"{', '.join(names)}: the run does not say which teacher outputs it was distilled from.")
             continue
@@ -307,10 +309,21 @@ def overlaps(
                 fingerprint=data.fingerprint,
                 top_k=1,
             )
-            read.append(_overlap(outputs, locate(folder).name, tuple(names), found, data, device))
+            there = outputs_hash(locate(folder))
+            names = [each.entry.name for each in students if _taught_by(each) in (None, there)]
+            if others := [each.entry.name for each in students if each.entry.name not in names]:
+                notes.append(f"{', '.join(others)}: other outputs have been written to {folder} since.")
+            if names:
+                read.append(_overlap(outputs, locate(folder).name, tuple(names), found, data, device))
         except (TeacherOutputsError, CheckpointError) as error:
             notes.append(f"{', '.join(names)}: {error}")
     return read, notes
+
+
+def _taught_by(student: Contender) -> str | None:
+    """`outputs_hash` of what a student was distilled from; None where that is not known."""
+    folder = student.runs[0].folder
+    return None if folder is None else read_record(folder).get("teacher_outputs")
 
 
 def _overlap(
@@ -366,19 +379,21 @@ def samples(
     """
     split = data.splits["test"]
     rows = _evenly(len(split), _SAMPLE_USERS)
-    seen = SeenItems.of(split, data.sequences).pairs(rows, device) if mask_seen else None
+    asked = split.select(rows)
+    targets = torch.tensor(asked["target"][:], device=device)
+    seen = SeenItems.of(split, data.sequences).besides(rows, targets) if mask_seen else None
     tops, notes = dict[str, NDArray[np.int64]](), []
     for each in found:
         run = each.runs[0]
         if each.entry.stage in ("student", "distill") and run.folder is not None:
             try:
                 k = min(_SAMPLE_ITEMS, data.n_items)
-                tops[each.entry.name] = top_items(run.folder, split.select(rows), data.n_items, k, device, seen)
+                tops[each.entry.name] = top_items(run.folder, asked, data.n_items, k, device, seen)
             except CheckpointError as error:
                 notes.append(f"{each.entry.name}: {error}")
     places = {each.entry.name: each.runs[0].ranks[rows] + 1 for each in found}
     told = []
-    for number, row in enumerate(split.select(rows)):
+    for number, row in enumerate(asked):
         target = int(row["target"])
         told.append(
             Sample(

@@ -176,6 +176,12 @@ class SeenItems:
         seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
         return torch.from_numpy(place).to(device), torch.from_numpy(seen).to(device)
 
+    def besides(self, rows: NDArray[np.int64], targets: Tensor) -> Pairs:
+        """`pairs` without the rows' targets, shape ``(B,)``, on whose device they are."""
+        place, seen = self.pairs(rows, targets.device)
+        others = seen != targets[place]
+        return place[others], seen[others]
+
     def mask(self, scores: Tensor, rows: NDArray[np.int64], targets: Tensor) -> Tensor:
         """Set the scores ``(B, N)`` of items seen before to ``-inf``, except the target's own."""
         own = scores.gather(1, targets.unsqueeze(1))

@@ -14,7 +14,8 @@ from PIL import Image
 from report_helpers import PROTOCOL, Page, findings_of, metrics_of, ranks_of, wild_data, wild_runs
 
 from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.core.files import write_json
+from llm2rec.core.files import read_json, write_json
+from llm2rec.distill.data_bridge import outputs_hash
 from llm2rec.evaluate.__main__ import _command
 from llm2rec.evaluate.findings import check_baseline, read_run
 from llm2rec.evaluate.report_files import write_pages
@@ -200,6 +201,17 @@ def test_the_markdown_has_the_same_parts_and_the_json_the_same_numbers(reported)
     written = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(asdict(findings)))
     assert written["comparisons"][0]["p_holm"] == findings.comparisons[0].p_holm
+
+
+def test_a_student_is_not_compared_with_outputs_that_were_written_since(tmp_path, data):
+    folder = list(wild_runs(tmp_path / "result", data))[2]
+    record = read_json(folder / "run.json")
+    engine = engine_in(tmp_path / "e")
+    for known, n_overlaps in ((outputs_hash(tmp_path / "result" / "outputs" / "told"), 1), ("0" * 64, 0)):
+        write_json(folder / "run.json", record | {"teacher_outputs": known})
+        findings = findings_of([folder], data, engine, tmp_path)
+        assert len(findings.overlaps) == n_overlaps
+    assert f"{DISTILLED}: other outputs have been written to" in findings.notes["overlap"][0]
 
 
 def test_one_run_is_compared_with_popularity_and_what_is_missing_is_said(tmp_path, data):

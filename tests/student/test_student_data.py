@@ -134,6 +134,8 @@ def test_what_was_seen_comes_as_pairs():
     split, lists = examples_of([[0, 1, 0, 2], [4, 5]], 1), sequences_of([[0, 1, 0, 2], [4, 5]])
     place, items = SeenItems.of(split, lists).pairs(np.array([2, 3, 0]))
     assert list(zip(place.tolist(), items.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 0), (1, 4), (2, 0)]
+    besides = SeenItems.of(split, lists).besides(np.array([2, 3, 0]), torch.tensor([0, 5, 0]))
+    assert [each.tolist() for each in besides] == [[0, 1], [1, 4]], "without the targets"
 
 
 def test_masking_seen_items_never_lowers_a_target(tmp_path):
