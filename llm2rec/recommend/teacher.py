@@ -114,6 +114,13 @@ class TeacherRecommender:
         return self.recommend([history], k, by=by, unknown=unknown)[0]
 
     def _answers(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:
+        n_shown = [len(set(history)) if self.model.exclude_history else 0 for history in histories]
+        if k > (left := len(self.names) - max(n_shown)):  # a search over titles finds k for all or none
+            if len(histories) > 1:
+                return [answer for history in histories for answer in self._answers([history], k)]
+            if left == 0:
+                return [[]]
+            k = left
         padded = np.full((len(histories), self.max_length), len(self.names), np.int32)
         for row, history in enumerate(histories):
             padded[row, : len(history)] = history

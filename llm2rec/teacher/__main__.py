@@ -103,7 +103,13 @@ def main(cfg: Config, run: Run) -> None:
             seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
-    log_recommendations(engine, lambda *asked: model.eval().best_items(*asked)[0], validation, data.items)
+    left = max(1, data.n_items - data.history_length)  # a search over titles finds all that it is asked for or none
+    log_recommendations(
+        engine,
+        lambda history, lengths, k: model.eval().best_items(history, lengths, min(k, left))[0],
+        validation,
+        data.items,
+    )
     if engine.is_main:
         # Without the place of a trained recommender on this machine.
         told = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}

@@ -10,7 +10,13 @@ __all__ = ["ITeacherRecommender"]
 
 
 class ITeacherRecommender(ABC):
-    """Ranks the whole catalogue for a history."""
+    """Ranks the whole catalogue for a history.
+
+    Attributes:
+        exclude_history: Whether the items of a history are out of the running.
+    """
+
+    exclude_history: bool
 
     @property
     @abstractmethod

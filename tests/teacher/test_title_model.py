@@ -22,6 +22,8 @@ from title_helpers import (
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MistralConfig
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.recommend.names import ItemNames
+from llm2rec.recommend.teacher import TeacherRecommender
 from llm2rec.teacher import beam
 from llm2rec.teacher.factory import _check_side_by_side, load_teacher, save_teacher
 from llm2rec.teacher.llm import load_model
@@ -129,6 +131,16 @@ def test_enough_beams_rank_the_catalogue_as_scoring_all_of_it(data, llm_folder, 
     for row, shown, without in zip(kept.tolist(), history.tolist(), others.tolist(), strict=True):
         found = [item for item in row if item != shown[0] or not exclude_history]
         assert found == without[: len(found)], "the same but for the one that is kept"
+
+
+def test_a_history_that_leaves_fewer_items_than_asked_for_gets_those(data, llm_folder, tmp_path):
+    model, _ = title_teacher("ilora", data, llm_folder, tmp_path, search_beams=data.n_items)
+    recommender = TeacherRecommender(model.eval(), ItemNames(data.items.with_format("arrow")[:]), data.history_length)
+    histories = [recommender.names.raw_ids[:2], recommender.names.raw_ids[3:7]]
+    every = recommender.recommend(histories, k=data.n_items)
+    assert [len(answer) for answer in every] == [data.n_items - 2, data.n_items - 4]
+    nine = recommender.recommend(histories, k=9)
+    assert [[each.item_id for each in answer[:9]] for answer in every] == [[each.item_id for each in a] for a in nine]
 
 
 def test_ranking_is_said_to_cost_what_its_beams_hold(data, llm_folder, tmp_path):
