@@ -142,7 +142,7 @@ def shuffle_vectors(outputs: Path, folder: Path) -> None:
 
 
 def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of stages, each once, as they are typed and with the commit in a word.
+    """Records of stages, each once, as they are typed, with phases of a second and more and the commit in a word.
 
     An earlier result may tell of the same ones, and in these words.
     """
@@ -150,6 +150,7 @@ def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             **each,
             "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"]),
+            "seconds": {phase: seconds for phase, seconds in each["seconds"].items() if seconds >= 1},
             "git": each["git"] if isinstance(each["git"], str) else commit_in_a_word(**each["git"]),
         }
         for each in records

@@ -194,9 +194,12 @@ def by_student(samples: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str,
 
 
 def brief(told: Any) -> Any:
-    """The same with six digits of each number, more than chance leaves any of, and without MRR, which nothing reads."""
+    """The same with six digits of each number, more than chance leaves any of, and without what nothing reads.
+
+    That is MRR, and what has a cut-off at 1.
+    """
     if isinstance(told, dict):
-        return {name: brief(each) for name, each in told.items() if not name.startswith("mrr")}
+        return {name: brief(each) for name, each in told.items() if not (name.startswith("mrr") or name.endswith("@1"))}
     if isinstance(told, list | tuple):
         return [brief(each) for each in told]
     return float(f"{told:.6g}") if isinstance(told, float) else told

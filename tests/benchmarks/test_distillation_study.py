@@ -390,13 +390,14 @@ def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
 def test_stages_are_told_once_as_they_are_typed():
     clean, changed = ({"commit": "0123456789abcdef", "dirty": dirty} for dirty in (False, True))
     here = [
-        {"run": "result_1", "overrides": ["seed=1"], "git": clean},
-        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"], "git": changed},
+        {"run": "result_1", "overrides": ["seed=1"], "git": clean, "seconds": {"data": 0.05, "train": 3.0}},
+        {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"], "git": changed, "seconds": {}},
     ]
     told = study_field.one_line_each(here)
     assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
     assert [each["git"] for each in told] == ["0123456789ab", "0123456789ab+"]
-    further = {"run": "result_3", "overrides": ["seed=2"], "git": clean}
+    assert [each["seconds"] for each in told] == [{"train": 3.0}, {}]
+    further = {"run": "result_3", "overrides": ["seed=2"], "git": clean, "seconds": {}}
     last = {**further, "overrides": "seed=2", "git": "0123456789ab"}
     assert study_field.one_line_each([*told, *here, further]) == [*told, last]
 
@@ -427,7 +428,11 @@ def test_a_stage_that_was_killed_goes_on(tmp_path):
 
 
 def test_results_are_told_briefly():
-    told = {"seed": 12345678, "runs": (0.123456789, 9.9990001e-05), "validation": {"mrr@5": 0.1, "ndcg@5": 0.25}}
+    told = {
+        "seed": 12345678,
+        "runs": (0.123456789, 9.9990001e-05),
+        "validation": {"mrr@5": 0.1, "ndcg@5": 0.25, "hr@1": 0.1},
+    }
     brief = study_findings.brief(told)
     assert brief == {"seed": 12345678, "runs": [0.123457, 9.999e-05], "validation": {"ndcg@5": 0.25}}
     assert study_findings.brief(brief) == brief, "an earlier result is told again as it was"
