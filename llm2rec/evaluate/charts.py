@@ -99,6 +99,8 @@ def _span(values: Sequence[float], *, zero: bool = False) -> tuple[float, float]
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:  # nothing but zeros
+            return 0.0, 1.0
     air = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return (low if zero and low == 0 else low - air), (high if zero and high == 0 else high + air)
 

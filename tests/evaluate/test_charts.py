@@ -17,6 +17,7 @@ CURVES += [Line("one point", ((30.0, 2.0),), 30, slot=3)]
 SAID = {"title": "Gain <of> all", "description": 'Higher is "better".'}
 DRAWN = {
     "forest": lambda width: forest(DOTS, axis="NDCG (%)", zero=True, width=width, **SAID),
+    "forest of zeros": lambda width: forest([Dot("x", 0, 0, 0)], axis="shared (%)", zero=True, width=width, **SAID),
     "forest of one": lambda width: forest([Dot("x", 0, 0, 0)], axis="NDCG (%)", width=width, **SAID),
     "grouped": lambda width: grouped([("few", DOTS), ("many", DOTS)], axis="gain (points)", width=width, **SAID),
     "stalks": lambda width: grouped(
