@@ -164,7 +164,7 @@ def write_result(
     }
     command = " ".join(["python", *map(relative, sys.argv)])
     result = {"headline": headline, "samples": samples, "command": command, "commit": git_state()}
-    write_json(options.json, {**result, "environment": environment, **further})
+    write_json(options.json, {**result, "environment": environment, **further}, indent=1)  # some are long
     if told:
         print(json.dumps(headline, indent=2))
 

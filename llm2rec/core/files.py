@@ -147,9 +147,9 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused, since JSON has neither."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     with replaced_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
