@@ -224,12 +224,9 @@ def test_other_titles_prompts_and_blocks_have_their_own_gate_inputs(data, llm_fo
     model, recipe = build("bert", llm_folder, data)
     cache_for(model, recipe.identity, engine, tmp_path / "cache").rows(rows, numbers)
 
-    class Renamed:
-        items = data.items.map(lambda row: {"title": f"{row['title']} again"}, load_from_cache_file=False)
-        n_items, domain, history_length, splits = data.n_items, data.domain, data.history_length, data.splits
-
+    items = data.items.map(lambda row: {"title": f"{row['title']} again"}, load_from_cache_file=False)
     others = [
-        build("bert", llm_folder, Renamed),
+        build("bert", llm_folder, replace(data, items=items)),
         build("bert", llm_folder, data, prompt={"separator": ","}),
         build("bert", llm_folder, data, prompt={"max_items": 1}),
         build("bert", llm_folder, data, prompt={"prefix": "These:"}),
