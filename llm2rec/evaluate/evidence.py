@@ -302,28 +302,17 @@ def overlaps(
             notes.append(f"{', '.join(names)}: the run does not say which teacher outputs it was distilled from.")
             continue
         try:
-            outputs = read_outputs(
-                locate(folder),
-                n_rows=len(data.splits["train"]),
-                n_items=data.n_items,
-                fingerprint=data.fingerprint,
-                top_k=1,
-            )
-            there = outputs_hash(locate(folder))
-            names = [each.entry.name for each in students if _taught_by(each) in (None, there)]
-            if others := [each.entry.name for each in students if each.entry.name not in names]:
+            sizes = {"n_rows": len(data.splits["train"]), "n_items": data.n_items, "top_k": 1}
+            outputs = read_outputs(locate(folder), fingerprint=data.fingerprint, **sizes)
+            there, own = outputs_hash(locate(folder)), [(each.entry.name, each.runs[0].folder) for each in students]
+            names = [name for name, run in own if not run or read_record(run).get("teacher_outputs", there) == there]
+            if others := [name for name, _ in own if name not in names]:
                 notes.append(f"{', '.join(others)}: other outputs have been written to {folder} since.")
             if names:
                 read.append(_overlap(outputs, locate(folder).name, tuple(names), found, data, device))
         except (TeacherOutputsError, CheckpointError) as error:
             notes.append(f"{', '.join(names)}: {error}")
     return read, notes
-
-
-def _taught_by(student: Contender) -> str | None:
-    """`outputs_hash` of what a student was distilled from; None where that is not known."""
-    folder = student.runs[0].folder
-    return None if folder is None else read_record(folder).get("teacher_outputs")
 
 
 def _overlap(
