@@ -69,12 +69,7 @@ def train_distilled(
             if rows are selected and no loss weighs them, or DeepSpeed is to update rows.
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
-    if not (settings.weighs_rows or isinstance(policy, SelectionPolicyAll)):
-        raise ConfigError(
-            f"{type(policy).__name__} selects rows, but what is taken from the teacher is the same for all of them: "
-            "`distill.ranking.weight` and `distill.embedding.alignment_weight` are 0; give one of them a value, or "
-            "select nothing with `active=all`."
-        )
+    _refuse_idle_selection(policy, settings)
     row_losses = _RowLosses(model, train, teacher, engine, settings, loss or LossSettings())
     training, record = engine.training, TrainingRecord(engine, select_on)
 
@@ -179,6 +174,15 @@ class _RowLosses:
 
     def _negatives(self, rows: NDArray[np.int64], epoch: int) -> Tensor | None:
         return self._sampler.draw(rows, epoch).to(self._device) if self._sampler else None
+
+
+def _refuse_idle_selection(policy: SelectionPolicy, settings: DistillSettings) -> None:
+    if not (settings.weighs_rows or isinstance(policy, SelectionPolicyAll)):
+        raise ConfigError(
+            f"{type(policy).__name__} selects rows, but what is taken from the teacher is the same for all of them: "
+            "`distill.ranking.weight` and `distill.embedding.alignment_weight` are 0; give one of them a value, or "
+            "select nothing with `active=all`."
+        )
 
 
 def _refuse_divided_steps(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from llm2rec.core.engine import Engine
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.models import SequentialRecommender
 
-__all__ = ["log_recommendations", "recommendation_table", "student_answers"]
+__all__ = ["Answers", "log_recommendations", "recommendation_table", "student_answers"]
 
 _ROWS, _ITEMS = 5, 5  # users shown, and items shown of their history and of what is recommended
 Answers = Callable[[NDArray[np.int32], NDArray[np.int32], int], Tensor]

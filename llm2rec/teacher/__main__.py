@@ -23,7 +23,7 @@ from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.student.samples import log_recommendations
+from llm2rec.student.samples import Answers, log_recommendations
 from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher, save_teacher
@@ -103,13 +103,7 @@ def main(cfg: Config, run: Run) -> None:
             seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
-    left = max(1, data.n_items - data.history_length)  # a search over titles finds all that it is asked for or none
-    log_recommendations(
-        engine,
-        lambda history, lengths, k: model.eval().best_items(history, lengths, min(k, left))[0],
-        validation,
-        data.items,
-    )
+    log_recommendations(engine, answers_of(model.eval(), data), validation, data.items)
     if engine.is_main:
         # Without the place of a trained recommender on this machine.
         told = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
@@ -177,6 +171,12 @@ def objective_of(
         return TitleObjective(model, train, validation, engine)
     assert isinstance(model, ILoraRecommender), "there are teachers of two kinds"
     return ItemObjective(model, train, validation, engine, seen=seen)
+
+
+def answers_of(model: LLMTeacher, data: RecData) -> Answers:
+    """What a teacher in evaluation mode answers, for `log_recommendations`."""
+    left = max(1, data.n_items - data.history_length)  # a search over titles finds all that it is asked for or none
+    return lambda history, lengths, k: model.best_items(history, lengths, min(k, left))[0]
 
 
 def validated_on(training: Training, model: LLMTeacher, settings: TeacherSettings) -> Training:

@@ -329,16 +329,7 @@ def load_teacher(
             "(`trust_remote_code` in config.json); look at that code, then load the teacher from a copy of this folder."
         )
     _check_parts(folder, recipe)
-    if recipe.fingerprint not in ("", data.fingerprint):
-        raise CheckpointError(
-            f"the teacher in {folder} ranks the items of a dataset with fingerprint {recipe.fingerprint[:12]}, and "
-            f"{data.name} here has {data.fingerprint[:12]}; prepare that one again, with the same files and options."
-        )
-    if weights_changed(recipe.source, recipe.llm_weights):
-        raise CheckpointError(
-            f"the language model in {recipe.source} has other weights than the one that the teacher in {folder} was "
-            "trained on; put that one back, or write its place into `source` of config.json there."
-        )
+    _check_what_it_was_trained_on(folder, recipe, data)
     recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
     remedy = "Copy the folder of the teacher again, as a whole."
@@ -367,6 +358,20 @@ def _check_parts(folder: Path, recipe: TeacherRecipe) -> None:
     parts += [f"adapter/{name}" for name in ["tokenizer_config.json", *weights]]
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; copy the folder of a teacher as a whole.")
+
+
+def _check_what_it_was_trained_on(folder: Path, recipe: TeacherRecipe, data: RecData) -> None:
+    """Refuse another dataset, or another language model in the place of its own."""
+    if recipe.fingerprint not in ("", data.fingerprint):
+        raise CheckpointError(
+            f"the teacher in {folder} ranks the items of a dataset with fingerprint {recipe.fingerprint[:12]}, and "
+            f"{data.name} here has {data.fingerprint[:12]}; prepare that one again, with the same files and options."
+        )
+    if weights_changed(recipe.source, recipe.llm_weights):
+        raise CheckpointError(
+            f"the language model in {recipe.source} has other weights than the one that the teacher in {folder} was "
+            "trained on; put that one back, or write its place into `source` of config.json there."
+        )
 
 
 def _load_beside_adapter(model: LLMTeacher, file: Path) -> None:
