@@ -39,11 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.optimizer import adamw
 from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import SASRec
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import TaskLoss
 
 SEQUENCES, LENGTH, WIDTH, NEGATIVES = 128, 50, 64, 256
 USERS, TILE = SEQUENCES * LENGTH, 1024
@@ -118,8 +118,8 @@ def measure(case: str, n_items: int, rounds: int) -> dict[str, Any]:
     optimizer = adamw(model, 1e-3, 0.0, rowwise=rowwise)
     generator = torch.Generator().manual_seed(0)
     history, targets = torch.randint(n_items, (2, SEQUENCES, LENGTH), generator=generator)
-    sampled = OwnLoss(model, LossSettings("sampled_softmax", NEGATIVES), targets.flatten(), seed=0)
-    own_loss = OwnLoss(model, LossSettings(), targets.flatten(), seed=0) if case == "blocked" else sampled
+    sampled = TaskLoss(model, LossSettings("sampled_softmax", NEGATIVES), targets.flatten(), seed=0)
+    task_loss = TaskLoss(model, LossSettings(), targets.flatten(), seed=0) if case == "blocked" else sampled
     rows = np.arange(USERS)
 
     def step(number: int) -> float:
@@ -130,7 +130,7 @@ def measure(case: str, n_items: int, rounds: int) -> dict[str, Any]:
         elif case == "plain":
             loss = cross_entropy(model.score(users), wanted).mean()
         else:
-            loss = own_loss(users, wanted, rows, epoch=0, step=number)["loss"].mean()
+            loss = task_loss(users, wanted, rows, epoch=0, step=number)["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -31,8 +31,8 @@ from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, Ranking
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.datamodule import SequenceBatch
 from llm2rec.student.models import build_model
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import TaskLoss
 
 USERS, WIDTH, CANDIDATES = 512, 64, 50
 SETTINGS = DistillSettings(
@@ -92,10 +92,10 @@ def ways(n_items: int, temperature: float, device: torch.device) -> dict[str, Ca
     batch = SequenceBatch(targets.unsqueeze(1), torch.ones_like(targets), targets, rows)  # of histories nothing is read
     candidates = torch.stack([torch.randperm(n_items)[:CANDIDATES] for _ in range(USERS)]).to(device)
     told = TeacherBatch(candidates, torch.rand(USERS, CANDIDATES, device=device).sort(dim=1).values)
-    own_loss = OwnLoss(student, LossSettings(), targets.cpu(), seed=0)
+    task_loss = TaskLoss(student, LossSettings(), targets.cpu(), seed=0)
 
     def own(users: Tensor, **known: Tensor | None) -> dict[str, Tensor]:
-        return own_loss(users, targets, rows, epoch=0, step=0, **known)
+        return task_loss(users, targets, rows, epoch=0, step=0, **known)
 
     def scores(users: Tensor) -> dict[str, Tensor]:
         return objective(student.score(users), targets, told, everyone, settings)

@@ -35,14 +35,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
+from llm2rec.core.train.engine import Engine
 from llm2rec.data import Toy, prepare
 from llm2rec.plan.cards import usual_utilisation
 from llm2rec.plan.measure import step_cost
 from llm2rec.plan.memory import quantisation_bytes
 from llm2rec.plan.models import TeacherShape, teacher_costs
-from llm2rec.plan.pace import Pace, processor
+from llm2rec.plan.pace import Throughput, processor
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
@@ -55,7 +55,7 @@ from llm2rec.teacher.settings import (
     TinyRandomSettings,
     TitleSettings,
 )
-from llm2rec.teacher.title_objective import TitleObjective
+from llm2rec.teacher.title.objective import TitleObjective
 from llm2rec.teacher.trainer import ItemObjective, Objective
 
 CASES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return sample | {"live_bytes": live, "live_ratio": live / total}
     live = step_cost(step.model, step).peak_bytes
     card, seconds = processor(), statistics.median(timed(step) for _ in range(options.rounds))
-    expected = Pace(usual_utilisation("cpu", "float32") * card.tflops * 1e12, card.bandwidth).seconds(planned)
+    expected = Throughput(usual_utilisation("cpu", "float32") * card.tflops * 1e12, card.bandwidth).seconds(planned)
     rss = growths(name, options)
     return sample | {
         "live_bytes": live,

@@ -1,4 +1,4 @@
-"""The table of `discussions/docs/plan.md`: 7B, 13B and 70B on 1, 8 and 64 GPUs, planned by `llm2rec.plan`.
+"""The table of `docs/plan.md`: 7B, 13B and 70B on 1, 8 and 64 GPUs, planned by `llm2rec.plan`.
 
     .venv/bin/python benchmarks/plan_table.py --json benchmarks/results/plan_table.json
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.files import write_json
-from llm2rec.core.record import TrainingRecord
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.state import TrainingState
 
 __all__ = ["Clock"]
 
@@ -24,7 +24,7 @@ class Clock:
     """Reads the time when a pass over the data begins and ends, and when its evaluation has ended.
 
     A pass begins when the model is ready or the last pass's checkpoint has been written, and ends with its last step;
-    what lies between that and `TrainingRecord.evaluated` is the evaluation. RecBole's passes are cut alike.
+    what lies between that and `TrainingState.evaluated` is the evaluation. RecBole's passes are cut alike.
     """
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Clock:
         """Put itself around the methods that mark the phases."""
         self._around(Engine, "prepare", after=self.begin)
         self._around(Engine, "save_checkpoint", after=self.begin)
-        self._around(TrainingRecord, "finish_step", after=self.step)
-        self._around(TrainingRecord, "evaluated", before=self.evaluated)
+        self._around(TrainingState, "finish_step", after=self.step)
+        self._around(TrainingState, "evaluated", before=self.evaluated)
 
     @staticmethod
     def _around(kind: type, name: str, before: Callable = lambda *_: None, after: Callable = lambda *_: None) -> None:
@@ -64,7 +64,7 @@ class Clock:
         """A step has been done, maybe the last of its pass."""
         self._stepped = self.now()
 
-    def evaluated(self, record: TrainingRecord, _: Any, metrics: dict[str, float]) -> None:
+    def evaluated(self, record: TrainingState, _: Any, metrics: dict[str, float]) -> None:
         """The evaluation of a pass has ended."""
         passed, processor = (end - start for start, end in zip(self._began, self._stepped, strict=True))
         evaluation = self.now()[0] - self._stepped[0]

@@ -27,19 +27,19 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm2rec.core.batching import OptimizerStep
-from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
-from llm2rec.core.stepper import MicroBatches
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
+from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.data import MovieLens100K, RecData, Toy, prepare
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.segments import training_data
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import TaskLoss
 
 WIDTH, LENGTH, ROWS = 64, 50, 512
 UPDATE_BYTES = 28  # AdamW reads weight, gradient and two averages, and writes all but the gradient
@@ -66,7 +66,7 @@ class Variant:
             "sasrec", n_items=data.n_items, width=WIDTH, max_length=LENGTH, positions=positions
         ).train()
         self.train = training_data(data, "windows" if name == "plain" else name, LENGTH)
-        self.loss = OwnLoss(self.model, LossSettings(), self.train.targets, seed=0)
+        self.loss = TaskLoss(self.model, LossSettings(), self.train.targets, seed=0)
         if name == "plain":
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
         else:

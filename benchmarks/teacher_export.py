@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llm2rec.core.batching import batches_by_cost
-from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData, prepare
 from llm2rec.data.toy import Toy
 from llm2rec.ilora import frozen_base
@@ -34,7 +34,7 @@ from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.llm import locate
 from llm2rec.teacher.settings import (
     AdapterSettings,
@@ -66,7 +66,7 @@ def main() -> None:
     harness.write_result(options, *result)
 
 
-def teacher(data: RecData, folder: Path, width: int, device: torch.device) -> ILoraRecommender:
+def teacher(data: RecData, folder: Path, width: int, device: torch.device) -> ItemTeacher:
     """A teacher with random weights, in evaluation mode."""
     llm = TinyRandomSettings(
         name="random", width=width, n_layers=12 if width > 512 else 6, n_heads=8, prompt=PromptSettings(max_tokens=256)
@@ -75,12 +75,12 @@ def teacher(data: RecData, folder: Path, width: int, device: torch.device) -> IL
     source = locate(llm, folder, folder / "llm", data.titles)
     targets = np.zeros(1, np.int32)
     model, _ = build_teacher(llm, source, settings, data, targets, device)
-    assert isinstance(model, ILoraRecommender)
+    assert isinstance(model, ItemTeacher)
     return model.eval()
 
 
 def measure(
-    model: ILoraRecommender, rows: TeacherRows, engine: Engine, folder: Path, options: argparse.Namespace
+    model: ItemTeacher, rows: TeacherRows, engine: Engine, folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Headline and samples."""
     settings = ExportSettings(block_rows=len(rows.rows))

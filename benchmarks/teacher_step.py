@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.optimizer import adamw
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig, frozen_base
 from llm2rec.ilora.gate import LinearGate
 from llm2rec.student.losses import cross_entropy

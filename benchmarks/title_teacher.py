@@ -28,9 +28,9 @@ from llm2rec.data.toy import Toy
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.models import build_model
+from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.llm import locate
-from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import (
     AdapterSettings,
     PromptSettings,
@@ -38,7 +38,7 @@ from llm2rec.teacher.settings import (
     TinyRandomSettings,
     TitleSettings,
 )
-from llm2rec.teacher.title_model import TitleRecommender
+from llm2rec.teacher.title.model import TitleRecommender
 
 N_CANDIDATES, N_ROWS = 20, 4
 
@@ -76,7 +76,7 @@ def title_teacher(data: RecData, folder: Path, options: argparse.Namespace) -> T
         title=TitleSettings(n_candidates=N_CANDIDATES),
     )
     arguments = {"n_items": data.n_items, "width": 64, "max_length": data.history_length}
-    recommender = TrainedRecommender(build_model("sasrec", **arguments), {"model": "sasrec", "arguments": arguments})
+    recommender = BorrowedStudent(build_model("sasrec", **arguments), {"model": "sasrec", "arguments": arguments})
     source = locate(llm, folder, folder / "llm", data.titles)
     device = torch.device(options.device)
     model, _ = build_teacher(llm, source, settings, data, np.zeros(1, np.int32), device, recommender)

@@ -1,4 +1,4 @@
-"""Write discussions/docs/api.md: what `import llm2rec` offers, from its docstrings.
+"""Write docs/api.md: what `import llm2rec` offers, from its docstrings.
 
     .venv/bin/python cmd/build_api_page.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "discussions" / "docs" / "api.md"
+PAGE = ROOT / "docs" / "api.md"
 TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Returns": "Returns", "Yields": "Yields", "Raises": "Raises"}
 LONGEST_SIGNATURE = 100
 

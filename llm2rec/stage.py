@@ -21,13 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llm2rec.config import Config, MetricsConfig, register
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, Interrupted, Llm2RecError
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
 from llm2rec.core.private import without_secrets
 from llm2rec.core.processes import agree, is_first_process, n_processes, uses_gpu
 from llm2rec.core.run import Run
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
 from llm2rec.reuse import made_by_other_code, same_runs
 from llm2rec.telling import TOLD, is_told, or_exit, tell

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data.recdata import SEQUENCE_FEATURES
 from llm2rec.data.splitting import EXAMPLE_FEATURES
 from llm2rec.student.datamodule import SequenceData

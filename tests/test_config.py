@@ -218,7 +218,7 @@ def test_the_released_program_differs_from_the_paper_in_named_switches_only():
     assert paper.keys() == program.keys()
     assert {key: value for key, value in program.items() if paper[key] != value} == {
         "name": "dllm2rec_code",
-        "own_loss": "sampled_bce",
+        "task_loss": "sampled_bce",
         "dros.weight": 0.5,
         "dros.in_ranking": "broadcast",
         "ranking.weight": 0.7,

@@ -6,8 +6,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from llm2rec.core.division import divides_frozen
 from llm2rec.core.processes import uses_deepspeed
+from llm2rec.core.train.sharding import divides_frozen
 
 FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ONE, EIGHT, TWO_MACHINES = (1, 1), (1, 8), (2, 16)  # machines, processes

@@ -55,12 +55,12 @@ def uses_deepspeed() -> bool:
 
 
 def uses_zero3() -> bool:
-    """Whether this launch asks for DeepSpeed's ZeRO-3; see `llm2rec.core.division`."""
+    """Whether this launch asks for DeepSpeed's ZeRO-3; see `llm2rec.core.train.sharding`."""
     return uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def uses_fsdp() -> bool:
-    """Whether this launch asks for FSDP; see `llm2rec.core.division`."""
+    """Whether this launch asks for FSDP; see `llm2rec.core.train.sharding`."""
     return os.environ.get(_FSDP, "false").lower() == "true"
 
 

@@ -48,8 +48,8 @@ def main(cfg: Config, run: Run) -> None:
             "`distill.embedding.fusion_scale` and `alignment_weight` are all 0 and `initialise` is none; give one of "
             "them a value, or train the student alone with `python -m llm2rec.student`."
         )
-    if settings.own_loss != "student" and student_settings.loss != LossSettings():
-        logger.warning("student.loss is not read: the recipe %s fixes %s", settings.name, settings.own_loss)
+    if settings.task_loss != "student" and student_settings.loss != LossSettings():
+        logger.warning("student.loss is not read: the recipe %s fixes %s", settings.name, settings.task_loss)
     data = open_data(cfg, run)
     outputs = from_launch_folder(settings.teacher_outputs, cfg.paths.root)
     teacher = read_outputs(

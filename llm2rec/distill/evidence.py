@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.engine import Engine
+from llm2rec.core.train.engine import Engine
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.student.datamodule import SequenceData, TrainingData
 from llm2rec.student.models import SequentialRecommender

@@ -26,7 +26,7 @@ from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.catalogue import catalogue_logsumexp, fits_in_a_tile, scores_of
 from llm2rec.student.datamodule import SequenceBatch
 from llm2rec.student.losses import cross_entropy, dros, sampled_bce
-from llm2rec.student.own_loss import ScoredNegatives
+from llm2rec.student.task_loss import ScoredNegatives
 
 __all__ = ["candidate_weights", "distillation_losses", "objective"]
 
@@ -53,7 +53,7 @@ def distillation_losses(
         told: What the teacher says of them.
         distilled: Weight of each row's distillation losses, shape ``(B,)``.
         settings: Weights of the losses.
-        own: `OwnLoss` of these rows, still to be told the logits; None computes what ``settings.own_loss`` names,
+        own: `TaskLoss` of these rows, still to be told the logits; None computes what ``settings.task_loss`` names,
             cross-entropy where that is ``student``.
         negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
         sampled: Negatives of the student's own loss; needed if ``settings.ranking.samples``.
@@ -112,7 +112,7 @@ def objective(
         told: What the teacher says of the rows.
         distilled: Weight of each row's ranking loss, shape ``(B,)``.
         settings: Weights and kinds of the losses.
-        own: What `OwnLoss` gave; None as in `distillation_losses`.
+        own: What `TaskLoss` gave; None as in `distillation_losses`.
         negatives: As in `distillation_losses`.
         propensity: As in `distillation_losses`.
         compared: Logits that the student's own top K is read off, shape ``(B, N)``; ``logits`` if None.
@@ -121,7 +121,7 @@ def objective(
         Losses by name, ``loss`` their total, each of shape ``(B,)``.
     """
     ranking, alpha = settings.ranking, settings.dros.weight
-    if settings.own_loss == "sampled_bce":
+    if settings.task_loss == "sampled_bce":
         assert negatives is not None
         own = {"loss": sampled_bce(logits, targets, negatives)}
     losses = _named(own or {"loss": cross_entropy(logits, targets)})

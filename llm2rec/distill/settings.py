@@ -204,7 +204,7 @@ class DistillSettings:
     Attributes:
         name: Name of the recipe.
         teacher_outputs: Folder of the teacher's outputs.
-        own_loss: The student's own task: ``student``, as `student.loss` says, so that a distilled student and its
+        task_loss: The student's own task: ``student``, as `student.loss` says, so that a distilled student and its
             baseline differ in nothing else; or what the recipe fixes: ``cross_entropy`` over the catalogue, or
             ``sampled_bce`` (program): binary cross-entropy of the target and one sampled negative.
         dros: Robust losses.
@@ -214,13 +214,13 @@ class DistillSettings:
 
     name: str = "dllm2rec"
     teacher_outputs: str = "???"
-    own_loss: str = "student"
+    task_loss: str = "student"
     dros: DrosSettings = field(default_factory=DrosSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
     def __post_init__(self) -> None:
-        one_of("distill.own_loss", self.own_loss, "student", "cross_entropy", "sampled_bce")
+        one_of("distill.task_loss", self.task_loss, "student", "cross_entropy", "sampled_bce")
         if self.ranking.loss != "weighted_bce" and self.dros.in_ranking != "none":
             raise ConfigError(
                 f"distill.dros.in_ranking is {self.dros.in_ranking!r}, which weighs candidates as only "
@@ -242,7 +242,7 @@ class DistillSettings:
     @property
     def needs_negatives(self) -> bool:
         """Whether any loss is about a sampled negative."""
-        return self.own_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
+        return self.task_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
 
     @property
     def robust_ranking(self) -> bool:
@@ -255,7 +255,7 @@ class DLLM2RecCodeSettings(DistillSettings):
     """Schema of ``conf/distill/dllm2rec_code.yaml``: the released program's objective, its README's weights."""
 
     name: str = "dllm2rec_code"
-    own_loss: str = "sampled_bce"
+    task_loss: str = "sampled_bce"
     dros: DrosSettings = field(default_factory=partial(DrosSettings, weight=0.5, in_ranking="broadcast"))
     ranking: RankingSettings = field(
         default_factory=partial(

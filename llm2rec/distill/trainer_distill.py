@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.batching import OptimizerStep
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.record import TrainingRecord
-from llm2rec.core.stepper import MicroBatches
+from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
 from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.objective import distillation_losses, objective
@@ -24,8 +24,8 @@ from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import popularity_propensity
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import TaskLoss
 
 __all__ = ["train_distilled"]
 
@@ -54,7 +54,7 @@ def train_distilled(
         policy: Which rows are distilled, with what weight.
         engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
         settings: Weights of the losses.
-        loss: The student's own task where ``settings.own_loss`` leaves it to the student; None for cross-entropy.
+        loss: The student's own task where ``settings.task_loss`` leaves it to the student; None for cross-entropy.
         item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that decides.
         seen: Items to leave out of the validation rankings; None ranks all items.
@@ -71,7 +71,7 @@ def train_distilled(
     """
     _refuse_idle_selection(policy, settings)
     row_losses = _RowLosses(model, train, teacher, engine, settings, loss or LossSettings())
-    training, record = engine.training, TrainingRecord(engine, select_on)
+    training, record = engine.training, TrainingState(engine, select_on)
 
     def student_now(epoch: int) -> StudentNow:
         return StudentNow(model.student, train, validation, teacher, engine, partial(row_losses.ranking, epoch))
@@ -198,16 +198,16 @@ def _refuse_divided_steps(engine: Engine) -> None:
 
 def _own_loss(
     model: DistilledStudent, loss: LossSettings, train: TrainingData, engine: Engine, settings: DistillSettings
-) -> OwnLoss | None:
+) -> TaskLoss | None:
     """The student's own task, or None where the recipe has one."""
-    if settings.ranking.samples and (settings.own_loss != "student" or loss.name == "cross_entropy"):
+    if settings.ranking.samples and (settings.task_loss != "student" or loss.name == "cross_entropy"):
         own = f"student.loss.name is {loss.name!r}"
         raise ConfigError(
             "distill.ranking.over is 'sampled', which needs the negatives of the student's own loss, but "
-            f"{own if settings.own_loss == 'student' else f'distill.own_loss is {settings.own_loss!r}'}, which has "
+            f"{own if settings.task_loss == 'student' else f'distill.task_loss is {settings.task_loss!r}'}, which has "
             "none of them; use `student.loss.name=sampled_softmax`, or `distill.ranking.over=catalogue`."
         )
-    if settings.own_loss != "student":
+    if settings.task_loss != "student":
         return None
     if loss.dros.weight > 0 and settings.dros.weight > 0:
         raise ConfigError(
@@ -219,4 +219,4 @@ def _own_loss(
             f"distill.dros.in_ranking is {settings.dros.in_ranking!r}, which `distill.dros.weight` weighs, and that is "
             f"0; give it the {loss.dros.weight} of `student.loss.dros.weight`, and that one 0."
         )
-    return OwnLoss(model.student, loss, train.targets, engine.seed)
+    return TaskLoss(model.student, loss, train.targets, engine.seed)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llm2rec.config import Config
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, replaced_file
 from llm2rec.core.git_info import git_state
@@ -26,6 +25,7 @@ from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.sweep import is_sweep, jobs_of
+from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.settings import EnsembleSettings

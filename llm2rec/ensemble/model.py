@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import read_object, replaced_folder, write_json
 from llm2rec.core.metrics import target_ranks
+from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData

@@ -16,21 +16,21 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from llm2rec.config import Config
-from llm2rec.core.division import divides_frozen
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.private import without_secrets
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.sweep import Job, is_sweep, jobs_of
+from llm2rec.core.train.sharding import divides_frozen
 from llm2rec.data import RecData
-from llm2rec.evaluate.findings import check_baseline, read_run
-from llm2rec.evaluate.gathering import gather
-from llm2rec.evaluate.report import write_report
-from llm2rec.evaluate.report_files import write_pages
-from llm2rec.evaluate.scoring import Protocol, find_runs, score_popularity, score_run
+from llm2rec.evaluate.report.files import write_pages
+from llm2rec.evaluate.report.findings import check_baseline, read_run
+from llm2rec.evaluate.report.gathering import gather
+from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep
+from llm2rec.evaluate.table import write_report
 from llm2rec.stage import build, open_data, open_engine, stage
 
 logger = logging.getLogger("llm2rec.evaluate")

@@ -8,8 +8,8 @@ from typing import Any
 
 from llm2rec.core.files import replaced_file, write_json
 from llm2rec.core.sweep import Job
-from llm2rec.evaluate.report import aligned
-from llm2rec.evaluate.scoring import Scored
+from llm2rec.evaluate.scoring.scoring import Scored
+from llm2rec.evaluate.table import aligned
 
 __all__ = ["Combination", "format_sweep", "gather", "write_sweep"]
 

@@ -53,8 +53,8 @@ def memory_at_rest(sizes: Sizes, launch: str, gpus: int, capacity: float, *, wid
 
     Trained parameters, gradients and AdamW's two averages are float32, 16 bytes in all, and several GPUs copy gradients
     into buckets to exchange them. ZeRO-2 casts the model to bfloat16, keeps a float32 master copy beside the averages,
-    and divides gradients and optimizer. ZeRO-3 and FSDP2 divide the frozen weights alone (`llm2rec.core.division`),
-    FSDP2 those of blocks; what is in use is put together.
+    and divides gradients and optimizer. ZeRO-3 and FSDP2 shard the frozen weights alone
+    (`llm2rec.core.train.sharding`), FSDP2 those of blocks; what is in use is put together.
 
     Args:
         sizes: The teacher's.

@@ -19,7 +19,7 @@ from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import adapter_config, with_adapter
 from llm2rec.teacher.gate_source import NoGate
 from llm2rec.teacher.heads import build_head
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import TeacherSettings
@@ -147,7 +147,7 @@ class PlannedTeacher:
         if self.is_title:
             parts: dict[str, nn.Module] = {"llm": self.llm}
             return nn.ModuleDict(parts | ({} if projector is None else {"projector": projector}))  # titles: on the host
-        return ILoraRecommender(
+        return ItemTeacher(
             self.llm,
             cast(PromptBuilder, None),  # no prompt is made of text here
             pooling=shape.pooling,

@@ -9,7 +9,7 @@ import torch
 from llm2rec.plan.cards import Card
 from llm2rec.plan.measure import Cost
 
-__all__ = ["Pace", "processor"]
+__all__ = ["Throughput", "processor"]
 
 LAUNCH_SECONDS = 1e-5
 """What an operation costs the processor that starts it; Python, torch and a kernel's launch, of the order measured on
@@ -20,7 +20,7 @@ UPDATE_BYTES = 28
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How fast a card works off a cost: by operations, by bytes, or by launches, whichever takes longest.
 
     Attributes:

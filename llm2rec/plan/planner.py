@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llm2rec.core.batching import micro_batch_count
+from llm2rec.core.train.batching import micro_batch_count
 from llm2rec.plan.cards import CPU, Card, usual_utilisation
 from llm2rec.plan.disk import disk_bytes
 from llm2rec.plan.memory import Memory, host_bytes, largest_rows, memory_at_rest, quantisation_bytes
 from llm2rec.plan.models import Sizes, TeacherShape, teacher_costs
-from llm2rec.plan.pace import Pace
+from llm2rec.plan.pace import Throughput
 from llm2rec.plan.settings import DIVIDED, LAUNCHES
 from llm2rec.plan.students import plan_student
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
@@ -50,10 +50,10 @@ class Job:
         return self.teacher.width if settings.tuning == "ilora" and settings.gate_input == "llm" else 0
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> Throughput:
         """How fast the teacher is."""
         rate = self.card.float32_tflops if self.teacher.precision == "float32" else self.card.tflops
-        return Pace(self.utilisation * rate * 1e12, self.card.bandwidth)
+        return Throughput(self.utilisation * rate * 1e12, self.card.bandwidth)
 
 
 class _Planner:
@@ -153,7 +153,7 @@ class _Planner:
         rows = rows_per_micro_batch(training, 1)
         planned = plan_student(job.student, self.work.n_items, rows)
         share = usual_utilisation(CPU if self.on_cpu else "", "float32")
-        pace = Pace(share * job.card.float32_tflops * 1e12, job.card.bandwidth)
+        pace = Throughput(share * job.card.float32_tflops * 1e12, job.card.bandwidth)
         n_micro = micro_batch_count(training.batch_size, training.micro_batch_size, 1)
         step = n_micro * pace.seconds(planned.cost) + planned.update_bytes / pace.bandwidth
         context = self.at_rest("ddp").parts["context"]

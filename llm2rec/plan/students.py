@@ -10,8 +10,8 @@ from torch import Tensor
 from llm2rec.plan.measure import Cost, step_cost
 from llm2rec.student.items import ItemTable
 from llm2rec.student.models import build_model
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import StudentSettings
+from llm2rec.student.task_loss import TaskLoss
 
 __all__ = ["PlannedStudent", "plan_student"]
 
@@ -70,7 +70,7 @@ def plan_student(settings: StudentSettings, n_items: int, rows: int) -> PlannedS
     tables = {module for module in model.modules() if isinstance(module, ItemTable)}
     for table in tables:
         table.__class__ = _Lookups
-    loss = OwnLoss(model, settings.loss, torch.zeros(1, dtype=torch.int64), seed=0)
+    loss = TaskLoss(model, settings.loss, torch.zeros(1, dtype=torch.int64), seed=0)
 
     def step() -> Tensor:
         return loss(model(history, lengths), targets, np.arange(rows), epoch=0, step=0)["loss"].sum()

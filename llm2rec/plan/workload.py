@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2rec.core.batching import epoch_batches, micro_batch_count, optimizer_steps
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.batching import epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.student.datamodule import SequenceData
-from llm2rec.teacher.pieces import PromptLayout, PromptRows
+from llm2rec.teacher.prompt_layout import PromptLayout, PromptRows
 from llm2rec.teacher.settings import PromptSettings, TeacherSettings
 from llm2rec.teacher.wording import plain_wordings, wordings_for
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.ranking import Catalogue, ranks_in_blocks
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import SequentialRecommender
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.optimizer import adamw
 from llm2rec.student.items import ItemTable
 
 __all__ = ["student_optimizer"]

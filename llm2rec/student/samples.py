@@ -9,7 +9,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.engine import Engine
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.models import SequentialRecommender
 

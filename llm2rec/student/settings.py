@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm2rec.core.errors import ConfigError, one_of
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.settings import TrainingSettings
 
 __all__ = [
     "CaserSettings",
@@ -174,7 +174,7 @@ class StudentSettings:
             `llm2rec.student.segments.SegmentData`). Every row is trained once an epoch in both, and sizes of batches
             count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
         loss: Its own task; distillation uses the same unless its recipe names another.
-        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.rowwise`.
+        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.rowwise`.
     """
 
     name: str = "???"

@@ -7,10 +7,10 @@ import pyarrow as pa
 from pyarrow import feather
 
 from llm2rec.core.card import CARD
-from llm2rec.core.checkpoint import read_tensors, save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.core.hub import obtained
+from llm2rec.core.train.checkpoint import read_tensors, save_tensors
 from llm2rec.student.models import SequentialRecommender, build_model
 
 __all__ = ["load_item_table", "load_student", "save_student"]

@@ -2,17 +2,17 @@
 
 from functools import partial
 
-from llm2rec.core.batching import OptimizerStep
-from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.record import TrainingRecord
-from llm2rec.core.stepper import MicroBatches
+from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems, SequenceData, TrainingData
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import TaskLoss
 
 __all__ = ["train_baseline"]
 
@@ -46,8 +46,8 @@ def train_baseline(
     Raises:
         ConfigError: If the catalogue is too small for the negatives, or DeepSpeed is to update rows.
     """
-    settings, record = engine.training, TrainingRecord(engine, select_on)
-    own_loss = OwnLoss(model, loss or LossSettings(), train.targets, engine.seed)
+    settings, record = engine.training, TrainingState(engine, select_on)
+    task_loss = TaskLoss(model, loss or LossSettings(), train.targets, engine.seed)
     wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
@@ -56,7 +56,7 @@ def train_baseline(
         for units in share.micro_batches:
             batch = train.batch(units, engine.device)
             users = wrapped(*batch.inputs)  # (B, D)
-            yield batch.rows, own_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)
+            yield batch.rows, task_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)
 
     max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
     per_epoch = settings.steps_per_epoch(len(train))

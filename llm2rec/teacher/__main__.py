@@ -12,29 +12,29 @@ from torch import nn
 
 from llm2rec.config import Config
 from llm2rec.core.card import Training
-from llm2rec.core.division import divides_frozen, full_size
-from llm2rec.core.engine import Engine
 from llm2rec.core.files import read_json
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.private import with_home
 from llm2rec.core.run import Run, read_record
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.sharding import divides_frozen, full_size
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.samples import Answers, log_recommendations
+from llm2rec.teacher.borrowed_student import open_recommender
 from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
-from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
+from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.llm import check_launch, locate, mixed_precision, weights_changed, weights_hash
 from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
-from llm2rec.teacher.recommender import open_recommender
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
-from llm2rec.teacher.title_model import TitleRecommender
-from llm2rec.teacher.title_objective import UNLISTED_CANDIDATES, TitleObjective
+from llm2rec.teacher.title.model import TitleRecommender
+from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective
 from llm2rec.teacher.trainer import ItemObjective, Objective, train_teacher
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def objective_of(
     """What a teacher of this kind is trained to do; ``seen`` is left out where it is validated on all items."""
     if isinstance(model, TitleRecommender):
         return TitleObjective(model, train, validation, engine)
-    assert isinstance(model, ILoraRecommender), "there are teachers of two kinds"
+    assert isinstance(model, ItemTeacher), "there are teachers of two kinds"
     return ItemObjective(model, train, validation, engine, seen=seen)
 
 

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from llm2rec.core.batching import batches_by_cost
-from llm2rec.core.engine import Engine
 from llm2rec.core.files import replaced_file
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import LLMTeacher
 from llm2rec.teacher.settings import ExportSettings

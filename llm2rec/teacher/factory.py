@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm2rec.core.card import CARD
-from llm2rec.core.checkpoint import read_tensors, save_tensors
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.core.private import with_home, without_secrets
+from llm2rec.core.train.checkpoint import read_tensors, save_tensors
 from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
+from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.gate_source import NoGate, gate_source_of
 from llm2rec.teacher.heads import JoinedHead, build_head
-from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher, title_vectors
+from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher, title_vectors
 from llm2rec.teacher.injection import ItemProjector
-from llm2rec.teacher.likelihood import check_attention
 from llm2rec.teacher.llm import (
     load_model,
     load_tokenizer,
@@ -34,10 +34,10 @@ from llm2rec.teacher.llm import (
 )
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.recipe import TeacherRecipe
-from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors, read_titles
-from llm2rec.teacher.title_model import TitleRecommender
+from llm2rec.teacher.title.likelihood import check_attention
+from llm2rec.teacher.title.model import TitleRecommender
 
 __all__ = [
     "TeacherRecipe",
@@ -63,7 +63,7 @@ def build_teacher(
     data: RecData,
     targets: NDArray[np.int32],
     device: torch.device,
-    recommender: TrainedRecommender | None = None,
+    recommender: BorrowedStudent | None = None,
     seed: int = 0,
 ) -> tuple[LLMTeacher, TeacherRecipe]:
     """Build a teacher with a fresh adapter.
@@ -111,7 +111,7 @@ def build_teacher(
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     teacher = _assemble(model, prompts, recipe, items, recommender)
-    if isinstance(teacher, ILoraRecommender):
+    if isinstance(teacher, ItemTeacher):
         if settings.item_refresh_steps:
             teacher.head.keep_titles()
         if isinstance(teacher.head, JoinedHead):
@@ -242,7 +242,7 @@ def _assemble(
     prompts: PromptBuilder,
     recipe: TeacherRecipe,
     items: Mapping[str, Tensor],
-    recommender: TrainedRecommender | None,
+    recommender: BorrowedStudent | None,
 ) -> LLMTeacher:
     projector = None
     if recipe.hybrid and recommender is not None:
@@ -262,7 +262,7 @@ def _assemble(
         return TitleRecommender(llm, prompts, titles, TitleSettings(**recipe.title), **shared)
     scored = None if recommender is None else recommender.scored_items()
     head = build_head(recipe.head, items["vectors"], items["bias"], recipe.logit_scale, scored)
-    return ILoraRecommender(llm, prompts, head=head, **shared)
+    return ItemTeacher(llm, prompts, head=head, **shared)
 
 
 def save_teacher(folder: Path, model: LLMTeacher, recipe: TeacherRecipe, card: str | None = None) -> None:
@@ -330,7 +330,7 @@ def load_teacher(
         )
     _check_parts(folder, recipe)
     _check_what_it_was_trained_on(folder, recipe, data)
-    recommender = TrainedRecommender.load(folder, device) if recipe.reads_recommender else None
+    recommender = BorrowedStudent.load(folder, device) if recipe.reads_recommender else None
     llm = recipe.llm_settings
     remedy = "Copy the folder of the teacher again, as a whole."
     with readable(CheckpointError, f"the tokenizer in {folder / 'adapter'} cannot be loaded", remedy):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2rec.core.batching import batches_by_cost
-from llm2rec.core.engine import Engine
 from llm2rec.core.files import replaced_file
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.ilora_model import LLMTeacher
 

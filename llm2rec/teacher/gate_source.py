@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2rec.core.errors import CheckpointError
+from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.prompts import TokenBatch
-from llm2rec.teacher.recommender import TrainedRecommender
 
 __all__ = ["FrozenBase", "GateSource", "NoGate", "StudentVectors", "gate_source_of"]
 
@@ -69,7 +69,7 @@ class StudentVectors(GateSource):
 
     name = "sequence"
 
-    def __init__(self, recommender: TrainedRecommender) -> None:
+    def __init__(self, recommender: BorrowedStudent) -> None:
         self._recommender = recommender
         self.width, self.label = recommender.width, f" ({recommender.name} gate)"
         self.identity = f"/{self.name}/{recommender.identity}"
@@ -90,7 +90,7 @@ class NoGate(GateSource):
         return torch.empty(len(history), 0)
 
 
-def gate_source_of(name: str, recommender: TrainedRecommender | None) -> GateSource:
+def gate_source_of(name: str, recommender: BorrowedStudent | None) -> GateSource:
     """The source called ``name``.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.batching import OptimizerStep
-from llm2rec.core.engine import Engine
+from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.engine import Engine
 from llm2rec.ilora import gate_health
 from llm2rec.teacher.ilora_model import LLMTeacher
 

@@ -22,17 +22,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2rec.core.batching import batches_by_cost
+from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.vectors import standardised
 from llm2rec.ilora import Gate, ILoraModel, frozen_base
+from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.heads import ItemHead
 from llm2rec.teacher.injection import ItemProjector, embedded
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch
-from llm2rec.teacher.recommender import TrainedRecommender
 
-__all__ = ["EXCLUDED", "ILoraRecommender", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
+__all__ = ["EXCLUDED", "ItemTeacher", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
 
 EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
 
@@ -112,7 +112,7 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         *,
         pooling: str,
         gate_source: GateSource,
-        recommender: TrainedRecommender | None = None,
+        recommender: BorrowedStudent | None = None,
         projector: ItemProjector | None = None,
     ) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         return self.token_counts(history, lengths)
 
 
-class ILoraRecommender(LLMTeacher):
+class ItemTeacher(LLMTeacher):
     """A language model as a recommender over a whole catalogue: the ``item`` objective.
 
     Args:
@@ -250,7 +250,7 @@ class ILoraRecommender(LLMTeacher):
         head: ItemHead,
         exclude_history: bool,
         gate_source: GateSource,
-        recommender: TrainedRecommender | None = None,
+        recommender: BorrowedStudent | None = None,
         projector: ItemProjector | None = None,
     ) -> None:
         super().__init__(

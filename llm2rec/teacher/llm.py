@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm2rec.core.division import divide, divides_frozen, put_together_by_deepspeed, zero3_config
 from llm2rec.core.errors import ConfigError, Llm2RecError
 from llm2rec.core.files import replaced_folder
 from llm2rec.core.host_memory import check_host_memory
 from llm2rec.core.processes import is_first_process, uses_fsdp, uses_gpu, uses_zero3
 from llm2rec.core.seed import derived_seed
+from llm2rec.core.train.sharding import divide, divides_frozen, put_together_by_deepspeed, zero3_config
 from llm2rec.teacher.settings import LLMSettings, TinyRandomSettings
 
 __all__ = [

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.pieces import Padding, PromptLayout, PromptRows, TokenBatch, padded_batch
+from llm2rec.teacher.prompt_layout import Padding, PromptLayout, PromptRows, TokenBatch, padded_batch
 from llm2rec.teacher.settings import PromptSettings
-from llm2rec.teacher.title_task import TitleTask
-from llm2rec.teacher.titles import shortened
+from llm2rec.teacher.title.task import TitleTask
+from llm2rec.teacher.title.titles import shortened
 from llm2rec.teacher.tokenising import PieceTokenizer
 from llm2rec.teacher.wording import Wordings, plain_wordings, wordings_for
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.teacher.curriculum import CURRICULA
 from llm2rec.teacher.heads import HEADS
 from llm2rec.teacher.llm_settings import LLMSettings, PromptSettings, ShapeSettings, TinyRandomSettings
@@ -117,7 +117,8 @@ class TitleSettings:
         search_beams: Beams of the search over the catalogue's titles.
         ranking: How the whole catalogue is ranked: ``search`` (the likeliest titles) or ``grounding`` (BIGRec: the
             items whose vectors lie nearest to that of the generated title).
-        hit_rule: When a generated text names a candidate: ``longest`` or ``released``, see `llm2rec.teacher.hits`.
+        hit_rule: When a generated text names a candidate: ``longest`` or ``released``, see
+            `llm2rec.teacher.title.matching`.
     """
 
     n_candidates: int = 20

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llm2rec.core.batching import batches_by_cost
+from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.teacher.ilora_model import pool
 from llm2rec.teacher.prompts import PromptBuilder
 
@@ -14,7 +14,7 @@ __all__ = ["TitleVectors", "read_texts", "read_titles"]
 
 
 class TitleVectors(NamedTuple):
-    """The catalogue as `llm2rec.teacher.grounding` sees it.
+    """The catalogue as `llm2rec.teacher.title.grounding` sees it.
 
     Attributes:
         vectors: Of all titles, shape ``(N, d)``, float32, centred over the catalogue and of unit length; on the CPU,

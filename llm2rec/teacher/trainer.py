@@ -9,18 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.batching import OptimizerStep, batches_by_cost
-from llm2rec.core.engine import Engine
 from llm2rec.core.metrics import ranking_metrics, target_ranks
-from llm2rec.core.optimizer import adamw
-from llm2rec.core.record import TrainingRecord
-from llm2rec.core.stepper import MicroBatches
+from llm2rec.core.train.batching import OptimizerStep, batches_by_cost
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.optimizer import adamw
+from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
-from llm2rec.teacher.ilora_model import ILoraRecommender, LLMTeacher
+from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TeacherSettings
 
@@ -79,7 +79,7 @@ class ItemObjective:
 
     def __init__(
         self,
-        model: ILoraRecommender,
+        model: ItemTeacher,
         train: TeacherRows,
         validation: TeacherRows,
         engine: Engine,
@@ -125,7 +125,7 @@ def train_teacher(
         logger.info("nothing to train: `teacher.tuning` is %r and nothing beside the LLM learns", settings.tuning)
         model.eval()
         return
-    training, train, record = engine.training, objective.train, TrainingRecord(engine, select_on)
+    training, train, record = engine.training, objective.train, TrainingState(engine, select_on)
     wrapped, optimizer = engine.prepare(model, _optimizer(model, settings))
     if state := engine.load_checkpoint(model, optimizer):
         record.restore(state)
@@ -207,7 +207,7 @@ def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW
 
 
 def rank_targets(
-    model: ILoraRecommender,
+    model: ItemTeacher,
     rows: TeacherRows,
     engine: Engine,
     *,

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2rec.core.batching import batches_by_cost, epoch_batches, micro_batch_count, optimizer_steps
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.train.batching import batches_by_cost, epoch_batches, micro_batch_count, optimizer_steps
 
 SIZES = {
     "n_rows": st.integers(1, 70),

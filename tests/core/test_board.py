@@ -6,13 +6,13 @@ import torch
 from engine_helpers import events_of, texts_of, time_goes_by
 from torch import nn
 
-from llm2rec.core.board import Pace, memory_in_use
-from llm2rec.core.engine import Engine
 from llm2rec.core.host_memory import resident_bytes
-from llm2rec.core.optimizer import adamw
-from llm2rec.core.record import TrainingRecord
 from llm2rec.core.run import Run
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.optimizer import adamw
+from llm2rec.core.train.settings import TrainingSettings
+from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.trackers import Throughput, memory_in_use
 
 N_ROWS = 11
 
@@ -23,7 +23,7 @@ def trained(folder, tensorboard=True):
     model, inputs = nn.ModuleDict({"body": nn.Linear(5, 4), "head": nn.Linear(4, 3)}), torch.randn(N_ROWS, 5)
     run, training = Run.start(folder, "student", {"seed": 0}), TrainingSettings(epochs=2, batch_size=4)
     engine = Engine(run, seed=0, training=training, tensorboard=tensorboard, show_progress=False)
-    record = TrainingRecord(engine, "ndcg@10")
+    record = TrainingState(engine, "ndcg@10")
     _, optimizer = engine.prepare(model, adamw(model, 0.01, 0.0, {"head": 0.5}))
 
     def passes(share):
@@ -68,7 +68,7 @@ class TestOneRun:
 
 
 def test_speed_leaves_out_what_lies_between_steps(monkeypatch):
-    clock, pace = time_goes_by(monkeypatch, "llm2rec.core.board"), Pace()
+    clock, pace = time_goes_by(monkeypatch, "llm2rec.core.train.trackers"), Throughput()
     for _ in range(4):
         with pace.timed():
             clock.wait(0.5)

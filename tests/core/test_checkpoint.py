@@ -3,15 +3,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llm2rec.core.checkpoint import (
+from llm2rec.core.errors import CheckpointError
+from llm2rec.core.train.checkpoint import (
     load_optimizer,
     load_weights,
     optimizer_tensors,
     save_tensors,
     trainable_weights,
 )
-from llm2rec.core.errors import CheckpointError
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.optimizer import adamw
 
 
 def model_of(seed=0, width=3):

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from llm2rec.core import host_memory, processes
-from llm2rec.core.division import divide, divides_frozen, full_size, zero3_config
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.host_memory import available_bytes, check_host_memory
-from llm2rec.core.training import TrainingSettings
-from llm2rec.core.zero import configure
+from llm2rec.core.train.settings import TrainingSettings
+from llm2rec.core.train.sharding import divide, divides_frozen, full_size, zero3_config
+from llm2rec.core.train.zero import configure
 from llm2rec.teacher.llm import check_launch
 
 LAUNCHES = {

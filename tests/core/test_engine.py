@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llm2rec.core.errors import CheckpointError, ConfigError, StorageError
-from llm2rec.core.optimizer import adamw
-from llm2rec.core.record import TrainingRecord
 from llm2rec.core.seed import derived_seed, seed_everything
+from llm2rec.core.train.optimizer import adamw
+from llm2rec.core.train.state import TrainingState
 
 N_ROWS = 11  # batches of 8 and 3 rows
 
@@ -99,7 +99,7 @@ def test_one_process_has_all_rows(tmp_path):
 
 @pytest.mark.parametrize(("n_rows", "n_processes"), [(5, 2), (7, 3), (2, 4), (0, 2), (8, 4)])
 def test_blocks_of_all_processes_hold_every_row_once(n_rows, n_processes):
-    from llm2rec.core.engine import Engine
+    from llm2rec.core.train.engine import Engine
 
     def block(rank, lockstep):
         return Engine.my_rows(SimpleNamespace(rank=rank, n_processes=n_processes, lockstep=lockstep), n_rows).tolist()
@@ -235,7 +235,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
 def test_the_best_weights_outlive_the_checkpoints_of_their_step(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
-    record = TrainingRecord(engine, "ndcg@10")
+    record = TrainingState(engine, "ndcg@10")
     for step, value in enumerate((0.1, 0.5, 0.3, 0.2)):
         model.bias.data.fill_(step)
         record.finish_step(step, 4, {"loss": 1.0})
@@ -294,9 +294,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_a_record_tells_means_over_rows_and_goes_on_where_it_was(tmp_path):
     engine = engine_in(tmp_path, patience=2)
     model = nn.Linear(1, 1)
-    record = TrainingRecord(engine, "ndcg@10")
+    record = TrainingState(engine, "ndcg@10")
     record.finish_step(0, 8, {"loss": 4.0})
-    resumed = TrainingRecord(engine, "ndcg@10")
+    resumed = TrainingState(engine, "ndcg@10")
     resumed.restore(record.state())
     resumed.finish_step(1, 4, {"loss": 2.0})
     resumed.evaluated(model, {"ndcg@10": 0.5}, learning_rate=0.1)
@@ -317,7 +317,7 @@ def test_a_record_without_evaluation_leaves_the_model(tmp_path):
     engine = engine_in(tmp_path)
     model = nn.Linear(1, 1)
     before = model.weight.item()
-    TrainingRecord(engine, "ndcg@10").finish(model)
+    TrainingState(engine, "ndcg@10").finish(model)
     assert model.weight.item() == before
 
 

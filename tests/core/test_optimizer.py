@@ -3,9 +3,15 @@ import torch
 from engine_helpers import engine_in
 from torch import nn
 
-from llm2rec.core.checkpoint import load_optimizer, load_weights, optimizer_tensors, save_tensors, trainable_weights
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.checkpoint import (
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_tensors,
+    trainable_weights,
+)
+from llm2rec.core.train.optimizer import adamw
 
 
 class Parts(nn.Module):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from llm2rec.core.checkpoint import load_optimizer, optimizer_tensors, save_tensors
-from llm2rec.core.optimizer import adamw
-from llm2rec.core.rowwise import RowwiseAdamW
+from llm2rec.core.train.checkpoint import load_optimizer, optimizer_tensors, save_tensors
+from llm2rec.core.train.optimizer import adamw
+from llm2rec.core.train.rowwise import RowwiseAdamW
 
 ROWS, WIDTH = 7, 3
 

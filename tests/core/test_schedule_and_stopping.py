@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from llm2rec.core.early_stopping import EarlyStopping
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.schedule import warmup_cosine
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.early_stopping import EarlyStopping
+from llm2rec.core.train.schedule import warmup_cosine
+from llm2rec.core.train.settings import TrainingSettings
 
 
 def test_warm_up_is_a_line_and_decay_half_a_cosine():

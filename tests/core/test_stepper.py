@@ -13,11 +13,11 @@ from engine_helpers import assert_same_weights, engine_in, out_of_memory_above
 from safetensors.torch import load_file
 from torch import nn
 
-from llm2rec.core.checkpoint import optimizer_tensors
 from llm2rec.core.errors import ConfigError, NonFiniteError, OutOfMemoryError
-from llm2rec.core.optimizer import adamw
-from llm2rec.core.spikes import SpikeWatch
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.checkpoint import optimizer_tensors
+from llm2rec.core.train.optimizer import adamw
+from llm2rec.core.train.settings import TrainingSettings
+from llm2rec.core.train.spikes import SpikeDetector
 
 N_ROWS = 24  # 3 steps an epoch
 
@@ -174,7 +174,7 @@ def test_only_the_micro_batch_with_the_bad_loss_is_named(tmp_path):
 
 
 def test_of_many_examples_the_first_are_named():
-    from llm2rec.core.stepper import _listed
+    from llm2rec.core.train.stepper import _listed
 
     assert _listed([3, 1, 3]) == "1, 3"
     assert _listed(list(range(60))).endswith("48, 49 and 10 more")
@@ -260,7 +260,7 @@ def test_processes_decide_alike(tmp_path):
 
 
 def test_a_spike_is_told_once_and_against_the_median(caplog):
-    watch = SpikeWatch("loss", 10)
+    watch = SpikeDetector("loss", 10)
     values = [1.0] * 15 + [50.0] + [1.0] * 5 + [11.0, 12.0, float("nan"), 1.0, 9.0, 30.0]
     with caplog.at_level(logging.WARNING):
         spikes = [step for step, value in enumerate(values) if watch.see(value, step)]
@@ -269,14 +269,14 @@ def test_a_spike_is_told_once_and_against_the_median(caplog):
         "step 21: the loss is 11, 11 times the median of the last 21 steps (1)",
         "step 26: the loss is 30, 30 times the median of the last 25 steps (1)",
     ]
-    again = SpikeWatch("loss", 10)
+    again = SpikeDetector("loss", 10)
     again.restore(json.loads(json.dumps(watch.state())))
     assert again.state() == watch.state()
-    assert not SpikeWatch("loss", 0).see(1e9, 0)
+    assert not SpikeDetector("loss", 0).see(1e9, 0)
 
 
 def test_a_lasting_change_is_the_new_measure():
-    watch = SpikeWatch("loss", 10)
+    watch = SpikeDetector("loss", 10)
     spikes = [watch.see(1.0 if step < 64 else 20.0, step) for step in range(128)]
     assert 20 < sum(spikes) < 40, "until half of the window is new"
     assert watch.median == 20

@@ -10,7 +10,7 @@ from engine_helpers import engine_in
 from safetensors.torch import save_file
 from torch import nn
 
-from llm2rec.core.optimizer import adamw
+from llm2rec.core.train.optimizer import adamw
 
 N_ROWS, N_STEPS = 12, 9
 RESTING = (0, 1, 4, 5)  # steps; from the very first, when there is no state yet

@@ -9,7 +9,7 @@ from engine_helpers import (
     random_rows,
 )
 
-from llm2rec.core.engine import Engine
+from llm2rec.core.train.engine import Engine
 from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import (
     DistillSettings,

@@ -17,7 +17,7 @@ from engine_helpers import (
     written,
 )
 
-from llm2rec.core.engine import Engine
+from llm2rec.core.train.engine import Engine
 from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings

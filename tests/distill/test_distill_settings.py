@@ -65,8 +65,8 @@ def test_robust_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_an_unknown_loss_of_the_student_is_refused():
-    with pytest.raises(ConfigError, match=r"own_loss is 'bpr', expected 'student', 'cross_entropy' or 'sampled_bce'"):
-        DistillSettings(own_loss="bpr")
+    with pytest.raises(ConfigError, match=r"task_loss is 'bpr', expected 'student', 'cross_entropy' or 'sampled_bce'"):
+        DistillSettings(task_loss="bpr")
 
 
 def test_dros_of_candidates_needs_their_weights():

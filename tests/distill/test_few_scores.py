@@ -16,8 +16,8 @@ from llm2rec.distill.settings import DrosSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.student import catalogue
-from llm2rec.student.own_loss import OwnLoss, ScoredNegatives
 from llm2rec.student.settings import LossSettings
+from llm2rec.student.task_loss import ScoredNegatives, TaskLoss
 
 SAMPLED = LossSettings("sampled_softmax", 8, proposal="popularity")
 FEW = {
@@ -52,7 +52,7 @@ def parts(settings, loss, rows):
     """A student in evaluation mode, and what its losses of some rows are made of."""
     model = distilled(settings).eval()
     batch = TRAIN.batch(rows)
-    users, own = model(*batch.inputs), OwnLoss(model.student, loss, TRAIN.targets, seed=0)
+    users, own = model(*batch.inputs), TaskLoss(model.student, loss, TRAIN.targets, seed=0)
     told = TEACHER.batch(rows, settings.ranking.top_k)
     negatives = torch.from_numpy(np.random.default_rng(0).integers(N, size=len(rows)))
     return model, users, batch, told, torch.linspace(0, 1, len(rows)), own, negatives
@@ -145,14 +145,14 @@ def test_a_sampled_listwise_student_trains_and_resumes(tmp_path, loss):
 
 
 @pytest.mark.parametrize(
-    ("own_loss", "loss", "named"),
+    ("task_loss", "loss", "named"),
     [
         ("student", LossSettings(), r"student\.loss\.name is 'cross_entropy'"),
-        ("sampled_bce", SAMPLED, r"distill\.own_loss is 'sampled_bce'"),
+        ("sampled_bce", SAMPLED, r"distill\.task_loss is 'sampled_bce'"),
     ],
 )
-def test_a_sample_needs_negatives_of_the_students_own(tmp_path, own_loss, loss, named):
-    settings = replace(settings_with(loss="listwise", over="sampled"), own_loss=own_loss)
+def test_a_sample_needs_negatives_of_the_students_own(tmp_path, task_loss, loss, named):
+    settings = replace(settings_with(loss="listwise", over="sampled"), task_loss=task_loss)
     with pytest.raises(
         ConfigError, match=rf"over is 'sampled', which needs the negatives .* but {named}.*over=catalogue"
     ):

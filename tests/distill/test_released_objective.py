@@ -108,7 +108,7 @@ def test_the_programs_objective_agrees_with_loops_gradients_included():
     [
         code(),
         code(**{"dros.in_ranking": "per_row", "ranking.negative": "one_minus_probability"}),
-        code(own_loss="cross_entropy"),
+        code(task_loss="cross_entropy"),
         DistillSettings(),
         DistillSettings(dros=DrosSettings(weight=0.5, in_ranking="per_row")),
     ],
@@ -163,7 +163,7 @@ def test_each_switch_of_the_other_ranking_losses_changes_them(loss, switch, valu
 
 @pytest.mark.parametrize("loss", BEYOND)
 def test_other_ranking_losses_are_trained_and_resumed(tmp_path, loss):
-    settings = replace(BEYOND[loss], own_loss="cross_entropy")
+    settings = replace(BEYOND[loss], task_loss="cross_entropy")
     whole = train_in(tmp_path / "whole", settings)
     with pytest.raises(Killed):
         train_in(tmp_path / "broken", settings, kind=killed_at(7))
@@ -171,7 +171,7 @@ def test_other_ranking_losses_are_trained_and_resumed(tmp_path, loss):
 
 
 SWITCHES = {
-    "own_loss": "cross_entropy",
+    "task_loss": "cross_entropy",
     "dros.weight": 0.25,
     "dros.beta": 2.0,
     "dros.in_ranking": "per_row",

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from llm2rec.config import register
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError, TeacherOutputsError
+from llm2rec.core.train.engine import Engine
 from llm2rec.distill.custom_policy import policy_named
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.evidence import Evidence, StudentNow

@@ -93,7 +93,7 @@ def test_a_distilled_student_has_its_baselines_own_task(tmp_path, loss):
     own, ranked = (written(tmp_path / name, "validation")["history"][0] for name in ("plain", "ranked"))
     assert {"train/loss_student", "train/loss_ranking"} <= ranked.keys()
     assert ("train/loss_dros" in ranked) == ("train/loss_dros" in own) == (loss.dros.weight > 0)
-    fixed = replace(settings_of(ranking=0.0, fusion=0.0), own_loss="cross_entropy")
+    fixed = replace(settings_of(ranking=0.0, fusion=0.0), task_loss="cross_entropy")
     plain_ce = train_baseline(plain(), TRAIN, VALIDATION, engine_in(tmp_path / "ce", **TRAINING))
     assert_same_weights(trained("fixed", fixed), plain_ce.state_dict())
 

@@ -14,10 +14,10 @@ from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.evaluate import teacher_runs
-from llm2rec.evaluate.candidates import CANDIDATES_HR, rank_among, rank_among_candidates
-from llm2rec.evaluate.report import write_report
-from llm2rec.evaluate.scoring import Protocol, Scored, score_popularity, score_run
+from llm2rec.evaluate.scoring import teacher_runs
+from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, rank_among, rank_among_candidates
+from llm2rec.evaluate.scoring.scoring import Protocol, Scored, score_popularity, score_run
+from llm2rec.evaluate.table import write_report
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.teacher.interfaces import ITeacherRecommender

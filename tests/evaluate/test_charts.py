@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from llm2rec.evaluate.charts import N_COLOURS, Dot, Line, _Scale, forest, grouped, lines, scatter
-from llm2rec.evaluate.html_page import DARK, LIGHT
+from llm2rec.evaluate.report.charts import N_COLOURS, Dot, Line, _Scale, forest, grouped, lines, scatter
+from llm2rec.evaluate.report.html_page import DARK, LIGHT
 
 NAMES = ["popularity", 'a <b> & "c"', "gru4rec + dllm2rec (ilora_hybrid-llama3_8b), with a name that goes on and on"]
 DOTS = [Dot(name, 1.5 - i, 0.2 - i, 2.75 - i, slot=i, x=10.0**i) for i, name in enumerate(NAMES)]

@@ -13,8 +13,8 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.evaluate.__main__ import _each_once, _folders
-from llm2rec.evaluate.report import format_table, write_report
-from llm2rec.evaluate.scoring import Protocol, Scored, find_runs, score_popularity, score_run
+from llm2rec.evaluate.scoring.scoring import Protocol, Scored, find_runs, score_popularity, score_run
+from llm2rec.evaluate.table import format_table, write_report
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
 

@@ -12,15 +12,15 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.evaluate import title_runs
-from llm2rec.evaluate.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
-from llm2rec.evaluate.report import write_report
-from llm2rec.evaluate.scoring import Protocol, score_run
-from llm2rec.evaluate.title_runs import FinishedTitleTeacher, title_scores
+from llm2rec.evaluate.scoring import title_runs
+from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
+from llm2rec.evaluate.scoring.scoring import Protocol, score_run
+from llm2rec.evaluate.scoring.title_runs import FinishedTitleTeacher, title_scores
+from llm2rec.evaluate.table import write_report
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.teacher.hits import TitleHits
-from llm2rec.teacher.title_model import TitleRecommender
+from llm2rec.teacher.title.matching import TitleHits
+from llm2rec.teacher.title.model import TitleRecommender
 
 PROTOCOL = Protocol(ks=(1, 5), mask_seen=False, candidates_seed=3)
 

@@ -31,15 +31,15 @@ if str(REPOSITORY) not in sys.path:  # run as a script, Python puts this file's 
 from peft import get_peft_model  # noqa: E402
 
 from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
-from llm2rec.core.schedule import warmup_cosine  # noqa: E402
+from llm2rec.core.train.schedule import warmup_cosine  # noqa: E402
 from llm2rec.distill import kd_losses  # noqa: E402
 from llm2rec.distill.data_bridge import TeacherBatch  # noqa: E402
 from llm2rec.distill.objective import candidate_weights, objective  # noqa: E402
 from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
-from llm2rec.teacher.grounding import ground  # noqa: E402
-from llm2rec.teacher.hits import judge  # noqa: E402
+from llm2rec.teacher.title.grounding import ground  # noqa: E402
+from llm2rec.teacher.title.matching import judge  # noqa: E402
 
 TOLERANCE = 1e-5
 Result = tuple[str, float | None]  # name of the case, largest relative error (None: not covered)

@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
 
-from llm2rec.core.stepper import Stepper
+from llm2rec.core.train.stepper import Stepper
 
 NORMS: list[float] = []
 HELD: list[int] = []

@@ -23,7 +23,7 @@ from llm2rec.plan.memory import (
     quantisation_bytes,
 )
 from llm2rec.plan.models import PlannedTeacher, Sizes, TeacherShape
-from llm2rec.plan.pace import Pace, processor
+from llm2rec.plan.pace import Throughput, processor
 from llm2rec.plan.settings import LAUNCHES, PlanSettings, check_plan
 from llm2rec.plan.shape import config_of_shape, model_config
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
@@ -163,7 +163,7 @@ def test_fits_is_up_to_what_the_card_holds():
 
 
 def test_the_slowest_of_operations_bytes_and_launches_counts():
-    pace = Pace(1e12, 1e9)
+    pace = Throughput(1e12, 1e9)
     assert pace.seconds(Cost(2e12, 1e12, (0,), 10, 10)) == 2
     assert pace.seconds(Cost(1e12, 1e12, (0,), 3_000_000_000, 10)) == 3
     assert pace.seconds(Cost(0, 0, (0,), 0, 1_000_000)) == pytest.approx(10)

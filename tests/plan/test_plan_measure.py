@@ -8,21 +8,21 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.plan.measure import Meter, forward_cost, step_cost
 from llm2rec.plan.models import PlannedTeacher, TeacherShape, teacher_costs
 from llm2rec.plan.students import plan_student
 from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import build_model
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, LossSettings, SASRecStudent
+from llm2rec.student.task_loss import TaskLoss
 from llm2rec.teacher.factory import adapter_config, with_adapter
 from llm2rec.teacher.gate_source import NoGate
 from llm2rec.teacher.heads import build_head
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.settings import AdapterSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors
-from llm2rec.teacher.title_model import TitleRecommender
+from llm2rec.teacher.title.model import TitleRecommender
 
 N_ITEMS, LENGTH, ROWS, TOKENS, ANSWER = 300, 10, 8, 64, 7
 LLAMA = {
@@ -68,7 +68,7 @@ def real_step(shape):
         model = TitleRecommender(llm, None, TitleVectors(vectors, vectors[0]), TitleSettings(), **common).train()
         labels = ids.masked_fill(torch.arange(TOKENS) < TOKENS - ANSWER, -100)
         return model, lambda: model(**inputs, labels=labels).sum()
-    model = ILoraRecommender(llm, None, head=build_head("titles", vectors, vectors[:, 0], 20.0, None), **common).train()
+    model = ItemTeacher(llm, None, head=build_head("titles", vectors, vectors[:, 0], 20.0, None), **common).train()
 
     def losses():
         scores = model(**inputs, history=history, recommender_users=None, keep=targets)
@@ -155,7 +155,7 @@ def test_students_are_planned_as_they_run(name, loss):
     )
     planned = plan_student(settings, N_ITEMS, ROWS)
     model = build_model(name, n_items=N_ITEMS, **asdict(settings.model)).train()
-    own = OwnLoss(model, settings.loss, torch.zeros(1, dtype=torch.int64), 0)
+    own = TaskLoss(model, settings.loss, torch.zeros(1, dtype=torch.int64), 0)
     history, ones = torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.ones(ROWS, dtype=torch.int64)
     real = step_cost(model, lambda: own(model(history, ones), ones, np.arange(ROWS), epoch=0, step=0)["loss"].sum())
     assert planned.parameters == sum(each.numel() for each in model.parameters())

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from llm2rec.config import register
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.plan.cards import CARDS
 from llm2rec.plan.models import PlannedTeacher, TeacherShape
 from llm2rec.plan.planner import Job, plan

@@ -12,17 +12,17 @@ from engine_helpers import Killed, assert_same_weights, counting_rows, engine_in
 from safetensors.torch import load_file, save_file
 from torch.autograd import gradcheck
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.train.engine import Engine
 from llm2rec.student import catalogue
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import calibrated_bce, calibration_power, cross_entropy, sampled_softmax
 from llm2rec.student.models import SASRec, build_model
 from llm2rec.student.negatives import Negatives, Proposal
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.own_loss import OwnLoss
 from llm2rec.student.settings import DrosSettings, LossSettings
+from llm2rec.student.task_loss import TaskLoss
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L = 12, 4
@@ -170,7 +170,7 @@ def own(settings, model=None, seed=0):
     torch.manual_seed(0)
     model = model or SASRec(N, 8, L)
     torch.nn.init.normal_(model.output_items.weight.data[:N])
-    return OwnLoss(model, settings, TRAIN.targets, seed), model
+    return TaskLoss(model, settings, TRAIN.targets, seed), model
 
 
 def given(n_rows=37):
@@ -335,7 +335,7 @@ def test_rows_that_no_step_touches_stay_as_they_were(tmp_path):
     engine = engine_in(tmp_path, **SETTINGS)
     optimizer = student_optimizer(model, engine, "rowwise")
     before, users = model.input_items.weight.detach().clone(), torch.randn(1, 16)
-    loss = OwnLoss(model, LossSettings("bce"), TRAIN.targets, 0)
+    loss = TaskLoss(model, LossSettings("bce"), TRAIN.targets, 0)
     loss(users, torch.tensor([3]), np.array([0]), epoch=0, step=0)["loss"].sum().backward()
     assert model.input_items.weight.grad.is_sparse
     optimizer.step()

@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 from engine_helpers import random_rows, texts_of
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.run import Run
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, recommendation_table, student_answers
 

@@ -16,8 +16,8 @@ from engine_helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.train.engine import Engine
 from llm2rec.data import Toy, prepare
 from llm2rec.student.datamodule import NegativeSampler, SequenceData
 from llm2rec.student.losses import cross_entropy

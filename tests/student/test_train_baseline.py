@@ -14,9 +14,9 @@ from engine_helpers import (
 )
 from safetensors.torch import load_file
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, NonFiniteError
 from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import build_model
 from llm2rec.student.trainer_baseline import train_baseline

@@ -11,21 +11,21 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from llm2rec.config import register
-from llm2rec.core.engine import Engine
 from llm2rec.core.files import write_json
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.stage import build as settings_of
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.models import build_model
 from llm2rec.student.store import save_student
+from llm2rec.teacher.borrowed_student import BorrowedStudent, open_recommender
 from llm2rec.teacher.factory import TeacherRecipe, build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
-from llm2rec.teacher.ilora_model import ILoraRecommender
+from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.llm import make_tiny_random
-from llm2rec.teacher.recommender import TrainedRecommender, open_recommender
 from llm2rec.teacher.settings import AdapterSettings, LLMSettings, PromptSettings, TeacherSettings, TinyRandomSettings
 from llm2rec.teacher.trainer import ItemObjective, train_teacher
 
@@ -125,12 +125,12 @@ def build(
     kind: str,
     folder: Path,
     data: RecData,
-    recommender: TrainedRecommender | None = None,
+    recommender: BorrowedStudent | None = None,
     *,
     prompt: dict | None = None,
     adapter: dict | None = None,
     **settings,
-) -> tuple[ILoraRecommender, TeacherRecipe]:
+) -> tuple[ItemTeacher, TeacherRecipe]:
     """A teacher with a fresh adapter, the same at every call."""
     llm, source = llm_of(kind, folder, data, **(prompt or {}))
     usual = {} if settings.get("tuning") == "none" else {"r": 8, "num_experts": 4, "dropout": 0.0}
@@ -162,12 +162,12 @@ def finished_run(folder, data, name="sasrec", width=64, max_length=10, seed=0, *
     return folder
 
 
-def recommender_of(run: Path, data: RecData, kept: Path) -> TrainedRecommender:
+def recommender_of(run: Path, data: RecData, kept: Path) -> BorrowedStudent:
     """The recommender that a student's run holds, as the stage opens it."""
     return open_recommender(run, kept, data.name, data.fingerprint, CPU)
 
 
-def randomise(model: ILoraRecommender, seed: int = 5, std: float = 0.3) -> ILoraRecommender:
+def randomise(model: ItemTeacher, seed: int = 5, std: float = 0.3) -> ItemTeacher:
     """Give the adapter values that change something."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -185,15 +185,13 @@ def engine_in(folder: Path, **training) -> Engine:
     return Engine(run, seed=1, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
 
 
-def teacher_rows(model: ILoraRecommender, data: SequenceData, rows: np.ndarray) -> TeacherRows:
+def teacher_rows(model: ItemTeacher, data: SequenceData, rows: np.ndarray) -> TeacherRows:
     """Gate inputs without any cache, all rows in one batch."""
     history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
     return TeacherRows(data, rows, model.gate_inputs(history, lengths).numpy(), model.token_counts(history, lengths))
 
 
-def fit(
-    model: ILoraRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine, **settings
-) -> ILoraRecommender:
+def fit(model: ItemTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine, **settings) -> ItemTeacher:
     """Train for the `item` objective, with the engine's length and rate, which is also the gate's unless told."""
     usual = {"gate_learning_rate_ratio": 1.0} if settings.get("tuning", "ilora") == "ilora" else {}
     chosen = TeacherSettings(training=engine.training, **{**usual, **settings})

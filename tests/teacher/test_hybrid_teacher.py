@@ -10,9 +10,9 @@ import torch
 from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, written
 from teacher_helpers import build, fit, padded, randomise, split, teacher_rows
 
-from llm2rec.core.checkpoint import trainable_weights
-from llm2rec.core.engine import Engine
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.checkpoint import trainable_weights
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.injection import ItemProjector, embedded

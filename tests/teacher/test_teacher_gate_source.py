@@ -22,18 +22,18 @@ from teacher_helpers import (
     split,
 )
 
-from llm2rec.core.checkpoint import trainable_weights
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
+from llm2rec.core.train.checkpoint import trainable_weights
+from llm2rec.core.train.engine import Engine
 from llm2rec.ilora.gate import GATES
 from llm2rec.student.datamodule import SequenceData
 from llm2rec.student.store import load_student
+from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.gate_source import FrozenBase, StudentVectors, gate_source_of
-from llm2rec.teacher.recommender import TrainedRecommender
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
 
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}
@@ -220,7 +220,7 @@ def test_export_ranks_with_these_gates(recommender, data, llm_folder, engine, tm
 def test_a_teacher_of_another_version_is_refused_by_what_its_recipe_lacks(data, llm_folder, tmp_path):
     model, recipe = build("llama", llm_folder, data)
     save_teacher(tmp_path / "teacher", model, recipe)
-    assert not TrainedRecommender.is_in(tmp_path / "teacher")
+    assert not BorrowedStudent.is_in(tmp_path / "teacher")
     stored = json.loads((tmp_path / "teacher" / "config.json").read_text())
     assert stored.pop("gate_input") == "llm"
     write_json(tmp_path / "teacher" / "config.json", stored)

@@ -9,11 +9,11 @@ import torch
 from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, written
 from teacher_helpers import CPU, build, configured, fit, llm_of, randomise, split, teacher_rows
 
-from llm2rec.core.batching import optimizer_steps
-from llm2rec.core.checkpoint import trainable_weights
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import seed_everything
+from llm2rec.core.train.batching import optimizer_steps
+from llm2rec.core.train.checkpoint import trainable_weights
+from llm2rec.core.train.engine import Engine
 from llm2rec.ilora import Gate, GateCollapseWarning, ILoraConfig, balance_loss, gate_health
 from llm2rec.ilora.gate import GATES
 from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher

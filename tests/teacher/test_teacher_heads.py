@@ -9,9 +9,9 @@ from engine_helpers import Killed, assert_same_weights, engine_in, killed_at, wr
 from safetensors.torch import load_file
 from teacher_helpers import CPU, build, fit, padded, randomise, split, teacher_rows
 
-from llm2rec.core.checkpoint import trainable_weights
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.train.checkpoint import trainable_weights
+from llm2rec.core.train.engine import Engine
 from llm2rec.student.store import load_student
 from llm2rec.teacher.factory import load_teacher, save_teacher
 from llm2rec.teacher.heads import HEADS, build_head

@@ -9,10 +9,10 @@ import torch
 from engine_helpers import assert_same_weights, events_of, out_of_memory_above, texts_of
 from teacher_helpers import build, engine_in, fit, randomise, split, teacher_rows
 
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.run import Run
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
 from llm2rec.student.datamodule import SeenItems

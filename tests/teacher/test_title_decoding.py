@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
 from llm2rec.ilora import ILoraConfig
-from llm2rec.teacher import beam
-from llm2rec.teacher.beam import constrained_beam_search
-from llm2rec.teacher.likelihood import title_log_probs
-from llm2rec.teacher.trie import TitleTrie
+from llm2rec.teacher.title import beam
+from llm2rec.teacher.title.beam import constrained_beam_search
+from llm2rec.teacher.title.likelihood import title_log_probs
+from llm2rec.teacher.title.trie import TitleTrie
 
 END, VOCABULARY, WIDTH, EXPERTS = 0, 257, 32, 4
 TITLES = [

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
-from llm2rec.teacher import grounding
-from llm2rec.teacher.grounding import ground
-from llm2rec.teacher.hits import TitleHits, judge
+from llm2rec.teacher.title import grounding
+from llm2rec.teacher.title.grounding import ground
+from llm2rec.teacher.title.matching import TitleHits, judge
 
 TITLES = ["Heat", "Heat 2", "Solaris ", "Amélie", "The Heat 2 Story"]
 

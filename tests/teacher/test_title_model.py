@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, Mi
 from llm2rec.core.errors import ConfigError
 from llm2rec.recommend.names import ItemNames
 from llm2rec.recommend.teacher import TeacherRecommender
-from llm2rec.teacher import beam
 from llm2rec.teacher.factory import _check_side_by_side, load_teacher, save_teacher
 from llm2rec.teacher.llm import load_model
 from llm2rec.teacher.settings import ExportSettings, PromptSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.title import beam
 
 
 @pytest.fixture(params=KINDS)

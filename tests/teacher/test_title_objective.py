@@ -9,15 +9,15 @@ from engine_helpers import Killed, killed_at
 from teacher_helpers import split, teacher_rows
 from title_helpers import KINDS, answer_text, title_log_prob, title_teacher
 
-from llm2rec.core.checkpoint import trainable_weights
-from llm2rec.core.engine import Engine
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.run import Run
-from llm2rec.core.training import TrainingSettings
+from llm2rec.core.train.checkpoint import trainable_weights
+from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.teacher.settings import TeacherSettings
-from llm2rec.teacher.title_objective import UNLISTED_CANDIDATES, TitleObjective, rank_answers
+from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective, rank_answers
 from llm2rec.teacher.trainer import train_teacher
 
 TRAINING = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.teacher.pieces import hashed
+from llm2rec.teacher.prompt_layout import hashed
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import PromptSettings
-from llm2rec.teacher.titles import fold_title
+from llm2rec.teacher.title.titles import fold_title
 from llm2rec.teacher.wording import plain_wordings, wordings_for
 
 TITLES = [title for title in ODD_TITLES if len(title) < 100] + [

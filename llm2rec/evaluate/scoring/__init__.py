@@ -1,0 +1,1 @@
+"""Test scores of finished runs."""

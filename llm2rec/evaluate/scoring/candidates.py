@@ -1,0 +1,98 @@
+"""HR@1 among a row's seeded candidates: the iLoRA paper's protocol, for runs that score the whole catalogue."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.metrics import target_ranks
+from llm2rec.core.statistics import bootstrap_interval
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
+from llm2rec.student.candidates import CandidateSampler
+
+__all__ = [
+    "CANDIDATES_HR",
+    "GENERATED_HR",
+    "GENERATED_HR_VALID",
+    "VALID_RATIO",
+    "candidates_hr",
+    "rank_among",
+    "rank_among_candidates",
+]
+
+CANDIDATES_HR = "candidates_hr@1"
+GENERATED_HR = "generated_hr@1"
+"""Rows whose written title names the answer and nothing else, over ALL rows."""
+GENERATED_HR_VALID = "generated_hr@1_valid"
+"""The same over the rows whose written title names exactly one candidate, as iLoRA's released program counts."""
+VALID_RATIO = "valid_ratio"
+"""Those rows over all rows."""
+
+
+def rank_among(scores: Tensor, candidates: NDArray[np.int64], targets: Tensor) -> Tensor:
+    """Rank each row's target among its candidates only, ties against the model.
+
+    Args:
+        scores: Scores of all items, shape ``(B, N)``, higher is better. No seen items may be masked: candidates leave
+            out the history shown, but not what lies before it, which a mask would hand to the model.
+        candidates: Item ids, shape ``(B, C)``, each row's target among them once.
+        targets: Target item ids, shape ``(B,)``, where ``scores`` are.
+
+    Returns:
+        0-based ranks of shape ``(B,)``, int64, below C.
+
+    Raises:
+        NonFiniteError: If a candidate's score is NaN, or a target's is not finite.
+    """
+    items = torch.from_numpy(candidates).to(scores.device)  # (B, C)
+    places = (items == targets.unsqueeze(1)).int().argmax(dim=1)
+    return target_ranks(scores.gather(1, items), places)
+
+
+def rank_among_candidates(
+    score: Callable[[NDArray[np.int64]], Tensor],
+    targets: Tensor,
+    candidates: CandidateSampler,
+    engine: Engine,
+    *,
+    costs: NDArray[np.int64],
+    max_cost: int,
+) -> Tensor:
+    """Rank the targets of all rows among their candidates, divided among processes; no row is dropped.
+
+    Args:
+        score: Gives the scores ``(B, N)`` of rows ``(B,)``.
+        targets: Targets of all rows, shape ``(M,)``.
+        candidates: Draws the candidates of a row.
+        engine: Divides the rows and gathers the ranks.
+        costs: What each row weighs in a batch, such as tokens, shape ``(M,)``.
+        max_cost: Bound of a batch's rows times its costliest row.
+
+    Returns:
+        0-based ranks of shape ``(M,)``, int64, on the CPU.
+    """
+    mine = engine.my_rows(len(targets))
+    ranks = torch.empty(len(mine), dtype=torch.int64)
+    with torch.no_grad():
+        for part in batches_by_cost(costs[mine], max_cost):
+            rows = mine[part]
+            scores = score(rows)
+            own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
+            ranks[torch.from_numpy(part)] = rank_among(scores, candidates.draw(rows), own).cpu()
+    return engine.gather_rows(ranks, len(targets))
+
+
+def candidates_hr(ranks: Tensor) -> tuple[float, tuple[float, float]]:
+    """Part of the rows whose target is first among its candidates.
+
+    Args:
+        ranks: 0-based ranks among candidates, shape ``(M,)``.
+
+    Returns:
+        HR@1 and its bootstrap 95 % interval, over rows.
+    """
+    hits = (ranks == 0).double().numpy()
+    return float(hits.mean()), bootstrap_interval(hits)

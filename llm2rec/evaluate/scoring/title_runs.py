@@ -1,0 +1,188 @@
+"""Teachers of the `title` objective on the test split: the likeliest candidate, the written title, the best K items.
+
+Three questions, which are asked with different prompts: candidates are chosen by the log-probability of their titles
+(always valid) and by what is written freely (valid if it names exactly one), after a prompt that lists them; the whole
+catalogue is ranked after a prompt that does not, and not beyond the best K.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.files import read_json
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.statistics import bootstrap_interval
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
+from llm2rec.evaluate.scoring.finished import FinishedModel
+from llm2rec.evaluate.scoring.teacher_runs import gates_of_rows
+from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.teacher.factory import load_teacher
+from llm2rec.teacher.gate_cache import GateCache, TeacherRows
+from llm2rec.teacher.title.matching import HitRule, TitleHits, judge
+from llm2rec.teacher.title.model import TitleRecommender
+from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, rank_answers
+from llm2rec.teacher.title.titles import fold_title
+
+__all__ = ["FinishedTitleTeacher", "title_scores"]
+
+_GENERATED = {"hr@1": GENERATED_HR, "hr@1_valid": GENERATED_HR_VALID, "valid_ratio": VALID_RATIO}
+_BATCH_TOKENS = 8192
+
+
+class FinishedTitleTeacher(FinishedModel):
+    """A teacher that writes titles."""
+
+    ranks_all = False
+
+    @cached_property
+    def _recipe(self) -> dict[str, Any]:
+        return dict(read_json(self._folder / "teacher" / "config.json"))
+
+    def n_titles(self, n_candidates: int) -> int:
+        """See `FinishedModel.n_titles`: as many as it was trained to choose among, unless others are asked for.
+
+        A teacher whose prompts list none is asked as validation asks it.
+        """
+        return n_candidates or int(self._recipe["title"]["n_candidates"]) or UNLISTED_CANDIDATES
+
+    @cached_property
+    def _loaded(self) -> tuple[TitleRecommender, TeacherRows]:
+        """The teacher, and the test rows with what its gate reads; a collective."""
+        model, recipe = load_teacher(self._folder / "teacher", self._data, self._engine.device)
+        assert isinstance(model, TitleRecommender), "other objectives are measured elsewhere"
+        test = SequenceData.of(self._data.splits["test"], self._data.n_items, self._data.history_length)
+        cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
+        return model, cache.rows(test, np.arange(len(test)))
+
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
+        """See `FinishedModel.ranks`; a target that is not among the best ``k`` has rank N."""
+        (model, rows), n_items = self._loaded, self._data.n_items
+        mine = self._engine.my_rows(len(rows.rows))
+        ranks = torch.empty(len(mine), dtype=torch.int64)
+        counts = model.ranking_token_counts(rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine], k)
+        for part in batches_by_cost(counts, _BATCH_TOKENS):
+            gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
+            items = self._best(mine[part], k, seen, gate_inputs)
+            hits = items == rows.data.targets[torch.from_numpy(mine[part])].unsqueeze(1)
+            ranks[torch.from_numpy(part)] = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), n_items)
+        return self._engine.gather_rows(ranks, len(rows.rows))
+
+    def _best(self, numbers: NDArray[np.int64], k: int, seen: SeenItems | None, gate_inputs: Tensor | None) -> Tensor:
+        """The best k items of some rows, shape ``(B, k)``; N in the places of those that a row does not leave."""
+        (model, rows), n_items = self._loaded, self._data.n_items
+        history, lengths, targets = (
+            each.numpy()[numbers] for each in (rows.data.history, rows.data.lengths, rows.data.targets)
+        )
+        left_out, keep = np.empty((len(numbers), 0), np.int64), None
+        if seen is not None:
+            left_out, keep = _seen_items(seen, numbers, targets, n_items), targets
+        barred = np.concatenate([model.left_out(history, keep), left_out], axis=1)
+        n_wanted = np.minimum(k, n_items - _n_distinct(barred, n_items))  # (B,)
+        best = torch.full((len(numbers), k), n_items)
+        for n in np.unique(n_wanted[n_wanted > 0]):  # one search, but for rows that leave fewer than k
+            part = np.flatnonzero(n_wanted == n)
+            inputs = None if gate_inputs is None else gate_inputs[torch.from_numpy(part).to(gate_inputs.device)]
+            kept = None if keep is None else keep[part]
+            items, _ = model.best_items(
+                history[part], lengths[part], int(n), inputs, excluded=left_out[part], keep=kept
+            )
+            best[torch.from_numpy(part), :n] = items.cpu()
+        return best
+
+    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
+        """See `FinishedModel.candidate_ranks`: by the log-probability of titles, after prompts that list them."""
+        model, rows = self._loaded
+        if model.lists_candidates:
+            model.prompts.check_candidates(candidates.n_candidates, hybrid=model.is_hybrid)
+        return rank_answers(model, rows, candidates, self._engine, batch_tokens=_BATCH_TOKENS)
+
+    def choose_titles(self, candidates: CandidateSampler, ks: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+        """See `FinishedModel.choose_titles`."""
+        ranks, hits = self.candidate_ranks(candidates), self.hits(candidates)
+        columns = [ranks] if hits is None else [ranks, torch.from_numpy(hits.valid), torch.from_numpy(hits.correct)]
+        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, ks)
+
+    def hits(self, candidates: CandidateSampler) -> TitleHits | None:
+        """What the teacher writes after prompts that list candidates; None if its prompts list none; a collective.
+
+        Texts and titles are compared as the tokenizer decodes them, in one case and without runs of white space.
+        """
+        model, rows = self._loaded
+        if not model.lists_candidates:
+            return None
+        mine = self._engine.my_rows(len(rows.rows))
+        history, lengths = rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine]
+        drawn = candidates.draw(rows.rows[mine])
+        counts = model.prompts.question_token_counts(history, lengths, drawn, hybrid=model.is_hybrid)
+        texts = [""] * len(mine)
+        for part in batches_by_cost(model.settings.generation_beams * counts, _BATCH_TOKENS):
+            gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
+            for row, text in zip(
+                part, model.generate(history[part], lengths[part], drawn[part], gate_inputs), strict=True
+            ):
+                texts[row] = fold_title(text)
+        titles = [fold_title(text) for text in model.prompts.decoded(model.prompts.answer_tokens())]
+        judged = torch.zeros(len(mine), 2, dtype=torch.bool)
+        if len(mine):
+            shown = [[titles[item] for item in row] for row in drawn.tolist()]
+            answers = [titles[item] for item in rows.data.targets.numpy()[mine].tolist()]
+            hits = judge(texts, shown, answers, cast(HitRule, model.settings.hit_rule))
+            judged = torch.from_numpy(np.stack([hits.valid, hits.correct], axis=1))
+        judged = self._engine.gather_rows(judged.int(), len(rows.rows)).bool()
+        return TitleHits(judged[:, 0].numpy(), judged[:, 1].numpy())
+
+    def gates(self) -> Tensor | None:
+        """See `FinishedModel.gates`."""
+        model, rows = self._loaded
+        return None if model.tuner is None else gates_of_rows(model, rows, self._engine.device)
+
+    def answer(self, k: int) -> None:
+        """See `FinishedModel.answer`; what the gate reads is computed too, as for a new user."""
+        self._best(np.zeros(1, np.int64), k, None, None)
+
+
+def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> dict[str, Any]:
+    """Metrics of title teachers by name, and their 95 % bootstrap intervals over rows.
+
+    Args:
+        ranks: 0-based ranks of the answers among their candidates, shape ``(M,)``.
+        hits: What was written, if anything.
+        ks: Cut-offs.
+
+    Returns:
+        ``metrics``: ``candidates_hr@1`` and so on of the ranks, `GENERATED_HR` and its kin of what was written; and
+        ``intervals`` of some of them.
+    """
+    metrics = {f"candidates_{name}": value for name, value in ranking_metrics(ranks, sorted({1, *ks})).items()}
+    gains = 1 / np.log2(ranks.double().numpy() + 2)
+    values = {CANDIDATES_HR: (ranks == 0).double().numpy(), "candidates_mrr": 1 / (ranks.double().numpy() + 1)}
+    values |= {f"candidates_ndcg@{k}": np.where(ranks.numpy() < k, gains, 0.0) for k in ks if k > 1}
+    intervals = {name: bootstrap_interval(each) for name, each in values.items()}
+    if hits is not None:
+        metrics |= {_GENERATED[name]: value for name, value in hits.metrics.items()}
+        intervals |= {_GENERATED[name]: ends for name, ends in hits.intervals().items()}
+    return {"metrics": metrics, "intervals": intervals}
+
+
+def _seen_items(
+    seen: SeenItems, rows: NDArray[np.int64], targets: NDArray[np.int32], n_items: int
+) -> NDArray[np.int64]:
+    """What each row's user had before, but for the row's target, shape ``(B, S)``, padded with N."""
+    counts = seen.counts[rows][:, None]
+    slots = np.arange(counts.max())
+    items = seen.items[np.where(slots < counts, seen.starts[rows][:, None] + slots, 0)].astype(np.int64)
+    return np.where((slots < counts) & (items != targets[:, None]), items, n_items)
+
+
+def _n_distinct(items: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
+    """Different items in each row of ``(B, S)``, padding N aside, shape ``(B,)``."""
+    ordered = np.sort(np.pad(items, ((0, 0), (0, 1)), constant_values=n_items), axis=1)
+    # Ordered, each row ends with padding: as many changes as there are items before it.
+    return (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)

@@ -1,0 +1,1 @@
+"""The `title` objective: a language model that answers with the title of the next item."""

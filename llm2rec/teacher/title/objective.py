@@ -1,0 +1,131 @@
+"""The `title` objective (iLoRA, arXiv 2408.10159): the log-probability of the answer after a prompt with candidates."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm2rec.core.metrics import ranking_metrics, target_ranks
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
+from llm2rec.student.candidates import CandidateSampler
+from llm2rec.teacher.gate_cache import TeacherRows
+from llm2rec.teacher.prompts import TokenBatch
+from llm2rec.teacher.title.model import TitleRecommender
+
+__all__ = ["UNLISTED_CANDIDATES", "TitleObjective", "rank_answers"]
+
+UNLISTED_CANDIDATES = 20  # how many are scored where prompts list none
+
+
+class TitleObjective:
+    """Language-model cross-entropy on the answer's title, its end token included, and on nothing else.
+
+    A row's loss is the mean over its answer's tokens, and a step's the mean over its rows, however they are divided.
+    (The released program takes the mean over all tokens of a micro-batch, in which long titles weigh more and a
+    token's weight depends on its neighbours.)
+
+    Candidates are a function of the run's seed and the row, and of the epoch where they are redrawn; those of
+    validation never change. Prompts without candidates are validated among some that are scored, but not listed.
+
+    Args:
+        model: Unwrapped teacher.
+        train: Rows to train on.
+        validation: Rows for early stopping.
+        engine: Divides validation rows among processes, and has the seed.
+
+    Raises:
+        ConfigError: If the catalogue is too small for the candidates.
+    """
+
+    def __init__(self, model: TitleRecommender, train: TeacherRows, validation: TeacherRows, engine: Engine) -> None:
+        self.model, self.validation, self.engine = model, validation, engine
+        n_candidates = model.settings.n_candidates
+        self._among = CandidateSampler(
+            validation.data, engine.seed, n_candidates or UNLISTED_CANDIDATES, split="validation"
+        )
+        self._shown = (
+            CandidateSampler(train.data, engine.seed, n_candidates, split="train") if model.lists_candidates else None
+        )
+        self.train = replace(train, token_counts=self._token_counts(train))
+        self.knows_lengths = not model.settings.redraw_candidates
+
+    def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
+        """See `llm2rec.teacher.trainer.Objective.losses`."""
+        tokens = self._answered(self.train.rows[micro], hybrid=hybrid, epoch=epoch)
+        losses: Tensor = wrapped(**vars(tokens.to(self.engine.device)))
+        return losses
+
+    def prompts(self, n: int) -> TokenBatch:
+        """See `llm2rec.teacher.trainer.Objective.prompts`."""
+        return self._answered(self.train.rows[:n], hybrid=self.model.is_hybrid, epoch=0)
+
+    def _answered(self, rows: NDArray[np.int64], *, hybrid: bool, epoch: int) -> TokenBatch:
+        data = self.train.data
+        return self.model.prompts.answered(
+            data.history.numpy()[rows],
+            data.lengths.numpy()[rows],
+            self._candidates(rows, epoch),
+            data.targets.numpy()[rows],
+            hybrid=hybrid,
+            padding="left",  # the answers then end side by side, and logits are needed of few positions
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the answer's rank among its candidates, whose names say nothing of that; a collective."""
+        return ranking_metrics(rank_answers(self.model, self.validation, self._among, self.engine))
+
+    def _candidates(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64] | None:
+        if self._shown is None:
+            return None
+        return self._shown.draw(rows, epoch if self.model.settings.redraw_candidates else None)
+
+    def _token_counts(self, train: TeacherRows) -> NDArray[np.int64]:
+        """Tokens of each prompt with its answer, by which rows of similar length are put together.
+
+        Without candidates where each epoch draws others: rows keep their length then only as far as it is their own.
+        """
+        history, lengths = train.data.history.numpy()[train.rows], train.data.lengths.numpy()[train.rows]
+        shown = None if self.model.settings.redraw_candidates else self._candidates(train.rows, 0)
+        targets = train.data.targets.numpy()[train.rows]
+        return self.model.prompts.answered_token_counts(history, lengths, shown, targets, hybrid=self.model.is_hybrid)
+
+
+def rank_answers(
+    model: TitleRecommender,
+    rows: TeacherRows,
+    candidates: CandidateSampler,
+    engine: Engine,
+    *,
+    batch_tokens: int = 8192,
+) -> Tensor:
+    """Rank each row's answer among its candidates by the log-probability of their titles; no row is dropped.
+
+    Args:
+        model: Unwrapped teacher; put into evaluation mode and back. Its prompts list the candidates if they list any.
+        rows: Rows to rank, M of them.
+        candidates: Draws the same candidates at every call.
+        engine: Divides the rows and gathers the ranks.
+        batch_tokens: Tokens of prompts per forward pass, padding included.
+
+    Returns:
+        0-based ranks below C, ties counted against the model, shape ``(M,)``, int64, on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    mine = engine.my_rows(len(rows.rows))
+    history, lengths = (each.numpy()[rows.rows[mine]] for each in (rows.data.history, rows.data.lengths))
+    drawn, targets = candidates.draw(rows.rows[mine]), rows.data.targets.numpy()[rows.rows[mine]]
+    listed = drawn if model.lists_candidates else None
+    counts = model.prompts.question_token_counts(history, lengths, listed, hybrid=model.is_hybrid)
+    ranks = torch.empty(len(mine), dtype=torch.int64)
+    for part in batches_by_cost(counts, batch_tokens):
+        gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)
+        shown = None if listed is None else listed[part]
+        scores = model.candidate_log_probs(history[part], lengths[part], shown, gate_inputs, drawn[part])  # (b, C)
+        places = torch.from_numpy((drawn[part] == targets[part, None]).argmax(axis=1)).to(scores.device)
+        ranks[torch.from_numpy(part)] = target_ranks(scores, places).cpu()
+    model.train(was_training)
+    return engine.gather_rows(ranks, len(rows.rows))
