@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec.core.errors import CheckpointError, DataError
-from llm2rec.core.files import read_object
+from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state
-from llm2rec.core.private import without_secrets
 from llm2rec.core.run import changed_settings, read_record
 
 __all__ = ["made_by_other_code", "same_runs"]

@@ -22,8 +22,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llm2rec.config import Config, MetricsConfig, register
 from llm2rec.core.errors import ConfigError, Interrupted, Llm2RecError
+from llm2rec.core.files import without_secrets
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
-from llm2rec.core.private import without_secrets
 from llm2rec.core.processes import agree, is_first_process, n_processes, uses_gpu
 from llm2rec.core.run import Run
 from llm2rec.core.train.engine import Engine

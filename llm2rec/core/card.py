@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2rec.core.files import read_object
+from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state, library_versions
-from llm2rec.core.private import without_secrets
 
 __all__ = ["CARD", "PLACE", "Training", "best_validation", "model_card"]
 

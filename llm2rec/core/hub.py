@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm2rec.core.errors import HubError
-from llm2rec.core.private import without_secrets
+from llm2rec.core.files import without_secrets
 
 __all__ = ["SHARED", "is_hub_id", "is_hub_name", "obtained", "upload"]
 

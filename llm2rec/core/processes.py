@@ -5,14 +5,18 @@ told. This needs the process group, so it is joined here, once, the same way for
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 from llm2rec.core.errors import ConfigError
 
 __all__ = [
+    "Termination",
     "agree",
     "is_first_process",
     "join_processes",
@@ -122,3 +126,32 @@ def agree(value: Any) -> Any:
 
     join_processes()
     return broadcast_object_list([value])[0]
+
+
+class Termination:
+    """Notes SIGTERM instead of dying of it, while it is `awaited`.
+
+    Attributes:
+        is_asked: Whether the signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Note the signal while this context is open; outside it, SIGTERM ends the process as ever.
+
+        Only the main thread may listen to signals; in any other nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True

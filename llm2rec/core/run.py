@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec.core.errors import CheckpointError, DataError, StorageError
-from llm2rec.core.files import read_object, remove_leftovers, replaced_file, write_json
+from llm2rec.core.files import read_object, remove_leftovers, replaced_file, without_secrets, write_json
 from llm2rec.core.git_info import git_state, library_versions
-from llm2rec.core.private import without_secrets
 from llm2rec.core.processes import is_first_process
 
-__all__ = ["Run", "changed_settings", "read_record"]
+__all__ = ["Job", "Run", "changed_settings", "is_sweep", "jobs_of", "read_record"]
 
 _OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # settings that change none
+_SWEEP = "multirun.yaml"  # Hydra's mark of a sweep's folder
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,51 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
             yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     elif old != new:
         yield prefix.rstrip("."), old, new
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        folder: Its run folder, ``<sweep>/<number>``.
+        options: Its overrides by their keys, without the seed.
+        is_finished: Whether there is something to evaluate.
+    """
+
+    folder: Path
+    options: dict[str, str]
+    is_finished: bool
+
+    @property
+    def name(self) -> str:
+        """Sweep and number."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep, and of no run."""
+    return not (folder / "run.json").is_file() and (folder / _SWEEP).is_file()
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """The jobs of a sweep in the order they were run.
+
+    Raises:
+        CheckpointError: If none of them is finished.
+    """
+    jobs = [_job(each) for each in folder.iterdir() if each.name.isdecimal() and each.is_dir()]
+    if not any(job.is_finished for job in jobs):
+        raise CheckpointError(
+            f"no job of the sweep {folder} is finished; its {len(jobs)} jobs tell why in their log.txt."
+        )
+    return sorted(jobs, key=lambda job: (len(job.folder.name), job.folder.name))  # 2 before 10
+
+
+def _job(folder: Path) -> Job:
+    if not (folder / "run.json").is_file():  # it failed early
+        return Job(folder, {}, False)
+    record = read_record(folder)
+    options = dict(each.partition("=")[::2] for each in record.get("overrides", ()))
+    options.pop("seed", None)
+    return Job(folder, options, record["status"] == "finished")

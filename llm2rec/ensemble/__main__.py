@@ -23,8 +23,7 @@ from llm2rec.core.git_info import git_state
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.processes import is_first_process
-from llm2rec.core.run import Run, read_record
-from llm2rec.core.sweep import is_sweep, jobs_of
+from llm2rec.core.run import Run, is_sweep, jobs_of, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble

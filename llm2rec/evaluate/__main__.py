@@ -17,11 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.files import without_secrets
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.private import without_secrets
-from llm2rec.core.run import Run, read_record
-from llm2rec.core.sweep import Job, is_sweep, jobs_of
+from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
 from llm2rec.core.train.sharding import divides_frozen
 from llm2rec.data import RecData
 from llm2rec.evaluate.report.files import write_pages

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from llm2rec.core.files import replaced_file, write_json
-from llm2rec.core.sweep import Job
+from llm2rec.core.run import Job
 from llm2rec.evaluate.scoring.scoring import Scored
 from llm2rec.evaluate.table import aligned
 

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from llm2rec.core.card import CARD, PLACE
 from llm2rec.core.errors import CheckpointError, DataError, HubError
-from llm2rec.core.files import check_hashes, read_object, write_hashes, write_json
+from llm2rec.core.files import check_hashes, read_object, with_home, without_secrets, write_hashes, write_json
 from llm2rec.core.hub import SHARED, is_hub_name, upload
-from llm2rec.core.private import with_home, without_secrets
 from llm2rec.recommend.runs import finished_student, finished_teacher
 from llm2rec.student.store import load_student
 

@@ -12,10 +12,9 @@ from torch import nn
 
 from llm2rec.config import Config
 from llm2rec.core.card import Training
-from llm2rec.core.files import read_json
+from llm2rec.core.files import read_json, with_home
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.private import with_home
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.sharding import divides_frozen, full_size

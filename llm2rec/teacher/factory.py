@@ -14,8 +14,15 @@ from transformers import PreTrainedModel
 
 from llm2rec.core.card import CARD
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
-from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
-from llm2rec.core.private import with_home, without_secrets
+from llm2rec.core.files import (
+    check_hashes,
+    read_object,
+    replaced_folder,
+    with_home,
+    without_secrets,
+    write_hashes,
+    write_json,
+)
 from llm2rec.core.train.checkpoint import read_tensors, save_tensors
 from llm2rec.data import RecData
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig

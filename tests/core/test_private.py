@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llm2rec.core.errors import CheckpointError
-from llm2rec.core.private import without_secrets
+from llm2rec.core.files import without_secrets
 from llm2rec.core.run import Run
 
 

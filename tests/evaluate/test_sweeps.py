@@ -7,7 +7,7 @@ import pytest
 from evaluate_helpers import student_run
 
 from llm2rec.core.errors import CheckpointError
-from llm2rec.core.sweep import is_sweep, jobs_of
+from llm2rec.core.run import is_sweep, jobs_of
 from llm2rec.evaluate.scoring.scoring import Scored
 from llm2rec.evaluate.sweeps import format_sweep, gather, write_sweep
 

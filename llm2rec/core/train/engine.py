@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import Interrupted
 from llm2rec.core.files import read_json, replaced_folder, write_json
-from llm2rec.core.processes import agree, launch_hidden, process_arguments
-from llm2rec.core.progress import progress
+from llm2rec.core.logging import progress
+from llm2rec.core.processes import Termination, agree, launch_hidden, process_arguments
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
-from llm2rec.core.termination import Termination
 from llm2rec.core.train.batching import OptimizerStep, epoch_batches, optimizer_step
 from llm2rec.core.train.checkpoint import (
     load_optimizer,
@@ -312,7 +311,7 @@ class Engine:
     def progress(
         self, iterable: Iterable[Item], description: str, total: int, unit: str = "step", initial: int = 0
     ) -> Iterator[Item]:
-        """Iterate with a progress line on the first process; see `llm2rec.core.progress`."""
+        """Iterate with a progress line on the first process; see `llm2rec.core.logging`."""
         shown = self._show_progress and self.is_main
         return progress(iterable, description, total, unit, initial=initial, shown=shown)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from engine_helpers import time_goes_by
 
-from llm2rec.core.progress import progress
+from llm2rec.core.logging import progress
 
 
 class Terminal(io.StringIO):
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatch, caplog):
-    clock = time_goes_by(monkeypatch, "llm2rec.core.progress")
+    clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
     caplog.set_level(logging.INFO)
     for _ in progress(range(20), "student", 40, "step", initial=20):
         clock.wait(10)
@@ -26,7 +26,7 @@ def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatc
 
 
 def test_a_short_phase_tells_nothing_in_a_file(monkeypatch, caplog):
-    clock = time_goes_by(monkeypatch, "llm2rec.core.progress")
+    clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
     caplog.set_level(logging.INFO)
     for _ in progress(range(20), "student", 20, "step"):
         clock.wait(1)
