@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from study_earlier import Rows, Told
 from study_plan import ARMS, BASELINE, LLM_ARMS, SELECT_ON, STUDENTS
 
+from llm2rec.core.statistics import estimate, holm, paired_difference, row_values
 from llm2rec.data import load
 from llm2rec.evaluate.report.charts import Dot, grouped
 from llm2rec.evaluate.report.findings import Contender, Entry, gains_by
 from llm2rec.evaluate.scoring.scoring import popularity
-from llm2rec.evaluate.statistics import estimate, holm, paired_difference, row_values
 
 __all__ = ["Findings", "brief", "figure", "headline", "tables"]
 

@@ -1,11 +1,84 @@
-"""How sure a mean over rows is."""
+"""Statistics over rows: per-row metric values, bootstrap intervals, paired tests, quantile groups. All in float64.
+
+Rows are test rows, and comparisons are paired: two runs rank the same targets. An interval or p-value covers the choice
+of test rows, not the training seed; the report shows the spread over seeds beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bootstrap_interval"]
+__all__ = [
+    "Difference",
+    "Estimate",
+    "bootstrap_interval",
+    "estimate",
+    "holm",
+    "paired_difference",
+    "quantile_groups",
+    "row_values",
+    "sign_flip_p",
+]
 
-_MAX_COUNTS = 2**20  # counts held at once: 8 MiB
+_MAX_DRAWS = 2**20  # random numbers held at once: 8 MiB
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over rows, and over runs if there are several.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of its 95 % bootstrap interval over rows.
+        high: Upper end.
+        runs: The mean of each run.
+        spread: Standard deviation of ``runs`` (n - 1 in the denominator); None for a single run.
+    """
+
+    mean: float
+    low: float
+    high: float
+    runs: tuple[float, ...] = ()
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two means over the same rows.
+
+    Attributes:
+        mean: The difference.
+        low: Lower end of its 95 % bootstrap interval over rows.
+        high: Upper end.
+        p: Two-sided p-value of `sign_flip_p`.
+        better: Rows with a positive difference.
+        worse: Rows with a negative difference.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    better: int
+    worse: int
+
+
+def row_values(ranks: NDArray[np.int64], metric: str) -> NDArray[np.float64]:
+    """The value of each row for a metric of `llm2rec.core.metrics.ranking_metrics`, which is their mean.
+
+    Args:
+        ranks: 0-based ranks of the targets, shape ``(M,)``; all ranks at or beyond the cut-off give the same value.
+        metric: ``hr@K``, ``ndcg@K`` or ``mrr@K``.
+
+    Returns:
+        Shape ``(M,)``, between 0 and 1.
+    """
+    name, _, k = metric.partition("@")
+    place = ranks.astype(np.float64)
+    gains = {"hr": np.ones(len(place)), "ndcg": 1 / np.log2(place + 2), "mrr": 1 / (place + 1)}[name]
+    return np.where(ranks < int(k), gains, 0.0)
 
 
 def bootstrap_interval(
@@ -18,14 +91,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean, or of a ratio of sums, over rows drawn with replacement.
 
-    It tells what other rows of the same kind would have given, not what another training seed would. Values that are
-    all alike give an interval without width, which is no certainty: 0 hits of 90 still allow a rate of some percent.
+    If all values are equal the interval has no width, which does not mean certainty: with 0 hits in 90 rows the true
+    rate may still be a few percent.
 
     Args:
         values: One value per row, shape ``(M,)``, M at least 1.
         weights: The ratio's denominator, shape ``(M,)``, at least 0: the statistic is ``sum(values) / sum(weights)``,
             such as hits over valid answers. None for the mean of ``values``.
-        level: Part of the resamples that lie inside, between 0 and 1.
+        level: Share of the resamples inside the interval, between 0 and 1.
         n_resamples: Resamples, at least 1.
         seed: Seed of the resamples.
 
@@ -37,11 +110,11 @@ def bootstrap_interval(
     """
     if not 0 < level < 1 or n_resamples < 1:
         raise ValueError(f"`level` is {level}, `n_resamples` {n_resamples}; expected between 0 and 1, and at least 1.")
-    rows = _pairs(values, weights)
-    # How often each row is drawn is multinomial, and alike rows may be drawn together: of hits there are two kinds.
+    rows = _value_weight_pairs(values, weights)
+    # Row counts of a resample are multinomial, and equal rows can be drawn together: hits have only two kinds.
     kinds, sizes = np.unique(rows, return_counts=True)
     generator, ratios = np.random.default_rng(seed), []
-    block = max(1, _MAX_COUNTS // len(kinds))
+    block = max(1, _MAX_DRAWS // len(kinds))
     for start in range(0, n_resamples, block):
         n_drawn = min(block, n_resamples - start)
         counts = generator.multinomial(len(rows), sizes / len(rows), size=n_drawn)  # (block, kinds)
@@ -50,7 +123,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _pairs(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.complex128]:
+def _value_weight_pairs(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.complex128]:
     """Value and weight of each row as one complex number, which NumPy sorts by both parts; shape ``(M,)``."""
     weights = np.ones(values.shape) if weights is None else weights
     if values.ndim != 1 or values.shape != weights.shape or len(values) == 0:
@@ -67,7 +140,107 @@ def _pairs(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> 
 
 
 def _ratios(counts: NDArray[np.int64], kinds: NDArray[np.complex128]) -> NDArray[np.float64]:
-    """Statistic of each resample; shape ``(resamples,)``, or fewer where a resample drew no weight."""
+    """Statistic of each resample; shape ``(resamples,)``, or fewer if a resample has no weight."""
     numerators, denominators = counts @ kinds.real, counts @ kinds.imag
     defined = denominators > 0
     return np.asarray(numerators[defined] / denominators[defined], np.float64)
+
+
+def estimate(values: NDArray[np.float64]) -> Estimate:
+    """Estimate the mean of one or more runs.
+
+    Args:
+        values: One value per run and row, shape ``(runs, M)``.
+
+    Returns:
+        The mean of all values, its interval over rows (of the rows' means over runs), and the spread over runs.
+    """
+    runs = values.mean(axis=1)
+    low, high = bootstrap_interval(values.mean(axis=0))
+    spread = float(runs.std(ddof=1)) if len(runs) > 1 else None
+    return Estimate(float(values.mean()), low, high, tuple(runs.tolist()), spread)
+
+
+def paired_difference(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> Difference:
+    """Compare two runs row by row.
+
+    Args:
+        values: Values of one run, shape ``(M,)``.
+        baseline: Values of the other for the same rows, shape ``(M,)``.
+
+    Returns:
+        The mean of ``values - baseline``, its interval and its p-value.
+    """
+    differences = values - baseline
+    low, high = bootstrap_interval(differences)
+    # Means over runs may differ in their last bits, which is no difference.
+    better, worse = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
+    return Difference(float(differences.mean()), low, high, sign_flip_p(differences), better, worse)
+
+
+def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = 10_000, seed: int = 0) -> float:
+    """P-value of a paired permutation test: under the null hypothesis each row's difference has a random sign.
+
+    The statistic is the absolute sum of differences under random signs (Good, Permutation Tests, section 3.2). The
+    observed signs count as one of the resamples, so that no p-value is 0 and the test holds its level.
+
+    Args:
+        differences: One per row, shape ``(M,)``, finite.
+        n_resamples: Random choices of signs, at least 1; the smallest p-value is ``1 / (n_resamples + 1)``.
+        seed: Seed of the choices.
+
+    Returns:
+        Two-sided p-value, in (0, 1].
+
+    Raises:
+        ValueError: If a difference is not finite.
+    """
+    if not np.isfinite(differences).all():
+        raise ValueError("`differences` hold NaN or infinity; leave such rows out, or count them as failures.")
+    # Among n rows of equal magnitude only the number of positive signs matters, which is binomial.
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    observed = abs(float(differences.sum()))
+    tolerance = 1e-12 * float(sizes @ counts)  # sums in another order may differ in their last bits
+    generator, reached = np.random.default_rng(seed), 0
+    block = max(1, _MAX_DRAWS // len(sizes))
+    for start in range(0, n_resamples, block):
+        shape = min(block, n_resamples - start), len(sizes)
+        positive = generator.binomial(counts, 0.5, size=shape)
+        reached += int((np.abs((2 * positive - counts) @ sizes) >= observed - tolerance).sum())
+    return (1 + reached) / (1 + n_resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for multiple comparisons (1979), which bounds the family-wise error rate.
+
+    Args:
+        p_values: One per comparison.
+
+    Returns:
+        Adjusted p-values in the same order: the i-th smallest of m (from 0) times m - i, no less than those before it,
+        and at most 1.
+    """
+    adjusted, highest = [1.0] * len(p_values), 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=lambda each: p_values[each])):
+        highest = max(highest, min(1.0, p_values[number] * (len(p_values) - place)))
+        adjusted[number] = highest
+    return adjusted
+
+
+def quantile_groups(values: NDArray[np.int64], n_groups: int) -> list[NDArray[np.int64]]:
+    """Split rows into groups of about equal size by a value; equal values stay together.
+
+    Args:
+        values: One value per row, shape ``(M,)``, M at least 1.
+        n_groups: Groups wanted.
+
+    Returns:
+        Row numbers of each group, groups by ascending values: ``n_groups``, or fewer if many values are equal.
+    """
+    order = np.sort(values)
+    # Each group ends with the value at its quantile.
+    ends = np.unique(order[[-(-len(order) * (group + 1) // n_groups) - 1 for group in range(n_groups)]])
+    group = np.searchsorted(ends, values, side="left")
+    return [np.flatnonzero(group == number) for number in range(len(ends))]

@@ -6,7 +6,7 @@ from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
 from llm2rec.data.recdata import RecData, load
 from llm2rec.data.spec import DatasetSpec, RawData
-from llm2rec.data.statistics import doubts, format_statistics
+from llm2rec.data.summary import doubts, format_statistics
 from llm2rec.data.tables import CsvTables
 from llm2rec.data.toy import Toy
 

@@ -22,7 +22,7 @@ from llm2rec.data.filtering import filter_and_number
 from llm2rec.data.recdata import FEATURES, FORMAT_VERSION, RecData, load
 from llm2rec.data.spec import DatasetSpec
 from llm2rec.data.splitting import SPLIT_NAMES, target_spans
-from llm2rec.data.statistics import SplitCounts, compute_statistics
+from llm2rec.data.summary import SplitCounts, compute_statistics
 from llm2rec.data.writing import hash_table, write_items, write_users
 
 __all__ = ["prepare"]

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 
 from llm2rec.config import register
 from llm2rec.core.files import sha256_of_file, write_json
+from llm2rec.core.statistics import row_values
 from llm2rec.data import Toy, prepare
-from llm2rec.evaluate.statistics import row_values
 from llm2rec.stage import build
 from llm2rec.student.settings import StudentSettings
 

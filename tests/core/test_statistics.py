@@ -1,12 +1,23 @@
-"""The bootstrap: against theory, against a plain loop, and what it refuses."""
+"""Bootstrap intervals, paired tests and groups: by hand, against theory and against plain loops."""
 
 import tracemalloc
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from llm2rec.core import statistics
-from llm2rec.core.statistics import bootstrap_interval
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.statistics import (
+    bootstrap_interval,
+    estimate,
+    holm,
+    paired_difference,
+    quantile_groups,
+    row_values,
+    sign_flip_p,
+)
 
 
 def plain_interval(values, weights, level, n_resamples, seed):
@@ -61,7 +72,7 @@ def test_it_depends_on_the_seed_alone_and_not_on_the_order_of_rows():
 def test_blocks_change_nothing_but_the_memory(monkeypatch):
     values = np.random.default_rng(0).random(1000)
     whole = bootstrap_interval(values, n_resamples=300)
-    monkeypatch.setattr(statistics, "_MAX_COUNTS", 7000)
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 7000)
     tracemalloc.start()
     in_blocks = bootstrap_interval(values, n_resamples=300)
     peak = tracemalloc.get_traced_memory()[1]
@@ -86,3 +97,100 @@ def test_blocks_change_nothing_but_the_memory(monkeypatch):
 def test_what_has_no_interval_is_refused(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(np.array(values), **options)
+
+
+def test_values_of_rows_are_what_the_metrics_are_means_of():
+    ranks = np.array([0, 1, 4, 5, 9, 10, 700])
+    metrics = ranking_metrics(torch.from_numpy(ranks), (1, 5, 10))
+    for name in metrics.keys() - {"mrr"}:
+        assert row_values(ranks, name).mean() == pytest.approx(metrics[name], abs=1e-15), name
+    assert row_values(ranks, "ndcg@5").tolist() == [1.0, 1 / np.log2(3), 1 / np.log2(6), 0, 0, 0, 0]
+
+
+def exact_p(differences):
+    """Every choice of signs, one by one."""
+    sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=len(differences))]
+    return np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 2 / 16),  # all up or all down, of 16
+        ([2.0, -1.0], 1.0),  # 1 is reached by all four sums: 3, 1, 1, 3
+        ([3.0, 1.0, 0.0], 2 / 4),  # a row without difference says nothing
+    ],
+)
+def test_signs_enumerated_by_hand(differences, p):
+    assert exact_p(np.array(differences)) == p
+    assert sign_flip_p(np.array(differences)) == pytest.approx(p, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_signs_come_near_to_all_signs(seed):
+    generator = np.random.default_rng(seed)
+    # Few different magnitudes, as of NDCG, and some that are all different.
+    differences = generator.choice([-0.5, 0.0, 0.25, 0.5, 1.0], 12) + (seed % 2) * generator.normal(0.1, 0.3, 12)
+    assert sign_flip_p(differences) == pytest.approx(exact_p(differences), abs=0.02)
+
+
+def test_the_test_holds_its_level_and_finds_what_is_there():
+    generator = np.random.default_rng(0)
+    null = np.array([sign_flip_p(generator.normal(size=40), n_resamples=500) for _ in range(300)])
+    assert 0.02 < (null < 0.05).mean() < 0.09
+    assert abs((null < 0.5).mean() - 0.5) < 0.1
+    assert sign_flip_p(generator.normal(1, 1, 100)) == 1 / 10001  # none of 10,000 resamples, and the observed one
+
+
+def test_a_p_value_of_nothing_is_one_and_does_not_depend_on_units_or_direction():
+    assert sign_flip_p(np.zeros(5)) == 1
+    differences = np.random.default_rng(1).normal(0.2, 1, 50)
+    p = sign_flip_p(differences)
+    assert 0 < p < 1
+    assert sign_flip_p(-differences) == sign_flip_p(differences * 2**20) == p
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        sign_flip_p(np.array([0.1, np.nan]))
+
+
+def test_memory_is_bounded_without_another_result(monkeypatch):
+    """Blocks draw the same kind of numbers, in another order."""
+    differences = np.random.default_rng(2).normal(0.1, 1, 200)
+    whole = sign_flip_p(differences)
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 1000)
+    assert sign_flip_p(differences) == pytest.approx(whole, abs=0.02)
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1 they are 0.02, 0.03, 0.06, 0.04, and none may fall.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def test_a_difference_by_hand():
+    found = paired_difference(np.array([1.0, 0.5, 0.0, 0.3]), np.array([0.0, 0.5, 0.5, 0.1 + 0.2]))
+    assert found.mean == pytest.approx(0.125)
+    assert (found.better, found.worse) == (1, 1)  # 0.1 + 0.2 is 0.3 but for its last bit
+    assert found.low < 0.125 < found.high
+    assert found.p == pytest.approx(exact_p(np.array([1.0, 0.0, -0.5, 0.0])), abs=0.02)
+
+
+def test_an_estimate_over_runs_by_hand():
+    found = estimate(np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
+    assert found.mean == 0.375
+    assert found.runs == (0.5, 0.25)
+    assert found.spread == pytest.approx(0.25 / np.sqrt(2))
+    assert 0 <= found.low < 0.375 < found.high <= 1
+    assert estimate(np.array([[1.0, 0.0]])).spread is None
+
+
+def test_groups_are_even_and_keep_equal_values_together():
+    values = np.array([5, 1, 1, 1, 2, 9, 3, 7])
+    # In order 1 1 | 1 2 | 3 5 | 7 9: the third 1 joins the first two.
+    assert [values[rows].tolist() for rows in quantile_groups(values, 4)] == [[1, 1, 1], [2], [5, 3], [9, 7]]
+    assert [rows.tolist() for rows in quantile_groups(np.array([3, 3, 3]), 4)] == [[0, 1, 2]]
+    many = np.random.default_rng(0).integers(0, 1000, 4003)
+    groups = quantile_groups(many, 4)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(4003))
+    assert all(abs(len(rows) - 1000) < 20 for rows in groups)

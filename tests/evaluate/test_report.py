@@ -15,12 +15,12 @@ from report_helpers import PROTOCOL, Page, findings_of, metrics_of, ranks_of, wi
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, write_json
+from llm2rec.core.statistics import row_values
 from llm2rec.distill.data_bridge import outputs_hash
 from llm2rec.evaluate.__main__ import _command
 from llm2rec.evaluate.report.files import write_pages
 from llm2rec.evaluate.report.findings import check_baseline, read_run
 from llm2rec.evaluate.scoring.scoring import score_run
-from llm2rec.evaluate.statistics import row_values
 from llm2rec.student.datamodule import SequenceData
 
 SECTIONS = [

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from llm2rec.core.statistics import Difference, paired_difference
 from llm2rec.evaluate.report.findings import Comparison, Contender
-from llm2rec.evaluate.statistics import Difference, paired_difference
 
 __all__ = ["ALPHA", "conclusions", "named_p", "percent"]
 

@@ -13,10 +13,10 @@ from llm2rec.core.errors import CheckpointError, DataError, TeacherOutputsError
 from llm2rec.core.files import read_object
 from llm2rec.core.ranking import Catalogue, Pairs, top_k_in_blocks
 from llm2rec.core.run import read_record
+from llm2rec.core.statistics import Estimate, estimate, quantile_groups
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
 from llm2rec.evaluate.report.findings import Contender, RunScores
-from llm2rec.evaluate.statistics import Estimate, estimate, quantile_groups
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.store import load_student
 

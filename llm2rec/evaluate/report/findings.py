@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_object
 from llm2rec.core.run import read_record
-from llm2rec.evaluate.scoring.scoring import Scored
-from llm2rec.evaluate.statistics import (
+from llm2rec.core.statistics import (
     Difference,
     Estimate,
     estimate,
@@ -21,6 +20,7 @@ from llm2rec.evaluate.statistics import (
     quantile_groups,
     row_values,
 )
+from llm2rec.evaluate.scoring.scoring import Scored
 
 __all__ = [
     "Comparison",

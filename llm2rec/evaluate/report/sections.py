@@ -3,13 +3,13 @@
 import shlex
 from collections.abc import Sequence
 
+from llm2rec.core.statistics import Estimate
 from llm2rec.evaluate.report.charts import Dot, forest, grouped, scatter
 from llm2rec.evaluate.report.conclusions import ALPHA, named_p, percent
 from llm2rec.evaluate.report.document import Block, Code, Document, Facts, Figure, Section, Table, Text
 from llm2rec.evaluate.report.findings import POPULARITY, Entry, Group
 from llm2rec.evaluate.report.gathering import Findings
 from llm2rec.evaluate.report.sections_inside import curve_blocks, gate_blocks, overlap_blocks, sample_blocks
-from llm2rec.evaluate.statistics import Estimate
 
 __all__ = ["document_of"]
 
