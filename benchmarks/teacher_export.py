@@ -31,6 +31,7 @@ from llm2rec.data import RecData, prepare
 from llm2rec.data.toy import Toy
 from llm2rec.ilora import frozen_base
 from llm2rec.student.datamodule import SequenceData
+from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
@@ -43,7 +44,6 @@ from llm2rec.teacher.settings import (
     TeacherSettings,
     TinyRandomSettings,
 )
-from llm2rec.teacher.trainer import rank_targets
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData
+from llm2rec.student.evaluator import Rows, aligned_batches, rank_rows
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student
 
@@ -107,17 +108,14 @@ def rank_targets(
     Returns:
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
-    mine, ranks = engine.my_rows(len(rows)), [torch.zeros(0, dtype=torch.int64)]
-    size = min(batch_rows, ensemble.rows_at_once)
-    # Batches are the same in any division, since their sizes show in the last bits; a process ranks those that hold its
-    # rows.
-    first = int(mine[0]) // size * size if len(mine) else 0
-    for start in range(first, int(mine[-1]) + 1 if len(mine) else 0, size):
-        block = np.arange(start, min(start + size, len(rows)))
+
+    def rank(block: Rows) -> Tensor:
         batch = rows.batch(block, engine.device)
-        told = ensemble.probabilities(batch)
-        ranks.append(target_ranks(told if seen is None else seen.mask(told, block, batch.targets), batch.targets).cpu())
-    return engine.gather_rows(torch.cat(ranks)[mine - first], len(rows))
+        probs = ensemble.probabilities(batch)  # (B, N)
+        return target_ranks(probs if seen is None else seen.mask(probs, block, batch.targets), batch.targets)
+
+    batches = aligned_batches(len(rows), min(batch_rows, ensemble.rows_at_once))
+    return rank_rows(rank, len(rows), engine, batches)
 
 
 def save_ensemble(folder: Path, members: Sequence[Path], share: float) -> None:

@@ -1,14 +1,82 @@
-"""Rank every row's target among the whole catalogue."""
+"""Rank the target of every row: one loop for students, teachers and ensembles, and the student's ranking."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from llm2rec.core.ranking import Catalogue, ranks_in_blocks
+from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import SeenItems, SequenceData
 from llm2rec.student.models import SequentialRecommender
 
-__all__ = ["rank_targets"]
+__all__ = ["Rows", "aligned_batches", "batches_within_cost", "evaluation_mode", "rank_rows", "rank_targets"]
+
+Rows = NDArray[np.int64]
+"""Row numbers, shape ``(B,)``."""
+
+
+def rank_rows(
+    rank: Callable[[Rows], Tensor], n_rows: int, engine: Engine, batches: Callable[[Rows], Iterable[Rows]]
+) -> Tensor:
+    """Rank the targets of all rows, split among processes; no row is dropped. A collective.
+
+    Args:
+        rank: Returns the 0-based ranks ``(B,)`` of the targets of a batch of rows.
+        n_rows: Number of rows, M.
+        engine: Splits the rows among processes and gathers the ranks.
+        batches: Splits the rows of this process into batches (`batches_within_cost`, `aligned_batches`). A batch may
+            hold rows of other processes; their ranks are not used.
+
+    Returns:
+        0-based ranks of shape ``(M,)``, int64, on the CPU.
+    """
+    mine = engine.my_rows(n_rows)
+    ranks = torch.zeros(n_rows, dtype=torch.int64)
+    with torch.no_grad():
+        for rows in batches(mine):
+            ranks[torch.from_numpy(rows)] = rank(rows).cpu()
+    return engine.gather_rows(ranks[torch.from_numpy(mine)], n_rows)
+
+
+def batches_within_cost(costs: Callable[[Rows], NDArray[np.int64]], max_cost: int) -> Callable[[Rows], Iterable[Rows]]:
+    """Batches of rows with similar costs, such as tokens; see `batches_by_cost`.
+
+    Args:
+        costs: Returns the cost of each row, shape ``(B,)``.
+        max_cost: Upper bound of a batch's rows times its largest cost.
+    """
+    return lambda mine: (mine[part] for part in batches_by_cost(costs(mine), max_cost))
+
+
+def aligned_batches(n_rows: int, size: int) -> Callable[[Rows], Iterable[Rows]]:
+    """Batches of ``size`` consecutive rows that are the same for any number of processes.
+
+    The batch size shows in the last bits of a matrix product, so a process ranks every batch that holds one of its
+    rows.
+    """
+
+    def batches(mine: Rows) -> Iterator[Rows]:
+        for number in range(mine[0] // size, mine[-1] // size + 1) if len(mine) else ():
+            yield np.arange(number * size, min((number + 1) * size, n_rows))
+
+    return batches
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode without gradients, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def rank_targets(
@@ -19,32 +87,27 @@ def rank_targets(
     seen: SeenItems | None = None,
     batch_size: int = 512,
 ) -> Tensor:
-    """Rank the targets of all rows, divided among processes; no row is dropped.
+    """Rank the targets of all rows among the whole catalogue; a collective.
 
-    Memory holds the vectors of the items and of a batch of users, and a tile of their scores, see `core.ranking`. The
-    model is put into evaluation mode and back.
+    Memory holds the item vectors, the user vectors of a batch, and a tile of their scores (see `core.ranking`).
 
     Args:
         model: Unwrapped model.
         data: Rows to rank, M of them.
-        engine: Divides the rows and gathers the ranks.
+        engine: Splits the rows among processes and gathers the ranks.
         seen: Items to leave out of each row's ranking; None ranks all items.
-        batch_size: Rows represented at once.
+        batch_size: Rows per forward pass.
 
     Returns:
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
-    was_training = model.training
-    model.eval()
-    mine, blocks = engine.my_rows(len(data)), []
-    with torch.inference_mode():
+    with evaluation_mode(model):
         catalogue = Catalogue(model.output_items.vectors())
-        for start in range(0, len(mine), batch_size):
-            rows = mine[start : start + batch_size]
+
+        def rank(rows: Rows) -> Tensor:
             batch = data.batch(rows, engine.device)
             users = model(batch.history, batch.lengths)  # (B, D)
             left_out = None if seen is None else seen.pairs(rows, engine.device)
-            blocks.append(ranks_in_blocks(users, catalogue, batch.targets, left_out).cpu())
-    model.train(was_training)
-    ranks = torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64)
-    return engine.gather_rows(ranks, len(data))
+            return ranks_in_blocks(users, catalogue, batch.targets, left_out)
+
+        return rank_rows(rank, len(data), engine, aligned_batches(len(data), batch_size))

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.metrics import ranking_metrics, target_ranks
-from llm2rec.core.train.batching import OptimizerStep, batches_by_cost
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.optimizer import adamw
 from llm2rec.core.train.state import TrainingState
@@ -18,13 +18,14 @@ from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.curriculum import is_hybrid
+from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TeacherSettings
 
-__all__ = ["ItemObjective", "Objective", "rank_targets", "train_teacher"]
+__all__ = ["ItemObjective", "Objective", "train_teacher"]
 
 logger = logging.getLogger(__name__)
 _PROMPTS_SHOWN = 3
@@ -204,42 +205,3 @@ def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW
         {name: ratio for name, ratio in ratios.items() if name in trained},
         {name: decay for name, decay in decays.items() if name in trained and decay is not None},
     )
-
-
-def rank_targets(
-    model: ItemTeacher,
-    rows: TeacherRows,
-    engine: Engine,
-    *,
-    seen: SeenItems | None = None,
-    batch_tokens: int = 8192,
-) -> Tensor:
-    """Rank the targets of all rows among the whole catalogue, divided among processes; no row is dropped.
-
-    Args:
-        model: Unwrapped model; put into evaluation mode and back.
-        rows: Rows to rank, M of them.
-        engine: Divides the rows and gathers the ranks.
-        seen: Items to leave out of each row's ranking, besides those the model leaves out itself, of which the target
-            then is none; None for none.
-        batch_tokens: Tokens per forward pass, padding included.
-
-    Returns:
-        0-based ranks of shape ``(M,)``, int64, on the CPU.
-    """
-    was_training = model.training
-    model.eval()
-    mine = engine.my_rows(len(rows.rows))
-    ranks = torch.empty(len(mine), dtype=torch.int64)
-    with torch.no_grad():
-        for part in batches_by_cost(rows.token_counts[mine], batch_tokens):
-            numbers = rows.rows[mine[part]]
-            batch = rows.data.batch(numbers, engine.device)
-            inputs = model.read(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers])
-            with model.mixing(torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)):
-                scores = model(**vars(inputs), keep=None if seen is None else batch.targets)
-            if seen is not None:
-                scores = seen.mask(scores, numbers, batch.targets)
-            ranks[torch.from_numpy(part)] = target_ranks(scores, batch.targets).cpu()
-    model.train(was_training)
-    return engine.gather_rows(ranks, len(rows.rows))

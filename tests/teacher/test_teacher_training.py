@@ -16,9 +16,9 @@ from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
 from llm2rec.student.datamodule import SeenItems
+from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
-from llm2rec.teacher.trainer import rank_targets
 
 TRAINING = {"epochs": 3, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
 

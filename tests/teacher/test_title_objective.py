@@ -16,8 +16,9 @@ from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.student.candidates import CandidateSampler
+from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.settings import TeacherSettings
-from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective, rank_answers
+from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective
 from llm2rec.teacher.trainer import train_teacher
 
 TRAINING = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from llm2rec.core.metrics import target_ranks
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.evaluator import Rows, batches_within_cost, rank_rows
 
 __all__ = [
     "CANDIDATES_HR",
@@ -74,15 +74,13 @@ def rank_among_candidates(
     Returns:
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
-    mine = engine.my_rows(len(targets))
-    ranks = torch.empty(len(mine), dtype=torch.int64)
-    with torch.no_grad():
-        for part in batches_by_cost(costs[mine], max_cost):
-            rows = mine[part]
-            scores = score(rows)
-            own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
-            ranks[torch.from_numpy(part)] = rank_among(scores, candidates.draw(rows), own).cpu()
-    return engine.gather_rows(ranks, len(targets))
+
+    def rank(rows: Rows) -> Tensor:
+        scores = score(rows)
+        own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
+        return rank_among(scores, candidates.draw(rows), own)
+
+    return rank_rows(rank, len(targets), engine, batches_within_cost(lambda mine: costs[mine], max_cost))
 
 
 def candidates_hr(ranks: Tensor) -> tuple[float, tuple[float, float]]:

@@ -11,10 +11,10 @@ from llm2rec.evaluate.scoring.candidates import rank_among_candidates
 from llm2rec.evaluate.scoring.finished import FinishedModel
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.factory import TeacherRecipe, load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
-from llm2rec.teacher.trainer import rank_targets
 
 __all__ = ["FinishedTeacher", "gates_of_rows"]
 

@@ -23,11 +23,13 @@ from llm2rec.evaluate.scoring.finished import FinishedModel
 from llm2rec.evaluate.scoring.teacher_runs import gates_of_rows
 from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.evaluator import Rows, batches_within_cost, rank_rows
+from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.factory import load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.title.matching import HitRule, TitleHits, judge
 from llm2rec.teacher.title.model import TitleRecommender
-from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, rank_answers
+from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES
 from llm2rec.teacher.title.titles import fold_title
 
 __all__ = ["FinishedTitleTeacher", "title_scores"]
@@ -64,15 +66,17 @@ class FinishedTitleTeacher(FinishedModel):
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`; a target that is not among the best ``k`` has rank N."""
         (model, rows), n_items = self._loaded, self._data.n_items
-        mine = self._engine.my_rows(len(rows.rows))
-        ranks = torch.empty(len(mine), dtype=torch.int64)
-        counts = model.ranking_token_counts(rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine], k)
-        for part in batches_by_cost(counts, _BATCH_TOKENS):
-            gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
-            items = self._best(mine[part], k, seen, gate_inputs)
-            hits = items == rows.data.targets[torch.from_numpy(mine[part])].unsqueeze(1)
-            ranks[torch.from_numpy(part)] = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), n_items)
-        return self._engine.gather_rows(ranks, len(rows.rows))
+
+        def token_counts(numbers: Rows) -> Rows:
+            return model.ranking_token_counts(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers], k)
+
+        def rank(numbers: Rows) -> Tensor:
+            gate_inputs = torch.from_numpy(rows.gate_inputs[numbers]).to(self._engine.device)
+            items = self._best(numbers, k, seen, gate_inputs)  # (B, k)
+            found = items == rows.data.targets[torch.from_numpy(numbers)].unsqueeze(1)
+            return torch.where(found.any(dim=1), found.int().argmax(dim=1), n_items)
+
+        return rank_rows(rank, len(rows.rows), self._engine, batches_within_cost(token_counts, _BATCH_TOKENS))
 
     def _best(self, numbers: NDArray[np.int64], k: int, seen: SeenItems | None, gate_inputs: Tensor | None) -> Tensor:
         """The best k items of some rows, shape ``(B, k)``; N in the places of those that a row does not leave."""

@@ -3,19 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.metrics import ranking_metrics, target_ranks
-from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.candidates import CandidateSampler
+from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.title.model import TitleRecommender
 
-__all__ = ["UNLISTED_CANDIDATES", "TitleObjective", "rank_answers"]
+__all__ = ["UNLISTED_CANDIDATES", "TitleObjective"]
 
 UNLISTED_CANDIDATES = 20  # how many are scored where prompts list none
 
@@ -91,41 +90,3 @@ class TitleObjective:
         shown = None if self.model.settings.redraw_candidates else self._candidates(train.rows, 0)
         targets = train.data.targets.numpy()[train.rows]
         return self.model.prompts.answered_token_counts(history, lengths, shown, targets, hybrid=self.model.is_hybrid)
-
-
-def rank_answers(
-    model: TitleRecommender,
-    rows: TeacherRows,
-    candidates: CandidateSampler,
-    engine: Engine,
-    *,
-    batch_tokens: int = 8192,
-) -> Tensor:
-    """Rank each row's answer among its candidates by the log-probability of their titles; no row is dropped.
-
-    Args:
-        model: Unwrapped teacher; put into evaluation mode and back. Its prompts list the candidates if they list any.
-        rows: Rows to rank, M of them.
-        candidates: Draws the same candidates at every call.
-        engine: Divides the rows and gathers the ranks.
-        batch_tokens: Tokens of prompts per forward pass, padding included.
-
-    Returns:
-        0-based ranks below C, ties counted against the model, shape ``(M,)``, int64, on the CPU.
-    """
-    was_training = model.training
-    model.eval()
-    mine = engine.my_rows(len(rows.rows))
-    history, lengths = (each.numpy()[rows.rows[mine]] for each in (rows.data.history, rows.data.lengths))
-    drawn, targets = candidates.draw(rows.rows[mine]), rows.data.targets.numpy()[rows.rows[mine]]
-    listed = drawn if model.lists_candidates else None
-    counts = model.prompts.question_token_counts(history, lengths, listed, hybrid=model.is_hybrid)
-    ranks = torch.empty(len(mine), dtype=torch.int64)
-    for part in batches_by_cost(counts, batch_tokens):
-        gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(engine.device)
-        shown = None if listed is None else listed[part]
-        scores = model.candidate_log_probs(history[part], lengths[part], shown, gate_inputs, drawn[part])  # (b, C)
-        places = torch.from_numpy((drawn[part] == targets[part, None]).argmax(axis=1)).to(scores.device)
-        ranks[torch.from_numpy(part)] = target_ranks(scores, places).cpu()
-    model.train(was_training)
-    return engine.gather_rows(ranks, len(rows.rows))
