@@ -143,12 +143,12 @@ def measure(
     ilora = adapted(base, ilora_config, checkpointing)
 
     def cached() -> AbstractContextManager[object]:
-        return ilora.base_model.instance(batch.gate_inputs)
+        return ilora.base_model.use_gates(batch.gate_inputs)
 
     def computed() -> AbstractContextManager[object]:
         with frozen_base(ilora):
             vectors = represent(ilora, batch)
-        return ilora.base_model.instance(vectors)
+        return ilora.base_model.use_gates(vectors)
 
     steps = {
         "bare": bare_step(with_checkpointing(base, checkpointing), batch),

@@ -1,4 +1,4 @@
-"""Configuration of iLoRA: what a user chooses, checked before any layer is built."""
+"""Configuration of an iLoRA adapter, checked before any layer is built."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from .gate import GATES
-
-__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "ILoraConfig", "Scaling"]
+__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling"]
 
 
 class _PeftType(str, Enum):  # noqa: UP042  PEFT reads the name off the `str` of such a class, and a StrEnum has another
-    """A string to whoever looks it up or writes it down, with the ``.value`` that PEFT's messages ask for."""
+    """A string for look-ups and JSON, with the ``.value`` that PEFT's messages read."""
 
     ILORA = "ILORA"
 
@@ -26,6 +24,16 @@ PEFT_TYPE = _PeftType.ILORA
 
 Scaling = Literal["total", "per_expert"]
 Bias = Literal["none", "all", "ilora_only"]
+GateKind = Literal[
+    "linear",
+    "mlp",
+    "topk",
+    "topk_released",
+    "noisy",
+    "dropout",
+    "conv",
+]
+"""Kinds of gate network; `llm2rec.ilora.gate.GATES` has the class of each."""
 
 _GATE_OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"gate_hidden_size": 128},
@@ -34,11 +42,11 @@ _GATE_OPTIONS: dict[str, dict[str, Any]] = {
     "noisy": {"gate_noise": 0.1},
     "dropout": {"gate_dropout": 0.1},
 }
-"""Options that only one kind of gate reads, and what they are when not given: the released program's values, but for
-`topk`, which cannot learn from a single expert."""
+"""Options that only some kinds of gate read, with their defaults: the released program's values, except for `topk`,
+which cannot learn from a single expert."""
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# "output.dense" also ends the name of the attention's projection; both are spelt out to read as what they are.
+# "output.dense" also matches the attention's projection; both are listed for clarity.
 _BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 _NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
@@ -56,7 +64,7 @@ DEFAULT_TARGET_MODULES: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "modernbert": ["Wqkv", "Wo", "Wi"],
     "mpnet": ["q", "k", "v", "o", "intermediate.dense", "output.dense"],
-    # transformers flattens (B, T, d) to (B*T, d) in front of OPT's fc1 and fc2: a row there is a token, no instance.
+    # transformers flattens (B, T, d) to (B*T, d) before OPT's fc1 and fc2: a row there is a token, not an instance.
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
@@ -85,11 +93,11 @@ class ILoraConfig(PeftConfig):
             expression over the whole name, or ``"all-linear"``. None takes the default of the model's type.
         exclude_modules: Names or regular expression of layers to leave alone.
         layers_to_transform: Index or indices of the blocks to adapt; None for all. Needs ``target_modules`` as a list.
-        layers_pattern: Name of the list that holds the blocks, where it cannot be told from the layer's name.
+        layers_pattern: Name of the list that holds the blocks, if the layer's name does not show it.
         modules_to_save: Further modules to train in full and to save with the adapter.
         bias: Which biases of the base are trained and saved too: ``"none"``, ``"all"``, or ``"ilora_only"``, those of
-            the adapted layers. With trained biases the base is no longer frozen: disabling the adapter does not bring
-            it back, and `frozen_base` refuses.
+            the adapted layers. With trained biases the base is no longer frozen: disabling the adapter does not
+            restore it, and `frozen_base` raises.
         rank_pattern: Total rank of layers that differ from ``r``, by name or regular expression, as in PEFT's LoRA;
             multiples of ``num_experts``.
         alpha_pattern: The same for ``alpha``.
@@ -129,7 +137,7 @@ class ILoraConfig(PeftConfig):
     bias: Bias = field(default="none", metadata={"help": "Which biases of the base are trained too."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of layers, by name."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of layers, by name."})
-    gate: str = field(default="linear", metadata={"help": "Kind of gate network."})
+    gate: GateKind = field(default="linear", metadata={"help": "Kind of gate network."})
     gate_input_size: int | None = field(default=None, metadata={"help": "Width of the gate's input."})
     gate_per_layer: bool = field(default=False, metadata={"help": "One gate network per layer instead of one."})
     gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits."})
@@ -149,13 +157,13 @@ class ILoraConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if problems := [*self._number_problems(), *self._choice_problems(), *self._gate_problems()]:
             raise ValueError("ILoraConfig cannot work: " + " ".join(problems))
-        # Filled in, so that the saved adapter says what it is whatever later versions take for granted.
+        # Defaults are filled in: the saved adapter keeps its values if a later version changes them.
         for name, default in _GATE_OPTIONS.get(self.gate, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, min(default, self.num_experts) if name == "gate_top_k" else default)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON takes them, names of layers sorted, so that the same adapter saves the same file."""
+        """Fields as JSON values, with layer names sorted: equal adapters save equal files."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
 
     def rank_of(self, layer: str) -> int:
@@ -170,7 +178,7 @@ class ILoraConfig(PeftConfig):
 
     @property
     def gate_options(self) -> dict[str, Any]:
-        """What the chosen kind of gate reads besides its sizes, by the names its constructor has for it."""
+        """Options of the chosen kind of gate, by the names of its constructor's arguments."""
         options = _GATE_OPTIONS.get(self.gate, {})
         return {option.removeprefix("gate_"): getattr(self, option) for option in options}
 
@@ -249,7 +257,7 @@ class ILoraConfig(PeftConfig):
                 problems.append(f"`{name}` must be {kind}, got {getattr(self, name)!r}.")
         for name, value, choices in (
             ("scaling", self.scaling, get_args(Scaling)),
-            ("gate", self.gate, tuple(GATES)),
+            ("gate", self.gate, get_args(GateKind)),
             ("bias", self.bias, get_args(Bias)),
         ):
             if value not in choices:

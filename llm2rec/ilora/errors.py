@@ -1,4 +1,4 @@
-"""What can go wrong, by type."""
+"""Errors of this package."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ __all__ = ["AdapterKeysError", "GateError", "ILoraError", "MergeError", "refuse_
 
 
 class ILoraError(Exception):
-    """Root of the errors that this package raises on purpose."""
+    """Base class of this package's errors."""
 
 
 class GateError(ILoraError, RuntimeError):
-    """Gates that are missing, held twice, or do not fit the model or the batch."""
+    """Gates are missing, held twice, or do not fit the model or the batch."""
 
 
 class MergeError(ILoraError, NotImplementedError):
-    """An attempt to fold a mixture that differs from instance to instance into one weight."""
+    """A mixture that differs between instances cannot be merged into one weight."""
 
 
 class AdapterKeysError(ILoraError, ValueError):
-    """An adapter file that lacks tensors of the adapter or holds tensors that are not the adapter's."""
+    """An adapter file lacks tensors of the adapter or holds foreign ones."""
 
 
 def refuse_merge() -> NoReturn:
-    """Raise the error that every way of merging ends in.
+    """Raise the error of every merge method.
 
     Raises:
         MergeError: Always.
     """
     raise MergeError(
-        "iLoRA cannot be merged: the mixture of experts differs from instance to instance, so no single weight equals "
-        "it. Keep the adapter in place, call `unload()` for the base model without it, or write ONE instance's mixture "
-        "as a plain LoRA adapter with `llm2rec.ilora.fold`."
+        "iLoRA cannot be merged: the mixture of experts differs between instances, so no single weight equals it. Keep "
+        "the adapter in place, call `unload()` for the base model without it, or convert ONE instance's mixture to a "
+        "plain LoRA adapter with `llm2rec.ilora.fold`."
     )

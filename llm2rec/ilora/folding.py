@@ -1,4 +1,4 @@
-"""One instance's mixture as a plain LoRA adapter, which any server that knows LoRA can load."""
+"""Convert one instance's mixture to a plain LoRA adapter, which any LoRA server can load."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def fold(peft_model: PeftModel, gates: Tensor, adapter: str = "default") -> tupl
     """Fold the mixture of ONE instance into a LoRA adapter of PEFT.
 
     With gates fixed, ``s * sum_e g_e B_e A_e`` is a LoRA of rank R: A stays, and each column of B is multiplied by the
-    gate of its expert. ``lora_alpha`` is chosen so that LoRA's own factor, alpha / R, is s. Written like this, the
-    adapter loads with ``PeftModel.from_pretrained`` where llm2rec is not installed, and gives the outputs that the
-    model gives while it holds the same gates::
+    gate of its expert. ``lora_alpha`` is chosen so that LoRA's own factor, alpha / R, is s. The result loads with
+    ``PeftModel.from_pretrained`` without llm2rec installed, and its outputs equal those of the model while it holds the
+    same gates::
 
         config, tensors = fold(model, gates)
         config.save_pretrained(folder)
@@ -36,10 +36,10 @@ def fold(peft_model: PeftModel, gates: Tensor, adapter: str = "default") -> tupl
         adapter: Name of the iLoRA adapter.
 
     Returns:
-        The configuration, and the tensors by the names they have in an adapter file: on the CPU, without gradient.
+        The configuration, and the tensors by their names in an adapter file; on the CPU, without gradient.
 
     Raises:
-        GateError: If the gates are those of several instances, or do not fit the adapter.
+        GateError: If the gates belong to several instances or do not fit the adapter.
         ILoraError: If the model has no iLoRA adapter of that name.
     """
     tuner = getattr(peft_model, "base_model", None)
@@ -47,7 +47,7 @@ def fold(peft_model: PeftModel, gates: Tensor, adapter: str = "default") -> tupl
         names = sorted(tuner.peft_config) if isinstance(tuner, ILoraModel) else []
         raise ILoraError(f"no iLoRA adapter {adapter!r} to fold; the model has {names}.")
     gates = _one_instance(gates, tuner, adapter)
-    # Modules and biases trained in full travel as they are.
+    # Fully trained modules and biases are copied unchanged.
     saved = get_peft_model_state_dict(peft_model, adapter_name=adapter)
     tensors = {key: tensor for key, tensor in saved.items() if ".ilora_" not in key}
     for layer in tuner.adapted_layers(adapter):
@@ -55,7 +55,7 @@ def fold(peft_model: PeftModel, gates: Tensor, adapter: str = "default") -> tupl
         factors = layer.layouts[adapter]._replace(scale=1.0).spread(gates)  # (1, R)
         tensors[f"base_model.model.{layer.name}.lora_A.weight"] = down
         tensors[f"base_model.model.{layer.name}.lora_B.weight"] = up * factors.to(up)
-    # Clones: what training does next must not reach into what was folded.
+    # Clones, so that further training does not change them.
     plain = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     return _lora_config(tuner, cast(ILoraConfig, tuner.peft_config[adapter]), adapter), plain
 
@@ -70,7 +70,7 @@ def _one_instance(gates: Tensor, tuner: ILoraModel, adapter: str) -> Tensor:
     if len(gates) != 1:
         raise GateError(
             f"a plain LoRA holds the mixture of one instance, got gates of shape {tuple(gates.shape)}; fold one row "
-            "of them at a time."
+            "at a time."
         )
     tuner.check_gates(adapter, gates)
     if not torch.isfinite(gates).all():
@@ -79,7 +79,7 @@ def _one_instance(gates: Tensor, tuner: ILoraModel, adapter: str) -> Tensor:
 
 
 def _lora_config(tuner: ILoraModel, config: ILoraConfig, adapter: str) -> LoraConfig:
-    # Read off the layers, which are what computes, and not off a configuration that may have been edited since.
+    # Read from the layers, since the configuration may have been edited after they were built.
     layouts = {layer.name: layer.layouts[adapter] for layer in tuner.adapted_layers(adapter)}
     ranks = {name: layout.rank_per_expert * config.num_experts for name, layout in layouts.items()}
     alphas = {name: layout.scale * ranks[name] for name, layout in layouts.items()}

@@ -1,4 +1,4 @@
-"""The base model by itself, beneath its adapters."""
+"""Run the base model without its adapters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["frozen_base"]
 def frozen_base(peft_model: PeftModel) -> Iterator[None]:
     """Run the base model alone: adapters off, no gradients, evaluation mode; works with and without gates held.
 
-    This is how the gate's input h_seq is computed. It does not depend on what is being trained, so it can be computed
-    once per sequence and kept; evaluation mode makes it so where the base has dropout of its own.
+    The gate's input h_seq is computed this way. It does not depend on trained weights, so it can be computed once per
+    sequence and cached; evaluation mode switches off dropout of the base.
 
     Args:
         peft_model: The model, not wrapped for distributed training.
@@ -46,8 +46,8 @@ def frozen_base(peft_model: PeftModel) -> Iterator[None]:
                 f"adapter {name!r} trains biases of the base (bias={bias!r}), so there is no frozen base to run; use "
                 "bias='none', or take the gate's input from elsewhere."
             )
-    # Not `peft_model.disable_adapter()`: it gathers the status of every layer and parameter, which is too much for once
-    # a step, and thaws modules to save on the way back.
+    # Not `peft_model.disable_adapter()`: it collects the status of every layer and parameter, too slow for once a step,
+    # and unfreezes `modules_to_save` on leaving.
     modules = list(peft_model.modules())
     training = [module for module in modules if module.training]
     enabled = [module for module in modules if getattr(module, "_disable_adapters", None) is False]

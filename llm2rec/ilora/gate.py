@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import GateKind, ILoraConfig
 from .errors import GateError
-
-if TYPE_CHECKING:
-    from .config import ILoraConfig
 
 __all__ = [
     "GATES",
@@ -33,10 +31,10 @@ INITIAL_LOGIT_STD = 0.1
 
 
 class Gate(nn.Module):
-    """A gate network: ``g = softmax(logits(z) / temperature)``. Kinds differ in their logits or in what follows them.
+    """A gate network: ``g = softmax(logits(z) / temperature)``. Kinds differ in their logits or in how these are mixed.
 
-    It computes in float32 (float64 if its weights are) whatever the model's dtype and autocast say: a softmax over
-    a few logits costs nothing, and bfloat16 would leave three digits of each gate.
+    It computes in float32 (float64 if its weights are) regardless of the model's dtype and autocast: a softmax over
+    a few logits costs nothing, and bfloat16 would keep three digits of each gate.
 
     Args:
         input_size: Width d of the gate's input.
@@ -60,7 +58,7 @@ class Gate(nn.Module):
             Gates of shape ``(B, E)``, float32 or float64, each row summing to 1.
 
         Raises:
-            GateError: If the input is no floats, or has another number of dimensions or another width.
+            GateError: If the input has no float dtype or another shape.
         """
         if not isinstance(gate_input, Tensor) or not gate_input.is_floating_point():
             got = gate_input.dtype if isinstance(gate_input, Tensor) else type(gate_input)
@@ -95,8 +93,8 @@ class LinearGate(Gate):
 
     ``W`` starts from a normal distribution of standard deviation 0.1 / sqrt(d). Logits then have a standard deviation
     of 0.1 for inputs of unit mean square at any width, so every gate starts within a few hundredths of 1/E and no
-    expert starves. Exact zeros would train too (experts differ by their A), but then all instances would share one
-    mixture until W has grown; small random values tell them apart from the first step.
+    expert starves. Exact zeros would train too (experts differ by their A), but all instances would share one mixture
+    until W has grown; with small random values they differ from the first step.
     """
 
     def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0) -> None:
@@ -110,7 +108,7 @@ class LinearGate(Gate):
 
 
 class NoisyGate(LinearGate):
-    """A linear gate with Gaussian noise on its logits in training, so that experts are tried that it would not choose.
+    """A linear gate with Gaussian noise on its logits in training, which makes it explore other experts.
 
     Args:
         input_size: Width d of the gate's input.
@@ -136,7 +134,7 @@ class DropoutGate(LinearGate):
         input_size: Width d of the gate's input.
         num_experts: Experts E.
         temperature: Divides the logits.
-        dropout: Probability of setting a logit to zero, which is the logit of a uniform gate and not of a closed one.
+        dropout: Probability of setting a logit to zero (the logit of a uniform gate, not of a closed one).
     """
 
     def __init__(self, input_size: int, num_experts: int, temperature: float = 1.0, dropout: float = 0.1) -> None:
@@ -169,7 +167,7 @@ class TopKGate(LinearGate):
 
 
 class ReleasedTopKGate(TopKGate):
-    """Top-k as the released program has it: a second softmax, over the k largest *probabilities*.
+    """Top-k of the released program: a second softmax over the k largest *probabilities*.
 
     Probabilities differ by less than 1, so k kept experts always get nearly equal gates. With its default k = 1 the
     gate is 1 whatever the logits, so W receives no gradient and the routing stays the random one of the start.
@@ -203,11 +201,11 @@ class MLPGate(Gate):
 
 
 class ConvGate(Gate):
-    """The router of the released program: a 1-D residual network that reads the vector as a signal of d samples.
+    """Router of the released program: a 1-D residual network that reads the vector as a signal of d samples.
 
-    Nine blocks of two convolutions (16, 32, 64 channels), the mean over positions, one linear layer. It is here for
-    comparison: neighbouring entries of a user vector have nothing to do with each other, and its batch normalisation
-    makes a row's gate depend on the other rows of its batch in training. In evaluation rows are independent.
+    Nine blocks of two convolutions (16, 32, 64 channels), the mean over positions, one linear layer. Provided for
+    comparison: neighbouring entries of a user vector are unrelated, and batch normalisation makes a row's gate depend
+    on the other rows of its batch in training. In evaluation rows are independent.
     Unlike the other gates it computes in the dtype of its weights.
     """
 
@@ -262,7 +260,7 @@ def _start_near_uniform(weight: Tensor) -> None:
     nn.init.normal_(weight, std=INITIAL_LOGIT_STD / math.sqrt(weight.shape[1]))
 
 
-GATES: dict[str, type[Gate]] = {
+GATES: dict[GateKind, type[Gate]] = {
     "linear": LinearGate,
     "mlp": MLPGate,
     "topk": TopKGate,
@@ -271,18 +269,18 @@ GATES: dict[str, type[Gate]] = {
     "dropout": DropoutGate,
     "conv": ConvGate,
 }
-"""Gate networks by the name that `ILoraConfig.gate` has for them."""
+"""Gate networks by their names in `ILoraConfig.gate`."""
 
 
 def build_gate(config: ILoraConfig) -> Gate:
-    """Build the gate network that a configuration asks for.
+    """Build the gate network of a configuration.
 
     Args:
-        config: Configuration whose ``gate_input_size`` is settled.
+        config: Configuration with ``gate_input_size`` set.
 
     Returns:
         A fresh gate network, on CPU, float32.
     """
-    assert config.gate_input_size is not None, "the tuner settles `gate_input_size` before it builds the gate"
+    assert config.gate_input_size is not None, "the tuner sets `gate_input_size` before it builds the gate"
     sizes = (config.gate_input_size, config.num_experts, config.gate_temperature)
     return GATES[config.gate](*sizes, **config.gate_options)

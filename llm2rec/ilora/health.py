@@ -1,4 +1,4 @@
-"""How the experts are used: what to look at, what to warn of, and a loss that evens their use out."""
+"""Expert utilisation: statistics, a collapse warning, and the load-balance loss."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ COLLAPSE_ROWS = 32
 
 
 class GateCollapseWarning(UserWarning):
-    """Nearly all instances use the same single expert: training goes on, with one E-th of the rank."""
+    """Nearly all instances use the same expert; training continues with one E-th of the rank."""
 
 
 @dataclass(frozen=True)
 class GateHealth:
-    """Figures about the gates of many instances.
+    """Statistics of the gates of many instances.
 
     Attributes:
         n_rows: Instances, B.
         entropy: Mean entropy of an instance's gates, in nats: log E for an even mixture, 0 for a single expert.
         information: Entropy of the mean gates minus mean entropy, in nats (the mutual information of instance and
-            expert): 0 where all instances share one mixture, which is a plain LoRA; log E at most.
+            expert): 0 if all instances share one mixture (a plain LoRA); at most log E.
         use: Mean gate of each expert, shape ``(E,)``, or ``(G, E)`` for gates per layer; float32, on the CPU.
     """
 
@@ -39,14 +39,14 @@ class GateHealth:
 
     @property
     def collapsed(self) -> bool:
-        """Whether some gate network gives one of its experts more than nine tenths of all instances' gates.
+        """Whether some gate network gives one expert more than 90 % of the gate mass.
 
-        Never with fewer than 32 instances: so few may well be alike.
+        Always False with fewer than 32 instances, which may be similar by chance.
         """
         return self.n_rows >= COLLAPSE_ROWS and self.use.shape[-1] > 1 and bool((self.use > COLLAPSE_USE).any())
 
     def scalars(self) -> dict[str, float]:
-        """The figures by name, for a log; the use of each expert is the mean over layers."""
+        """Statistics by name, for logging; the use of each expert is averaged over layers."""
         use = self.use.reshape(-1, self.use.shape[-1]).mean(dim=0)
         named = {f"gate_use_{expert}": share for expert, share in enumerate(use.tolist())}
         return {"gate_entropy": self.entropy, "gate_information": self.information, **named}
@@ -55,9 +55,9 @@ class GateHealth:
         """Warn with `GateCollapseWarning` if a gate network has collapsed onto one expert."""
         if self.collapsed:
             warnings.warn(
-                f"one expert has {self.use.max().item():.0%} of the gates of {self.n_rows} instances, the others "
-                "starve. Lower the gate's learning rate, scale its inputs down, raise `gate_temperature`, or add "
-                "`balance_loss(gates)` to the loss.",
+                f"one expert has {self.use.max().item():.0%} of the gate mass of {self.n_rows} instances; the others "
+                "are hardly used. Lower the gate's learning rate, scale its inputs down, raise `gate_temperature`, or "
+                "add `balance_loss(gates)` to the loss.",
                 GateCollapseWarning,
                 stacklevel=2,
             )
@@ -70,7 +70,7 @@ def gate_health(gates: Tensor) -> GateHealth:
         gates: Gates of many instances, shape ``(B, E)``, or ``(B, G, E)`` with a gate per layer.
 
     Returns:
-        Figures, means over instances (and layers).
+        Statistics, averaged over instances (and layers).
 
     Raises:
         GateError: If there are no instances, or the gates are not finite.
@@ -78,7 +78,7 @@ def gate_health(gates: Tensor) -> GateHealth:
     _check(gates)
     gates = gates.detach().float()
     if not torch.isfinite(gates).all():
-        raise GateError("gates are not finite; look at the gate's input and at its weights.")
+        raise GateError("gates are not finite; check the gate's input and weights.")
     use = gates.mean(dim=0)
     entropy = _entropy(gates).mean()
     return GateHealth(len(gates), entropy.item(), (_entropy(use).mean() - entropy).item(), use.cpu())
@@ -87,9 +87,9 @@ def gate_health(gates: Tensor) -> GateHealth:
 def balance_loss(gates: Tensor) -> Tensor:
     """Squared coefficient of variation of the experts' mean gates (Shazeer et al., arXiv 1701.06538, equation 7).
 
-    ``E * sum_e (mean_b g_be)^2 - 1``: 0 if all experts are used alike over the batch, however sharply each instance
-    chooses, and E - 1 if all instances use a single one. Its mean over instances stands inside a square, so unlike a
-    mean over rows it is not the sum of its micro-batches.
+    ``E * sum_e (mean_b g_be)^2 - 1``: 0 if all experts are used equally over the batch, however peaked each instance's
+    gates are, and E - 1 if all instances use a single expert. The mean over instances is squared, so the loss of a
+    batch is not the mean over its micro-batches.
 
     Args:
         gates: Shape ``(B, E)``, or ``(B, G, E)`` with a gate per layer.

@@ -1,4 +1,4 @@
-"""Which tensors of a file are an adapter's, and which are not."""
+"""Check that an adapter file holds exactly the tensors of the adapter."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .errors import AdapterKeysError
 __all__ = ["PREFIX", "check_keys"]
 
 PREFIX = "ilora_"
-"""What the names of all modules of an adapter begin with."""
+"""Prefix of the names of all adapter modules."""
 
 
 def check_keys(keys: Set[str], model: nn.Module, adapter: str, biases: Set[str]) -> None:
-    """Refuse a file that is not exactly this adapter.
+    """Raise unless a file holds exactly this adapter.
 
     Args:
-        keys: Names of the file's tensors, as the model names them.
+        keys: Names of the file's tensors, mapped to the model's.
         model: The model with the adapter.
         adapter: Name of the adapter.
-        biases: Names of the biases that are trained with it.
+        biases: Names of the biases trained with it.
 
     Raises:
         AdapterKeysError: If tensors are missing or foreign.
@@ -46,7 +46,7 @@ def _belongs_to(key: str, adapter: str) -> bool:
 
 
 def _may_travel(key: str, model: nn.Module, adapter: str) -> bool:
-    """Whether PEFT may save this tensor beside the adapter's own: modules to save, and embeddings that were resized."""
+    """Whether PEFT may save this tensor with the adapter: `modules_to_save` and resized embeddings."""
     if f".modules_to_save.{adapter}." in key:
         return True
     for name in ("get_input_embeddings", "get_output_embeddings"):
@@ -62,7 +62,7 @@ def _name_of(module: nn.Module, model: nn.Module) -> str | None:
 
 
 def _is_wrapped(key: str) -> bool:
-    """Whether a tensor is that of a module to save, or of the module it stands for."""
+    """Whether a tensor belongs to one of `modules_to_save` or to the original of one."""
     return ".modules_to_save." in key or ".original_module." in key
 
 

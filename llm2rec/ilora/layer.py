@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .config import ILoraConfig
 from .errors import refuse_merge
 from .gate import build_gate
-from .mixture import add_mixture
 from .slot import GateSlot, RankLayout
 
-__all__ = ["ILoraLinear"]
+__all__ = ["ILoraLinear", "add_mixture"]
 
 
 class ILoraLinear(nn.Module, BaseTunerLayer):
@@ -34,10 +35,10 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         name: Its full name in the model.
         adapter_name: Name of the first adapter.
         config: Its configuration.
-        slot: Where the layer finds the gates of the batch in flight.
+        slot: Holds the gates of the current batch.
 
     Raises:
-        TypeError: If the layer is not linear in the sense above.
+        TypeError: If the layer is not linear.
     """
 
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_gate")
@@ -53,7 +54,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         _keep_differentiable(base_layer)
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
-        self.ilora_gate = nn.ModuleDict()  # gates of its own, for adapters with `gate_per_layer`
+        self.ilora_gate = nn.ModuleDict()  # only for adapters with `gate_per_layer`
         self.ilora_dropout: dict[str, float] = {}
         self.layouts: dict[str, RankLayout] = {}
         self.merged_adapters: list[str] = []
@@ -76,13 +77,13 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         self.ilora_dropout[adapter_name] = config.dropout
         down = nn.Linear(self.in_features, rank, bias=False)
         up = nn.Linear(rank, self.out_features, bias=False)
-        # As in LoRA: with B at zero the adapted model starts as the base model, and a random A sets the experts apart.
+        # As in LoRA: with B = 0 the adapted model starts as the base model; a random A makes the experts differ.
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         self.ilora_A[adapter_name], self.ilora_B[adapter_name] = down, up
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.gate_per_layer:
-            # Moved by hand: PEFT would cast it to the dtype of the base, and gates are float32.
+            # Not moved by PEFT, which would cast it to the dtype of the base; gates are float32.
             self.ilora_gate[adapter_name] = build_gate(config).to(down.weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -98,7 +99,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
             Shape ``(B, ..., out)``, in the dtype of the base layer's output.
 
         Raises:
-            GateError: If adapters are enabled and no gates, or gates of another batch, are held.
+            GateError: If adapters are enabled and no gates, or gates of another batch size, are held.
         """
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -112,19 +113,19 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         return result
 
     def finds_gates_in(self, slot: GateSlot) -> bool:
-        """Whether this is the slot in which the layer looks for gates."""
+        """Whether the layer reads its gates from this slot."""
         return self._slot is slot
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off, leaving ``requires_grad`` alone.
 
-        PEFT's own version also freezes and thaws the adapter. That would change the set of trained parameters in the
-        middle of a step whenever the base is asked for h_seq, and would thaw an adapter loaded for inference.
+        PEFT's own version also freezes and unfreezes the adapter. That would change the set of trained parameters in
+        the middle of a step whenever the base computes h_seq, and would unfreeze an adapter loaded for inference.
         """
         self._disable_adapters = not enabled
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
+        """Not supported.
 
         Raises:
             MergeError: Always.
@@ -132,7 +133,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         refuse_merge()
 
     def unmerge(self) -> None:
-        """Refuse: nothing can have been merged.
+        """Not supported, since nothing can have been merged.
 
         Raises:
             MergeError: Always.
@@ -146,10 +147,10 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return in_features, out_features
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TypeError(
-            "the output projection of nn.MultiheadAttention cannot be adapted: its forward is never called, only its "
-            "weight is read, so the adapter would be ignored; leave it out with `exclude_modules`."
+            "the output projection of nn.MultiheadAttention cannot be adapted: nn.MultiheadAttention reads its weight "
+            "and never calls its forward, so the adapter would be ignored; leave it out with `exclude_modules`."
         )
-    # By attribute, not by class: quantised layers of every library carry these two, and are not all nn.Linear.
+    # By attribute, not by class: quantised layers of all libraries have these two, and not all are nn.Linear.
     if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
         return cast(int, layer.in_features), cast(int, layer.out_features)
     raise TypeError(
@@ -161,12 +162,90 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 def _keep_differentiable(layer: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX512-BF16.
 
-    A forward in evaluation mode without gradients (validation, h_seq) repacks them for a kernel that has no backward;
-    training goes on with it and the layers below get no gradient (seen with bitsandbytes 0.50.2).
-    TODO(#3): remove when bitsandbytes unpacks for training by itself.
+    A forward in evaluation mode without gradients (validation, h_seq) repacks them for a kernel without backward, which
+    training then uses: the layers below get no gradient (seen with bitsandbytes 0.50.2).
+    TODO(#3): remove when bitsandbytes unpacks for training.
     """
     if not hasattr(layer, "support_avx512bf16_for_cpu"):
         return
     layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        layer.state_dict()  # the public way to unpack: saving does it in place
+        layer.state_dict()  # the public way to unpack in place
+
+
+def add_mixture(result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float = 0.0) -> Tensor:
+    """Add the mixture of the experts to the base layer's output: ``result + B (f * (A drop(x)))``.
+
+    It computes in the dtype of ``x`` (of autocast, if enabled) and casts the weights to it. PEFT's LoRA casts ``x`` to
+    the dtype of the weights instead: with a bfloat16 base that saves a float32 copy of every layer's input for the
+    backward pass, and the products do not use the tensor cores.
+
+    With dropout a custom backward saves ``x`` itself (one tensor for all layers that read it) and a one-byte mask,
+    where autograd would save a dropped copy of ``x`` for every layer. Without dropout there is no copy to save, and
+    autograd's own functions have less overhead.
+
+    Args:
+        result: Output of the base layer, shape ``(B, ..., out)``.
+        x: Its input, shape ``(B, ..., in)``.
+        down: A, shape ``(R, in)``.
+        up: B, shape ``(out, R)``.
+        factors: f, gates spread over the ranks and scaled; broadcasts to ``(B, ..., R)``.
+        dropout: Probability of dropping an element of ``x``.
+
+    Returns:
+        Shape ``(B, ..., out)``, in the dtype of ``result``. Differentiable in all tensors; with dropout only once.
+    """
+    if dropout > 0:
+        # Rescale the few factors instead of all of x.
+        return cast(Tensor, _AddMixtureOfDropped.apply(result, x, down, up, factors / (1 - dropout), dropout))
+    dtype = _compute_dtype(x)
+    hidden = linear(x, down.to(dtype)) * factors.to(dtype)  # (B, ..., R)
+    return result + linear(hidden, up.to(dtype)).to(result.dtype)
+
+
+class _AddMixtureOfDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, down: Tensor, up: Tensor, factors: Tensor, dropout: float
+    ) -> Tensor:
+        dtype = _compute_dtype(x)
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+        hidden = linear(x.to(dtype) * kept, down.to(dtype))  # (B, ..., R)
+        mixed = _flat_rows(hidden * factors.to(dtype))  # (N, R), N = B * ...
+        ctx.save_for_backward(x, kept, hidden, down, up, factors)
+        rows, up = _flat_rows(result), up.to(dtype)
+        # One pass over (N, out) where the types allow it, instead of a product, a copy and a sum.
+        rows = torch.addmm(rows, mixed, up.T) if rows.dtype == dtype else rows + linear(mixed, up).to(rows.dtype)
+        return rows.view(result.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, hidden, down, up, factors = ctx.saved_tensors
+        _, needs_x, needs_down, needs_up, needs_factors, _ = ctx.needs_input_grad
+        dtype = hidden.dtype
+        grad_rows, f = grad.to(dtype), factors.to(dtype)
+        grad_mixed = linear(grad_rows, up.to(dtype).T)  # (B, ..., R)
+        grad_hidden = grad_mixed * f
+
+        grad_x = grad_down = grad_up = grad_factors = None
+        if needs_down:
+            grad_down = (_flat_rows(grad_hidden).T @ _flat_rows(x.to(dtype) * kept)).to(down.dtype)
+        if needs_x:
+            grad_x = linear(grad_hidden, down.to(dtype).T).mul_(kept).to(x.dtype)
+        if needs_up:
+            grad_up = (_flat_rows(grad_rows).T @ _flat_rows(hidden * f)).to(up.dtype)
+        if needs_factors:
+            # Summed over tokens in the factors' own dtype: bfloat16 would lose small terms of a long sequence.
+            grad_factors = (grad_mixed * hidden).to(factors.dtype).sum_to_size(factors.shape)
+        return grad if ctx.needs_input_grad[0] else None, grad_x, grad_down, grad_up, grad_factors, None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else x.dtype
+
+
+def _flat_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

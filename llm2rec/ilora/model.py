@@ -1,4 +1,4 @@
-"""The tuner: puts adapted layers into a model, owns the gate networks and the slot, and guards loading."""
+"""The tuner: injects adapted layers, owns the gate networks and the slot, and checks adapter files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ILoraModel(BaseTuner):
     One gate network per adapter is shared by all its layers, or every layer has its own (`gate_per_layer`). Gates are
     computed once per batch and held while the forward and backward passes run, or while text is generated::
 
-        with peft_model.base_model.instance(gate_input):  # gate_input: (B, d)
+        with peft_model.base_model.use_gates(gate_input):  # gate_input: (B, d)
             loss = peft_model(**batch).loss
             loss.backward()
 
-    One batch at a time: threads that share a model take turns.
+    One batch at a time: threads that share a model must take turns.
 
     Gates of an adapter with ``gate_per_layer`` have shape ``(B, G, E)``, its G layers in the order of the model; all
     others ``(B, E)``.
@@ -41,7 +41,7 @@ class ILoraModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ILoraLinear
     target_module_mapping = DEFAULT_TARGET_MODULES
-    # The gate networks live here, not in the layers, so PEFT must not inject layers into a model it does not wrap.
+    # Gate networks live in the tuner, not in the layers, so PEFT must not inject layers without wrapping the model.
     uses_shared_state = True
 
     ilora_gate: nn.ModuleDict
@@ -59,7 +59,7 @@ class ILoraModel(BaseTuner):
 
         Returns:
             Gates of shape ``(B, E)`` (``(B, G, E)`` with a gate per layer), rows summing to 1, float32, differentiable
-            in the network's weights.
+            with respect to the network's weights.
 
         Raises:
             GateError: If the shape does not fit, or ``adapter`` is None while several adapters are active.
@@ -77,14 +77,14 @@ class ILoraModel(BaseTuner):
         """Hold gates while forward AND backward of one batch run.
 
         Args:
-            gates: Shape ``(B, E)`` for the active adapter, or a mapping from adapter names to such tensors where
-                several adapters are active. With a gate per layer ``(B, G, E)``, or ``(B, E)`` for all layers alike.
-            segments: For rows that pack several instances: which row of ``gates`` each token belongs to, -1 for none,
-                shape ``(B, T)``, int64; see `segments_of`. ``gates`` then has a row per instance, not per row.
+            gates: Shape ``(B, E)`` for the active adapter, or a mapping from adapter names to such tensors if several
+                adapters are active. With a gate per layer ``(B, G, E)``, or ``(B, E)`` for all layers.
+            segments: For rows that pack several instances: row of ``gates`` of each token, -1 for none, shape
+                ``(B, T)``, int64; see `segments_of`. ``gates`` then has a row per instance, not per row of the batch.
 
-        With (non-reentrant) gradient checkpointing, blocks run again in the backward pass and take the gates that are
-        held then. Two batches whose losses are added must therefore be one batch, held once: a backward pass under the
-        second batch's gates would run the first one's blocks with them.
+        With (non-reentrant) gradient checkpointing, blocks are recomputed in the backward pass with the gates held
+        then. Two batches whose losses are added must therefore be one batch, held once: a backward pass under the
+        second batch's gates would recompute the first one's blocks with them.
 
         Yields:
             Nothing.
@@ -102,16 +102,15 @@ class ILoraModel(BaseTuner):
             yield
 
     @contextmanager
-    def instance(self, gate_input: Tensor, segments: Tensor | None = None) -> Iterator[Tensor | dict[str, Tensor]]:
+    def use_gates(self, gate_input: Tensor, segments: Tensor | None = None) -> Iterator[Tensor | dict[str, Tensor]]:
         """Compute the gates of a batch and hold them while forward AND backward run.
 
         Args:
             gate_input: One vector per instance, shape ``(B, d)``.
-            segments: Which instance each token belongs to, in rows that pack several; see `hold`.
+            segments: Instance of each token, for rows that pack several; see `hold`.
 
         Yields:
-            The gates held, shape ``(B, E)`` or ``(B, G, E)``; a dictionary of them by adapter where several adapters
-            are active.
+            The gates, shape ``(B, E)`` or ``(B, G, E)``; a dictionary by adapter name if several adapters are active.
 
         Raises:
             GateError: If gates are already held, or the shape does not fit.
@@ -124,21 +123,20 @@ class ILoraModel(BaseTuner):
 
     @property
     def last_gates(self) -> Tensor:
-        """Gates of the batch held now or, after that, of the last one, without gradient; for looking at.
+        """Gates of the current or last batch, without gradient, for inspection.
 
         Raises:
             GateError: If several adapters are active (see ``slot.last``), or none were held yet.
         """
         adapter = self._only_active_adapter()
         if adapter not in self.slot.last:
-            raise GateError(f"no gates were held for adapter {adapter!r} yet; run a batch inside `instance` first.")
+            raise GateError(f"no gates were held for adapter {adapter!r} yet; run a batch inside `use_gates` first.")
         return self.slot.last[adapter]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate text with the gates held, one row of gates per prompt; computed once, whatever is generated.
+        """Generate text with the held gates, one row of gates per prompt.
 
-        Beam search and several returned sequences repeat every prompt; here, and only here, the layers repeat the gates
-        with it.
+        Beam search and several returned sequences repeat every prompt; only here do the layers repeat the gates too.
 
         Args:
             *args: Passed to the model's ``generate``.
@@ -148,12 +146,12 @@ class ILoraModel(BaseTuner):
             What the model's ``generate`` returns.
 
         Raises:
-            GateError: If the gates held are not those of as many prompts.
+            GateError: If the number of held gates differs from the number of prompts.
         """
         model = cast(Any, self.model)
         names = ("inputs", model.main_input_name, "input_ids", "inputs_embeds")
         given = [*args[:1], *map(kwargs.get, names), *(kwargs.get("encoder_outputs") or ())[:1]]
-        n_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)  # 1: from the begin token
+        n_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)  # 1: only a BOS token
         with self.slot.repeating(n_prompts):
             return model.generate(*args, **kwargs)
 
@@ -164,14 +162,14 @@ class ILoraModel(BaseTuner):
         return active[0]
 
     def adapted_layers(self, adapter: str) -> list[ILoraLinear]:
-        """Layers that carry an adapter, in the order of the model, which is that of gates per layer."""
+        """Layers of an adapter, in the order of the model (and of gates per layer)."""
         return self._adapted[adapter]
 
     def check_gates(self, adapter: str, gates: Tensor) -> None:
-        """Refuse gates that no batch of this adapter could have.
+        """Raise if gates do not fit an adapter.
 
         Raises:
-            GateError: If there is no such adapter, or the gates have another shape or are no floats.
+            GateError: If there is no such adapter, or the gates have another shape or no float dtype.
         """
         if adapter not in self._adapted:
             raise GateError(f"gates given for adapter {adapter!r}; the adapters are {sorted(self._adapted)}.")
@@ -207,7 +205,7 @@ class ILoraModel(BaseTuner):
                 "name the layers to adapt, or use target_modules='all-linear'."
             )
         if config.gate_input_size is None:
-            # Written into the configuration, so that the saved adapter says what it takes.
+            # Set in the configuration, so that it is saved with the adapter.
             config.gate_input_size = _hidden_size(self.model)
         return super()._prepare_adapter_config(config, model_config)
 
@@ -219,20 +217,20 @@ class ILoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter: its layers, as PEFT does it, and its gate network.
+        """Add an adapter: its layers (by PEFT) and its gate network.
 
         Args:
             model: The base model.
             adapter_name: Name of the new adapter; its configuration is in ``self.peft_config``.
             autocast_adapter_dtype: As in PEFT.
-            low_cpu_mem_usage: Build on the meta device, to be filled from a file.
+            low_cpu_mem_usage: Build on the meta device, for loading from a file.
             state_dict: As in PEFT.
 
         Raises:
-            ValueError: If no layer matches, or the width of the gate's input is not known.
+            ValueError: If no layer matches, or the width of the gate's input is unknown.
             TypeError: If a matching layer is not linear.
         """
-        # Adding an adapter must not thaw or freeze another one; PEFT sees to that for the layers.
+        # Adding an adapter must not freeze or unfreeze another one; PEFT ensures that for the layers.
         trained = {parameter: parameter.requires_grad for parameter in self.ilora_gate.parameters()}
         config = cast(ILoraConfig, self.peft_config[adapter_name])
         try:
@@ -243,7 +241,7 @@ class ILoraModel(BaseTuner):
                     f"{', '.join(self.targeted_module_names[:5])}, ... Correct the pattern, or `target_modules`."
                 )
         except (TypeError, ValueError):
-            self._take_out(adapter_name)  # so that the call can be corrected and made again
+            self._remove_partial(adapter_name)  # so that a corrected call works
             raise
         layers = [
             layer for layer in model.modules() if isinstance(layer, ILoraLinear) and adapter_name in layer.ilora_A
@@ -255,21 +253,21 @@ class ILoraModel(BaseTuner):
             self.slot.register(adapter_name, layer.layouts[adapter_name])
         if not config.gate_per_layer:
             device = next(layers[0].ilora_A[adapter_name].parameters()).device
-            # Drawn on the CPU, then moved: the same seed gives the same gate on every device.
+            # Initialised on the CPU, then moved: the same seed gives the same gate on every device.
             gate = build_gate(config).to("meta" if low_cpu_mem_usage else device)
             self.ilora_gate[adapter_name] = gate
             gate.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
 
-    def _take_out(self, adapter: str) -> None:
-        """Undo an injection that failed half way."""
+    def _remove_partial(self, adapter: str) -> None:
+        """Undo a partial injection."""
         for name, layer in [each for each in self.model.named_modules() if isinstance(each[1], ILoraLinear)]:
             if not layer.finds_gates_in(self.slot):
                 continue  # another PeftModel's
             if adapter in layer.ilora_A:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the active adapter, which this one never got to be
+                    warnings.simplefilter("ignore")  # about deleting the active adapter
                     layer.delete_adapter(adapter)
             if not layer.ilora_A:
                 self.model.set_submodule(name, layer.base_layer)
@@ -289,7 +287,7 @@ class ILoraModel(BaseTuner):
             if not target.finds_gates_in(self.slot):
                 raise ValueError(
                     f"layer {current_key!r} already belongs to another PeftModel with iLoRA; use its `add_adapter` or "
-                    "`load_adapter`, or take its adapters out first with `unload()`."
+                    "`load_adapter`, or remove its adapters first with `unload()`."
                 )
             target.update_layer(adapter_name, config)
             return
@@ -304,11 +302,11 @@ class ILoraModel(BaseTuner):
     # ---- life cycle ----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapter(s) and train those alone (none of them with ``inference_mode``).
+        """Set the active adapter(s) and train only those (none of them with ``inference_mode``).
 
         Args:
             adapter_name: Name or names.
-            inference_mode: Leave them frozen.
+            inference_mode: Freeze them.
         """
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
@@ -316,7 +314,7 @@ class ILoraModel(BaseTuner):
             gate.requires_grad_(name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Freeze or thaw adapters, gate network included.
+        """Freeze or unfreeze adapters, including their gate networks.
 
         Args:
             adapter_names: Name or names.
@@ -328,7 +326,7 @@ class ILoraModel(BaseTuner):
                 self.ilora_gate[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, gate network included.
+        """Remove an adapter, including its gate network.
 
         Args:
             adapter_name: Its name.
@@ -343,10 +341,10 @@ class ILoraModel(BaseTuner):
         self.slot.forget(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Refuse.
+        """Not supported.
 
         Raises:
-            MergeError: Always: a mixture that differs by instance has no single weight.
+            MergeError: Always: a mixture that differs between instances has no single weight.
         """
         refuse_merge()
 
@@ -359,9 +357,9 @@ class ILoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map a file's keys to the model's and refuse a file that is not exactly this adapter.
+        """Map a file's keys to the model's, and raise unless the file holds exactly this adapter.
 
-        PEFT ignores keys it does not know and leaves random values where keys are missing, with a warning at most.
+        PEFT ignores unknown keys, and leaves random values for missing keys with at most a warning.
 
         Raises:
             AdapterKeysError: If tensors are missing or foreign.
@@ -379,7 +377,7 @@ def _hidden_size(model: nn.Module) -> int:
     size = getattr(config, "hidden_size", None)
     if not isinstance(size, int):
         raise ValueError(
-            f"`gate_input_size` is None and {type(model).__name__} has no `config.hidden_size` to take; set it to the "
-            "width of the vectors that you will pass to `instance` or `gate`."
+            f"`gate_input_size` is None and {type(model).__name__} has no `config.hidden_size`; set it to the width "
+            "of the vectors passed to `use_gates` or `gate`."
         )
     return size

@@ -1,4 +1,4 @@
-"""The slot in which adapted layers find the gates of the batch in flight."""
+"""Holds the gates of the current batch, where adapted layers read them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RankLayout(NamedTuple):
     Attributes:
         rank_per_expert: Ranks r' of one expert.
         scale: Factor s on the mixture.
-        gate: Number of the layer's own gate network among the adapter's; None where all layers share one.
+        gate: Index of the layer's gate network among the adapter's; None if all layers share one.
     """
 
     rank_per_expert: int
@@ -37,7 +37,7 @@ class RankLayout(NamedTuple):
             Factors of the middle activation, shape ``(B, R)``; expert e owns ranks ``[e*r', (e+1)*r')``.
         """
         if gates.ndim == 3:
-            assert self.gate is not None, "the tuner refuses gates per layer where the layers share one network"
+            assert self.gate is not None, "the tuner rejects gates per layer if the layers share one network"
             gates = gates[:, self.gate]
         batch, experts = gates.shape
         spread = (gates * self.scale).unsqueeze(-1).expand(batch, experts, self.rank_per_expert)
@@ -45,10 +45,10 @@ class RankLayout(NamedTuple):
 
 
 class GateSlot:
-    """Gates of the batch in flight, shared by all adapted layers of one model.
+    """Gates of the current batch, shared by all adapted layers of one model.
 
-    The layers of an adapter want few different layouts, so spreading is done once per layout and not in every layer.
-    It is no module and holds no parameters: nothing of it is saved.
+    The layers of an adapter have few different layouts, so gates are spread once per layout, not once per layer.
+    The slot is not a module: nothing of it is saved.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class GateSlot:
         self._ran_forward = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle what belongs to the model, and nothing of the batch in flight."""
+        """State for copies and pickles, without the current batch."""
         return {**self.__dict__, "last": {}, "_factors": None, "_repeated": {}}
 
     @property
@@ -70,11 +70,11 @@ class GateSlot:
         return self._factors is not None
 
     def register(self, adapter: str, layout: RankLayout) -> None:
-        """Tell the slot that a layer of this adapter will ask for this layout."""
+        """Register a layout that a layer of this adapter reads."""
         self._layouts.setdefault(adapter, set()).add(layout)
 
     def forget(self, adapter: str) -> None:
-        """Drop what was registered for an adapter."""
+        """Drop all layouts of an adapter."""
         self._layouts.pop(adapter, None)
         self.last.pop(adapter, None)
 
@@ -82,14 +82,14 @@ class GateSlot:
     def hold(self, gates: Mapping[str, Tensor], segments: Tensor | None = None) -> Iterator[None]:
         """Hold gates for the forward AND the backward pass of one batch.
 
-        Non-reentrant checkpointing runs blocks again during backward, so the gates must still be there. For the same
-        reason they are spread over the ranks here, once, and not by the first layer that asks: that layer may lie
-        inside a checkpointed block, whose second run would then record other operations than its first.
+        Non-reentrant checkpointing recomputes blocks during backward, so the gates must still be held then. For the
+        same reason they are spread over the ranks here and not lazily by the first layer: if that layer lay inside a
+        checkpointed block, its recomputation would record other operations than its first run.
 
         Args:
             gates: For each active adapter, gates of shape ``(B, E)`` or ``(B, G, E)``; with ``segments`` one row per
                 segment.
-            segments: For each token the row of ``gates`` it belongs to, -1 for none, shape ``(B, T)``.
+            segments: Row of ``gates`` of each token, -1 for none, shape ``(B, T)``.
 
         Yields:
             Nothing.
@@ -112,11 +112,11 @@ class GateSlot:
 
     @contextmanager
     def repeating(self, n_prompts: int) -> Iterator[None]:
-        """Let layers receive each row several times in a row, as generation repeats prompts for beams and samples.
+        """Allow layers to receive each row several times, as generation repeats prompts for beams and samples.
 
         Args:
-            n_prompts: Rows before they are repeated. Gates must be held for as many: for fewer, an instance's gates
-                would silently go to its neighbours.
+            n_prompts: Rows before repetition. As many rows of gates must be held: with fewer, an instance's gates would
+                silently be used for its neighbours.
 
         Yields:
             Nothing.
@@ -129,15 +129,15 @@ class GateSlot:
             self._repeated = {}
 
     def factors(self, adapter: str, layout: RankLayout, shape: tuple[int, ...]) -> Tensor:
-        """Give a layer the factors of its middle activation.
+        """Factors of a layer's middle activation.
 
         Args:
             adapter: Name of the adapter.
             layout: The layer's layout, registered before the gates were held.
-            shape: Shape of the layer's input but for its last dimension, ``(B, ...)``.
+            shape: Shape of the layer's input without its last dimension, ``(B, ...)``.
 
         Returns:
-            Shape ``(B, 1, ..., R)``, or ``(B, T, R)`` where segments are held, scale included.
+            Shape ``(B, 1, ..., R)``, or ``(B, T, R)`` if segments are held, scale included.
 
         Raises:
             GateError: If no gates are held, none for this adapter, or for another number of rows or tokens.
@@ -145,8 +145,8 @@ class GateSlot:
         if self._factors is None:
             raise GateError(
                 "an adapted layer ran without gates; run forward and backward inside "
-                "`with peft_model.base_model.instance(gate_input):` (or `.hold(gates)`), and the base model alone "
-                "inside `with frozen_base(peft_model):`. With gradient checkpointing the backward pass needs them too."
+                "`with peft_model.base_model.use_gates(gate_input):` (or `.hold(gates)`), and the base model alone "
+                "inside `with frozen_base(peft_model):`. With gradient checkpointing the backward pass needs gates too."
             )
         if adapter not in self._factors:
             raise GateError(
@@ -170,13 +170,13 @@ class GateSlot:
         return factors if len(shape) == 2 else factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
 
     def _check_pass(self) -> None:
-        """Refuse to run a checkpointed block again with gates that were not there when it ran first."""
+        """Raise if a checkpointed block is recomputed under other gates than those of its forward pass."""
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             self._ran_forward = True
         elif not self._ran_forward:
             raise GateError(
-                "the backward pass runs a checkpointed block again, but its forward pass ran under other gates; open "
-                "`hold` (or `instance`) once around the forward AND the backward pass of a batch."
+                "the backward pass recomputes a checkpointed block whose forward pass ran under other gates; open "
+                "`hold` (or `use_gates`) once around the forward AND the backward pass of a batch."
             )
 
     def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:
@@ -187,34 +187,34 @@ class GateSlot:
 
 
 def segments_of(position_ids: Tensor) -> Tensor:
-    """Number the sequences of packed rows by their position ids: each position 0 begins one.
+    """Number the sequences of packed rows by their position ids: each position 0 starts one.
 
-    Attention is kept within sequences by transformers, and only without a cache: pass the position ids, no attention
-    mask, and ``use_cache=False``. Give padding the segment -1 (position ids of 0 would count it as sequences).
+    transformers keeps attention within sequences only without a cache: pass the position ids, no attention mask, and
+    ``use_cache=False``. Set the segment of padding to -1 (position ids of 0 would count it as sequences).
 
     Args:
-        position_ids: Shape ``(B, T)``; every row begins with position 0.
+        position_ids: Shape ``(B, T)``; every row starts with position 0.
 
     Returns:
-        For each token the number of its sequence, counted over the whole batch, shape ``(B, T)``, int64.
+        Number of each token's sequence, counted over the whole batch, shape ``(B, T)``, int64.
 
     Raises:
-        GateError: If a row begins in the middle of a sequence.
+        GateError: If a row does not start with position 0.
     """
     if position_ids.ndim != 2 or position_ids.numel() == 0 or bool(position_ids[:, 0].any()):
         first = position_ids[:, :1].flatten()[:8].tolist() if position_ids.ndim == 2 else "none"
         raise GateError(
-            f"position ids of packed rows must have shape (B, T) and begin with 0 in every row, got shape "
-            f"{tuple(position_ids.shape)} and first positions {first}; begin every row with a new sequence."
+            f"position ids of packed rows must have shape (B, T) and start with 0 in every row, got shape "
+            f"{tuple(position_ids.shape)} and first positions {first}; start every row with a new sequence."
         )
     return (position_ids.flatten() == 0).cumsum(0).view(position_ids.shape) - 1
 
 
 def check_segments(segments: Tensor | None, n_instances: int) -> None:
-    """Refuse segments that do not fit the gates.
+    """Raise if segments do not fit the gates.
 
     Raises:
-        GateError: If they are no numbers per token, or do not number the instances of the gates.
+        GateError: If they are not int64 of shape ``(B, T)``, or do not number the instances of the gates.
     """
     if segments is None:
         return
@@ -222,13 +222,13 @@ def check_segments(segments: Tensor | None, n_instances: int) -> None:
         got = f"{segments.dtype} of shape {tuple(segments.shape)}" if isinstance(segments, Tensor) else type(segments)
         raise GateError(
             f"`segments` must be int64 of shape (B, T), a number per token, got {got}; `segments_of(position_ids)` "
-            "makes it."
+            "computes it."
         )
     numbers = segments.unique().tolist()
-    # Gates that no token has show that gates and segments were counted differently: a neighbour's may be in use then.
+    # Gates without tokens mean that gates and segments were counted differently: some token may use its neighbour's.
     if [number for number in numbers if number != -1] != list(range(n_instances)):
         raise GateError(
-            f"`segments` must number the instances of the gates from 0 (-1 for tokens of none), got "
+            f"`segments` must number the instances of the gates from 0 (-1 for tokens without instance), got "
             f"{_some(numbers)} for gates of {n_instances} instances; give one row of gates per packed sequence."
         )
 
@@ -238,22 +238,22 @@ def _some(numbers: list[int], n_shown: int = 8) -> str:
 
 
 def _per_token(factors: Tensor, segments: Tensor | None) -> Tensor:
-    """Factors of shape ``(B, 1, R)``, or of each token, ``(B, T, R)``, from those of each segment, ``(S, R)``."""
+    """Factors ``(B, 1, R)`` from those of rows, ``(B, R)``, or ``(B, T, R)`` from those of segments, ``(S, R)``."""
     if segments is None:
-        return factors.unsqueeze(1)  # as most layers want them, once and not in every layer
-    # Row -1 is the one appended: zeros for tokens that belong to no segment.
+        return factors.unsqueeze(1)  # the shape that most layers need, made once
+    # Row -1 is appended: zeros for tokens without segment.
     return torch.cat([factors, factors.new_zeros(1, factors.shape[1])])[segments.to(factors.device)]
 
 
 def _rows_message(n_gates: int, n_rows: int, n_prompts: int | None) -> str:
     message = f"gates cover {n_gates} rows but the layer received {n_rows}; "
     if n_prompts is not None:
-        return message + f"hold one row of gates per prompt, {n_prompts} in all, which are repeated once per beam."
+        return message + f"hold one row of gates per prompt ({n_prompts}); they are repeated once per beam."
     if n_gates and n_rows % n_gates == 0:
         times = n_rows // n_gates
         return message + (
-            f"repeat them once per beam (`gates.repeat_interleave({times}, dim=0)`), which a PeftModel made with "
-            "task_type='CAUSAL_LM' does by itself; or, where the model flattens (B, T, d) to (B*T, d) in front of this "
+            f"repeat them once per beam (`gates.repeat_interleave({times}, dim=0)`), which a PeftModel with "
+            "task_type='CAUSAL_LM' does automatically; or, if the model flattens (B, T, d) to (B*T, d) before this "
             "layer, leave the layer out with `exclude_modules`."
         )
     return message + "compute the gates from the same batch."

@@ -247,7 +247,7 @@ class PlannedTeacher:
     def _mixing(self, rows: int) -> AbstractContextManager[object]:
         if self._tuner is None:
             return nullcontext()
-        return self._tuner.instance(torch.empty(rows, self.gate_width, device="meta"))
+        return self._tuner.use_gates(torch.empty(rows, self.gate_width, device="meta"))
 
     def _prompt(self, rows: int, tokens: int) -> dict[str, Tensor]:
         ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")

@@ -138,7 +138,7 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         """
         if self.tuner is None:
             return nullcontext()
-        return cast(AbstractContextManager[Tensor], self.tuner.instance(gate_input))  # one adapter is active
+        return cast(AbstractContextManager[Tensor], self.tuner.use_gates(gate_input))  # one adapter is active
 
     @torch.no_grad()
     def evaluation_gates(self, gate_input: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ def test_gate_and_hold_check_what_they_get():
             pass
     with pytest.raises(GateError, match="gates given for adapter 'other'"), tuner.hold({"other": torch.ones(3, 4)}):
         pass
-    with tuner.instance(gate_inputs()) as gates:
+    with tuner.use_gates(gate_inputs()) as gates:
         assert torch.equal(gates, tuner.gate(gate_inputs()))
-        with pytest.raises(GateError, match="already held"), tuner.instance(gate_inputs()):
+        with pytest.raises(GateError, match="already held"), tuner.use_gates(gate_inputs()):
             pass
 
 
@@ -37,10 +37,10 @@ def test_two_adapters_have_their_own_experts_and_gates():
     model, single = two_adapters(), adapt(tiny("llama"))
     second = adapt(tiny("llama"), False, r=6, num_experts=3, gate_input_size=5, target_modules=["q_proj"])
     train(second, seed=9)
-    with single.base_model.instance(gate_inputs()), model.base_model.instance(gate_inputs()):
+    with single.base_model.use_gates(gate_inputs()), model.base_model.use_gates(gate_inputs()):
         assert torch.equal(outputs(model, **batch()), outputs(single, **batch()))
     model.set_adapter("second")
-    with second.base_model.instance(gate_inputs(3, 5)), model.base_model.instance(gate_inputs(3, 5)) as gates:
+    with second.base_model.use_gates(gate_inputs(3, 5)), model.base_model.use_gates(gate_inputs(3, 5)) as gates:
         assert gates.shape == (3, 3)
         assert torch.equal(outputs(model, **batch()), outputs(second, **batch()))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -48,7 +48,7 @@ def test_two_adapters_have_their_own_experts_and_gates():
     model.delete_adapter("second")
     model.set_adapter("default")
     assert not any(".second" in name for name in model.state_dict())
-    with single.base_model.instance(gate_inputs()), model.base_model.instance(gate_inputs()):
+    with single.base_model.use_gates(gate_inputs()), model.base_model.use_gates(gate_inputs()):
         assert torch.equal(outputs(model, **batch()), outputs(single, **batch()))
 
 
@@ -80,9 +80,9 @@ def test_gates_must_be_those_of_the_active_adapters():
 def test_a_copied_model_has_its_own_slot():
     model = adapt(tiny("llama"))
     twin = copy.deepcopy(model)
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         assert not twin.base_model.slot.held
-        with twin.base_model.instance(gate_inputs()):
+        with twin.base_model.use_gates(gate_inputs()):
             assert torch.equal(outputs(model, **batch()), outputs(twin, **batch()))
 
 

@@ -21,7 +21,7 @@ def test_biases_are_trained_and_travel(tmp_path, kind, bias):
             parameter.add_(1)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
-    with model.base_model.instance(gate_inputs()), loaded.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()), loaded.base_model.use_gates(gate_inputs()):
         assert torch.equal(outputs(loaded, **batch()), outputs(model, **batch()))
 
 
@@ -52,7 +52,7 @@ def test_rank_and_alpha_patterns_reach_their_layers_and_travel(tmp_path):
         assert layer.layouts["default"].scale == (3 if "q_proj" in layer.name else 32) / rank
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    with model.base_model.instance(gate_inputs()), loaded.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()), loaded.base_model.use_gates(gate_inputs()):
         assert torch.equal(outputs(loaded, **batch()), outputs(model, **batch()))
 
 

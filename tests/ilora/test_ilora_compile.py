@@ -45,7 +45,7 @@ def step(model, forward, gate_input, batch, segments=None):
     """Logits and gradients of one training step whose gates are held around ``forward``."""
     model.zero_grad()
     torch.manual_seed(0)  # of dropout
-    with model.base_model.instance(gate_input, segments=segments):
+    with model.base_model.use_gates(gate_input, segments=segments):
         logits = forward(**batch).logits
         logits.sin().sum().backward()
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -45,7 +45,7 @@ def test_vanilla_peft_loads_it_with_equal_outputs(tmp_path, kind, options):
             if parameter.requires_grad and "ilora_" not in name:
                 parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     gate_input = gate_inputs(3, 64 if kind.endswith("bit") else 16)
-    with torch.no_grad(), model.base_model.instance(gate_input) as gates:
+    with torch.no_grad(), model.base_model.use_gates(gate_input) as gates:
         expected = outputs(model, **batch())
     # A 4-bit model without iLoRA may take a bfloat16 kernel on some CPUs; see test_ilora_quantized.py.
     tolerance = 0.01 if kind == "4bit" else 1e-4
@@ -64,7 +64,7 @@ def test_a_process_without_llm2rec_loads_and_merges_it(tmp_path):
     base = tiny("llama")
     base.save_pretrained(tmp_path / "base")
     model = adapt(base)
-    with torch.no_grad(), model.base_model.instance(gate_inputs()) as gates:
+    with torch.no_grad(), model.base_model.use_gates(gate_inputs()) as gates:
         logits = outputs(model, **batch())
     write(tmp_path / "user", *fold(model, gates[1:2]))
     save_file({"logits": logits, "ids": batch()["input_ids"]}, tmp_path / "expected.safetensors")

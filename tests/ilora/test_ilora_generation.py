@@ -127,7 +127,7 @@ def test_cached_generation_equals_uncached_and_computes_the_gates_once(kind, gat
     hooks += [layers(model)[0].register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))]
     found = {}
     for use_cache in (True, False):
-        with model.base_model.instance(10 * gate_inputs()):
+        with model.base_model.use_gates(10 * gate_inputs()):
             found[use_cache] = model.generate(**prompts(), **GREEDY, num_beams=beams, use_cache=use_cache)
     for hook in hooks:
         hook.remove()
@@ -143,7 +143,7 @@ def gate_network(model):
 
 @pytest.mark.parametrize(("gate_per_layer", "times"), [(False, 2), (True, 1)])
 def test_a_static_cache_and_a_compiled_step_generate_the_same(gate_per_layer, times):
-    """With a static cache `generate` compiles its step by itself on a GPU, except for beams; here it is asked to."""
+    """With a static cache `generate` compiles its step on a GPU, except for beams; here it is requested."""
     model = causal("llama", gate_per_layer=gate_per_layer)
     inputs, gates = prompts(), gates_of(model)
     options = {"do_sample": True, "num_return_sequences": times}
@@ -205,7 +205,7 @@ def padded_prompts(lengths, side):
 def test_gates_of_another_number_of_prompts_are_refused(n_gates, beams):
     model = causal("llama")
     message = (
-        rf"gates cover {n_gates} rows but the layer received {ROWS * beams}; hold one row of gates per prompt, 3 in"
+        rf"gates cover {n_gates} rows but the layer received {ROWS * beams}; hold one row of gates per prompt \(3\)"
     )
     with pytest.raises(GateError, match=message):
         text(model, gates_of(model, n_gates), prompts(), num_beams=beams)
@@ -221,7 +221,7 @@ def test_repeated_rows_are_refused_outside_generation():
 
 def test_a_model_without_task_type_needs_the_gates_repeated_and_says_so():
     model = causal("llama", task_type=None)
-    with pytest.raises(GateError, match=r"repeat_interleave\(2, dim=0\).*task_type='CAUSAL_LM' does by itself"):
+    with pytest.raises(GateError, match=r"repeat_interleave\(2, dim=0\).*task_type='CAUSAL_LM' does automatically"):
         text(model, gates_of(model), prompts(), num_beams=2)
 
 

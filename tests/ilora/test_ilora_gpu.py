@@ -29,7 +29,7 @@ def step(model, forward, seed=0):
     """Logits and gradients of one training step; gates held around ``forward``, which is the model or wraps it."""
     model.zero_grad()
     inputs = batch(seed)
-    with model.base_model.instance(gate_input(seed)):
+    with model.base_model.use_gates(gate_input(seed)):
         result = forward(**inputs, labels=inputs["input_ids"])
         result.loss.backward()
     return result.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +96,7 @@ def test_a_quantised_model_learns_and_moves_adapter_and_gate_alone(kind):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
-        with model.base_model.instance(gate_input()):
+        with model.base_model.use_gates(gate_input()):
             loss = model(**batch(), labels=batch()["input_ids"]).loss
             loss.backward()
         optimizer.step()
@@ -133,7 +133,7 @@ def test_a_static_cache_generates_what_a_growing_one_does(times):
     options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     options |= {"do_sample": True, "top_k": 1, "num_return_sequences": times}  # "sampling" from the best token alone
     for seed in (0, 1):
-        with model.base_model.instance(gate_input(seed)):
+        with model.base_model.use_gates(gate_input(seed)):
             expected = model.generate(ids, **options)
             assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
 
@@ -167,7 +167,7 @@ def test_gate_inputs_from_the_cpu_give_the_same_step(gate_per_layer):
     model = adapt(tiny("llama", width=WIDTH).to(DEVICE), gate_per_layer=gate_per_layer).train()
     expected = step(model, model)
     model.zero_grad()
-    with model.base_model.instance(gate_input().cpu()) as gates:
+    with model.base_model.use_gates(gate_input().cpu()) as gates:
         assert gates.device.type == DEVICE
         result = model(**batch(), labels=batch()["input_ids"])
         result.loss.backward()

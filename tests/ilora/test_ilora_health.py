@@ -43,7 +43,7 @@ def test_collapse_is_warned_of_and_nothing_else(recwarn):
     for gates in (uniform(), hard(), hard(8, spread=False), torch.ones(64, 1)):
         gate_health(gates).warn_if_collapsed()  # even, specialised, too few rows, one expert
     assert not recwarn
-    with pytest.warns(GateCollapseWarning, match=r"one expert has 100% of the gates of 64 instances.*`balance_loss"):
+    with pytest.warns(GateCollapseWarning, match=r"100% of the gate mass of 64 instances.*`balance_loss"):
         gate_health(hard(spread=False)).warn_if_collapsed()
     one_layer = torch.stack([uniform(), hard(spread=False)], dim=1)  # hidden in the mean over layers
     with pytest.warns(GateCollapseWarning):
@@ -88,7 +88,7 @@ def test_gates_of_the_last_batch_can_be_read_after_it():
     tuner = model.base_model
     with pytest.raises(GateError, match="no gates were held for adapter 'default' yet"):
         _ = tuner.last_gates
-    with tuner.instance(gate_inputs()) as gates:
+    with tuner.use_gates(gate_inputs()) as gates:
         outputs(model, **batch())
         assert torch.equal(tuner.last_gates, gates)
     assert tuner.last_gates.shape == (3, EXPERTS)

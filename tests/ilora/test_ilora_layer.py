@@ -101,7 +101,7 @@ def test_one_row_of_gates_is_not_broadcast():
 
 def test_missing_gates_are_an_error_that_says_what_to_do():
     layer, _ = make_layer(linear())
-    with pytest.raises(GateError, match=r"without gates; run forward and backward inside .*instance.*frozen_base"):
+    with pytest.raises(GateError, match=r"without gates; run forward and backward inside .*use_gates.*frozen_base"):
         layer(torch.randn(ROWS, IN, dtype=torch.float64))
 
 
@@ -119,7 +119,7 @@ def test_nested_hold_is_refused_and_an_error_inside_releases_the_gates():
 def test_layer_refuses_to_merge():
     layer, _ = make_layer(linear())
     for merge in (layer.merge, layer.unmerge):
-        with pytest.raises(MergeError, match="differs from instance to instance"):
+        with pytest.raises(MergeError, match="differs between instances"):
             merge()
 
 

@@ -46,7 +46,7 @@ def adapted(base: str, gate: str, per_layer: bool, **options) -> PeftModel:
 
 
 def run(model: PeftModel, gate_input: torch.Tensor) -> torch.Tensor:
-    with model.base_model.instance(gate_input):
+    with model.base_model.use_gates(gate_input):
         return outputs(model, **batch())
 
 
@@ -73,7 +73,7 @@ def test_adapter_and_gates_are_trained_and_nothing_else(base, gate, per_layer):
     assert trained == {name for name, _ in model.named_parameters() if "ilora_" in name}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with model.base_model.instance(inputs_of(base)):
+    with model.base_model.use_gates(inputs_of(base)):
         outputs(model, **batch()).square().mean().backward()
     optimizer.step()
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained
@@ -106,7 +106,7 @@ def test_gradients_are_the_same_with_checkpointing(base, gate, per_layer):
             )
         model.zero_grad()
         torch.manual_seed(5)
-        with model.base_model.instance(gate_input):
+        with model.base_model.use_gates(gate_input):
             outputs(model, **batch()).square().mean().backward()
         results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*results, rtol=0, atol=0)

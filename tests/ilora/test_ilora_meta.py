@@ -14,7 +14,7 @@ def test_a_step_runs_without_memory(dropout):
     model.config._attn_implementation = "eager"  # torch's fused kernels look at masks
     adapted = get_peft_model(model, ILoraConfig(r=8, num_experts=EXPERTS, dropout=dropout)).train()
     ids = torch.zeros(3, 6, dtype=torch.int64, device="meta")
-    with adapted.base_model.instance(torch.empty(3, WIDTH, device="meta")) as gates:
+    with adapted.base_model.use_gates(torch.empty(3, WIDTH, device="meta")) as gates:
         logits = adapted(input_ids=ids).logits
         logits.sum().backward()
     assert gates.shape == (3, EXPERTS)

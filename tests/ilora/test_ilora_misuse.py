@@ -15,7 +15,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def result_of(model):
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         return outputs(model, **batch())
 
 
@@ -133,14 +133,14 @@ def test_a_checkpointed_backward_under_gates_that_saw_no_forward_is_refused():
     """It would run the blocks again with the other gates: gradients of nothing that was computed."""
     model = adapt(tiny("llama")).train()
     model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         loss = outputs(model, **batch()).sum()
     with (
-        model.base_model.instance(gate_inputs(seed=9)),
+        model.base_model.use_gates(gate_inputs(seed=9)),
         pytest.raises(GateError, match="its forward pass ran under other gates"),
     ):
         loss.backward()
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         outputs(model, **batch()).sum().backward()  # as it should be
 
 
@@ -168,7 +168,7 @@ def test_no_instances_at_all():
 @pytest.mark.parametrize("given", [None, [[1.0, 0, 0, 0]], torch.ones(3, EXPERTS, dtype=torch.int64)])
 def test_what_is_no_tensor_of_floats_is_refused(given):
     tuner = adapt(tiny("llama")).base_model
-    for attempt in (tuner.instance, tuner.hold):
+    for attempt in (tuner.use_gates, tuner.hold):
         with pytest.raises(GateError, match=r"float|tensor"), attempt(given):
             pass
     with pytest.raises(GateError, match=r"no adapter 'zz' to compute gates with; the adapters are \['default'\]"):
@@ -189,7 +189,7 @@ def test_gates_that_are_not_finite_are_not_measured_or_folded():
 
 def test_a_model_is_copied_and_pickled_without_the_batch_in_flight():
     model = adapt(tiny("llama"))
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         expected = outputs(model, **batch())
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in twins:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2rec.ilora.mixture import add_mixture
+from llm2rec.ilora.layer import add_mixture
 
 IN, OUT, RANK = 6, 5, 4
 

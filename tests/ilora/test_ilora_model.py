@@ -39,7 +39,7 @@ def test_fresh_adapter_changes_nothing_and_swaps_the_layers(kind):
     base = tiny(kind)
     expected = outputs(base, **batch())
     model = adapt(base, trained=False)
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         assert torch.equal(outputs(model, **batch()), expected)
     assert len(layers(model)) == KINDS[kind]
     assert {type(layer.base_layer) for layer in layers(model)} == {Conv1D if kind == "gpt2" else nn.Linear}
@@ -51,7 +51,7 @@ def test_whole_model_equals_the_loop_over_experts(kind, scaling):
     model = adapt(tiny(kind).double(), scaling=scaling)
     model.base_model.ilora_gate.double()
     gate_input = gate_inputs().double()
-    with model.base_model.instance(gate_input):
+    with model.base_model.use_gates(gate_input):
         result = outputs(model, **batch())
         loss_of(model, **batch()).backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -74,13 +74,13 @@ def test_whole_model_equals_the_loop_over_experts(kind, scaling):
 def test_a_row_does_not_depend_on_the_other_rows(kind):
     model = adapt(tiny(kind).double())
     inputs, gate_input = batch(), gate_inputs()
-    with model.base_model.instance(gate_input):
+    with model.base_model.use_gates(gate_input):
         together = outputs(model, **inputs)
-    with model.base_model.instance(gate_input[1:2]):
+    with model.base_model.use_gates(gate_input[1:2]):
         alone = outputs(model, **{name: value[1:2] for name, value in inputs.items()})
     # transformers takes norms and softmax in float32 whatever the dtype
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
-    with model.base_model.instance(gate_input.flip(0)):
+    with model.base_model.use_gates(gate_input.flip(0)):
         other = outputs(model, **inputs)
     assert torch.equal(other[1], together[1])  # the middle row keeps its gate
     assert not torch.allclose(other[0], together[0], rtol=1e-2)
@@ -91,7 +91,7 @@ def test_inputs_embeds(kind):
     model = adapt(tiny(kind))
     inputs = batch()
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         expected = outputs(model, **inputs)
         result = outputs(model, inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
     assert torch.equal(result, expected)
@@ -109,9 +109,9 @@ def test_bfloat16(autocast_adapter_dtype):
     dtype = torch.float32 if autocast_adapter_dtype else torch.bfloat16
     assert {p.dtype for layer in layers(model) for p in layer.ilora_A.parameters()} == {dtype}
     assert model.base_model.ilora_gate["default"].weight.dtype == torch.float32
-    with reference.base_model.instance(gate_inputs()):
+    with reference.base_model.use_gates(gate_inputs()):
         expected = outputs(reference, **batch())
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         result = outputs(model, **batch())
         loss_of(model, **batch()).backward()
     assert result.dtype == torch.bfloat16
@@ -121,7 +121,7 @@ def test_bfloat16(autocast_adapter_dtype):
 
 def test_autocast():
     model = adapt(tiny("llama"))
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         expected = outputs(model, **batch())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = outputs(model, **batch())
@@ -142,7 +142,7 @@ def test_only_adapter_and_gate_are_trained(kind):
     assert "base_model.ilora_gate.default.weight" in trained
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         loss_of(model, **batch()).backward()
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -157,7 +157,7 @@ def test_a_fresh_adapter_learns():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
-        with model.base_model.instance(gate_inputs()):
+        with model.base_model.use_gates(gate_inputs()):
             loss = model(**batch(), labels=batch()["input_ids"]).loss
             loss.backward()
         optimizer.step()
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 
     def run():
         model.zero_grad()
-        with model.base_model.instance(gate_inputs()):
+        with model.base_model.use_gates(gate_inputs()):
             loss_of(model, **batch()).backward()
         return gradients(model)
 
@@ -193,9 +193,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 def test_checkpointed_backward_outside_hold_says_so():
     model = adapt(tiny("llama")).train()
     model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         loss = loss_of(model, **batch())
-    with pytest.raises(GateError, match="With gradient checkpointing the backward pass needs them too"):
+    with pytest.raises(GateError, match="With gradient checkpointing the backward pass needs gates too"):
         loss.backward()
 
 
@@ -207,7 +207,7 @@ def test_disabling_restores_the_base_exactly(kind):
     base = tiny(kind)
     expected = outputs(base, **batch())
     model = adapt(base)
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         adapted = outputs(model, **batch())
         with model.disable_adapter():
             assert torch.equal(outputs(model, **batch()), expected)

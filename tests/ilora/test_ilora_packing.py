@@ -41,7 +41,7 @@ def logits_and_gradients(model, runs):
     model.zero_grad()
     found = []
     for gate_input, segments, inputs in runs:
-        with model.base_model.instance(gate_input, segments=segments):
+        with model.base_model.use_gates(gate_input, segments=segments):
             logits = model(**inputs).logits
             logits.sin().sum().backward()
         found.append(logits.detach().flatten(0, 1))
@@ -109,7 +109,7 @@ def test_tokens_of_no_segment_get_the_base_layer_and_give_no_gradient(gate_per_l
     segments = torch.tensor([[0, 0, -1, 1], [-1, -1, 2, 2]])
     nobody = segments == -1
     x = torch.randn(2, 4, layer.in_features, dtype=torch.float64)
-    with model.base_model.instance(gate_inputs(3), segments=segments):
+    with model.base_model.use_gates(gate_inputs(3), segments=segments):
         result = layer(x)
         assert torch.equal(result[nobody], layer.base_layer(x)[nobody])
         assert not torch.isclose(result[~nobody], layer.base_layer(x)[~nobody]).all(dim=-1).any()
@@ -127,7 +127,7 @@ def test_a_packed_sequence_of_no_segment_is_that_of_the_base_model(kind):
     second = segments == 1
     segments[second] = -1
     segments[segments > 1] -= 1
-    with model.base_model.instance(gate_inputs(N_SEGMENTS - 1), segments=segments):
+    with model.base_model.use_gates(gate_inputs(N_SEGMENTS - 1), segments=segments):
         logits = model(**inputs).logits
     with model.disable_adapter():
         expected = model(**inputs).logits
@@ -156,7 +156,7 @@ SEGMENTS = segments_of(packed()["position_ids"])
 )
 def test_segments_that_do_not_fit_the_gates_are_refused(segments, n_gates, message):
     model = adapt(tiny("llama"))
-    with pytest.raises(GateError, match=message), model.base_model.instance(gate_inputs(n_gates), segments=segments):
+    with pytest.raises(GateError, match=message), model.base_model.use_gates(gate_inputs(n_gates), segments=segments):
         pass
     assert not model.base_model.slot.held
 
@@ -175,7 +175,7 @@ def test_an_input_of_another_shape_than_the_segments_is_refused(shape):
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
-        ([[0, 1, 2], [3, 4, 0]], r"begin with 0 in every row, got shape \(2, 3\) and first positions \[0, 3\]"),
+        ([[0, 1, 2], [3, 4, 0]], r"start with 0 in every row, got shape \(2, 3\) and first positions \[0, 3\]"),
         ([0, 1, 0], r"must have shape \(B, T\).*got shape \(3,\)"),
     ],
 )

@@ -38,7 +38,7 @@ def test_training_moves_adapter_and_gate_and_nothing_else(kind):
     model = adapt(quantized(kind)).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with model.base_model.instance(gate_inputs(3, WIDTH)):
+    with model.base_model.use_gates(gate_inputs(3, WIDTH)):
         model(**batch(), labels=batch()["input_ids"]).loss.backward()
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -57,7 +57,7 @@ def test_all_linear_frozen_base_and_saving(tmp_path, kind):
     assert (frozen - expected).norm() <= {"8bit": 0, "4bit": 0.02}[kind] * expected.norm()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized(kind), tmp_path)
-    with model.base_model.instance(gate_inputs(3, WIDTH)), loaded.base_model.instance(gate_inputs(3, WIDTH)):
+    with model.base_model.use_gates(gate_inputs(3, WIDTH)), loaded.base_model.use_gates(gate_inputs(3, WIDTH)):
         assert torch.equal(model(**batch()).logits, loaded(**batch()).logits)
 
 
@@ -70,14 +70,14 @@ def test_evaluating_does_not_cut_the_gradients_of_training(kind, before_adapting
         with torch.no_grad():
             evaluated(**batch())
     evaluated = adapt(evaluated)
-    with torch.no_grad(), evaluated.base_model.instance(gate_inputs(3, WIDTH)):
+    with torch.no_grad(), evaluated.base_model.use_gates(gate_inputs(3, WIDTH)):
         evaluated(**batch())
     with frozen_base(evaluated):
         evaluated(**batch())
     grads = []
     for model in (fresh, evaluated):
         model.train()
-        with model.base_model.instance(gate_inputs(3, WIDTH)):
+        with model.base_model.use_gates(gate_inputs(3, WIDTH)):
             model(**batch(), labels=batch()["input_ids"]).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     # Repacking on the way to the adapter rounds the 4-bit blocks' scales to bfloat16.

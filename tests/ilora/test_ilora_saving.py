@@ -12,7 +12,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def result_of(model, **inputs):
-    with model.base_model.instance(gate_inputs()):
+    with model.base_model.use_gates(gate_inputs()):
         return outputs(model, **inputs)
 
 

@@ -38,7 +38,10 @@ def test_opt_feed_forward_layers_flatten_the_batch_and_are_refused_loudly():
     """Why the default leaves fc1 and fc2 out; when transformers stops flattening, they should come in."""
     base = AutoModel.from_config(AutoConfig.for_model("opt", **sizes_of("opt"))).eval()
     model = adapt(base, target_modules=["fc1"])
-    with model.base_model.instance(gate_inputs()), pytest.raises(GateError, match=r"flattens \(B, T, d\).*exclude_mod"):
+    with (
+        model.base_model.use_gates(gate_inputs()),
+        pytest.raises(GateError, match=r"flattens \(B, T, d\).*exclude"),
+    ):
         model(**batch())
 
 
@@ -89,5 +92,5 @@ def test_a_model_without_default_must_be_told():
     with pytest.raises(ValueError, match=r"`gate_input_size` is None and Unknown has no `config.hidden_size`"):
         adapt(Unknown(), target_modules=["lin"])
     model = adapt(Unknown(), target_modules=["lin"], gate_input_size=3)
-    with model.base_model.instance(gate_inputs(2, 3)):
+    with model.base_model.use_gates(gate_inputs(2, 3)):
         assert model(torch.zeros(2, 4)).shape == (2, 4)

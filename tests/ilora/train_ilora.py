@@ -73,7 +73,7 @@ def train(
     n_steps = 0
     for ids, gate_input in loader:
         with accelerator.accumulate(model):
-            with peft_model.base_model.instance(gate_input):
+            with peft_model.base_model.use_gates(gate_input):
                 loss = model(input_ids=ids, labels=ids).loss  # the mean of rows of equal length
                 accelerator.backward(loss)
             if accelerator.sync_gradients:
