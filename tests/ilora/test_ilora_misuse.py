@@ -137,7 +137,7 @@ def test_a_checkpointed_backward_under_gates_that_saw_no_forward_is_refused():
         loss = outputs(model, **batch()).sum()
     with (
         model.base_model.use_gates(gate_inputs(seed=9)),
-        pytest.raises(GateError, match="its forward pass ran under other gates"),
+        pytest.raises(GateError, match="forward pass ran under other gates"),
     ):
         loss.backward()
     with model.base_model.use_gates(gate_inputs()):
