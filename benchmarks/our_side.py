@@ -19,7 +19,7 @@ from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.metrics import target_ranks
 from llm2rec.data import load
 from llm2rec.student.__main__ import main as student_stage
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.store import load_student
 
 
@@ -27,7 +27,7 @@ from llm2rec.student.store import load_student
 def test_ranks(run: Path, data: Path) -> np.ndarray:
     """Rank the targets of the test rows with the best weights."""
     model, prepared = load_student(run / "student"), load(data)
-    rows, ranks = SequenceData.of(prepared.splits["test"], prepared.n_items, model.max_length), []
+    rows, ranks = Rows.of(prepared, "test", model.max_length), []
     for chunk in np.array_split(np.arange(len(rows)), -(-len(rows) // 512)):
         batch = rows.batch(chunk)
         ranks.append(target_ranks(model.score(model(batch.history, batch.lengths)), batch.targets))

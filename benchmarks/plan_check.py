@@ -43,7 +43,7 @@ from llm2rec.plan.measure import step_cost
 from llm2rec.plan.memory import quantisation_bytes
 from llm2rec.plan.models import TeacherShape, teacher_costs
 from llm2rec.plan.pace import Throughput, processor
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import LLMTeacher
@@ -202,9 +202,7 @@ def build(name: str, options: argparse.Namespace) -> tuple[TeacherSettings, Real
     title = TitleSettings(n_candidates=4) if CASES[name].get("objective") == "title" else TitleSettings()
     settings = TeacherSettings(**CASES[name], title=title)
     device = torch.device(options.device)
-    train, validation = (
-        SequenceData.of(data.splits[k], data.n_items, data.history_length) for k in ("train", "validation")
-    )
+    train, validation = (Rows.of(data, k) for k in ("train", "validation"))
     torch.manual_seed(0)
     model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), device)
     engine = Engine(Run(options.folder / "run", "plan_check", {}), seed=0, tensorboard=False, show_progress=False)
@@ -227,10 +225,10 @@ def build(name: str, options: argparse.Namespace) -> tuple[TeacherSettings, Real
     return settings, step, shape, int(objective.train.token_counts.max()), max(answers)
 
 
-def teacher_rows(model: LLMTeacher, data: SequenceData, width: int) -> TeacherRows:
+def teacher_rows(model: LLMTeacher, data: Rows, width: int) -> TeacherRows:
     """All rows of a split, with gate inputs of unit length."""
     inputs = torch.nn.functional.normalize(torch.randn(len(data), width), dim=1).numpy()
-    counts = model.token_counts(data.history.numpy(), data.lengths.numpy())
+    counts = model.token_counts(*data.histories())
     return TeacherRows(data, np.arange(len(data)), inputs, counts)
 
 

@@ -33,11 +33,10 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.data import MovieLens100K, RecData, Toy, prepare
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.optimizer import student_optimizer
-from llm2rec.student.segments import training_data
 from llm2rec.student.settings import LossSettings
 from llm2rec.student.task_loss import TaskLoss
 
@@ -65,7 +64,7 @@ class Variant:
         self.model = build_model(
             "sasrec", n_items=data.n_items, width=WIDTH, max_length=LENGTH, positions=positions
         ).train()
-        self.train = training_data(data, "windows" if name == "plain" else name, LENGTH)
+        self.train = Rows.of(data, "train", LENGTH, "windows" if name == "plain" else name)
         self.loss = TaskLoss(self.model, LossSettings(), self.train.targets, seed=0)
         if name == "plain":
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
@@ -101,7 +100,7 @@ class Variant:
             yield batch.rows, self.loss(users, batch.targets, batch.rows, epoch=0, step=number)
 
 
-def evaluation(model: SequentialRecommender, rows: SequenceData, engine: Engine) -> None:
+def evaluation(model: SequentialRecommender, rows: Rows, engine: Engine) -> None:
     """Rank the targets of all validation rows; the model is left as it was."""
     rank_targets(model.eval(), rows, engine)
     model.train()
@@ -129,7 +128,7 @@ def measure(data: RecData, options: Any, folder: Path) -> tuple[dict[str, float]
     variants = {name: Variant(name, data, folder) for name in VARIANTS}
     n_rows = len(data.splits["train"])
     ranked = variants["windows"]
-    validation = SequenceData.of(data.splits["validation"], data.n_items, LENGTH)
+    validation = Rows.of(data, "validation", LENGTH)
     steps: dict[str, Callable[[], object]] = {name: each.step for name, each in variants.items()}
     steps["evaluation"] = partial(evaluation, ranked.model, validation, ranked.engine)
     seconds = harness.seconds_by_round(steps, options.rounds, warm_up=3)

@@ -41,7 +41,7 @@ from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import conf_folder
 from llm2rec.data import DatasetSpec, RecData, prepare
 from llm2rec.stage import build
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
@@ -216,11 +216,12 @@ def our_rows(data: RecData) -> dict[str, np.ndarray]:
     """Users, targets, lengths and histories of every split, in the form and the ids of the file RecBole reads."""
     rows = {}
     for name, split in data.splits.items():
-        own = SequenceData.of(split, data.n_items, data.history_length)
-        padded = own.history.numpy() + 1
+        own = Rows.of(data, name)
+        history, lengths = own.histories()
+        padded = history + 1
         rows[f"{name}_users"] = split.with_format("numpy")["user_index"][:].astype(np.int32) + 1
         rows[f"{name}_targets"] = own.targets.numpy() + 1
-        rows[f"{name}_lengths"] = own.lengths.numpy()
+        rows[f"{name}_lengths"] = lengths
         rows[f"{name}_history"] = np.where(padded > data.n_items, 0, padded)
     return rows
 

@@ -30,7 +30,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData, prepare
 from llm2rec.data.toy import Toy
 from llm2rec.ilora import frozen_base
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher
@@ -59,7 +59,7 @@ def main() -> None:
         data = prepare(Toy(), Path(folder) / "data")
         model = teacher(data, Path(folder), width, torch.device(options.device))
         engine = Engine(Run(Path(folder) / "run", "teacher", {}), seed=0, tensorboard=False, show_progress=False)
-        train = SequenceData.of(data.splits["train"], data.n_items, data.history_length)
+        train = Rows.of(data, "train")
         chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:n_rows])
         rows = GateCache(model, "benchmark", engine, Path(folder) / "gates").rows(train, chosen)
         result = measure(model, rows, engine, Path(folder), options)
@@ -84,7 +84,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Headline and samples."""
     settings = ExportSettings(block_rows=len(rows.rows))
-    history, lengths = rows.data.history.numpy()[rows.rows], rows.data.lengths.numpy()[rows.rows]
+    history, lengths = rows.data.histories(rows.rows)
     parts = batches_by_cost(rows.token_counts, settings.batch_tokens)
     inputs = [model.read(history[part], lengths[part]) for part in parts]
     gates = [torch.from_numpy(rows.gate_inputs[part]).to(engine.device) for part in parts]

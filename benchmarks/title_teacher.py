@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from llm2rec.data import RecData, prepare
 from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.toy import Toy
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.llm import locate
@@ -54,7 +54,7 @@ def main() -> None:
         dataset = MovieLens100K(raw_dir=str(Path(options.raw_dir).resolve())) if options.raw_dir else Toy()
         data = prepare(dataset, Path(folder) / "data")
         model = title_teacher(data, Path(folder), options)
-        train = SequenceData.of(data.splits["train"], data.n_items, data.history_length)
+        train = Rows.of(data, "train")
         harness.write_result(options, *measure(model, train, options))
 
 
@@ -85,11 +85,11 @@ def title_teacher(data: RecData, folder: Path, options: argparse.Namespace) -> T
 
 
 def measure(
-    model: TitleRecommender, train: SequenceData, options: argparse.Namespace
+    model: TitleRecommender, train: Rows, options: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Headline and samples."""
     rows = np.random.default_rng(0).permutation(len(train))[: 4 if options.quick else N_ROWS]
-    history, lengths, targets = (each.numpy()[rows] for each in (train.history, train.lengths, train.targets))
+    (history, lengths), targets = train.histories(rows), train.targets.numpy()[rows]
     candidates = CandidateSampler(train, 0, N_CANDIDATES, split="train").draw(rows)
     gates = model.gate_inputs(history, lengths)
     answered = model.prompts.answered(history, lengths, candidates, targets, hybrid=True, padding="left")

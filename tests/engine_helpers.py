@@ -14,7 +14,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data.recdata import SEQUENCE_FEATURES
 from llm2rec.data.splitting import EXAMPLE_FEATURES
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 
 
 @pytest.fixture
@@ -48,14 +48,18 @@ def killed_at(step):
 
 
 def sequence_data(rows, n_items, max_length):
-    """Rows ``(history, target)`` as tensors, by a plain loop."""
-    history = np.full((len(rows), max_length), n_items, np.int32)
-    for row, (items, _) in enumerate(rows):
-        kept = items[-max_length:]
-        history[row, : len(kept)] = kept
-    lengths = np.array([min(len(items), max_length) for items, _ in rows], np.int32)
-    targets = np.array([target for _, target in rows], np.int32)
-    return SequenceData(torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(targets), n_items)
+    """Rows ``(history, target)``, each the sequence of a user of its own."""
+    items = np.array([item for history, target in rows for item in (*history, target)], np.int32)
+    positions = np.array([len(history) for history, _ in rows])
+    starts = np.cumsum(positions + 1) - positions - 1
+    return Rows(items, np.arange(len(rows)), positions, starts, n_items, max_length)
+
+
+def with_targets(rows, targets):
+    """The same histories with other targets."""
+    histories = zip(*rows.histories(), targets, strict=True)
+    made = [(history[:length].tolist(), int(target)) for history, length, target in histories]
+    return sequence_data(made, rows.n_items, rows.max_length)
 
 
 def counting_rows(n_rows, n_items, max_length, seed=0):

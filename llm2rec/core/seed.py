@@ -3,7 +3,12 @@
 import hashlib
 from collections.abc import Callable
 
-__all__ = ["derived_seed", "random_state", "seed_everything"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["derived_seed", "mixed_words", "random_state", "random_words", "seed_everything"]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, odd
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -16,7 +21,6 @@ def seed_everything(*parts: int | str) -> None:
     """Seed Python, NumPy and torch (all devices) from ``parts``."""
     import random
 
-    import numpy as np
     import torch
 
     seed = derived_seed(*parts)
@@ -32,7 +36,6 @@ def random_state() -> Callable[[], None]:
     """Note the state of Python's, NumPy's and torch's generators (this process's device); returns what restores it."""
     import random
 
-    import numpy as np
     import torch
 
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -46,3 +49,23 @@ def random_state() -> Callable[[], None]:
             torch.cuda.set_rng_state(device)
 
     return restore
+
+
+def mixed_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash words of any shape: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, Stafford's 13).
+
+    Every bit of the result depends on all bits of the word.
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def random_words(key: np.uint64 | NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Uniform 64-bit words: the values of SplitMix64 with seed ``key`` at ``counters``, without those before.
+
+    Args:
+        key: One key, or keys that broadcast against ``counters``.
+        counters: Positions from 0, of any shape.
+    """
+    return mixed_words(key + (counters + np.uint64(1)) * _GOLDEN)

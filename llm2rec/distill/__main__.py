@@ -19,10 +19,9 @@ from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import student_card, training_on
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.samples import log_recommendations, student_answers
-from llm2rec.student.segments import training_data
 from llm2rec.student.settings import LossSettings, StudentSettings
 from llm2rec.student.store import save_student
 
@@ -67,9 +66,9 @@ def main(cfg: Config, run: Run) -> None:
         logger.info("items are scored with vectors of their own: the teacher is fused on the %s side only", side)
         arguments["tie_items"] = False
     model = distilled_student(build_model(student_settings.name, **arguments), teacher, settings.embedding)
-    train = training_data(data, student_settings.examples, student_settings.model.max_length)
-    validation = SequenceData.of(data.splits["validation"], data.n_items, student_settings.model.max_length)
-    seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+    train = Rows.of(data, "train", student_settings.model.max_length, student_settings.examples)
+    validation = Rows.of(data, "validation", student_settings.model.max_length)
+    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
     with run.phase("train"):
         train_distilled(
             model,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm2rec.core.train.engine import Engine
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
-from llm2rec.student.datamodule import SequenceData, TrainingData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import SequentialRecommender
 
 __all__ = ["Evidence", "RankingLosses", "ScoredRows", "StudentNow"]
@@ -72,8 +72,8 @@ class StudentNow:
     def __init__(
         self,
         model: SequentialRecommender,
-        train: TrainingData,
-        validation: SequenceData,
+        train: Rows,
+        validation: Rows,
         teacher: TeacherOutputs,
         engine: Engine,
         ranking_losses: RankingLosses,
@@ -118,7 +118,7 @@ class StudentNow:
         return self._engine.sum_tensor(gradient) / len(self._validation)
 
     def _scored(
-        self, data: TrainingData, rows: NDArray[np.int64]
+        self, data: Rows, rows: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
         """This process's share of ``rows``, block by block: places in ``rows``, targets, user vectors and logits."""
         self.was_read = True

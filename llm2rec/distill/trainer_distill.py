@@ -20,9 +20,10 @@ from llm2rec.distill.selection import Selection
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.distill.student import DistilledStudent
-from llm2rec.student.datamodule import NegativeSampler, SeenItems, SequenceBatch, SequenceData, TrainingData
+from llm2rec.student.datamodule import Rows, SeenItems, SequenceBatch
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.losses import popularity_propensity
+from llm2rec.student.negatives import NegativeSampler
 from llm2rec.student.optimizer import student_optimizer
 from llm2rec.student.settings import LossSettings
 from llm2rec.student.task_loss import TaskLoss
@@ -32,9 +33,9 @@ __all__ = ["train_distilled"]
 
 def train_distilled(
     model: DistilledStudent,
-    train: TrainingData,
+    train: Rows,
     teacher: TeacherOutputs,
-    validation: SequenceData,
+    validation: Rows,
     policy: SelectionPolicy,
     engine: Engine,
     settings: DistillSettings,
@@ -114,7 +115,7 @@ class _RowLosses:
     def __init__(
         self,
         model: DistilledStudent,
-        train: TrainingData,
+        train: Rows,
         teacher: TeacherOutputs,
         engine: Engine,
         settings: DistillSettings,
@@ -197,7 +198,7 @@ def _refuse_divided_steps(engine: Engine) -> None:
 
 
 def _own_loss(
-    model: DistilledStudent, loss: LossSettings, train: TrainingData, engine: Engine, settings: DistillSettings
+    model: DistilledStudent, loss: LossSettings, train: Rows, engine: Engine, settings: DistillSettings
 ) -> TaskLoss | None:
     """The student's own task, or None where the recipe has one."""
     if settings.ranking.samples and (settings.task_loss != "student" or loss.name == "cross_entropy"):

@@ -29,8 +29,7 @@ from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
-from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.student.rows import RowPlaces
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
@@ -87,8 +86,8 @@ def main(cfg: Config, run: Run) -> None:
             places = [member.folder / "student" for member in members]
             save_ensemble(run.folder / "ensemble", places, settings.neighbours)
     ensemble = load_ensemble(run.folder / "ensemble", data, engine.device)
-    validation = SequenceData.of(data.splits["validation"], data.n_items, ensemble.max_length)
-    seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+    validation = Rows.of(data, "validation", ensemble.max_length)
+    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
     with run.phase("validation"):
         ranks = rank_targets(ensemble, validation, engine, seen=seen, batch_rows=settings.batch_rows)
     reached = {f"val/{name}": value for name, value in ranking_metrics(ranks).items()}
@@ -142,16 +141,15 @@ def rank_training_rows(
     Returns:
         What `llm2rec.teacher.outputs.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
     """
-    split, size, at_once = data.splits["train"], settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
-    rows = SequenceData.of(split, data.n_items, ensemble.max_length)
-    users = RowPlaces.of(split, data.sequences).users
+    size, at_once = settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
+    rows = Rows.of(data, "train", ensemble.max_length)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(asked) // size))]
     mine = engine.my_missing(files)
     for number in engine.progress(mine, "export", len(mine), "block"):
         numbers = asked[number * size : (number + 1) * size]
         probabilities, items = [], []
         for part in np.array_split(numbers, -(-len(numbers) // at_once)):
-            told = ensemble.probabilities(rows.batch(part, engine.device), users[part].astype(np.int64))
+            told = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
             best = told.topk(min(settings.top_k, data.n_items), dim=1)
             probabilities.append(best.values.cpu())
             items.append(best.indices.to("cpu", torch.int32))

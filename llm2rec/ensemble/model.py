@@ -15,8 +15,8 @@ from llm2rec.core.metrics import target_ranks
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
-from llm2rec.student.datamodule import SeenItems, SequenceBatch, SequenceData
-from llm2rec.student.evaluator import Rows, aligned_batches, rank_rows
+from llm2rec.student.datamodule import Rows, SeenItems, SequenceBatch
+from llm2rec.student.evaluator import RowNumbers, aligned_batches, rank_rows
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student
 
@@ -94,7 +94,7 @@ class Ensemble:
 
 
 def rank_targets(
-    ensemble: Ensemble, rows: SequenceData, engine: Engine, *, seen: SeenItems | None = None, batch_rows: int = 512
+    ensemble: Ensemble, rows: Rows, engine: Engine, *, seen: SeenItems | None = None, batch_rows: int = 512
 ) -> Tensor:
     """Rank the targets of rows that were not counted, divided among processes; no row is dropped.
 
@@ -109,7 +109,7 @@ def rank_targets(
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
 
-    def rank(block: Rows) -> Tensor:
+    def rank(block: RowNumbers) -> Tensor:
         batch = rows.batch(block, engine.device)
         probs = ensemble.probabilities(batch)  # (B, N)
         return target_ranks(probs if seen is None else seen.mask(probs, block, batch.targets), batch.targets)

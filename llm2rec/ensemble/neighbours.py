@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.data import RecData
-from llm2rec.student.rows import RowPlaces
+from llm2rec.student.datamodule import Rows
 
 __all__ = ["Neighbours", "sharpened", "training_sequences"]
 
@@ -87,7 +87,7 @@ def sharpened(scores: Tensor) -> Tensor:
 
 def training_sequences(data: RecData) -> list[NDArray[np.int64]]:
     """Items of each user up to the last target of the training split, oldest first: nothing that is held out."""
-    train = RowPlaces.of(data.splits["train"], data.sequences)
+    train = Rows.of(data, "train")
     rows = np.arange(len(train))
     ends = np.zeros(len(data.sequences), np.int64)
     np.maximum.at(ends, train.users[rows], train.positions[rows].astype(np.int64) + 1)

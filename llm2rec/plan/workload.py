@@ -11,7 +11,7 @@ from llm2rec.core.train.batching import epoch_batches, micro_batch_count, optimi
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.plan.settings import PlanSettings
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.prompt_layout import PromptLayout, PromptRows
 from llm2rec.teacher.settings import PromptSettings, TeacherSettings
 from llm2rec.teacher.wording import plain_wordings, wordings_for
@@ -184,10 +184,10 @@ def workload_of(
 
 def _counted(teacher: TeacherSettings, data: RecData, prompts: Prompts, gpus: int) -> dict[str, float]:
     """Tokens of a sample of the training rows, in the batches that training makes of them."""
-    train = SequenceData.of(data.splits["train"], data.n_items, data.history_length)
+    train = Rows.of(data, "train")
     generator = np.random.default_rng(0)
     rows = np.sort(generator.permutation(len(train))[:_SAMPLE])
-    history, lengths = train.history.numpy()[rows], train.lengths.numpy()[rows]
+    history, lengths = train.histories(rows)
     read = trained = prompts.token_counts(history, lengths)
     titles = prompts.title_token_counts()
     if teacher.objective == "title":

@@ -6,10 +6,9 @@ from llm2rec.config import Config
 from llm2rec.core.run import Run
 from llm2rec.stage import build, open_data, open_engine, stage
 from llm2rec.student.card import student_card, training_on
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, student_answers
-from llm2rec.student.segments import training_data
 from llm2rec.student.settings import StudentSettings
 from llm2rec.student.store import save_student
 from llm2rec.student.trainer_baseline import train_baseline
@@ -23,9 +22,9 @@ def main(cfg: Config, run: Run) -> None:
     engine = open_engine(cfg, run, settings.training)
     arguments = {"n_items": data.n_items, **asdict(settings.model)}
     model = build_model(settings.name, **arguments)
-    train = training_data(data, settings.examples, settings.model.max_length)
-    validation = SequenceData.of(data.splits["validation"], data.n_items, settings.model.max_length)
-    seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+    train = Rows.of(data, "train", settings.model.max_length, settings.examples)
+    validation = Rows.of(data, "validation", settings.model.max_length)
+    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
     with run.phase("train"):
         model = train_baseline(
             model,

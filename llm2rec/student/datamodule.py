@@ -1,7 +1,7 @@
-"""Prepared examples as tensors: padded histories, lengths and targets."""
+"""Rows of a split as tensors: padded histories, lengths and targets, cut from the users' sequences."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,25 +11,23 @@ from torch import Tensor
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.ranking import Pairs
-from llm2rec.core.seed import derived_seed
-from llm2rec.data.columns import Numbers
-from llm2rec.student.rows import RowPlaces
-from llm2rec.student.unshown import UnshownItems
+from llm2rec.data import RecData
+from llm2rec.data.columns import Numbers, column_numbers, list_lengths
 
-__all__ = ["NegativeSampler", "SeenItems", "SequenceBatch", "SequenceData", "TrainingData"]
+__all__ = ["Rows", "SeenItems", "Segments", "SequenceBatch"]
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Some rows of a split: B' of them, in B sequences; each row is a sequence of its own unless ``at`` is there.
+    """B' rows of a split, read as B sequences; row b is sequence b unless ``at`` is given.
 
     Attributes:
         history: Item ids, shape ``(B, L)``, int64, oldest first, padded on the right with ``n_items``.
         lengths: Real items per sequence, shape ``(B,)``, int64.
         targets: Target items, shape ``(B',)``, int64.
         rows: Row numbers in the split, shape ``(B',)``, int64.
-        at: Where each row's history ends in the flattened ``history``, shape ``(B',)``, int64; None where row b is
-            sequence b and ends where it ends.
+        at: Index of each row's last history item in the flattened ``history``, shape ``(B',)``, int64; None if every
+            row is a sequence of its own.
     """
 
     history: Tensor
@@ -40,185 +38,239 @@ class SequenceBatch:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What a student's ``forward`` takes to give one user vector per row."""
+        """Arguments of a student's ``forward``, which returns one user vector per row."""
         return (self.history, self.lengths) if self.at is None else (self.history, self.lengths, self.at)
 
 
 @dataclass(frozen=True)
-class SequenceData:
-    """One split in memory: 4 bytes per history slot and no Python object per row.
+class Segments:
+    """A partition of the rows into segments: stretches of a user's sequence that one causal pass reads.
 
     Attributes:
-        history: Shape ``(M, L)``, int32, padded on the right with ``n_items``.
-        lengths: Shape ``(M,)``, int32.
-        targets: Shape ``(M,)``, int32.
-        n_items: Number of items, N; also the padding id.
+        starts: Where each segment begins in ``Rows.items``, shape ``(S,)``, int64.
+        first_rows: First row that each segment predicts, shape ``(S,)``, int64.
+        sizes: Rows that each segment predicts, shape ``(S,)``, int64; they follow on the first.
     """
 
-    history: Tensor
-    lengths: Tensor
-    targets: Tensor
+    starts: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a split, each a user and the position of its target in the user's sequence.
+
+    The tables stay on disk; histories are read when a batch is made. A forward pass reads whole *units*. By default a
+    unit is one row with its own history (a window). After `in_segments` a unit is a segment, so that one pass of a
+    causal model predicts many rows. Row numbers are those of the split in both cases.
+
+    Attributes:
+        items: All users' sequences, one after the other, shape ``(interactions,)``.
+        users: User index of each row, shape ``(M,)``.
+        positions: Position of each row's target in its user's sequence, shape ``(M,)``; at least 1.
+        user_starts: Where each user begins in ``items``, shape ``(users,)``.
+        n_items: Number of items, N; also the padding id.
+        max_length: Longest history that is read, L.
+        segments: How rows are grouped into segments; None for windows.
+    """
+
+    items: Numbers
+    users: Numbers
+    positions: Numbers
+    user_starts: NDArray[np.int64]
     n_items: int
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def max_length(self) -> int:
-        """Longest history, L."""
-        return self.history.shape[1]
-
-    @property
-    def units(self) -> NDArray[np.int64]:
-        """Row numbers, shape ``(M,)``: what an epoch shuffles."""
-        return np.arange(len(self))
-
-    @property
-    def sizes(self) -> None:
-        """Each unit is one row."""
+    max_length: int
+    segments: Segments | None = None
 
     @classmethod
-    def of(cls, split: Dataset, n_items: int, max_length: int) -> "SequenceData":
-        """Read a split of `llm2rec.data`; histories longer than ``max_length`` keep their most recent items."""
-        table = split.with_format("arrow")[:]
-        histories = table.column("history").combine_chunks()
-        offsets = histories.offsets.to_numpy().astype(np.int64)
-        values = histories.values.to_numpy()
-        lengths = np.minimum(np.diff(offsets), max_length)
-        slots = np.arange(max_length)
-        real = slots < lengths[:, None]  # (M, L)
-        source = np.where(real, (offsets[1:] - lengths)[:, None] + slots, 0)
-        history = np.where(real, values[source], n_items).astype(np.int32)
-        targets = table.column("target").combine_chunks().to_numpy().astype(np.int32)
+    def of(cls, data: RecData, split: str, max_length: int | None = None, examples: str = "windows") -> "Rows":
+        """Open a split of a dataset.
+
+        Args:
+            data: The dataset.
+            split: ``train``, ``validation`` or ``test``.
+            max_length: Longest history to read; that of the dataset if None.
+            examples: ``windows`` or ``sequences``; see `StudentSettings`.
+
+        Raises:
+            ConfigError: If ``max_length`` is longer than the dataset's histories.
+        """
+        max_length = data.history_length if max_length is None else max_length
+        if max_length > data.history_length:
+            raise ConfigError(
+                f"student.model.max_length is {max_length}, but histories of {data.name} end after "
+                f"{data.history_length} items; set `dataset.history_length={max_length}`, which "
+                "`student.model.max_length` follows by default."
+            )
+        rows = cls.from_tables(data.splits[split], data.sequences, data.n_items, max_length)
+        return rows if examples == "windows" else rows.in_segments()
+
+    @classmethod
+    def from_tables(cls, split: Dataset, sequences: Dataset, n_items: int, max_length: int) -> "Rows":
+        """Open the tables of `llm2rec.data`; arguments as the attributes."""
+        lengths = list_lengths(sequences, "items")
         return cls(
-            torch.from_numpy(history), torch.from_numpy(lengths.astype(np.int32)), torch.from_numpy(targets), n_items
+            column_numbers(sequences, "items"),
+            column_numbers(split, "user_index"),
+            column_numbers(split, "position"),
+            np.cumsum(lengths) - lengths,
+            n_items,
+            max_length,
         )
 
-    def batch(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
-        """Gather ``rows`` of shape ``(B,)``."""
-        index = torch.from_numpy(rows)
-        return SequenceBatch(
-            history=self.history[index].to(device, torch.int64, non_blocking=True),
-            lengths=self.lengths[index].to(device, torch.int64, non_blocking=True),
-            targets=self.targets[index].to(device, torch.int64, non_blocking=True),
-            rows=rows,
-        )
+    def in_segments(self, stride: int | None = None) -> "Rows":
+        """Group the rows into segments of at most L items.
 
-    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
-        index = torch.from_numpy(rows)
-        return torch.cat([self.history[index], self.targets[index].unsqueeze(1)], dim=1).numpy()
+        The first segment of a user reads up to L items and predicts a row at each. Every later one begins with the last
+        ``L - stride`` items of the one before, which it reads for context alone, and predicts the next ``stride`` rows.
+        So each row is predicted exactly once, by a pass that has read at least ``L - stride + 1`` items before its
+        target, or all there are.
 
-
-class TrainingData(Protocol):
-    """What a student trains on, however its rows are divided into units that one forward pass takes whole.
-
-    Row numbers are those of the training split, so what others say of rows, such as a teacher, is found by the
-    ``rows`` of a batch.
-    """
+        Args:
+            stride: Rows that each later segment predicts, 1 to L; half of L if None. Rows of a user must follow each
+                other in the order of time.
+        """
+        length, stride = self.max_length, stride or -(-self.max_length // 2)
+        every = np.arange(len(self))
+        users, positions = self.users[every].astype(np.int64), self.positions[every].astype(np.int64)
+        follows = (np.diff(users) == 0) & (np.diff(positions) == 1)
+        run_rows = np.concatenate([[0], np.flatnonzero(~follows) + 1])  # (R,): first row of each unbroken run
+        run_sizes = np.diff(run_rows, append=len(users))
+        # A run's first segment may reach further: it reads from the user's first item on as long as that fits.
+        first_sizes = np.minimum(run_sizes, np.maximum(stride, length + 1 - positions[run_rows]))
+        n_later = -(-(run_sizes - first_sizes) // stride)  # (R,)
+        run = np.repeat(np.arange(len(run_rows)), n_later + 1)  # (S,): each segment's run
+        nth = _counting(n_later + 1)  # (S,): 0, 1, ... within each run
+        stops = np.minimum(first_sizes[run] + nth * stride, run_sizes[run])  # (S,): one past the last row, in its run
+        begins = np.where(nth == 0, 0, first_sizes[run] + (nth - 1) * stride)
+        # The last target is not read.
+        starts, _ = self._windows(run_rows[run] + stops - 1)
+        return replace(self, segments=Segments(starts, run_rows[run] + begins, stops - begins))
 
     def __len__(self) -> int:
         """Rows, M; not units."""
-
-    @property
-    def n_items(self) -> int:
-        """Number of items, N; also the padding id."""
-
-    @property
-    def targets(self) -> Tensor:
-        """Target items, shape ``(M,)``, int32."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest history, L."""
+        return len(self.users)
 
     @property
     def units(self) -> NDArray[np.int64]:
         """Numbers of the units, which an epoch shuffles."""
+        return np.arange(len(self) if self.segments is None else len(self.segments.sizes))
 
     @property
     def sizes(self) -> NDArray[np.int64] | None:
         """Rows of each unit; None means 1 each."""
+        return None if self.segments is None else self.segments.sizes
 
-    def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
-        """Gather the rows of ``units``, in their order."""
+    @cached_property
+    def targets(self) -> Tensor:
+        """Target items, shape ``(M,)``, int32."""
+        return torch.from_numpy(self.items[self._target_places(np.arange(len(self)))].astype(np.int32))
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Lengths of all histories, shape ``(M,)``."""
+        return np.minimum(self.positions[np.arange(len(self))], self.max_length).astype(np.int32)
+
+    def histories(self, rows: NDArray[np.int64] | None = None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Read the histories of ``rows`` (all if None).
+
+        Returns:
+            Item ids of shape ``(B, L)``, oldest first, padded on the right with ``n_items``; and lengths ``(B,)``.
+        """
+        starts, lengths = self._windows(np.arange(len(self)) if rows is None else rows)
+        return self._read(starts, lengths, self.max_length), lengths.astype(np.int32)
 
     def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """What ``rows`` show: their histories, padded, and their targets; shape ``(B, L + 1)``."""
+        """Histories of ``rows``, padded, with their targets in the last column; shape ``(B, L + 1)``."""
+        return np.column_stack([self.histories(rows)[0], self.targets.numpy()[rows]])
+
+    def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
+        """Gather the rows of ``units`` of shape ``(B,)``, in their order.
+
+        Windows are padded to L, segments to the longest of the batch.
+        """
+        if self.segments is None:
+            rows, at = units, None
+            starts, lengths = self._windows(rows)
+            history = self._read(starts, lengths, self.max_length)
+        else:
+            first_rows, sizes, starts = (
+                each[units] for each in (self.segments.first_rows, self.segments.sizes, self.segments.starts)
+            )
+            rows = np.repeat(first_rows, sizes) + _counting(sizes)  # (B',)
+            lengths = self._target_places(first_rows + sizes - 1) - starts  # (B,)
+            longest = int(lengths.max())
+            history = self._read(starts, lengths, longest)
+            segment = np.repeat(np.arange(len(units)), sizes)  # (B',)
+            ends = segment * longest + self._target_places(rows) - 1 - starts[segment]
+            at = torch.from_numpy(ends).to(device, non_blocking=True)
+        return SequenceBatch(
+            history=torch.from_numpy(history.astype(np.int64)).to(device, non_blocking=True),
+            lengths=torch.from_numpy(lengths).to(device, non_blocking=True),
+            targets=self.targets[torch.from_numpy(rows)].to(device, torch.int64, non_blocking=True),
+            rows=rows,
+            at=at,
+        )
+
+    def _target_places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the targets of ``rows`` lie in ``items``."""
+        return self.user_starts[self.users[rows]] + self.positions[rows]
+
+    def _windows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the histories of ``rows`` begin in ``items``, and their lengths."""
+        lengths = np.minimum(self.positions[rows].astype(np.int64), self.max_length)
+        return self._target_places(rows) - lengths, lengths
+
+    def _read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], width: int) -> NDArray[np.int32]:
+        """Read stretches of ``items``, padded on the right to ``width``; shape ``(B, width)``."""
+        slots = np.arange(width)
+        real = slots < lengths[:, None]
+        found = np.where(real, self.items[np.where(real, starts[:, None] + slots, 0)], self.n_items)
+        return found.astype(np.int32, copy=False)
 
 
-@dataclass(frozen=True)
 class SeenItems:
-    """What each row's user had interacted with before the row's target, to take out of a ranking.
+    """Items that each row's user interacted with before the row's target, to exclude from a ranking.
 
-    Attributes:
-        items: All users' sequences, one after the other, shape ``(interactions,)``.
-        starts: Where each row's user begins in ``items``, shape ``(M,)``.
-        counts: Interactions of the user before the row's target, shape ``(M,)``.
+    Args:
+        rows: The rows. All items before a target count, also those before its history.
     """
 
-    items: Numbers
-    starts: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, split: Dataset, sequences: Dataset) -> "SeenItems":
-        """Read a split and the sequences of `llm2rec.data`."""
-        places = RowPlaces.of(split, sequences)
-        rows = np.arange(len(places))
-        return cls(places.items, places.starts(rows), places.positions[rows].astype(np.int64))
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
 
     def pairs(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Pairs:
-        """What each of some rows had seen: places in ``rows`` and item ids, a pair for every interaction."""
-        counts = self.counts[rows]
+        """Seen items of ``rows`` as index pairs: places in ``rows`` and item ids, one pair per interaction."""
+        starts, counts = self._spans(rows)
         place = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-        seen = self.items[np.repeat(self.starts[rows], counts) + within].astype(np.int64)
+        seen = self._rows.items[np.repeat(starts, counts) + _counting(counts)].astype(np.int64)
         return torch.from_numpy(place).to(device), torch.from_numpy(seen).to(device)
 
-    def besides(self, rows: NDArray[np.int64], targets: Tensor) -> Pairs:
-        """`pairs` without the rows' targets, shape ``(B,)``, on whose device they are."""
+    def pairs_without_targets(self, rows: NDArray[np.int64], targets: Tensor) -> Pairs:
+        """`pairs` without the rows' targets, shape ``(B,)``, on the device of ``targets``."""
         place, seen = self.pairs(rows, targets.device)
         others = seen != targets[place]
         return place[others], seen[others]
 
+    def padded_without_targets(self, rows: NDArray[np.int64], targets: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Seen items of ``rows`` without their targets ``(B,)``, shape ``(B, S)``, padded with N anywhere."""
+        starts, counts = (each[:, None] for each in self._spans(rows))
+        slots, n_items = np.arange(counts.max()), self._rows.n_items
+        items = self._rows.items[np.where(slots < counts, starts + slots, 0)].astype(np.int64)
+        return np.where((slots < counts) & (items != targets[:, None]), items, n_items)
+
     def mask(self, scores: Tensor, rows: NDArray[np.int64], targets: Tensor) -> Tensor:
-        """Set the scores ``(B, N)`` of items seen before to ``-inf``, except the target's own."""
-        own = scores.gather(1, targets.unsqueeze(1))
+        """Set the scores ``(B, N)`` of seen items to ``-inf``, except the target's own."""
+        kept = scores.gather(1, targets.unsqueeze(1))
         masked = scores.index_put(self.pairs(rows, scores.device), scores.new_tensor(-torch.inf))
-        return masked.scatter(1, targets.unsqueeze(1), own)
+        return masked.scatter(1, targets.unsqueeze(1), kept)
+
+    def _spans(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the sequences of the users of ``rows`` begin in ``items``, and their items before the target."""
+        return self._rows.user_starts[self._rows.users[rows]], self._rows.positions[rows].astype(np.int64)
 
 
-class NegativeSampler:
-    """One item per row and epoch that the row shows nowhere: neither in its history nor as its target.
-
-    Uniform over those items, as in the released DLLM2Rec program. A negative is a function of seed, epoch and example,
-    so neither batches, processes nor a resumed run change it.
-
-    Args:
-        data: Training rows.
-        seed: Seed of the run.
-
-    Raises:
-        ConfigError: If a row could show the whole catalogue.
-    """
-
-    def __init__(self, data: TrainingData, seed: int) -> None:
-        shown = data.max_length + 1
-        if data.n_items <= shown:
-            raise ConfigError(
-                f"the catalogue has {data.n_items} items and a row may show {shown} of them, so that no negative may "
-                "be left; shorten histories with `dataset.history_length`, or use a loss without negatives."
-            )
-        self._data, self._seed = data, seed
-        self._epoch, self._uniform = -1, np.empty(0)
-
-    def draw(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
-        """Draw the negatives of ``rows`` (shape ``(B,)``) for ``epoch``; returns item ids of shape ``(B,)``, int64."""
-        if epoch != self._epoch:
-            generator = np.random.default_rng(derived_seed(self._seed, "negatives", epoch))
-            self._epoch, self._uniform = epoch, generator.random(len(self._data))
-        shown = self._data.shown(rows)  # (B, L + 1), the target last
-        unshown = UnshownItems(shown[:, :-1], shown[:, -1], self._data.n_items)
-        nth = np.minimum((self._uniform[rows] * unshown.counts).astype(np.int64), unshown.counts - 1)
-        return torch.from_numpy(unshown.nth(nth[:, None])[:, 0])
+def _counting(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count 0, 1, ..., size-1 for each size, in one flat array: (2, 3) gives 0 1 0 1 2."""
+    return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)

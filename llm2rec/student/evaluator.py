@@ -11,17 +11,30 @@ from torch import Tensor, nn
 from llm2rec.core.ranking import Catalogue, ranks_in_blocks
 from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import SequentialRecommender
 
-__all__ = ["Rows", "aligned_batches", "batches_within_cost", "evaluation_mode", "rank_rows", "rank_targets"]
+__all__ = [
+    "Batches",
+    "RowNumbers",
+    "aligned_batches",
+    "batches_within_cost",
+    "evaluation_mode",
+    "rank_rows",
+    "rank_targets",
+]
 
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 """Row numbers, shape ``(B,)``."""
+Batches = Callable[[RowNumbers], Iterable[RowNumbers]]
+"""Splits row numbers into batches."""
 
 
 def rank_rows(
-    rank: Callable[[Rows], Tensor], n_rows: int, engine: Engine, batches: Callable[[Rows], Iterable[Rows]]
+    rank: Callable[[RowNumbers], Tensor],
+    n_rows: int,
+    engine: Engine,
+    batches: Batches,
 ) -> Tensor:
     """Rank the targets of all rows, split among processes; no row is dropped. A collective.
 
@@ -43,7 +56,7 @@ def rank_rows(
     return engine.gather_rows(ranks[torch.from_numpy(mine)], n_rows)
 
 
-def batches_within_cost(costs: Callable[[Rows], NDArray[np.int64]], max_cost: int) -> Callable[[Rows], Iterable[Rows]]:
+def batches_within_cost(costs: Callable[[RowNumbers], NDArray[np.int64]], max_cost: int) -> Batches:
     """Batches of rows with similar costs, such as tokens; see `batches_by_cost`.
 
     Args:
@@ -53,14 +66,14 @@ def batches_within_cost(costs: Callable[[Rows], NDArray[np.int64]], max_cost: in
     return lambda mine: (mine[part] for part in batches_by_cost(costs(mine), max_cost))
 
 
-def aligned_batches(n_rows: int, size: int) -> Callable[[Rows], Iterable[Rows]]:
+def aligned_batches(n_rows: int, size: int) -> Batches:
     """Batches of ``size`` consecutive rows that are the same for any number of processes.
 
     The batch size shows in the last bits of a matrix product, so a process ranks every batch that holds one of its
     rows.
     """
 
-    def batches(mine: Rows) -> Iterator[Rows]:
+    def batches(mine: RowNumbers) -> Iterator[RowNumbers]:
         for number in range(mine[0] // size, mine[-1] // size + 1) if len(mine) else ():
             yield np.arange(number * size, min((number + 1) * size, n_rows))
 
@@ -81,7 +94,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def rank_targets(
     model: SequentialRecommender,
-    data: SequenceData,
+    data: Rows,
     engine: Engine,
     *,
     seen: SeenItems | None = None,
@@ -104,7 +117,7 @@ def rank_targets(
     with evaluation_mode(model):
         catalogue = Catalogue(model.output_items.vectors())
 
-        def rank(rows: Rows) -> Tensor:
+        def rank(rows: RowNumbers) -> Tensor:
             batch = data.batch(rows, engine.device)
             users = model(batch.history, batch.lengths)  # (B, D)
             left_out = None if seen is None else seen.pairs(rows, engine.device)

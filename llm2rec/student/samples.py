@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import SequentialRecommender
 
 __all__ = ["Answers", "log_recommendations", "recommendation_table", "student_answers"]
@@ -19,7 +19,7 @@ _ROWS, _ITEMS = 5, 5  # users shown, and items shown of their history and of wha
 Answers = Callable[[NDArray[np.int32], NDArray[np.int32], int], Tensor]
 
 
-def log_recommendations(engine: Engine, answers: Answers, rows: SequenceData, items: Dataset) -> None:
+def log_recommendations(engine: Engine, answers: Answers, rows: Rows, items: Dataset) -> None:
     """Show in TensorBoard what is recommended to the first rows of a split; all processes have to call it.
 
     Args:
@@ -30,7 +30,7 @@ def log_recommendations(engine: Engine, answers: Answers, rows: SequenceData, it
         items: Items of `llm2rec.data`, with column ``title``.
     """
     if engine.has_tensorboard:
-        history, lengths = rows.history[:_ROWS].numpy(), rows.lengths[:_ROWS].numpy()
+        history, lengths = rows.histories(np.arange(min(_ROWS, len(rows))))
         best = answers(history, lengths, min(_ITEMS, rows.n_items)).tolist()
         read = [each[:length][-_ITEMS:].tolist() for each, length in zip(history, lengths, strict=True)]
         table = recommendation_table(read, rows.targets[:_ROWS].tolist(), best, items)

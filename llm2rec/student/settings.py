@@ -171,7 +171,7 @@ class StudentSettings:
         training: Length, batch and rate; distillation uses the same.
         examples: What a forward pass reads for the training rows: ``windows`` (each row's own history) or
             ``sequences`` (pieces of users' sequences, each answering many rows; see
-            `llm2rec.student.segments.SegmentData`). Every row is trained once an epoch in both, and sizes of batches
+            `llm2rec.student.datamodule.Rows`). Every row is trained once an epoch in both, and sizes of batches
             count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
         loss: Its own task; distillation uses the same unless its recipe names another.
         item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.rowwise`.

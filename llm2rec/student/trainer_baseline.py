@@ -7,7 +7,7 @@ from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.state import TrainingState
 from llm2rec.core.train.stepper import MicroBatches
-from llm2rec.student.datamodule import SeenItems, SequenceData, TrainingData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.optimizer import student_optimizer
@@ -19,8 +19,8 @@ __all__ = ["train_baseline"]
 
 def train_baseline(
     model: SequentialRecommender,
-    train: TrainingData,
-    validation: SequenceData,
+    train: Rows,
+    validation: Rows,
     engine: Engine,
     *,
     loss: LossSettings | None = None,

@@ -21,7 +21,7 @@ from llm2rec.core.train.sharding import divides_frozen, full_size
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.samples import Answers, log_recommendations
 from llm2rec.teacher.borrowed_student import open_recommender
 from llm2rec.teacher.card import teacher_card
@@ -79,9 +79,7 @@ def main(cfg: Config, run: Run) -> None:
         recommender = open_recommender(of_run, kept, data.name, data.fingerprint, engine.device)
         source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
     run.keep(language_model=weights_hash(source))
-    train, validation = (
-        SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
-    )
+    train, validation = (Rows.of(data, split) for split in ("train", "validation"))
     model, recipe = build_teacher(
         llm, source, settings, data, train.targets.numpy(), engine.device, recommender, cfg.seed
     )
@@ -99,7 +97,7 @@ def main(cfg: Config, run: Run) -> None:
             train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
             validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
         with run.phase("train"):
-            seen = SeenItems.of(data.splits["validation"], data.sequences) if cfg.metrics.mask_seen else None
+            seen = SeenItems(Rows.of(data, "validation")) if cfg.metrics.mask_seen else None
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     log_recommendations(engine, answers_of(model.eval(), data), validation, data.items)

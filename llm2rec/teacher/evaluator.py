@@ -5,9 +5,9 @@ from torch import Tensor
 
 from llm2rec.core.metrics import target_ranks
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.candidates import CandidateSampler
 from llm2rec.student.datamodule import SeenItems
-from llm2rec.student.evaluator import Rows, batches_within_cost, evaluation_mode, rank_rows
+from llm2rec.student.evaluator import RowNumbers, batches_within_cost, evaluation_mode, rank_rows
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.title.model import TitleRecommender
@@ -37,10 +37,10 @@ def rank_targets(
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
 
-    def rank(positions: Rows) -> Tensor:
+    def rank(positions: RowNumbers) -> Tensor:
         numbers = rows.rows[positions]
         batch = rows.data.batch(numbers, engine.device)
-        inputs = model.read(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers])
+        inputs = model.read(*rows.data.histories(numbers))
         with model.mixing(torch.from_numpy(rows.gate_inputs[positions]).to(engine.device)):
             scores = model(**vars(inputs), keep=None if seen is None else batch.targets)  # (B, N)
         if seen is not None:
@@ -74,18 +74,18 @@ def rank_answers(
     """
     data = rows.data
 
-    def listed(drawn: Rows) -> Rows | None:
+    def listed(drawn: RowNumbers) -> RowNumbers | None:
         return drawn if model.lists_candidates else None
 
-    def token_counts(positions: Rows) -> Rows:
+    def token_counts(positions: RowNumbers) -> RowNumbers:
         numbers = rows.rows[positions]
-        history, lengths = data.history.numpy()[numbers], data.lengths.numpy()[numbers]
+        history, lengths = data.histories(numbers)
         shown = listed(candidates.draw(numbers))
         return model.prompts.question_token_counts(history, lengths, shown, hybrid=model.is_hybrid)
 
-    def rank(positions: Rows) -> Tensor:
+    def rank(positions: RowNumbers) -> Tensor:
         numbers = rows.rows[positions]
-        history, lengths, drawn = data.history.numpy()[numbers], data.lengths.numpy()[numbers], candidates.draw(numbers)
+        history, lengths, drawn = *data.histories(numbers), candidates.draw(numbers)
         gate_inputs = torch.from_numpy(rows.gate_inputs[positions]).to(engine.device)
         scores = model.candidate_log_probs(history, lengths, listed(drawn), gate_inputs, drawn)  # (B, C)
         targets = data.targets.numpy()[numbers]

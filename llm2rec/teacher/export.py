@@ -51,7 +51,7 @@ def _rank(
     model: LLMTeacher, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     numbers, gate_inputs = rows.rows[block], rows.gate_inputs[block]
-    history, lengths = rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers]
+    history, lengths = rows.data.histories(numbers)
     k = min(settings.top_k, rows.data.n_items)
     items, log_probs = np.empty((len(numbers), k), np.int32), np.empty((len(numbers), k), np.float32)
     counts = model.ranking_token_counts(history, lengths, k)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llm2rec.core.files import replaced_file
 from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.ilora_model import LLMTeacher
 
 __all__ = ["GateCache", "TeacherRows", "model_identity"]
@@ -44,7 +44,7 @@ class TeacherRows:
         token_counts: Tokens of each row's prompt, slots of injected vectors included, shape ``(M,)``.
     """
 
-    data: SequenceData
+    data: Rows
     rows: NDArray[np.int64]
     gate_inputs: NDArray[np.float32]
     token_counts: NDArray[np.int64]
@@ -75,9 +75,9 @@ class GateCache:
         self.model, self.identity, self.engine, self.folder = model, identity, engine, folder
         self.block_rows, self.batch_tokens = block_rows, batch_tokens
 
-    def rows(self, data: SequenceData, rows: NDArray[np.int64]) -> TeacherRows:
+    def rows(self, data: Rows, rows: NDArray[np.int64]) -> TeacherRows:
         """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
-        history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+        history, lengths = data.histories(rows)
         token_counts = self.model.token_counts(history, lengths)
         if self.model.tuner is None:  # no gate, so nothing to compute
             return TeacherRows(data, rows, np.empty((len(rows), 0), np.float32), token_counts)

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2rec.core.hashing import mixed_words
-from llm2rec.core.seed import derived_seed
+from llm2rec.core.seed import derived_seed, mixed_words
 
 __all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "PromptRows", "TokenBatch", "hashed", "padded_batch"]
 

@@ -93,7 +93,7 @@ class ItemObjective:
         """See `Objective.losses`."""
         data, rows = self.train.data, self.train.rows[micro]
         targets = data.batch(rows, self.engine.device).targets
-        inputs = self.model.read(data.history.numpy()[rows], data.lengths.numpy()[rows], hybrid=hybrid)
+        inputs = self.model.read(*data.histories(rows), hybrid=hybrid)
         logits = wrapped(**vars(inputs), keep=targets)  # (B, N)
         return cross_entropy(logits, targets)
 
@@ -104,7 +104,7 @@ class ItemObjective:
     def prompts(self, n: int) -> TokenBatch:
         """See `Objective.prompts`."""
         data, rows = self.train.data, self.train.rows[:n]
-        history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+        history, lengths = data.histories(rows)
         return self.model.prompts.histories(history, lengths, hybrid=self.model.is_hybrid)
 
 

@@ -23,9 +23,8 @@ from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
-from llm2rec.student.segments import SegmentData
 
 N, L, K = 12, 4, 5
 VALIDATION = random_rows(20, N, L, seed=1)
@@ -51,7 +50,7 @@ def users(longest):
 
 
 def segments_of(sequences):
-    return SegmentData.of(examples_of(sequences, L), sequences_of(sequences), N, L)
+    return Rows.from_tables(examples_of(sequences, L), sequences_of(sequences), N, L).in_segments()
 
 
 def train_in(folder, train, settings, *, name="sasrec", kind=Engine, model_seed=0, dropout=0.0, **training):
@@ -77,7 +76,7 @@ def train_in(folder, train, settings, *, name="sasrec", kind=Engine, model_seed=
 def test_losses_are_those_of_windows_where_batches_agree(tmp_path, name, settings):
     """One step an epoch, so that both see the same rows in it; sequences that one segment holds."""
     sequences = users(L + 1)
-    windows = SequenceData.of(examples_of(sequences, L), N, L)
+    windows = Rows.from_tables(examples_of(sequences, L), sequences_of(sequences), N, L)
     for folder, train in (("windows", windows), ("segments", segments_of(sequences))):
         train_in(tmp_path / folder, train, settings, name=name, epochs=4, batch_size=1000, micro_batch_size=1000)
     ours, theirs = (written(tmp_path / folder, "validation")["history"] for folder in ("segments", "windows"))
@@ -101,7 +100,7 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path):
 @pytest.mark.parametrize("labelled", [None, 3], ids=["all labelled", "every third"])
 def test_a_policy_sees_of_each_row_what_it_sees_with_windows(tmp_path, labelled):
     sequences = users(L + 1)
-    windows = SequenceData.of(examples_of(sequences, L), N, L)
+    windows = Rows.from_tables(examples_of(sequences, L), sequences_of(sequences), N, L)
     teacher = teacher_for(len(windows), N, K)
     if labelled is not None:
         kept = np.arange(0, len(windows), labelled)

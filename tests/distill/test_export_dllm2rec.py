@@ -23,7 +23,7 @@ from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
 
 K = 12
@@ -104,9 +104,7 @@ def test_our_distillation_trains_on_the_programs_files(data, written, tmp_path, 
         written / "tocf" / "toy", n_rows=len(data.splits["train"]), n_items=data.n_items, fingerprint="none", top_k=10
     )
     assert "no manifest.json: scores are read as distances" in caplog.text
-    train, validation = (
-        SequenceData.of(data.splits[split], data.n_items, data.history_length) for split in ("train", "validation")
-    )
+    train, validation = (Rows.of(data, split) for split in ("train", "validation"))
     engine = engine_in(tmp_path, epochs=1, batch_size=64, micro_batch_size=64)
     torch.manual_seed(0)
     plain = build_model(

@@ -13,7 +13,7 @@ from llm2rec.data import Toy, prepare
 from llm2rec.ensemble.model import Ensemble, ensemble_of, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.ensemble.settings import EnsembleSettings
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import build_model
 from llm2rec.student.store import load_student, save_student
 
@@ -33,7 +33,7 @@ def toy(tmp_path_factory):
 
 
 def rows_of(toy, split):
-    return SequenceData.of(toy.data.splits[split], toy.data.n_items, 5)
+    return Rows.of(toy.data, split, 5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -67,14 +67,14 @@ def test_members_answer_for_histories_that_have_no_neighbours(toy, share):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_targets_are_ranked_as_one_by_one(toy, tmp_path, masked):
-    rows, split = rows_of(toy, "validation"), toy.data.splits["validation"]
+    rows = rows_of(toy, "validation")
     ensemble = ensemble_of(toy.members, toy.data, 0.5)
-    seen = SeenItems.of(split, toy.data.sequences) if masked else None
+    seen = SeenItems(rows) if masked else None
     ranks = rank_targets(ensemble, rows, engine_in(tmp_path), seen=seen, batch_rows=7)
     scores = ensemble.probabilities(rows.batch(np.arange(len(rows))))
-    for row, (user, target) in enumerate(zip(split["user_index"], split["target"], strict=True)):
-        had = toy.data.sequences["items"][user][:-2] if masked else []
-        others = set(range(toy.data.n_items)) - set(had) - {target}
+    for row, (user, target) in enumerate(zip(rows.users[rows.units], rows.targets, strict=True)):
+        had = toy.data.sequences["items"][int(user)][:-2] if masked else []
+        others = set(range(toy.data.n_items)) - set(had) - {int(target)}
         assert ranks[row] == sum(scores[row, item].item() >= scores[row, target].item() for item in others)
 
 

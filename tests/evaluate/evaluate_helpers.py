@@ -3,7 +3,7 @@
 import torch
 
 from llm2rec.core.files import write_json
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
 from llm2rec.student.store import save_student
 from llm2rec.teacher.factory import build_teacher, save_teacher
@@ -31,7 +31,7 @@ def title_run(results, data, name, *, n_candidates=6, max_tokens=400, **settings
         name="tiny", pooling="mean", prompt=PromptSettings(max_tokens=max_tokens), width=32, n_heads=2
     )
     source = str(make_tiny_random(llm, data.folder.parent / "llm", data.titles))
-    targets = SequenceData.of(data.splits["train"], data.n_items, data.history_length).targets.numpy()
+    targets = Rows.of(data, "train").targets.numpy()
     chosen = TeacherSettings(objective="title", title=title, adapter=AdapterSettings(r=8), **settings)
     torch.manual_seed(4)
     model, recipe = build_teacher(llm, source, chosen, data, targets, torch.device("cpu"))

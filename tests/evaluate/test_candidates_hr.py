@@ -18,8 +18,8 @@ from llm2rec.evaluate.scoring import teacher_runs
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, rank_among, rank_among_candidates
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, score_popularity, score_run
 from llm2rec.evaluate.table import write_report
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.interfaces import ITeacherRecommender
 
 PROTOCOL = Protocol(ks=(1, 5), mask_seen=False, n_candidates=7, candidates_seed=3)
@@ -27,7 +27,7 @@ PROTOCOL = Protocol(ks=(1, 5), mask_seen=False, n_candidates=7, candidates_seed=
 
 def plain_hits(data, scores_of, n_candidates=7, seed=3):
     """Pick the best candidate of every test row, one after the other; ``scores_of`` gives all items' scores."""
-    test = SequenceData.of(data.splits["test"], data.n_items, data.history_length)
+    test = Rows.of(data, "test")
     sampler, hits = CandidateSampler(test, seed, n_candidates, split="test"), []
     for number, row in enumerate(data.splits["test"]):
         scores = scores_of(row["history"])

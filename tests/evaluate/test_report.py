@@ -21,7 +21,7 @@ from llm2rec.evaluate.__main__ import _command
 from llm2rec.evaluate.report.files import write_pages
 from llm2rec.evaluate.report.findings import check_baseline, read_run
 from llm2rec.evaluate.scoring.scoring import score_run
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 
 SECTIONS = [
     "conclusions", "setting", "results", "baseline", "groups", "latency", "curves", "overlap", "gates", "samples",
@@ -122,8 +122,8 @@ def test_gates_are_stored_by_scoring_and_summed_up_by_users(reported, data):
     findings, made, _ = reported
     (use,) = findings.gates
     gates = np.load(list(made)[-1] / "metrics" / "test_gates.npy")
-    model, test = list(made.values())[-1], SequenceData.of(data.splits["test"], data.n_items, data.history_length)
-    inputs = model.gate_inputs(test.history.numpy(), test.lengths.numpy())
+    model, test = list(made.values())[-1], Rows.of(data, "test")
+    inputs = model.gate_inputs(*test.histories())
     expected = model.evaluation_gates(inputs).numpy()
     np.testing.assert_allclose(gates, expected, atol=1e-5)
     np.testing.assert_allclose(gates.sum(axis=1), 1, atol=1e-5)

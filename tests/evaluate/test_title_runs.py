@@ -1,6 +1,7 @@
 """Title teachers on the test split: what plain loops over rows give, named as what it is, in the same table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GEN
 from llm2rec.evaluate.scoring.scoring import Protocol, score_run
 from llm2rec.evaluate.scoring.title_runs import FinishedTitleTeacher, title_scores
 from llm2rec.evaluate.table import write_report
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.title.matching import TitleHits
 from llm2rec.teacher.title.model import TitleRecommender
 
@@ -26,11 +27,11 @@ PROTOCOL = Protocol(ks=(1, 5), mask_seen=False, candidates_seed=3)
 
 
 def rows_of(data, n_candidates):
-    test = SequenceData.of(data.splits["test"], data.n_items, data.history_length)
+    test = Rows.of(data, "test")
     drawn = CandidateSampler(test, 3, n_candidates, split="test").draw(np.arange(len(test)))
     for row, candidates in enumerate(drawn):
-        length = test.lengths.numpy()[[row]]
-        yield test.history.numpy()[[row], : length[0]], length, candidates[None], int(test.targets[row])
+        history, length = test.histories(np.array([row]))
+        yield history[:, : length[0]], length, candidates[None], int(test.targets[row])
 
 
 def score(folder, data, tmp_path, protocol=PROTOCOL):
@@ -125,13 +126,14 @@ def test_a_row_is_searched_for_the_same_items_whatever_its_batch(tmp_path, data,
     """One user left with three items neither takes items from the others nor is asked for more than it has."""
     title = {"search_beams": data.n_items}
     folder, _ = title_run(tmp_path, data, "result_1", title=title, exclude_history=False)
-    test = data.splits["test"]
-    seen, k, full = SeenItems.of(test, data.sequences), 20, 4
-    left = (test["target"][full] + np.arange(3)) % data.n_items
+    test, k, full = Rows.of(data, "test"), 20, 4
+    left = (int(test.targets[full]) + np.arange(3)) % data.n_items
     had = np.setdiff1d(np.arange(data.n_items, dtype=np.int32), left)
-    starts, counts = seen.starts.copy(), seen.counts.copy()
-    starts[full], counts[full] = len(seen.items), len(had)
-    seen = SeenItems(np.concatenate([seen.items[np.arange(len(seen.items))], had]), starts, counts)
+    items, users, positions = (each[np.arange(len(each))].copy() for each in (test.items, test.users, test.positions))
+    users[full], positions[full] = len(test.user_starts), len(had)
+    starts = np.append(test.user_starts, len(items))
+    items = np.concatenate([items, had])
+    seen = SeenItems(replace(test, items=items, users=users, positions=positions, user_starts=starts))
 
     model = FinishedTitleTeacher(folder, data, engine_in(tmp_path / "e"), tmp_path / "gates")
     together = model._best(np.arange(9), k, seen, None)

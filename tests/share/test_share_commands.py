@@ -16,7 +16,7 @@ import llm2rec
 from llm2rec.core.errors import CheckpointError, HubError
 from llm2rec.core.files import write_json
 from llm2rec.data import Toy, prepare
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.factory import build_teacher, save_teacher
 from llm2rec.teacher.llm import make_tiny_random
@@ -73,7 +73,7 @@ def teacher_run(tmp_path):
     data = prepare(Toy(n_users=30, n_items=60, n_worlds=5), tmp_path / "processed")
     llm = TinyRandomSettings(name="tiny", pooling="mean", prompt=PromptSettings(max_tokens=200), width=32, n_heads=2)
     source = make_tiny_random(llm, tmp_path / "llm", data.titles)
-    targets = SequenceData.of(data.splits["train"], data.n_items, data.history_length).targets.numpy()
+    targets = Rows.of(data, "train").targets.numpy()
     settings = TeacherSettings(adapter=AdapterSettings(r=8))
     torch.manual_seed(4)
     model, recipe = build_teacher(llm, str(source), settings, data, targets, torch.device("cpu"))

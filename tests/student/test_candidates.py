@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.unshown import UnshownItems
+from llm2rec.student.negatives import CandidateSampler, UnshownItems
 
 N = 12
 ITEMS = st.integers(0, N - 1)
@@ -56,7 +55,7 @@ def test_a_row_holds_its_target_once_and_distinct_items_it_does_not_show(rows, n
 @given(ROWS)
 def test_the_nth_item_not_shown_is_what_a_loop_finds(rows):
     data = sequence_data(rows, N, max_length=6)
-    unshown = UnshownItems(data.history.numpy(), data.targets.numpy(), N)
+    unshown = UnshownItems(data.histories()[0], data.targets.numpy(), N)
     for row, (history, target) in enumerate(rows):
         left = [item for item in range(N) if item not in {*history, target}]
         assert unshown.counts[row] == len(left)

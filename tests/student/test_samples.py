@@ -38,7 +38,7 @@ def test_a_students_best_items_are_shown(tmp_path, tensorboard):
     for row, line in enumerate(lines):
         history, target, answers = line.strip("| ").replace("**", "").replace(r"\|", "/").split(" | ")
         length = int(rows.lengths[row])
-        read = rows.history[row, :length].tolist()
+        read = rows.histories(np.array([row]))[0][0, :length].tolist()
         assert len(history.split("; ")) == min(length, 5)
         with torch.no_grad():
             scores = model.score(model(torch.tensor([read]), torch.tensor([length])))[0]

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import Toy, prepare
-from llm2rec.student.datamodule import NegativeSampler, SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.losses import cross_entropy
 from llm2rec.student.models import build_model
-from llm2rec.student.segments import SegmentData, WindowData, training_data
+from llm2rec.student.negatives import NegativeSampler
 from llm2rec.student.trainer_baseline import train_baseline
 
 N, L = 9, 4
@@ -37,8 +37,12 @@ def users(n_users, longest, seed=0):
     return [generator.integers(N, size=generator.integers(2, longest + 1)).tolist() for _ in range(n_users)]
 
 
+def windows_of(sequences, max_length=L, held_out=0):
+    return Rows.from_tables(examples_of(sequences, max_length, held_out), sequences_of(sequences), N, max_length)
+
+
 def segments_of(sequences, max_length=L, stride=None, held_out=0):
-    return SegmentData.of(examples_of(sequences, max_length, held_out), sequences_of(sequences), N, max_length, stride)
+    return windows_of(sequences, max_length, held_out).in_segments(stride)
 
 
 def built(name, seed=0, **changes):
@@ -75,7 +79,7 @@ def test_every_row_is_answered_once_from_what_came_before(sequences, max_length,
     stride = data.draw(st.integers(1, max_length))
     held_out = data.draw(st.integers(0, 1 if min(map(len, sequences)) > 2 else 0))
     split = examples_of(sequences, max_length, held_out)
-    made = SegmentData.of(split, sequences_of(sequences), N, max_length, stride)
+    made = segments_of(sequences, max_length, stride, held_out)
     assert_rows_are_answered(made, split, sequences, stride)
 
 
@@ -84,7 +88,9 @@ def test_chosen_rows_are_answered_too():
     sequences = users(5, 14)
     split = examples_of(sequences, L)
     chosen = split.select([row for row in range(len(split)) if row % 7 not in (0, 3)])
-    assert_rows_are_answered(SegmentData.of(chosen, sequences_of(sequences), N, L, 2), chosen, sequences, 2)
+    assert_rows_are_answered(
+        Rows.from_tables(chosen, sequences_of(sequences), N, L).in_segments(2), chosen, sequences, 2
+    )
 
 
 def test_segments_by_hand():
@@ -132,7 +138,7 @@ def losses_and_gradients(model, data):
 @pytest.mark.parametrize("name", BUILD)
 def test_losses_and_gradients_are_those_of_windows(name):
     sequences = users(12, L + 1)  # at most L items and a target, which one segment holds
-    windows = SequenceData.of(examples_of(sequences, L), N, L)
+    windows = windows_of(sequences)
     model = built(name).double().train()
     ours, theirs = (losses_and_gradients(model, data) for data in (segments_of(sequences), windows))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-10, atol=1e-12)
@@ -142,7 +148,7 @@ def test_losses_and_gradients_are_those_of_windows(name):
 
 def test_negatives_are_those_of_windows():
     sequences, rows = users(8, 12), np.array([5, 0, 11, 3])
-    windows, data = SequenceData.of(examples_of(sequences, L), N, L), segments_of(sequences)
+    windows, data = windows_of(sequences), segments_of(sequences)
     assert np.array_equal(np.sort(data.shown(rows)), np.sort(windows.shown(rows)))
     assert torch.equal(NegativeSampler(data, 3).draw(rows, 2), NegativeSampler(windows, 3).draw(rows, 2))
 
@@ -150,28 +156,9 @@ def test_negatives_are_those_of_windows():
 @pytest.mark.parametrize("examples", ["windows", "sequences"])
 def test_no_student_reads_longer_histories_than_it_is_evaluated_on(tmp_path, examples):
     data = prepare(Toy(n_users=20, n_items=60, n_worlds=5, history_length=3), tmp_path)
-    assert training_data(data, examples, 3).max_length == 3
+    assert Rows.of(data, "train", 3, examples).max_length == 3
     with pytest.raises(ConfigError, match=r"max_length is 4, but histories of toy end after 3.*history_length=4"):
-        training_data(data, examples, 4)
-
-
-@pytest.mark.parametrize("max_length", [3, 6])
-def test_windows_are_the_rows_that_the_split_holds(tmp_path, max_length):
-    """Histories are cut from the sequences as `llm2rec.data` cut them, padded to what the student reads."""
-    data = prepare(Toy(n_users=30, n_items=60, n_worlds=5, history_length=6), tmp_path)
-    windows = training_data(data, "windows", max_length)
-    held = SequenceData.of(data.splits["train"], data.n_items, max_length)
-    assert isinstance(windows, WindowData)
-    assert (len(windows), windows.max_length, windows.sizes) == (len(held), held.max_length, None)
-    assert torch.equal(windows.targets, held.targets)
-    rows = np.random.default_rng(0).permutation(len(held))[:100]
-    ours, theirs = windows.batch(rows), held.batch(rows)
-    for name in ("history", "lengths", "targets"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-        assert getattr(ours, name).dtype is torch.int64
-    assert np.array_equal(ours.rows, theirs.rows)
-    assert np.array_equal(windows.shown(rows), held.shown(rows))
-    assert windows.shown(rows).dtype == np.int32
+        Rows.of(data, "train", 4, examples)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -191,7 +178,7 @@ def train_in(folder, *, kind=Engine, name="sasrec", model_seed=0, train=TRAIN, d
 def test_a_whole_training_is_that_of_windows_where_batches_agree(tmp_path, name):
     """One step an epoch, so that both see the same rows in it."""
     sequences = users(12, L + 1)
-    windows = SequenceData.of(examples_of(sequences, L), N, L)
+    windows = windows_of(sequences)
     changes = {"name": name, "dropout": 0.0, "batch_size": 1000, "micro_batch_size": 1000, "epochs": 5}
     for folder, train in (("windows", windows), ("segments", segments_of(sequences))):
         train_in(tmp_path / folder, train=train, **changes)

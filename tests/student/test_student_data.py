@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from datasets import concatenate_datasets
 from engine_helpers import engine_in, examples_of, random_rows, sequences_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.metrics import target_ranks
 from llm2rec.data import Toy, prepare
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import build_model
 
@@ -27,13 +26,15 @@ def slow_tensors(split, max_length):
     return history, lengths, targets
 
 
-def assert_read(split, max_length):
-    data = SequenceData.of(split, N, max_length)
-    history, lengths, targets = slow_tensors(split, max_length)
-    assert data.history.tolist() == history
-    assert data.lengths.tolist() == lengths
+def assert_read(split, sequences, max_length):
+    data = Rows.from_tables(split, sequences, N, max_length)
+    expected, expected_lengths, targets = slow_tensors(split, max_length)
+    history, lengths = data.histories()
+    assert history.tolist() == expected
+    assert lengths.tolist() == data.lengths.tolist() == expected_lengths
     assert data.targets.tolist() == targets
-    assert {data.history.dtype, data.lengths.dtype, data.targets.dtype} == {torch.int32}
+    assert {history.dtype, lengths.dtype} == {np.dtype("int32")}
+    assert data.targets.dtype is torch.int32
     assert len(data) == len(split)
 
 
@@ -41,36 +42,42 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 
 @quick
-@given(SEQUENCES, st.integers(1, 8), st.integers(1, 8))
-def test_histories_are_padded_as_a_loop_would(sequences, history_length, max_length):
-    assert_read(examples_of(sequences, history_length), max_length)
+@given(SEQUENCES, st.integers(1, 8))
+def test_histories_are_padded_as_a_loop_would(sequences, max_length):
+    assert_read(examples_of(sequences, max_length), sequences_of(sequences), max_length)
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 10])
-def test_split_and_chosen_tables_read_the_same(max_length):
-    parts = [examples_of([[1, 2, 3, 4, 5], [6, 7]], 4), examples_of([[8, 0, 1], [4, 4, 4, 4]], 4)]
-    several = concatenate_datasets(parts)
-    assert_read(several, max_length)
-    assert_read(several.select([5, 1, 6]), max_length)
-    assert_read(several.select(range(3, 8)), max_length)  # a slice shares the offsets of the whole
+def test_chosen_rows_read_the_same(max_length):
+    sequences = [[1, 2, 3, 4, 5], [6, 7], [8, 0, 1], [4, 4, 4, 4]]
+    split = examples_of(sequences, max_length)
+    for rows in ([5, 1, 6], range(3, 8)):
+        assert_read(split.select(rows), sequences_of(sequences), max_length)
 
 
-def test_a_prepared_dataset_reads_the_same(tmp_path):
-    data = prepare(Toy(n_users=20, n_items=60, n_worlds=5), tmp_path)
-    read = SequenceData.of(data.splits["validation"], data.n_items, 4)
-    for row, example in enumerate(data.splits["validation"].to_list()):
-        kept = example["history"][-4:]
-        assert read.history[row].tolist() == kept + [60] * (4 - len(kept))
-        assert read.targets[row] == example["target"]
+@pytest.mark.parametrize("max_length", [3, 6])
+def test_histories_are_those_of_the_prepared_split(tmp_path, max_length):
+    """`Rows` cuts histories from the sequences as `llm2rec.data` cut the column ``history``."""
+    data = prepare(Toy(n_users=30, n_items=60, n_worlds=5, history_length=6), tmp_path)
+    for name, split in data.splits.items():
+        rows, examples = Rows.of(data, name, max_length), split.to_list()
+        batch = rows.batch(rows.units)
+        for row, example in enumerate(examples):
+            kept = example["history"][-max_length:]
+            padded = kept + [60] * (max_length - len(kept))
+            assert batch.history[row].tolist() == padded
+            assert rows.shown(np.array([row]))[0].tolist() == [*padded, example["target"]]
+            assert (int(batch.lengths[row]), int(batch.targets[row])) == (len(kept), example["target"])
 
 
 def test_a_batch_holds_the_rows_that_were_asked_for():
-    data = random_rows(6, N, 3)
-    batch = data.batch(np.array([4, 0, 4]))
+    data, rows = random_rows(6, N, 3), np.array([4, 0, 4])
+    batch = data.batch(rows)
+    expected = dict(zip(("history", "lengths"), data.histories(rows), strict=True)) | {"targets": data.targets[rows]}
     for name in ("history", "lengths", "targets"):
         values = getattr(batch, name)
         assert values.dtype == torch.int64
-        assert values.tolist() == [getattr(data, name)[row].tolist() for row in (4, 0, 4)]
+        assert values.tolist() == expected[name].tolist()
 
 
 def slow_mask(scores, split, sequences, rows):
@@ -92,14 +99,14 @@ def test_seen_items_are_masked_as_a_loop_would(sequences, random):
     scores = torch.arange(5 * N, dtype=torch.float32).view(5, N)
     targets = torch.tensor(split["target"])[torch.from_numpy(rows)]
     before = scores.clone()
-    masked = SeenItems.of(split, lists).mask(scores, rows, targets)
+    masked = SeenItems(Rows.from_tables(split, lists, N, 3)).mask(scores, rows, targets)
     assert torch.equal(masked, slow_mask(scores, split, lists, rows))
     assert torch.equal(scores, before)  # the scores handed in are not changed
 
 
 def test_all_that_was_seen_is_masked_not_only_the_history_shown():
     split, lists = examples_of([[0, 1, 2, 3, 4, 5]], history_length=1), sequences_of([[0, 1, 2, 3, 4, 5]])
-    masked = SeenItems.of(split, lists).mask(torch.zeros(1, N), np.array([4]), torch.tensor([5]))
+    masked = SeenItems(Rows.from_tables(split, lists, N, 1)).mask(torch.zeros(1, N), np.array([4]), torch.tensor([5]))
     assert torch.isinf(masked)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
@@ -109,18 +116,18 @@ def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch
     generator = np.random.default_rng(0)
     sequences = [generator.integers(N, size=generator.integers(2, 7)).tolist() for _ in range(12)]
     split, lists = examples_of(sequences, 4), sequences_of(sequences)
-    data = SequenceData.of(split, N, 4)
+    data = Rows.from_tables(split, lists, N, 4)
     torch.manual_seed(0)
     model = build_model("gru4rec", n_items=N, width=6, max_length=4, hidden_width=5, dropout=0.5)
-    seen = SeenItems.of(split, lists) if mask_seen else None
+    seen = SeenItems(data) if mask_seen else None
     ranks = rank_targets(model.train(), data, engine_in(tmp_path), seen=seen, batch_size=batch_size)
     assert model.training  # put back
 
     model.eval()  # without dropout
     expected = []
     for row in range(len(data)):
-        history = data.history[row : row + 1, : data.lengths[row]].long()
-        scores = model.score(model(history, data.lengths[row : row + 1].long())).detach()
+        history, lengths = (torch.from_numpy(each).long() for each in data.histories(np.array([row])))
+        scores = model.score(model(history[:, : lengths[0]], lengths)).detach()
         if mask_seen:
             scores = slow_mask(scores, split, lists, [row])
         expected.append(target_ranks(scores, data.targets[row : row + 1].long()).item())
@@ -132,18 +139,21 @@ def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch
 
 def test_what_was_seen_comes_as_pairs():
     split, lists = examples_of([[0, 1, 0, 2], [4, 5]], 1), sequences_of([[0, 1, 0, 2], [4, 5]])
-    place, items = SeenItems.of(split, lists).pairs(np.array([2, 3, 0]))
+    seen = SeenItems(Rows.from_tables(split, lists, N, 1))
+    place, items = seen.pairs(np.array([2, 3, 0]))
     assert list(zip(place.tolist(), items.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 0), (1, 4), (2, 0)]
-    besides = SeenItems.of(split, lists).besides(np.array([2, 3, 0]), torch.tensor([0, 5, 0]))
-    assert [each.tolist() for each in besides] == [[0, 1], [1, 4]], "without the targets"
+    others = seen.pairs_without_targets(np.array([2, 3, 0]), torch.tensor([0, 5, 0]))
+    assert [each.tolist() for each in others] == [[0, 1], [1, 4]]
+    padded = seen.padded_without_targets(np.array([2, 3, 0]), np.array([0, 5, 0]))
+    assert padded.tolist() == [[N, 1, N], [4, N, N], [N, N, N]]
 
 
 def test_masking_seen_items_never_lowers_a_target(tmp_path):
     sequences = [[0, 1, 2, 0, 3], [4, 5, 6, 7, 8]]
     split, lists = examples_of(sequences, 4), sequences_of(sequences)
-    data, engine = SequenceData.of(split, N, 4), engine_in(tmp_path)
+    data, engine = Rows.from_tables(split, lists, N, 4), engine_in(tmp_path)
     torch.manual_seed(0)
     model = build_model("sasrec", n_items=N, width=4, max_length=4)
-    masked = rank_targets(model, data, engine, seen=SeenItems.of(split, lists))
+    masked = rank_targets(model, data, engine, seen=SeenItems(data))
     assert (masked <= rank_targets(model, data, engine)).all()
     assert (masked < rank_targets(model, data, engine)).any()

@@ -7,8 +7,8 @@ from engine_helpers import random_rows, sequence_data
 from torch.autograd import gradcheck
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.student.datamodule import NegativeSampler
 from llm2rec.student.losses import dros, popularity_propensity, sampled_bce
+from llm2rec.student.negatives import NegativeSampler
 
 N = 9
 
@@ -141,7 +141,7 @@ def test_negatives_are_items_that_the_row_does_not_show():
         assert (drawn.dtype, drawn.shape) == (torch.int64, (200,))
         for row, item in enumerate(drawn.tolist()):
             assert 0 <= item < N
-            assert item not in [*data.history[row].tolist(), data.targets[row].item()]
+            assert item not in data.shown(np.array([row]))[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.stage import build as settings_of
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
 from llm2rec.student.store import save_student
 from llm2rec.teacher.borrowed_student import BorrowedStudent, open_recommender
@@ -176,8 +176,8 @@ def randomise(model: ItemTeacher, seed: int = 5, std: float = 0.3) -> ItemTeache
     return model
 
 
-def split(data: RecData, name: str = "train") -> SequenceData:
-    return SequenceData.of(data.splits[name], data.n_items, data.history_length)
+def split(data: RecData, name: str = "train") -> Rows:
+    return Rows.of(data, name)
 
 
 def engine_in(folder: Path, **training) -> Engine:
@@ -185,9 +185,9 @@ def engine_in(folder: Path, **training) -> Engine:
     return Engine(run, seed=1, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
 
 
-def teacher_rows(model: ItemTeacher, data: SequenceData, rows: np.ndarray) -> TeacherRows:
+def teacher_rows(model: ItemTeacher, data: Rows, rows: np.ndarray) -> TeacherRows:
     """Gate inputs without any cache, all rows in one batch."""
-    history, lengths = data.history.numpy()[rows], data.lengths.numpy()[rows]
+    history, lengths = data.histories(rows)
     return TeacherRows(data, rows, model.gate_inputs(history, lengths).numpy(), model.token_counts(history, lengths))
 
 

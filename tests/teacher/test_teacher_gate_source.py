@@ -27,7 +27,7 @@ from llm2rec.core.files import write_json
 from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.ilora.gate import GATES
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 from llm2rec.student.store import load_student
 from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.export import rank_blocks
@@ -68,9 +68,9 @@ def test_gate_inputs_are_the_students_user_vectors(name, width, max_length, data
     model, recipe = teacher_of(llm_folder, data, recommender_of(folder, data, tmp_path / "kept"))
     rows = split(data)
     found = cached(model, recipe, engine, tmp_path / "cache", rows, np.arange(len(rows))).gate_inputs
-    own = SequenceData.of(data.splits["train"], data.n_items, max_length)  # as the student itself reads the split
+    own = Rows.of(data, "train", max_length)  # as the student itself reads the split
     with torch.no_grad():
-        users = load_student(folder / "student")(own.history.long(), own.lengths.long())
+        users = load_student(folder / "student")(*own.batch(own.units).inputs)
     assert found.shape == (len(rows), width)
     np.testing.assert_allclose(found, torch.nn.functional.normalize(users, dim=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
@@ -162,7 +162,7 @@ def test_every_kind_of_gate_trains_on_it_and_is_loaded_without_the_students_run(
     assert recipe.gate_input == "sequence"
     assert again.gate_source.identity == model.gate_source.identity
     rows = split(data, "validation")
-    asked = rows.history.numpy(), rows.lengths.numpy()
+    asked = rows.histories()
     assert torch.equal(again.log_probs(*asked), model.log_probs(*asked))
 
 
@@ -212,7 +212,7 @@ def test_export_ranks_with_these_gates(recommender, data, llm_folder, engine, tm
     asked = cached(model, recipe, engine, tmp_path / "cache", rows, np.arange(len(rows)))
     settings = ExportSettings(top_k=5, block_rows=1000, batch_tokens=300)
     (block,) = rank_blocks(model, asked, engine, tmp_path / "blocks", settings)
-    best = model.log_probs(rows.history.numpy(), rows.lengths.numpy()).topk(5).values
+    best = model.log_probs(*rows.histories()).topk(5).values
     with safe_open(block, "np") as stored:
         np.testing.assert_allclose(stored.get_tensor("log_probs"), best, rtol=1e-4, atol=1e-4)
 

@@ -36,7 +36,7 @@ def gradients(model, rows, positions):
     """Gradients of the mean loss over some rows, by parameter name."""
     model.zero_grad()
     data, numbers = rows.data, rows.rows[positions]
-    inputs = model.read(data.history.numpy()[numbers], data.lengths.numpy()[numbers])
+    inputs = model.read(*data.histories(numbers))
     targets = data.batch(numbers).targets
     with model.mixing(torch.from_numpy(rows.gate_inputs[positions])):
         loss = cross_entropy(model(**vars(inputs), keep=targets), targets).mean()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_helpers import assert_same_weights, events_of, out_of_memory_above, texts_of
+from engine_helpers import assert_same_weights, events_of, out_of_memory_above, texts_of, with_targets
 from teacher_helpers import build, engine_in, fit, randomise, split, teacher_rows
 
 from llm2rec.core.errors import ConfigError
@@ -15,7 +15,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
-from llm2rec.student.datamodule import SeenItems
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
@@ -113,7 +113,8 @@ def test_tensorboard_shows_gates_rates_speed_and_prompts(data, llm_folder, tmp_p
     assert len(prompts) == 3
     for row, prompt in enumerate(prompts):
         assert prompt.startswith("    ")
-        last = int(train_rows.data.history[row, train_rows.data.lengths[row] - 1])
+        history, lengths = train_rows.data.histories(np.array([row]))
+        last = int(history[0, lengths[0] - 1])
         assert data.items[last]["title"] in prompt
 
 
@@ -121,7 +122,7 @@ def test_validation_ranks_equal_those_of_log_probs(data, llm_folder, tmp_path):
     model = randomise(build("llama", llm_folder, data)[0]).eval()
     rows = split(data, "validation")
     ranks = rank_targets(model, teacher_rows(model, rows, np.arange(len(rows))), engine_in(tmp_path), batch_tokens=150)
-    log_probs = model.log_probs(rows.history.numpy(), rows.lengths.numpy())
+    log_probs = model.log_probs(*rows.histories())
     own = log_probs.gather(1, rows.targets.long().unsqueeze(1))
     assert torch.equal(ranks, (log_probs >= own).sum(dim=1) - 1)
 
@@ -130,13 +131,13 @@ def test_a_target_that_its_history_shows_is_ranked_where_what_was_seen_is_left_o
     """As for students: the target is in the running, all that the user had before besides it is not."""
     model = randomise(build("llama", llm_folder, data)[0]).eval()
     rows = split(data, "validation")
-    last = rows.history[torch.arange(len(rows)), rows.lengths.long() - 1]
-    rows = replace(rows, targets=last)
-    seen = SeenItems.of(data.splits["validation"], data.sequences)
+    last = rows.histories()[0][np.arange(len(rows)), rows.lengths - 1]
+    rows = with_targets(rows, last)
+    seen = SeenItems(Rows.of(data, "validation"))
     asked = teacher_rows(model, rows, np.arange(len(rows)))
     ranks = rank_targets(model, asked, engine_in(tmp_path / "seen"), seen=seen)
     model.exclude_history = False
-    everything = model.log_probs(rows.history.numpy(), rows.lengths.numpy())
+    everything = model.log_probs(*rows.histories())
     expected = []
     for row, target in enumerate(last.tolist()):
         left = set(range(data.n_items)) - set(seen.pairs(np.array([row]))[1].tolist()) - {target}
@@ -144,7 +145,7 @@ def test_a_target_that_its_history_shows_is_ranked_where_what_was_seen_is_left_o
     assert ranks.tolist() == expected
     model.exclude_history = True
     alone = rank_targets(model, asked, engine_in(tmp_path / "alone"))
-    assert (alone >= data.n_items - rows.lengths).all(), "a teacher that leaves its history out, by its own protocol"
+    assert (alone.numpy() >= data.n_items - rows.lengths).all(), "the teacher excludes its history"
 
 
 # ---- gate inputs -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from llm2rec.core.run import Run
 from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.settings import TeacherSettings
 from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective
@@ -94,9 +94,9 @@ def test_losses_are_of_the_answer_after_the_candidates_of_seed_and_epoch(data, l
             found[epoch] = objective.losses(model, micro, hybrid=False, epoch=epoch).detach()
         drawn = sampler.draw(micro, epoch if redraw else None)
         for row, number in enumerate(micro):
-            length, target = train.lengths.numpy()[[number]], int(train.targets[number])
+            (history, length), target = train.histories(np.array([number])), int(train.targets[number])
             n_tokens = len(model.prompts.answer_tokens()[target]) + 1
-            own = train.history.numpy()[[number], : length[0]]
+            own = history[:, : length[0]]
             expected = -title_log_prob(model, own, length, drawn[[row]], target) / n_tokens
             assert float(found[epoch][row]) == pytest.approx(expected, rel=1e-4)
     assert torch.equal(found[0], found[1]) is not redraw
@@ -108,7 +108,7 @@ def test_rows_are_sorted_by_what_they_will_take(data, llm_folder, tmp_path, engi
         model, _ = title_teacher("ilora", data, llm_folder, tmp_path, redraw_candidates=redraw)
         counts[redraw] = objective_of(model, data, engine).train.token_counts
     train, rows = split(data), np.arange(24)
-    history, lengths, targets = (each.numpy()[rows] for each in (train.history, train.lengths, train.targets))
+    (history, lengths), targets = train.histories(rows), train.targets.numpy()[rows]
     drawn = CandidateSampler(train, engine.seed, 5, split="train").draw(rows)
     for redraw, shown in ((False, drawn), (True, None)):
         tokens = model.prompts.answered(history, lengths, shown, targets)
@@ -132,8 +132,8 @@ def test_validation_ranks_every_answer_among_the_same_candidates(data, llm_folde
     drawn = CandidateSampler(validation, engine.seed, n_candidates, split="validation").draw(np.arange(len(validation)))
     ranks = []
     for row, candidates in enumerate(drawn):
-        length, target = validation.lengths.numpy()[[row]], int(validation.targets[row])
-        own, shown = validation.history.numpy()[[row], : length[0]], candidates[None] if listed else None
+        (history, length), target = validation.histories(np.array([row])), int(validation.targets[row])
+        own, shown = history[:, : length[0]], candidates[None] if listed else None
         scores = model.candidate_log_probs(own, length, shown, None, candidates[None])[0]
         better = scores >= scores[int(np.argmax(candidates == target))]
         ranks.append(int(better.sum()) - 1)
@@ -239,7 +239,7 @@ def test_what_was_learnt_by_heart_is_likeliest_and_is_written(data, llm_folder, 
     model = fit(kind, data, llm_folder, tmp_path, n_rows=8, teacher={"dropout": 0}, **options)
     train, rows = split(data), np.arange(8)
     drawn = CandidateSampler(train, 1, 5, split="train").draw(rows)  # the seed of the run
-    history, lengths, targets = (each.numpy()[rows] for each in (train.history, train.lengths, train.targets))
+    (history, lengths), targets = train.histories(rows), train.targets.numpy()[rows]
     likeliest = model.candidate_log_probs(history, lengths, drawn).argmax(dim=1).numpy()
     assert drawn[rows, likeliest].tolist() == targets.tolist()
     assert model.generate(history, lengths, drawn) == [answer_text(model.prompts, item) for item in targets]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from teacher_helpers import build, finished_run, randomise, recommender_of, split
 
-from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.settings import TitleSettings
 
 PROMPT = {"max_tokens": 320}
@@ -44,9 +44,9 @@ def title_teacher(
 def rows_of(data, n_rows=7, n_candidates=5):
     """Histories of different lengths, with candidates and targets."""
     train = split(data)
-    rows = np.argsort(-train.lengths.numpy(), kind="stable")[:: max(1, len(train) // n_rows)][:n_rows].copy()
+    rows = np.argsort(-train.lengths, kind="stable")[:: max(1, len(train) // n_rows)][:n_rows].copy()
     drawn = CandidateSampler(train, 0, n_candidates, split="train").draw(rows)
-    return train.history.numpy()[rows], train.lengths.numpy()[rows], drawn, train.targets.numpy()[rows]
+    return *train.histories(rows), drawn, train.targets.numpy()[rows]
 
 
 def answer_text(prompts, item):

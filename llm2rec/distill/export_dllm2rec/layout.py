@@ -25,7 +25,7 @@ from llm2rec.core.files import replaced_folder
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.settings import DistillSettings
-from llm2rec.student.datamodule import SequenceData
+from llm2rec.student.datamodule import Rows
 
 __all__ = ["DEFAULTS", "HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
 
@@ -59,7 +59,7 @@ def write_data(folder: Path, data: RecData) -> None:
         raise ConfigError(
             f"the dataset has {data.n_items} items, but the released program's metrics need 20; take a larger one."
         )
-    tables = {name: _table(SequenceData.of(split, data.n_items, HISTORY_LENGTH)) for name, split in data.splits.items()}
+    tables = {split: _table(Rows.of(data, split, min(HISTORY_LENGTH, data.history_length))) for split in data.splits}
     sizes = pd.DataFrame([[HISTORY_LENGTH, data.n_items]], columns=_names("seq_size", "item_num"))
     with replaced_folder(folder) as aside:
         sizes.to_pickle(aside / "data_statis.df", protocol=_PICKLE_PROTOCOL)
@@ -133,9 +133,11 @@ def _names(*columns: str) -> "pd.Index[str]":
     return pd.Index(columns, dtype=object)
 
 
-def _table(rows: SequenceData) -> pd.DataFrame:
+def _table(rows: Rows) -> pd.DataFrame:
     """Histories, their lengths and targets, numbered from 0."""
-    columns = {"seq": rows.history.tolist(), "len_seq": rows.lengths.tolist(), "next": rows.targets.tolist()}
+    history, lengths = rows.histories()
+    history = np.pad(history, ((0, 0), (0, HISTORY_LENGTH - rows.max_length)), constant_values=rows.n_items)
+    columns = {"seq": history.tolist(), "len_seq": lengths.tolist(), "next": rows.targets.tolist()}
     table = pd.DataFrame(columns)
     table.columns = _names(*columns)
     return table

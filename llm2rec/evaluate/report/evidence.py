@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from llm2rec.core.errors import CheckpointError, DataError, TeacherOutputsError
@@ -17,7 +16,7 @@ from llm2rec.core.statistics import Estimate, estimate, quantile_groups
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
 from llm2rec.evaluate.report.findings import Contender, RunScores
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.store import load_student
 
 __all__ = [
@@ -247,14 +246,21 @@ def _gates_in(file: Path, n_rows: int) -> NDArray[np.float32] | None:
 
 
 def top_items(
-    folder: Path, split: Dataset, n_items: int, k: int, device: torch.device, seen: Pairs | None = None
+    folder: Path,
+    data: RecData,
+    split: str,
+    rows: NDArray[np.int64],
+    k: int,
+    device: torch.device,
+    seen: Pairs | None = None,
 ) -> NDArray[np.int64]:
     """Let a finished student recommend.
 
     Args:
         folder: Its run folder.
-        split: Rows to answer, B of them.
-        n_items: Items in the catalogue, N.
+        data: The dataset.
+        split: Its split.
+        rows: Rows to answer, shape ``(B,)``.
         k: Items of an answer.
         device: Where to compute.
         seen: Items that are not to be found.
@@ -266,8 +272,7 @@ def top_items(
         CheckpointError: If the folder holds no student.
     """
     model = load_student(folder / "student").to(device)
-    data = SequenceData.of(split, n_items, model.max_length)
-    batch = data.batch(np.arange(len(data)), device)
+    batch = Rows.of(data, split, model.max_length).batch(rows, device)
     with torch.inference_mode():
         users = model(batch.history, batch.lengths)
         _, items = top_k_in_blocks(users, Catalogue(model.output_items.vectors()), k, seen)
@@ -327,8 +332,7 @@ def _overlap(
     rows = labelled[_evenly(len(labelled), _OVERLAP_ROWS)]
     k = min(_TOP, outputs.ranking.shape[1])
     teachers = outputs.batch(rows, k).ranking.numpy()  # (B, k)
-    train = data.splits["train"].select(rows)
-    history = SequenceData.of(train, data.n_items, data.history_length).history.numpy()
+    history, _ = Rows.of(data, "train").histories(rows)
     leaves_out = not (teachers[:, :, None] == history[:, None, :]).any()
     place, slot = np.nonzero(history < data.n_items)
     shown = torch.from_numpy(place).to(device), torch.from_numpy(history[place, slot].astype(np.int64)).to(device)
@@ -339,7 +343,7 @@ def _overlap(
                 (top[:, :, None] == teachers[:, None, :]).any(axis=2).mean(axis=1)
                 for run in each.runs
                 if run.folder is not None
-                for top in [top_items(run.folder, train, data.n_items, k, device, shown if leaves_out else None)]
+                for top in [top_items(run.folder, data, "train", rows, k, device, shown if leaves_out else None)]
             ]
             shares[each.entry.name] = estimate(np.stack(values))
     run = str(outputs.manifest.get("run", "unknown"))
@@ -370,14 +374,14 @@ def samples(
     rows = _evenly(len(split), _SAMPLE_USERS)
     asked = split.select(rows)
     targets = torch.tensor(asked["target"][:], device=device)
-    seen = SeenItems.of(split, data.sequences).besides(rows, targets) if mask_seen else None
+    seen = SeenItems(Rows.of(data, "test")).pairs_without_targets(rows, targets) if mask_seen else None
     tops, notes = dict[str, NDArray[np.int64]](), []
     for each in found:
         run = each.runs[0]
         if each.entry.stage in ("student", "distill") and run.folder is not None:
             try:
                 k = min(_SAMPLE_ITEMS, data.n_items)
-                tops[each.entry.name] = top_items(run.folder, asked, data.n_items, k, device, seen)
+                tops[each.entry.name] = top_items(run.folder, data, "test", rows, k, device, seen)
             except CheckpointError as error:
                 notes.append(f"{each.entry.name}: {error}")
     places = {each.entry.name: each.runs[0].ranks[rows] + 1 for each in found}

@@ -10,8 +10,8 @@ from torch import Tensor
 from llm2rec.core.metrics import target_ranks
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.evaluator import Rows, batches_within_cost, rank_rows
+from llm2rec.student.evaluator import RowNumbers, batches_within_cost, rank_rows
+from llm2rec.student.negatives import CandidateSampler
 
 __all__ = [
     "CANDIDATES_HR",
@@ -75,7 +75,7 @@ def rank_among_candidates(
         0-based ranks of shape ``(M,)``, int64, on the CPU.
     """
 
-    def rank(rows: Rows) -> Tensor:
+    def rank(rows: RowNumbers) -> Tensor:
         scores = score(rows)
         own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
         return rank_among(scores, candidates.draw(rows), own)

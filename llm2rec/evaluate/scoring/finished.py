@@ -17,10 +17,10 @@ from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble
 from llm2rec.ensemble.model import rank_targets as rank_ensemble_targets
 from llm2rec.evaluate.scoring.candidates import rank_among_candidates
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.student.store import load_student
 
 __all__ = ["FinishedEnsemble", "FinishedModel", "FinishedStudent"]
@@ -107,8 +107,8 @@ class _Sequential(FinishedModel):
         """Scores of all items for some test rows, shape ``(B, N)``."""
 
     @cached_property
-    def _test(self) -> SequenceData:
-        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._max_length)
+    def _test(self) -> Rows:
+        return Rows.of(self._data, "test", self._max_length)
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`."""

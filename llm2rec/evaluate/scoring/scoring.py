@@ -21,8 +21,8 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, candidates_hr, rank_among
 from llm2rec.evaluate.scoring.finished import FinishedEnsemble, FinishedModel, FinishedStudent
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.negatives import CandidateSampler
 
 __all__ = ["Protocol", "Scored", "find_runs", "popularity", "popularity_ranks", "score_popularity", "score_run"]
 
@@ -131,7 +131,7 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
     model, n_rows = _kind(folder, record)(folder, data, engine, gate_dir), len(data.splits["test"])
 
     def rank() -> tuple[Tensor, dict[str, Any]]:
-        seen = SeenItems.of(data.splits["test"], data.sequences) if protocol.mask_seen else None
+        seen = SeenItems(Rows.of(data, "test")) if protocol.mask_seen else None
         ranks = model.ranks(seen, max(protocol.ks))
         metrics, k = ranking_metrics(ranks, protocol.ks), min(max(protocol.ks), data.n_items)
         if not model.ranks_all:
@@ -224,7 +224,7 @@ def _read(file: Path, *keys: str) -> dict[str, Any]:
 
 def _candidates(data: RecData, protocol: Protocol, n_candidates: int) -> CandidateSampler:
     """The same candidates for every run: histories are cut as the dataset cuts them, not as a model does."""
-    test = SequenceData.of(data.splits["test"], data.n_items, data.history_length)
+    test = Rows.of(data, "test")
     return CandidateSampler(test, protocol.candidates_seed, n_candidates, split="test")
 
 
@@ -254,17 +254,16 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
 
 def popularity(data: RecData) -> NDArray[np.float64]:
     """How often each item occurs in the training split's targets and histories, shape ``(N,)``."""
-    train = SequenceData.of(data.splits["train"], data.n_items, 1)
-    first = data.splits["train"].with_format("numpy")["position"][:] == 1  # a user's very first item is nobody's target
+    train = Rows.of(data, "train", 1)
+    first = train.positions[np.arange(len(train))] == 1  # a user's very first item is nobody's target
     counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
-    return counts + np.bincount(train.history.numpy()[first, 0], minlength=data.n_items)
+    return counts + np.bincount(train.histories(np.flatnonzero(first))[0][:, 0], minlength=data.n_items)
 
 
 def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: bool) -> Tensor:
     """0-based ranks of the test targets where everybody is given the same ranking, by ``counts``; shape ``(M,)``."""
-    split = data.splits["test"]
-    targets = SequenceData.of(split, data.n_items, 1).targets.long()
-    seen = SeenItems.of(split, data.sequences) if mask_seen else None
+    test = Rows.of(data, "test")
+    targets, seen = test.targets.long(), SeenItems(test) if mask_seen else None
     ranks = []
     for start in range(0, len(targets), _BATCH_ROWS):
         own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
@@ -287,7 +286,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     intervals: dict[str, tuple[float, float]] = {}
     if protocol.n_candidates:
         candidates, among = _candidates(data, protocol, protocol.n_candidates), []
-        targets = SequenceData.of(data.splits["test"], data.n_items, 1).targets.long()
+        targets = Rows.of(data, "test", 1).targets.long()
         for start in range(0, len(targets), _BATCH_ROWS):
             own, rows = targets[start : start + _BATCH_ROWS], np.arange(start, min(start + _BATCH_ROWS, len(targets)))
             among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))

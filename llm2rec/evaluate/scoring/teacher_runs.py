@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llm2rec.evaluate.scoring.candidates import rank_among_candidates
 from llm2rec.evaluate.scoring.finished import FinishedModel
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SeenItems, SequenceData
+from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.factory import TeacherRecipe, load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
@@ -49,8 +49,8 @@ class FinishedTeacher(FinishedModel):
         return load_teacher(self._folder / "teacher", self._data, self._engine.device)
 
     @cached_property
-    def _test(self) -> SequenceData:
-        return SequenceData.of(self._data.splits["test"], self._data.n_items, self._data.history_length)
+    def _test(self) -> Rows:
+        return Rows.of(self._data, "test")
 
     @cached_property
     def _rows(self) -> TeacherRows:
@@ -61,10 +61,7 @@ class FinishedTeacher(FinishedModel):
 
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
         """Scores of all items; a target stays in the running where the history, which is not, shows it."""
-        history, lengths, targets = (
-            each.numpy()[rows] for each in (self._test.history, self._test.lengths, self._test.targets)
-        )
-        return self._loaded[0].log_probs(history, lengths, targets)
+        return self._loaded[0].log_probs(*self._test.histories(rows), self._test.targets.numpy()[rows])
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
@@ -79,7 +76,7 @@ class FinishedTeacher(FinishedModel):
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`; a pass of its own, which computes the gate inputs again."""
-        costs = self._loaded[0].token_counts(self._test.history.numpy(), self._test.lengths.numpy())
+        costs = self._loaded[0].token_counts(*self._test.histories())
         return rank_among_candidates(
             self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_TOKENS
         )

@@ -21,9 +21,9 @@ from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 from llm2rec.evaluate.scoring.finished import FinishedModel
 from llm2rec.evaluate.scoring.teacher_runs import gates_of_rows
-from llm2rec.student.candidates import CandidateSampler
-from llm2rec.student.datamodule import SeenItems, SequenceData
-from llm2rec.student.evaluator import Rows, batches_within_cost, rank_rows
+from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.evaluator import RowNumbers, batches_within_cost, rank_rows
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.factory import load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
@@ -59,7 +59,7 @@ class FinishedTitleTeacher(FinishedModel):
         """The teacher, and the test rows with what its gate reads; a collective."""
         model, recipe = load_teacher(self._folder / "teacher", self._data, self._engine.device)
         assert isinstance(model, TitleRecommender), "other objectives are measured elsewhere"
-        test = SequenceData.of(self._data.splits["test"], self._data.n_items, self._data.history_length)
+        test = Rows.of(self._data, "test")
         cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
         return model, cache.rows(test, np.arange(len(test)))
 
@@ -67,10 +67,10 @@ class FinishedTitleTeacher(FinishedModel):
         """See `FinishedModel.ranks`; a target that is not among the best ``k`` has rank N."""
         (model, rows), n_items = self._loaded, self._data.n_items
 
-        def token_counts(numbers: Rows) -> Rows:
-            return model.ranking_token_counts(rows.data.history.numpy()[numbers], rows.data.lengths.numpy()[numbers], k)
+        def token_counts(numbers: RowNumbers) -> RowNumbers:
+            return model.ranking_token_counts(*rows.data.histories(numbers), k)
 
-        def rank(numbers: Rows) -> Tensor:
+        def rank(numbers: RowNumbers) -> Tensor:
             gate_inputs = torch.from_numpy(rows.gate_inputs[numbers]).to(self._engine.device)
             items = self._best(numbers, k, seen, gate_inputs)  # (B, k)
             found = items == rows.data.targets[torch.from_numpy(numbers)].unsqueeze(1)
@@ -81,12 +81,10 @@ class FinishedTitleTeacher(FinishedModel):
     def _best(self, numbers: NDArray[np.int64], k: int, seen: SeenItems | None, gate_inputs: Tensor | None) -> Tensor:
         """The best k items of some rows, shape ``(B, k)``; N in the places of those that a row does not leave."""
         (model, rows), n_items = self._loaded, self._data.n_items
-        history, lengths, targets = (
-            each.numpy()[numbers] for each in (rows.data.history, rows.data.lengths, rows.data.targets)
-        )
+        (history, lengths), targets = rows.data.histories(numbers), rows.data.targets.numpy()[numbers]
         left_out, keep = np.empty((len(numbers), 0), np.int64), None
         if seen is not None:
-            left_out, keep = _seen_items(seen, numbers, targets, n_items), targets
+            left_out, keep = seen.padded_without_targets(numbers, targets), targets
         barred = np.concatenate([model.left_out(history, keep), left_out], axis=1)
         n_wanted = np.minimum(k, n_items - _n_distinct(barred, n_items))  # (B,)
         best = torch.full((len(numbers), k), n_items)
@@ -122,7 +120,7 @@ class FinishedTitleTeacher(FinishedModel):
         if not model.lists_candidates:
             return None
         mine = self._engine.my_rows(len(rows.rows))
-        history, lengths = rows.data.history.numpy()[mine], rows.data.lengths.numpy()[mine]
+        history, lengths = rows.data.histories(mine)
         drawn = candidates.draw(rows.rows[mine])
         counts = model.prompts.question_token_counts(history, lengths, drawn, hybrid=model.is_hybrid)
         texts = [""] * len(mine)
@@ -173,16 +171,6 @@ def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> di
         metrics |= {_GENERATED[name]: value for name, value in hits.metrics.items()}
         intervals |= {_GENERATED[name]: ends for name, ends in hits.intervals().items()}
     return {"metrics": metrics, "intervals": intervals}
-
-
-def _seen_items(
-    seen: SeenItems, rows: NDArray[np.int64], targets: NDArray[np.int32], n_items: int
-) -> NDArray[np.int64]:
-    """What each row's user had before, but for the row's target, shape ``(B, S)``, padded with N."""
-    counts = seen.counts[rows][:, None]
-    slots = np.arange(counts.max())
-    items = seen.items[np.where(slots < counts, seen.starts[rows][:, None] + slots, 0)].astype(np.int64)
-    return np.where((slots < counts) & (items != targets[:, None]), items, n_items)
 
 
 def _n_distinct(items: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:

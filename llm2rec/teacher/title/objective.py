@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.candidates import CandidateSampler
+from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.evaluator import rank_answers
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.prompts import TokenBatch
@@ -64,8 +64,7 @@ class TitleObjective:
     def _answered(self, rows: NDArray[np.int64], *, hybrid: bool, epoch: int) -> TokenBatch:
         data = self.train.data
         return self.model.prompts.answered(
-            data.history.numpy()[rows],
-            data.lengths.numpy()[rows],
+            *data.histories(rows),
             self._candidates(rows, epoch),
             data.targets.numpy()[rows],
             hybrid=hybrid,
@@ -86,7 +85,7 @@ class TitleObjective:
 
         Without candidates where each epoch draws others: rows keep their length then only as far as it is their own.
         """
-        history, lengths = train.data.history.numpy()[train.rows], train.data.lengths.numpy()[train.rows]
+        history, lengths = train.data.histories(train.rows)
         shown = None if self.model.settings.redraw_candidates else self._candidates(train.rows, 0)
         targets = train.data.targets.numpy()[train.rows]
         return self.model.prompts.answered_token_counts(history, lengths, shown, targets, hybrid=self.model.is_hybrid)
