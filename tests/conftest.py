@@ -1,6 +1,10 @@
-"""What every test stands on: no network, no tokenizer threads, and one torch thread a worker."""
+"""No network, no tokenizer threads, one torch thread per worker; and `--json` for the bad inputs and the kills."""
 
+import collections
+import json
 import os
+import shlex
+from pathlib import Path
 
 # Before any test imports a Hugging Face library, which reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,3 +12,63 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers that each take all cores are slower than one.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--json", type=Path, help="write the bad inputs or kills that were tried to this file")
+    parser.addoption("--kills", type=int, default=1, help="kills of each part in test_chaos.py (default: 1)")
+
+
+def pytest_generate_tests(metafunc):
+    if "kill" in metafunc.fixturenames:
+        metafunc.parametrize("kill", range(metafunc.config.getoption("--kills")))
+
+
+def pytest_configure(config):
+    if config.getoption("--json") and not hasattr(config, "workerinput"):  # workers send their reports
+        config.pluginmanager.register(ResultWriter(config))
+
+
+class ResultWriter:
+    """Collects what tests record as `bad_input` or `kill`, and writes it in the form of the benchmarks' files."""
+
+    def __init__(self, config):
+        self.config = config
+        self.samples = {"bad_input": [], "kill": []}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name in self.samples:
+                    self.samples[name].append(value)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.write_line(json.dumps(self.headline()))
+
+    def headline(self):
+        """What others read of the file."""
+        inputs, kills = self.samples["bad_input"], self.samples["kill"]
+        headline = {}
+        if inputs:
+            unclear = sum(each["why_unclear"] is not None for each in inputs)
+            headline |= {"tried": len(inputs), "unclear": unclear}
+        if kills:
+            headline |= {"kills": len(kills)}
+            headline |= {key: sum(bool(each[key]) for each in kills) for key in ("lost", "unequal")}
+            parts = collections.Counter(each["part"] for each in kills)
+            headline |= {f"kills_{part}": count for part, count in parts.items()}
+        return headline
+
+    def pytest_sessionfinish(self):
+        from llm2rec.core.git_info import git_state, library_versions
+
+        file = self.config.getoption("--json")
+        arguments = [each for each in self.config.invocation_params.args if each != str(file)]
+        result = {
+            "headline": self.headline(),
+            "samples": [*self.samples["bad_input"], *self.samples["kill"]],
+            "command": shlex.join(["python", "-m", "pytest", *map(str, arguments), file.name]),
+            "commit": git_state(),
+            "environment": {**library_versions(), "device": "cpu", "cpus": os.cpu_count()},
+        }
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chaos
 import harness
 import ilora_layer
 import pytest
@@ -48,20 +47,6 @@ def test_a_quick_run_writes_what_others_read(script, tmp_path):
     assert json.loads(done.stdout[done.stdout.index("{\n") :]) == result["headline"]
     assert str(tmp_path) not in file.read_text()
     assert str(ROOT) not in file.read_text()
-
-
-@pytest.mark.slow
-def test_bad_inputs_get_clear_errors(tmp_path):
-    """Every tenth of those that the benchmark tries."""
-    file = tmp_path / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bad_inputs.py"), "--quick", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    headline = json.loads(file.read_text())["headline"]
-    assert headline["tried"] > 20
-    assert headline["unclear"] == 0, done.stdout
-    assert str(tmp_path) not in file.read_text()
 
 
 def test_the_peak_is_what_is_held_at_once():
@@ -154,43 +139,3 @@ def test_measured_memory_is_near_the_budget(checkpointing):
     peak = teacher_step.n_bytes(base) + 3 * trained + harness.peak_bytes(step, CPU)
     budget = teacher_step.budget_bytes(base, trained, batch, torch.float32, checkpointing)
     assert 1.0 < peak / budget["total"] < 1.2
-
-
-@pytest.mark.slow
-def test_stages_that_are_killed_end_as_if_they_had_not_been(tmp_path):
-    file = tmp_path / "chaos.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--quick", "--seed", "1", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(file.read_text())
-    expected = {"kills": 2, "lost": 0, "unequal": 0, "kills_data": 1, "kills_student": 1}
-    assert result["headline"] == expected, result["samples"]
-    assert str(tmp_path) not in file.read_text()
-    assert str(ROOT) not in file.read_text()
-
-
-def test_a_result_that_differs_or_is_missing_is_seen(tmp_path):
-    """What chaos.py compares: bytes, and of JSON files all but where they come from."""
-    run = tmp_path / "result" / "result_1"
-    for name, text in (
-        ("best.safetensors", "a"),
-        ("metrics/validation.json", '{"best": 1, "run": "x"}'),
-        ("student/config.json", "{}"),
-        ("student/.hidden", "h"),
-        ("log.txt", "l"),
-    ):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(text)
-    before = chaos.results(tmp_path, "student", run)
-    names = {f"result/RUN/{name}" for name in ("best.safetensors", "metrics/validation.json", "student/config.json")}
-    assert before.keys() == names
-    (run / "metrics" / "validation.json").write_text('{"run": "y",  "best": 1}')
-    assert chaos.results(tmp_path, "student", run) == before
-    (run / "metrics" / "validation.json").write_text('{"best": 2}')
-    (run / "best.safetensors").write_text("b")
-    after = chaos.results(tmp_path, "student", run)
-    assert {name for name in names if after[name] != before[name]} == names - {"result/RUN/student/config.json"}
-    (run / "best.safetensors").unlink()
-    assert chaos.results(tmp_path, "student", run).keys() == names - {"result/RUN/best.safetensors"}
-    assert chaos.results(tmp_path, "student", None) == {}

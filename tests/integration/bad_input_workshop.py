@@ -1,4 +1,4 @@
-"""The workshop of ``bad_inputs.py``, and ways to spoil what lies in it."""
+"""The workshop of `test_bad_inputs.py`, and ways to spoil what lies in it."""
 
 import json
 import shutil

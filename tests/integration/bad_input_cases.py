@@ -1,10 +1,10 @@
-"""The bad inputs that ``bad_inputs.py`` tries on data, students and teachers."""
+"""Bad inputs of data, students and teachers, tried by `test_bad_inputs.py`."""
 
 import gzip
 import json
 import zipfile
 
-from bad_input_ways import (
+from bad_input_workshop import (
     AMAZON,
     CSV,
     LOCAL_LLM,

@@ -1,10 +1,10 @@
-"""The bad inputs that ``bad_inputs.py`` tries on distillation and what comes after it."""
+"""Bad inputs of distillation and the stages after it, tried by `test_bad_inputs.py`."""
 
 import shutil
 from pathlib import Path
 
 import torch
-from bad_input_ways import (
+from bad_input_workshop import (
     OUTPUTS,
     STUDENT,
     TOY,

@@ -1,0 +1,93 @@
+"""Stages in processes forked from a server that has imported everything: imports take longer than most stages."""
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("data", "student", "teacher", "distill", "evaluate", "recommend", "plan", "distill.export_dllm2rec")
+LATE_IMPORTS = ("matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama")
+SECONDS_AT_MOST = 300
+
+
+@functools.cache
+def _context():
+    """The fork server's context; the server reads its environment once and has no threads that a fork would lose."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    context = multiprocessing.get_context("forkserver")
+    with mock.patch.dict(os.environ, environment):
+        context.set_forkserver_preload([__name__, *LATE_IMPORTS, *(f"llm2rec.{stage}.__main__" for stage in STAGES)])
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(folder, stage, overrides, stderr):
+    """Start a stage in ``folder`` as ``python -m llm2rec.<stage>`` does, in a process group of its own.
+
+    Args:
+        folder: Its working directory.
+        stage: Name of the stage's package.
+        overrides: Its command line.
+        stderr: File for its standard error stream; the other stream is dropped.
+
+    Returns:
+        The process, already started.
+    """
+    process = _context().Process(target=_become, args=(folder, stage, overrides, stderr), daemon=False)
+    process.start()
+    return process
+
+
+def run(folder, stage, overrides, stderr):
+    """Run a stage to its end; returns its exit status, negative for a signal, and the lines it wrote to ``stderr``."""
+    process = start(folder, stage, overrides, stderr)
+    process.join()
+    lines = [line for line in stderr.read_text(errors="replace").splitlines() if line.strip()]
+    return process.exitcode, lines
+
+
+def kill(process):
+    """Kill a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):  # too young to have a group
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def _become(folder, stage, overrides, stderr):
+    """Turn this forked process into the stage; never returns."""
+    os.setsid()
+    signal.alarm(SECONDS_AT_MOST)  # an input that is accepted must not run for ever
+    os.chdir(folder)
+    with open(stderr, "w", buffering=1, encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = [stage, *overrides]
+        sys.modules.pop(f"llm2rec.{stage}.__main__", None)  # runpy warns of modules that are imported before they run
+        code = 0
+        try:
+            runpy.run_module(f"llm2rec.{stage}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
