@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter in a copy of the package."""
+"""The examples of docs/extending.md, applied to a copy of the package and run."""
 
 import json
 import os
@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-# What makes the stages small.
+GUIDE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+# Keeps the stages small.
 TINY = [
     *("student.training.epochs=2", "teacher.training.epochs=1", "student.model.width=8", "llm.width=32"),
     "logging.tensorboard=false",
 ]
-RECIPES = ["A dataset", "A student", "A loss of the student's own task", "A gate", "A selection policy"]
+RECIPES = ["A dataset", "A student", "A task loss", "A gate", "A selection policy"]
 
 
 def recipe(name):
     """A section's blocks of code as (language, file, text), and its commands."""
-    section = GUIDE.split(f"\n### {name}\n")[1].split("\n### ")[0]
+    section = GUIDE.split(f"\n## {name}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```(\w+)\n# (\S+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     return blocks, re.findall(r"^    python -m (.*)$", section, re.MULTILINE)
 
 
 def insert(file, diff):
-    """Put the added lines of a block behind the one line above them, which the file has once."""
+    """Insert the added lines of a block after the line above them, which the file has once."""
     above, *added = diff.splitlines()
     assert all(line.startswith("+") for line in added)
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -42,7 +42,7 @@ def insert(file, diff):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The package with all recipes followed, and playlists of 30 users, each of them fond of some songs."""
+    """The package with all recipes applied, and playlists of 30 users who each prefer some songs."""
     folder = tmp_path_factory.mktemp("checkout")
     for part in ("llm2rec", "conf"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,7 +52,7 @@ def copy(tmp_path_factory):
             if language == "diff":
                 insert(target, text)
             else:
-                assert not target.exists(), f"{file} is there already"
+                assert not target.exists(), f"{file} exists already"
                 target.write_text(text, encoding="utf-8")
     chance = np.random.default_rng(0)
     songs = [[f"Song {(user * 3 + chance.integers(12)) % 40}" for _ in range(8)] for user in range(30)]
@@ -62,7 +62,7 @@ def copy(tmp_path_factory):
 
 
 def run(copy, *command):
-    """Run a command of the guide in the copy; returns the folder of its run."""
+    """Run a command of the page in the copy; returns the folder of its run."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300
@@ -73,7 +73,7 @@ def run(copy, *command):
 
 @pytest.mark.slow
 def test_the_recipes_work_together(copy):
-    """All commands of the guide in its order; the last ones use what the first ones have added."""
+    """All commands in their order; the last ones use what the first ones add."""
     made = []
     for name in RECIPES:
         for command in recipe(name)[1]:
@@ -83,7 +83,7 @@ def test_the_recipes_work_together(copy):
     by_recipe = {(name, stage): (record, folder) for name, stage, record, folder in made}
     assert by_recipe["A dataset", "llm2rec.data"][0]["dataset"]["name"] == "playlists"
     assert by_recipe["A student", "llm2rec.student"][0]["label"] == "mean"
-    folder = by_recipe["A loss of the student's own task", "llm2rec.student"][1]
+    folder = by_recipe["A task loss", "llm2rec.student"][1]
     assert json.loads((folder / "config.json").read_text())["student"]["loss"]["name"] == "hinge"
     folder = by_recipe["A gate", "llm2rec.teacher"][1]
     assert json.loads((folder / "teacher" / "adapter" / "adapter_config.json").read_text())["gate"] == "cosine"
@@ -96,7 +96,7 @@ def test_the_recipes_work_together(copy):
 
 
 @pytest.mark.slow
-def test_what_the_recipes_make_is_in_the_style_of_the_house(copy):
+def test_the_recipes_pass_the_linter_and_the_formatter(copy):
     for command in (["check", "."], ["format", "--check", "llm2rec", "newest.py"]):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml")],
@@ -105,7 +105,8 @@ def test_what_the_recipes_make_is_in_the_style_of_the_house(copy):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_guide_has_a_recipe_for_each_thing():
+def test_every_recipe_has_blocks_that_apply_and_commands(copy):
     assert all(recipe(name)[0] and recipe(name)[1] for name in RECIPES)
     files = [file for name in RECIPES for language, file, _ in recipe(name)[0] if language == "yaml"]
     assert [file.split("/")[1] for file in files] == ["dataset", "student", "student", "teacher", "active"]
+    assert all((copy / file).is_file() for file in files)
