@@ -6,14 +6,14 @@ r"""Does distillation pay? Students with and without a teacher, each tuned with 
 Games and MovieLens, leave-one-out, ranked among the whole catalogue without what a user had before. Everything is
 chosen by NDCG@20 on validation; only ``--parts test`` opens the test split, when all has been chosen. The arms:
 
-- ``baseline``: the student's own loss. Its search: learning rate, dropout, width, weight decay, loss.
+- ``baseline``: the student's task loss. Its search: learning rate, dropout, width, weight decay, loss.
 - ``collaborative``: listwise on the mean of item neighbours and a few baselines of other seeds (`llm2rec.ensemble`): a
-  teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it tell what
-  each half is worth.
+  teacher without any language model, the control. What an LLM teaches has to be worth more. Variations of it measure
+  what each half is worth.
 - ``vectors``: the LLM's item vectors alone, which cost one reading of the titles: as a start, aligned, or added.
   ``vectors, aligned`` searches losses of alignment alone.
 - ``hybrid``, ``listwise``: listwise on the top 100 of an LLM that is given a trained SASRec, or reads titles alone.
-- ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, tell what each part adds,
+- ``dllm2rec``: the paper's losses on that same teacher; variations of it, without a search, show what each part adds,
   and whether it is what the item vectors know (``vectors shuffled``: each item has another one's).
 - ``collaborative, paper's losses``, again with variations without each part, and ``collaborative, pairs`` (RankNet,
   margin): is it the teacher, or the loss?
@@ -26,7 +26,7 @@ five seeds or more, that of the search among them.
 A day is not enough on two processors, so that it goes on where it stopped: finished stages in ``--work`` are not run
 again, begun ones continue from their checkpoint, and the JSON file is written after each stage with what is there.
 ``--parts`` alone gathers and runs nothing. ``--earlier RESULT`` goes on where the runs are no longer at hand: what an
-earlier JSON file tells of is not run again, and new arms are compared with the baseline's rows in the file beside it
+earlier JSON file holds is not run again, and new arms are compared with the baseline's rows in the file beside it
 (``.npz``: what each test row adds to NDCG@20, mean over seeds). ``--quick`` shows the same in a minute on generated
 data and a tiny random model, of some arms. Beside the JSON file and its rows comes a figure, and tables are printed.
 """
@@ -67,7 +67,7 @@ VARIATIONS = [arm for arm in ARMS if arm.parent is not None]
 
 
 def main() -> None:
-    """Run what is asked for and missing, and write the JSON file, the figure and the tables."""
+    """Run the chosen parts that are missing; write the JSON file, the figure and the tables."""
     options = parse()
     budget = QUICK if options.quick else Budget()
     if options.seeds is not None:
@@ -75,7 +75,7 @@ def main() -> None:
     fields = [Field(dataset, options, budget) for dataset in datasets(options)]
     studies = [Study(field, student) for student in options.students for field in fields]
 
-    def gathered(told: bool) -> dict[str, Any]:
+    def gathered(show: bool) -> dict[str, Any]:
         begun = [field for field in fields if field.stages.records]
         samples = options.earlier.samples | {field.dataset.name: field.about() for field in begun}
         rows = dict(options.earlier.rows)
@@ -84,19 +84,19 @@ def main() -> None:
             samples[dataset][student], found = study.findings()
             rows |= {row_name(dataset, student, arm): each for arm, each in found.items()}
         samples = brief(common_once(samples))
-        write_result(options, headline(samples), samples, told=told, earlier=options.earlier.sources)
+        write_result(options, headline(samples), samples, show=show, earlier=options.earlier.sources)
         write_rows(options.json, rows)
         return samples
 
     for study in studies:
         for part in [part for part in PARTS if part in options.parts and part != "test"]:
             for _ in study.run(part):
-                gathered(told=False)
+                gathered(show=False)
     if "test" in options.parts:
         for field in fields:
             found = [study.finals() for study in studies if study.field is field]
             field.open_test([run for arms in found for seeds in arms.values() for run in seeds.values()])
-    samples = gathered(told=True)
+    samples = gathered(show=True)
     options.json.with_suffix(".svg").write_text(figure(samples), encoding="utf-8")
     print(tables(samples))
 
@@ -168,7 +168,7 @@ class Study:
                     yield from self.trained(arm, configs, first_seed)
             return
         for arm in (arm for arm in (SEARCHED if part == "finals" else VARIATIONS) if arm.name in self.arms):
-            if (chosen := self.chosen(arm)) is not None and not self.told_earlier(arm):
+            if (chosen := self.chosen(arm)) is not None and not self.known_earlier(arm):
                 yield from self.taught(arm)
                 yield from self.trained(arm, [chosen], self.budget.seeds)
 
@@ -189,13 +189,17 @@ class Study:
         yield
 
     def overrides(self, arm: Arm, config: dict[str, Any], seed: int) -> list[str]:
-        """What the stage is told."""
-        told = [*STUDENTS[self.student], f"student.training.patience={self.field.dataset.patience}"]
-        told += [*self.budget.common, *(f"{name}={value}" for name, value in sorted(config.items())), f"seed={seed}"]
+        """Overrides of the stage."""
+        overrides = [*STUDENTS[self.student], f"student.training.patience={self.field.dataset.patience}"]
+        overrides += [
+            *self.budget.common,
+            *(f"{name}={value}" for name, value in sorted(config.items())),
+            f"seed={seed}",
+        ]
         if arm.teacher is not None:
-            told += [f"distill.teacher_outputs={self.field.outputs(arm.teacher)}"]
-            told += labelled_rows(arm.teacher, self.budget) if arm.reads_labels else []
-        return told
+            overrides += [f"distill.teacher_outputs={self.field.outputs(arm.teacher)}"]
+            overrides += labelled_rows(arm.teacher, self.budget) if arm.reads_labels else []
+        return overrides
 
     def done(self, arm: Arm, config: dict[str, Any], seed: int) -> dict[str, Any] | None:
         """The record of a run; None if it has not finished."""
@@ -211,15 +215,15 @@ class Study:
             yield
 
     def untried(self, arm: Arm, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those that an earlier result does not tell of."""
+        """Configurations that no earlier result holds."""
         return [config for config in configs if self.earlier.tried(arm.name, config) is None]
 
-    def told_earlier(self, arm: Arm) -> bool:
+    def known_earlier(self, arm: Arm) -> bool:
         """Whether an earlier result has the test rows of what would be run, of as many seeds."""
         return arm.name in self.earlier.rows and self.seeds_had(arm) >= len(self.budget.seeds)
 
     def seeds_had(self, arm: Arm) -> int:
-        """How many seeds an earlier result tells of what would be run."""
+        """Number of seeds of the same configuration in an earlier result."""
         searched = arm if arm.parent is None else self.searched(arm.parent)
         same = self.earlier.chosen.get(searched.name) == self.chosen(searched)
         return len(self.earlier.validation.get(arm.name, {})) if same else 0
@@ -229,9 +233,9 @@ class Study:
         return next(each for each in SEARCHED if each.name == name)
 
     def tried(self, arm: Arm, config: dict[str, Any]) -> dict[str, Any] | None:
-        """A try as the results tell it; None if it has not finished."""
-        if (told := self.earlier.tried(arm.name, config)) is not None:
-            return told  # though it may have been run again here, as a teacher's member: elsewhere last digits differ
+        """Result of a try; None if it has not finished."""
+        if (known := self.earlier.tried(arm.name, config)) is not None:
+            return known  # even if it ran again here, as a member of a teacher: last digits differ between machines
         if (record := self.done(arm, config, self.budget.seeds[0])) is None:
             return None
         validation = best(self.field.stages, record["run"])
@@ -262,8 +266,8 @@ class Study:
 
     def best_of(self, configs: list[dict[str, Any]], arm: Arm | None = None) -> dict[str, Any] | None:
         """The configuration that validates best; None unless all have finished."""
-        told = [self.tried(arm or self.arms[BASELINE], config) for config in configs]
-        scores = [each["validation"][SELECT_ON] for each in told if each]
+        tried = [self.tried(arm or self.arms[BASELINE], config) for config in configs]
+        scores = [each["validation"][SELECT_ON] for each in tried if each]
         return configs[scores.index(max(scores))] if len(scores) == len(configs) else None
 
     def chosen(self, arm: Arm) -> dict[str, Any] | None:
@@ -277,7 +281,7 @@ class Study:
     def finals(self) -> dict[str, dict[int, str]]:
         """Runs that have finished with an arm's chosen configuration, by arm and seed: those of all arms that count.
 
-        An arm counts when it has all seeds, and no fewer than an earlier result tells of.
+        An arm counts when it has all seeds, and no fewer than an earlier result holds.
         """
         found: dict[str, dict[int, str]] = {}
         for arm in self.arms.values():
@@ -294,7 +298,7 @@ class Study:
         tries, chosen = dict(self.earlier.tries), dict(self.earlier.chosen)
         for arm in (arm for arm in self.arms.values() if arm.parent is None):
             configs = self.tries(arm) or (self.first_tries() if arm.name == BASELINE else [])
-            tries[arm.name] = [told for config in configs if (told := self.tried(arm, config))]
+            tries[arm.name] = [tried for config in configs if (tried := self.tried(arm, config))]
             chosen[arm.name] = self.chosen(arm)
         earlier = self.earlier.without(
             {name for name, config in self.earlier.chosen.items() if chosen.get(name, config) not in (config, None)}
@@ -307,8 +311,8 @@ class Study:
         teachers = {name: {0: record["run"]} for name, record in self.field.teacher_runs().items()}
         scored = Findings(self.field.stages.folder, self.field.prepared(), self.budget.seeds)
         test, rows = scored.test(runs, teachers, earlier)
-        told = {"tries": tries, "chosen": chosen, "validation": {**earlier.validation, **validation}, "test": test}
-        return told, rows
+        found = {"tries": tries, "chosen": chosen, "validation": {**earlier.validation, **validation}, "test": test}
+        return found, rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, memory counted exactly, and one form of JSON file.
+"""Shared by the benchmarks: interleaved timing, exact memory counts, and one format of JSON file.
 
-Other processes disturb a timing more than most differences that are worth measuring. Variants are therefore run in
-turn, round after round, a ratio is taken within each round, and the median of the ratios is what is reported.
+Other processes disturb a timing more than most differences worth measuring. Variants therefore take turns, round after
+round; a ratio is taken within each round, and the median of the ratios is reported.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Step = Callable[[], object]
 
 
 def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
-    """Give the options that every benchmark has."""
+    """Parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, type=Path, help="where to write the result")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: under a minute")
@@ -122,7 +122,7 @@ def saved_bytes(forward: Callable[[], Tensor], constants: Iterable[Tensor]) -> i
 def matmul(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
     """Make a product of two square matrices, and say how many floating-point operations it is.
 
-    Timed among the other steps, it tells what rate the machine reaches at that very moment.
+    Timed among the other steps, it shows the rate that the machine reaches at that moment.
     """
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     return lambda: left @ right, 2.0 * size**3
@@ -152,9 +152,9 @@ def synchronize() -> None:
 
 
 def write_result(
-    options: argparse.Namespace, headline: dict[str, Any], samples: Any, *, told: bool = True, **further: Any
+    options: argparse.Namespace, headline: dict[str, Any], samples: Any, *, show: bool = True, **further: Any
 ) -> None:
-    """Write the JSON file, ``further`` entries last, and print the headline unless it is not to be ``told`` yet."""
+    """Write the JSON file, ``further`` entries last, and print the headline if ``show`` is set."""
     on_gpu = str(getattr(options, "device", "cpu")).startswith("cuda")
     environment = {
         **library_versions(),
@@ -165,7 +165,7 @@ def write_result(
     command = " ".join(["python", *map(relative, sys.argv)])
     result = {"headline": headline, "samples": samples, "command": command, "commit": git_state()}
     write_json(options.json, {**result, "environment": environment, **further}, indent=1)  # some are long
-    if told:
+    if show:
         print(json.dumps(headline, indent=2))
 
 

@@ -91,18 +91,18 @@ def ways(n_items: int, temperature: float, device: torch.device) -> dict[str, Ca
     rows, everyone = np.arange(USERS), torch.ones(USERS, device=device)
     batch = SequenceBatch(targets.unsqueeze(1), torch.ones_like(targets), targets, rows)  # of histories nothing is read
     candidates = torch.stack([torch.randperm(n_items)[:CANDIDATES] for _ in range(USERS)]).to(device)
-    told = TeacherBatch(candidates, torch.rand(USERS, CANDIDATES, device=device).sort(dim=1).values)
+    teacher = TeacherBatch(candidates, torch.rand(USERS, CANDIDATES, device=device).sort(dim=1).values)
     task_loss = TaskLoss(student, LossSettings(), targets.cpu(), seed=0)
 
     def own(users: Tensor, **known: Tensor | None) -> dict[str, Tensor]:
         return task_loss(users, targets, rows, epoch=0, step=0, **known)
 
     def scores(users: Tensor) -> dict[str, Tensor]:
-        return objective(student.score(users), targets, told, everyone, settings)
+        return objective(student.score(users), targets, teacher, everyone, settings)
 
     def tiles(users: Tensor) -> dict[str, Tensor]:
         return distillation_losses(
-            model, users, batch, told, everyone, settings, own=lambda **known: own(users, **known)
+            model, users, batch, teacher, everyone, settings, own=lambda **known: own(users, **known)
         )
 
     def step(losses: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[], object]:

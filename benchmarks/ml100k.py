@@ -148,7 +148,7 @@ class Stages:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
         match = re.search(r"result/result_\d{8}_\d{6}", done.stderr)
-        assert match, f"the stage told no run folder:\n{done.stderr}"
+        assert match, f"the stage logged no run folder:\n{done.stderr}"
         run = self.folder / match[0]
         record = {
             "stage": stage,

@@ -50,11 +50,11 @@ def row(model: str, gpus: int, precision: str, launch: str, planned: dict[str, A
     totals = [memory[kind] for kind in ("without_checkpointing", "with_checkpointing")]
     gibs = [("" if each["fits"] else "**no** ") + f"{each['total'] / GIB:.0f}" for each in totals]
     seconds = planned["seconds"]
-    told = [told_seconds(seconds[name]) for name in ("training", "titles", "gate_inputs", "export")]
+    shown = [told_seconds(seconds[name]) for name in ("training", "titles", "gate_inputs", "export")]
     how = {"ddp": "DDP" if gpus > 1 else "-", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[launch]
     weights = {"bfloat16": "bf16"}.get(precision, precision)
     tokens = f"{planned['speed']['tokens_per_second']:,.0f}"
-    return [model, str(gpus), weights, how, *gibs, str(totals[1]["largest"]), tokens, *told]
+    return [model, str(gpus), weights, how, *gibs, str(totals[1]["largest"]), tokens, *shown]
 
 
 def main() -> None:

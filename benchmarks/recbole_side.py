@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# RecBole's checkpoints hold its configuration object, which torch.load refuses since 2.6 unless told to trust a file.
+# RecBole's checkpoints hold its configuration object, which torch.load refuses since 2.6 unless weights_only=False.
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for llm2rec.core.metrics
 
@@ -41,17 +41,17 @@ class _Timed(Trainer):
     def __init__(self, config: Any, model: Any, out: Path) -> None:
         super().__init__(config, model)
         self.saved_model_file = str(out / "best.pth")
-        self._last, self._told = out / "last.pth", out / "history.json"
+        self._last, self._history_file = out / "last.pth", out / "history.json"
         self.history: list[dict[str, float]] = []
         if self._last.is_file():
             best = self.saved_model_file
             self.resume_checkpoint(self._last)
             self.saved_model_file = best
-            self.history = json.loads(self._told.read_text())[: self.start_epoch]
+            self.history = json.loads(self._history_file.read_text())[: self.start_epoch]
 
     def keep(self, epoch: int, _: float) -> None:
         """Write what has been reached; called when an epoch has been evaluated."""
-        self._told.write_text(json.dumps(self.history))
+        self._history_file.write_text(json.dumps(self.history))
         aside = self._last.with_suffix(".partial")
         self._save_checkpoint(epoch, verbose=False, saved_model_file=str(aside))
         aside.replace(self._last)

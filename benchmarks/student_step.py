@@ -11,7 +11,7 @@ data with ``--quick``. Three ways to take the same rows, in turn, round after ro
 
 ``floor`` is the multiplications and additions that a step does (as torch counts them), one exponential for each logit,
 and the bytes of weights, gradients and averages that AdamW touches, each at the rate that this process measures
-beforehand; a share is floor over time. The profile tells which operations a step's time goes to, in percent.
+beforehand; a share is floor over time. The profile shows the share of each operation in a step's time, in percent.
 """
 
 import tempfile

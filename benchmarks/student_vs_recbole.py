@@ -14,7 +14,7 @@ runs that alternate between the sides, round after round, on a machine that shou
 those and takes the qualities that are there. Seconds to the best are epochs to the best, times the median seconds of a
 pass and of an evaluation. RecBole reads its data from a file written from our prepared dataset; every one of its runs
 gives back the rows it trained, validated and tested on, and the script stops unless they are ours, in our order.
-Metrics of both sides are computed from ranks by our code, RecBole's own number is told beside it.
+Metrics of both sides are computed from ranks by our code, RecBole's own number is reported beside it.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def trained_with(
     return theirs, [*ours, f"training.learning_rate={learning_rate}", *rows]
 
 
-# What both sides are told: our defaults, which were chosen on validation, and RecBole's defaults at a batch of 256.
+# Overrides of both sides: our defaults, which were chosen on validation, and RecBole's defaults at a batch of 256.
 GRU = {"num_layers": 1, "embedding_size": 64, "hidden_size": 128, "dropout_prob": 0.3}
 OUR_GRU = ["model.width=64", "model.n_layers=1", "model.hidden_width=128", "model.dropout=0.3"]
 SETTINGS: dict[str, tuple[str, tuple[dict[str, Any], list[str]]]] = {
@@ -95,7 +95,7 @@ class Case:
         epochs: Epochs at most.
         patience: Epochs without a better validation score after which both sides stop.
         timed_epochs: Epochs of each timed run.
-        recbole: What RecBole is told of the model, and its batch and rate.
+        recbole: RecBole's settings of the model, its batch size and learning rate.
         variants: Ours.
     """
 
@@ -168,7 +168,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the comparison and write the JSON file."""
     options = parse()
-    torch.set_num_threads(options.threads)  # told in the result; the work is done by other processes
+    torch.set_num_threads(options.threads)  # reported in the result; other processes do the work
     rounds = 2 if options.quick else options.rounds
     headline, samples = {}, {}
     for each in cases(options):
@@ -272,12 +272,12 @@ class Bench:
         }
 
     def job(self, side: str, seed: int, epochs: int, patience: int) -> dict[str, Any]:
-        """What a side is told, but for where things lie."""
+        """Settings of a side, without paths."""
         case = self.case
         common = {"side": side, "fingerprint": self.data.fingerprint, "seed": seed}
         if side == "recbole":
-            told = {"model": RECBOLE_MODEL[case.model], "max_length": self.data.history_length}
-            return common | told | {"epochs": epochs, "patience": patience, "settings": dict(case.recbole)}
+            recbole = {"model": RECBOLE_MODEL[case.model], "max_length": self.data.history_length}
+            return common | recbole | {"epochs": epochs, "patience": patience, "settings": dict(case.recbole)}
         limits = [f"student.training.epochs={epochs}", f"student.training.patience={patience}", f"seed={seed}"]
         return common | {"overrides": [f"student={case.model}", *case.variants[side], *limits]}
 
@@ -287,15 +287,15 @@ class Bench:
         RecBole's side goes on where it was killed, from what lies in ``out``; ours is fast enough to begin again.
         """
         out.mkdir(parents=True, exist_ok=True)
-        told = {**job, "out": str(out)}
+        full = {**job, "out": str(out)}
         if job["side"] == "recbole":
             python, script = self.options.recbole_python, "recbole_side.py"
-            told |= {"data_path": str(self.atomic), "dataset": self.data.name}
+            full |= {"data_path": str(self.atomic), "dataset": self.data.name}
         else:
             python, script = sys.executable, "our_side.py"
             places = [f"paths.processed_dir={self.work / 'processed'}", "logging.progress=false"]
-            told |= {"prepared": str(self.data.folder), "overrides": [*self.case.dataset, *job["overrides"], *places]}
-        write_json(out / "job.json", told)
+            full |= {"prepared": str(self.data.folder), "overrides": [*self.case.dataset, *job["overrides"], *places]}
+        write_json(out / "job.json", full)
         print(f">>> {self.case.name}, {job['side']}, seed {job['seed']}", flush=True)
         threads = str(self.options.threads)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

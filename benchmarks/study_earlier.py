@@ -1,4 +1,4 @@
-"""What an earlier result of the study of distillation tells, so that it need not be run again."""
+"""Results of an earlier distillation study, whose runs are not repeated."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,19 +12,19 @@ from study_plan import ARMS, BASELINE
 
 from llm2rec.core.files import read_json, replaced_file
 
-__all__ = ["Earlier", "Rows", "Told", "common_once", "row_name", "rows_file", "spelt_out", "write_rows"]
+__all__ = ["Earlier", "Known", "Rows", "common_once", "row_name", "rows_file", "spelt_out", "write_rows"]
 
 Rows = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Told:
+class Known:
     """What is known of one student on one dataset.
 
     Attributes:
         tries: Of each searched arm, its tries: ``config``, ``seconds`` and ``validation``.
         chosen: Of each searched arm, the configuration of its final runs.
-        validation: Of each arm, what its final runs reach on validation, by seed.
+        validation: Of each arm, validation scores of its final runs, by seed.
         test: As `study_findings.Findings.test` gives it; empty where the test split was not opened.
         rows: Of each arm, what each test row adds to the metric, mean over seeds, shape ``(M,)``.
     """
@@ -36,10 +36,10 @@ class Told:
     rows: Rows = field(default_factory=dict)
 
     def tried(self, arm: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What came of a try; None for one that is not known."""
+        """Result of a try; None if it is not known."""
         return next((each for each in self.tries.get(arm, []) if each["config"] == config), None)
 
-    def without(self, changed: Collection[str]) -> "Told":
+    def without(self, changed: Collection[str]) -> "Known":
         """The same without the final runs of arms that have another configuration now, and of their variations.
 
         Args:
@@ -67,26 +67,28 @@ class Earlier:
     """
 
     def __init__(self, file: Path | None) -> None:
-        told = read_json(file) if file is not None else {}
-        self.samples: dict[str, Any] = spelt_out(told.get("samples", {}))
-        self.sources = [*told.get("earlier", []), {key: told[key] for key in ("command", "commit")}] if told else []
+        result = read_json(file) if file is not None else {}
+        self.samples: dict[str, Any] = spelt_out(result.get("samples", {}))
+        self.sources = (
+            [*result.get("earlier", []), {key: result[key] for key in ("command", "commit")}] if result else []
+        )
         self.rows: Rows = {}
         if file is not None and rows_file(file).is_file():
             with np.load(rows_file(file), allow_pickle=False) as rows:
                 self.rows = {name: rows[name] for name in rows.files}
 
-    def of(self, dataset: str, student: str) -> Told:
-        """What it tells of one student on one dataset."""
+    def of(self, dataset: str, student: str) -> Known:
+        """Results of one student on one dataset."""
         found = self.samples.get(dataset, {}).get(student)
         if found is None:
-            return Told()
+            return Known()
         start = row_name(dataset, student, "")
         rows = {name.removeprefix(start): each for name, each in self.rows.items() if name.startswith(start)}
-        return Told(found["tries"], found["chosen"], found["validation"], found["test"], rows)
+        return Known(found["tries"], found["chosen"], found["validation"], found["test"], rows)
 
 
 def common_once(samples: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with what all stages of a dataset are told written once, as ``common``, and not in each of them."""
+    """The same with the overrides that all stages of a dataset share stored once, as ``common``."""
     found = {}
     for dataset, about in samples.items():
         words = [each["overrides"].split(" ") for each in about["stages"]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from ml100k import Stages
-from study_earlier import Told
+from study_earlier import Known
 from study_plan import MIXTURES, SELECT_ON, SHUFFLED, Budget, Dataset, mixture_of
 from study_plan import rows_of as labelled_rows
 from study_plan import teachers as teachers_of
@@ -38,8 +38,8 @@ class Field:
         self.llm = next(each for each in dataset.common if each.startswith("llm=")).removeprefix("llm=")
         self.jobs, self._earlier, self.tries = options.jobs, options.earlier, options.tries
 
-    def earlier(self, student: str) -> Told:
-        """What an earlier result tells of a student here."""
+    def earlier(self, student: str) -> Known:
+        """Earlier results of a student on this dataset."""
         return self._earlier.of(self.dataset.name, student)
 
     def record(self, stage: str, overrides: list[str]) -> dict[str, Any] | None:
@@ -76,21 +76,21 @@ class Field:
         self.stages.run("ensemble", [f"ensemble.name={mixture}", f"ensemble.neighbours={MIXTURES[mixture]}", runs])
 
     def teacher_overrides(self, teacher: str, member: str = "") -> list[str]:
-        """What a teacher that is a language model is told; ``member`` is the run that the hybrid one is given."""
-        told = teachers_of(self.budget, f"result/{member}")[teacher]
-        return [f"teacher.name={teacher}", *told, *labelled_rows(teacher, self.budget)]
+        """Overrides of a language-model teacher; ``member`` is the run that the hybrid one reads."""
+        overrides = teachers_of(self.budget, f"result/{member}")[teacher]
+        return [f"teacher.name={teacher}", *overrides, *labelled_rows(teacher, self.budget)]
 
     def teacher_runs(self) -> dict[str, dict[str, Any]]:
         """Records of the teachers that have finished, by name."""
         named = {each: f"teacher.name={each}" for each in ("titles", "text", "hybrid")}
         named |= {each: f"ensemble.name={each}" for each in MIXTURES}
         records = [record for record in self.stages.records if record["stage"] in ("teacher", "ensemble")]
-        return {name: r for name, told in named.items() for r in records if told in r["overrides"]}
+        return {name: r for name, named_by in named.items() for r in records if named_by in r["overrides"]}
 
     def open_test(self, finals: list[str]) -> None:
         """Score the final runs of the students, and the teachers, on the test split.
 
-        Each teacher by itself: a language model may take an hour, which more students need not pay again.
+        One command per teacher: a language model may take an hour, which is not repeated for further students.
         """
         for runs in (finals, *([record["run"]] for record in self.teacher_runs().values())):
             if runs:
@@ -98,8 +98,8 @@ class Field:
                 self.stages.run("evaluate", ["metrics.ks=[5,10,20]", f"runs=[{named}]"])
 
     def about(self) -> dict[str, Any]:
-        """What is said of the dataset and its teachers."""
-        told = {
+        """Description of the dataset and its teachers."""
+        teachers = {
             name: {
                 "seconds": record["seconds"],
                 "labelling": self.labelling(record["run"]),
@@ -113,7 +113,7 @@ class Field:
             "mask_seen": True,
             "select_on": SELECT_ON,
             "titles": self.titles,
-            "teachers": {**earlier.get("teachers", {}), **told},
+            "teachers": {**earlier.get("teachers", {}), **teachers},
             "stages": one_line_each([*earlier.get("stages", []), *self.stages.records]),
         }
 
@@ -124,7 +124,7 @@ class Field:
 
     @cached_property
     def titles(self) -> dict[str, float]:
-        """Whether titles tell what follows what: where they do not, no teacher that reads them can."""
+        """Whether titles predict the next item; if not, no teacher that reads them can."""
         return asdict(title_agreement(load(self.prepared())))
 
 
@@ -144,9 +144,9 @@ def shuffle_vectors(outputs: Path, folder: Path) -> None:
 def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of stages, each once, as they are typed, with phases of a second and more and the commit in a word.
 
-    An earlier result may tell of the same ones, and in these words.
+    An earlier result may hold the same ones in this format.
     """
-    told = [
+    lines = [
         {
             **each,
             "overrides": each["overrides"] if isinstance(each["overrides"], str) else join(each["overrides"]),
@@ -155,7 +155,7 @@ def one_line_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for each in records
     ]
-    return list({(each["run"], each["overrides"]): each for each in told}.values())
+    return list({(each["run"], each["overrides"]): each for each in lines}.values())
 
 
 def commit_in_a_word(commit: str | None, dirty: bool | None) -> str:
@@ -168,7 +168,7 @@ def best(stages: Stages, run: str) -> dict[str, float]:
     file = stages.folder / "result" / run / "metrics" / "validation.json"
     if not file.is_file():
         return {}
-    told = read_json(file)
-    at = next(each for each in told["history"] if each["step"] == told["best_step"])
+    validation = read_json(file)
+    at = next(each for each in validation["history"] if each["step"] == validation["best_step"])
     kept = {name.removeprefix("val/"): value for name, value in at.items() if name.startswith("val/")}
-    return {**kept, "evaluations": len(told["history"]), "best_evaluation": told["history"].index(at) + 1}
+    return {**kept, "evaluations": len(validation["history"]), "best_evaluation": validation["history"].index(at) + 1}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from study_earlier import Rows, Told
+from study_earlier import Known, Rows
 from study_plan import ARMS, BASELINE, LLM_ARMS, SELECT_ON, STUDENTS
 
 from llm2rec.core.statistics import estimate, holm, paired_difference, row_values
@@ -50,7 +50,7 @@ class Findings:
         return np.load(metrics / "test_ranks.npy", allow_pickle=False) if scored else None
 
     def test(
-        self, runs: Mapping[str, Mapping[int, str]], teachers: Mapping[str, Mapping[int, str]], earlier: Told
+        self, runs: Mapping[str, Mapping[int, str]], teachers: Mapping[str, Mapping[int, str]], earlier: Known
     ) -> tuple[dict[str, Any], Rows]:
         """Compare the arms with the baseline row by row, each by its mean over seeds.
 
@@ -86,8 +86,8 @@ class Findings:
             variations |= corrected({**before, **(gains_over(parent, family) if parent in family else {})})
         groups = self.groups(values)
         for of, before in known["groups"].items():
-            for group, told in zip(groups[of], before, strict=True):
-                group["gains"] = {**told["gains"], **group["gains"]}
+            for group, known_group in zip(groups[of], before, strict=True):
+                group["gains"] = {**known_group["gains"], **group["gains"]}
         metrics = {**known["metrics"], **{name: estimates(found) for name, found in ranks.items()}}
         return {
             "metrics": metrics,
@@ -171,7 +171,7 @@ def over_seeds(gain: Mapping[str, Any], metrics: Mapping[str, Any], arm: str, re
 
 
 def compared(test: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All differences that a test tells of, by arm; results from before variations were told apart hold gains alone."""
+    """All differences by arm; results from before variations were kept apart hold gains alone."""
     return {**test["gains"], **test.get("variations", {})}
 
 
@@ -187,22 +187,21 @@ def row_means(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def by_student(samples: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Dataset, student and findings, of all that there are."""
-    for dataset, told in samples.items():
+    for dataset, about in samples.items():
         for student in STUDENTS:
-            if student in told:
-                yield dataset, student, told[student]
+            if student in about:
+                yield dataset, student, about[student]
 
 
-def brief(told: Any) -> Any:
-    """The same with six digits of each number, more than chance leaves any of, and without what nothing reads.
-
-    That is MRR, and what has a cut-off at 1.
-    """
-    if isinstance(told, dict):
-        return {name: brief(each) for name, each in told.items() if not (name.startswith("mrr") or name.endswith("@1"))}
-    if isinstance(told, list | tuple):
-        return [brief(each) for each in told]
-    return float(f"{told:.6g}") if isinstance(told, float) else told
+def brief(value: Any) -> Any:
+    """The same with six digits per number, and without MRR and cut-offs at 1, which nothing reads."""
+    if isinstance(value, dict):
+        return {
+            name: brief(each) for name, each in value.items() if not (name.startswith("mrr") or name.endswith("@1"))
+        }
+    if isinstance(value, list | tuple):
+        return [brief(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def headline(samples: Mapping[str, Any]) -> dict[str, float]:
@@ -212,25 +211,27 @@ def headline(samples: Mapping[str, Any]) -> dict[str, float]:
     language model teaches. Variations are not among them.
     """
     likeness = "likeness of titles that follow each other, standard errors"
-    told = {f"{HEADLINE_NAMES[dataset]}: {likeness}": about["titles"]["errors"] for dataset, about in samples.items()}
+    numbers = {
+        f"{HEADLINE_NAMES[dataset]}: {likeness}": about["titles"]["errors"] for dataset, about in samples.items()
+    }
     for dataset, student, found in by_student(samples):
         name = HEADLINE_NAMES[dataset]
         for arm, runs in found["validation"].items():
-            told[f"{name} {student} {arm}: validation {SELECT_ON}"] = statistics.mean(runs.values())
+            numbers[f"{name} {student} {arm}: validation {SELECT_ON}"] = statistics.mean(runs.values())
         if not (test := found["test"]):
             continue
         if BASELINE in test["metrics"]:  # an earlier one's scores do not count where another has been chosen since
-            told[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
+            numbers[f"{student}_{name}_ndcg10"] = test["metrics"][BASELINE]["ndcg@10"]["mean"]
         for arm, gain in compared(test).items():
             which = f"{name} {student} {arm}: gain" + (f" over {PARENTS[arm]}" if arm in PARENTS else "")
-            told |= {which: gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
+            numbers |= {which: gain["relative"], f"{name} {student} {arm}: p": gain["p_holm"]}
         searched = list(test["gains"])
         for prefix, arms in ((name, searched), (f"{name}_llm", [arm for arm in searched if arm in LLM_ARMS])):
             if arms and student == next(iter(STUDENTS)):
                 chosen = max(arms, key=lambda arm: statistics.mean(found["validation"][arm].values()))
                 gain = test["gains"][chosen]
-                told |= {f"{prefix}_ndcg20_gain": gain["relative"], f"{prefix}_p": gain["p_holm"]}
-    return told
+                numbers |= {f"{prefix}_ndcg20_gain": gain["relative"], f"{prefix}_p": gain["p_holm"]}
+    return numbers
 
 
 def tables(samples: Mapping[str, Any]) -> str:
@@ -263,11 +264,11 @@ def test_table(test: Mapping[str, Any]) -> Iterator[str]:
     for arm, metrics in test["metrics"].items():
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
         gain = compared(test).get(arm)
-        told = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        shown = "" if gain is None else f"{gain['relative']:+.1%} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
         if gain and "seeds_error" in gain:
-            told += f", with seeds [{gain['relative_low']:+.1%}, {gain['relative_high']:+.1%}]"
-        told += f" over {PARENTS[arm]}" if told and arm in PARENTS else ""
-        yield f"| {arm} | {scores} | {told} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
+            shown += f", with seeds [{gain['relative_low']:+.1%}, {gain['relative_high']:+.1%}]"
+        shown += f" over {PARENTS[arm]}" if shown and arm in PARENTS else ""
+        yield f"| {arm} | {scores} | {shown} | {'' if gain is None else format(gain['p_holm'], '.4f')} |"
     for teacher, metrics in test["teachers"].items():
         scores = " | ".join(f"{metrics[metric]['mean']:.4f}" for metric in METRICS)
         yield f"| teacher: {teacher} | {scores} | | |"

@@ -279,7 +279,7 @@ def test_examples_that_a_student_cannot_read_are_refused(overrides, message):
         build(composed(*overrides).student, kinds()["student"])
 
 
-def test_students_that_read_sequences_are_told_apart():
+def test_students_that_read_sequences_are_known():
     for overrides in (["student=gru4rec"], ["student=sasrec", "student.model.positions=oldest"]):
         settings = build(composed(*overrides, "student.examples=sequences").student, kinds()["student"])
         assert settings.examples == "sequences"
@@ -293,7 +293,7 @@ def test_caser_takes_the_heights_of_the_released_program():
         composed("student=caser", "student.model.heights=[two]")
 
 
-def test_build_tells_what_is_missing():
+def test_build_names_what_is_missing():
     with pytest.raises(ConfigError, match=r"`dataset\.interactions`, `dataset\.items` must be given: add"):
         build(composed("dataset=csv").dataset, kinds()["dataset"])
 
@@ -358,8 +358,8 @@ def test_an_installed_package_carries_its_configuration(tmp_path):
         (["dataset=csv", "dataset.interactions=gone.csv", "dataset.items=gone.csv"], "gone.csv"),
     ],
 )
-def test_a_command_tells_what_is_wrong_and_fails(tmp_path, arguments, message):
-    told = command("llm2rec.student", *arguments, cwd=tmp_path, path=REPOSITORY)
-    assert told.returncode == 1
-    assert message in told.stdout + told.stderr  # Hydra tells of the run folder itself, on stdout
-    assert "Traceback" not in told.stdout + told.stderr
+def test_a_command_names_what_is_wrong_and_fails(tmp_path, arguments, message):
+    done = command("llm2rec.student", *arguments, cwd=tmp_path, path=REPOSITORY)
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr  # Hydra reports the run folder itself, on stdout
+    assert "Traceback" not in done.stdout + done.stderr

@@ -11,7 +11,7 @@ from llm2rec.core.train.sharding import divides_frozen
 
 FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ONE, EIGHT, TWO_MACHINES = (1, 1), (1, 8), (2, 16)  # machines, processes
-EXPECTED = {  # and DeepSpeed's stage, whether frozen weights are divided, the number format
+EXPECTED = {  # and DeepSpeed's stage, whether frozen weights are sharded, the number format
     "cpu": (ONE, None, False, "no"),
     "cpu_2proc": ((1, 2), None, False, "no"),
     "single_a100": (ONE, None, False, "bf16"),
@@ -53,12 +53,12 @@ def test_our_processes_see_what_a_launch_configuration_asks_for(name, monkeypatc
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("WORLD_SIZE", str(n_processes))  # which torchrun sets
-    told = {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
-    for key, value in told.items():
+    variables = {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    assert told["ACCELERATE_MIXED_PRECISION"] == precision
-    assert told.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == stage
+    assert variables["ACCELERATE_MIXED_PRECISION"] == precision
+    assert variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == stage
     assert uses_deepspeed() == (stage is not None)
     assert divides_frozen() == divides
-    offloaded = told.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
+    offloaded = variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
     assert offloaded == (None if stage is None else "cpu" if name == "multi_gpu_zero2_offload" else "none")

@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they promise to; how fast is for them to tell, not for a test to demand."""
+"""The benchmarks run and write the headline names they promise; no test asks for a speed."""
 
 import json
 import math

@@ -69,10 +69,10 @@ def test_the_baseline_goes_on_around_its_best():
 def test_a_pilot_is_a_configuration_of_the_student(change):
     best = {"n_negatives": 1024, "proposal": "popularity", "name": "sampled_softmax"}
     config = {**{f"student.loss.{name}": value for name, value in best.items()}, **change}
-    told = [*study_plan.STUDENTS["sasrec"], *(f"{name}={value}" for name, value in config.items())]
+    overrides = [*study_plan.STUDENTS["sasrec"], *(f"{name}={value}" for name, value in config.items())]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        student = build(compose("config", overrides=[*told, f"paths.root={ROOT}"]).student, StudentSettings)
+        student = build(compose("config", overrides=[*overrides, f"paths.root={ROOT}"]).student, StudentSettings)
     assert student.loss.name == config["student.loss.name"]
 
 
@@ -111,20 +111,20 @@ def scored(tmp_path_factory):
 
 def test_arms_are_compared_row_by_row(scored):
     findings, runs, ranks, better = scored
-    told, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    result, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Known())
     mean = {name: np.mean([row_values(each, "ndcg@20") for each in found]) for name, found in
             {"baseline": ranks, "collaborative": better}.items()}  # fmt: skip
-    assert told["metrics"]["collaborative"]["ndcg@20"]["mean"] == pytest.approx(mean["collaborative"])
-    gain = told["gains"]["collaborative"]
+    assert result["metrics"]["collaborative"]["ndcg@20"]["mean"] == pytest.approx(mean["collaborative"])
+    gain = result["gains"]["collaborative"]
     assert gain["relative"] == pytest.approx(mean["collaborative"] / mean["baseline"] - 1)
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["p"] < 0.01
-    assert told["gains"]["hybrid"]["p"] == 1
-    assert told["gains"]["hybrid"]["mean"] == 0
-    assert "baseline" not in told["gains"]
+    assert result["gains"]["hybrid"]["p"] == 1
+    assert result["gains"]["hybrid"]["mean"] == 0
+    assert "baseline" not in result["gains"]
     assert rows["collaborative"].mean() == pytest.approx(mean["collaborative"])
-    assert told["teachers"]["text"]["hr@20"]["mean"] == pytest.approx((ranks[0] < 20).mean())
-    for groups in told["groups"].values():
+    assert result["teachers"]["text"]["hr@20"]["mean"] == pytest.approx((ranks[0] < 20).mean())
+    for groups in result["groups"].values():
         rows = [group["rows"] for group in groups]
         assert sum(rows) == 40
         parts = [group["gains"]["collaborative"]["mean"] for group in groups]
@@ -132,9 +132,9 @@ def test_arms_are_compared_row_by_row(scored):
         assert np.average([group["baseline"] for group in groups], weights=rows) == pytest.approx(mean["baseline"])
 
 
-def test_a_gain_tells_what_seeds_add_to_its_interval(scored):
+def test_a_gain_has_what_seeds_add_to_its_interval(scored):
     findings, runs, ranks, better = scored
-    gain = findings.test(runs, {}, study_earlier.Told())[0]["gains"]["collaborative"]
+    gain = findings.test(runs, {}, study_earlier.Known())[0]["gains"]["collaborative"]
     taught, alone = ([row_values(each, "ndcg@20").mean() for each in found] for found in (better, ranks))
     error = np.hypot(np.diff(taught)[0], np.diff(alone)[0]) / 2  # of two values each: half their difference
     assert gain["seeds_error"] == pytest.approx(error / np.mean(alone))
@@ -143,46 +143,46 @@ def test_a_gain_tells_what_seeds_add_to_its_interval(scored):
     assert gain["relative"] - low == pytest.approx(np.sqrt(below**2 + (1.96 * gain["seeds_error"]) ** 2))
     assert low < gain["low"] / np.mean(alone) < gain["high"] / np.mean(alone) < high
     once = {"baseline": {1: "baseline_1"}, "collaborative": {1: "collaborative_1"}}
-    single = study_findings.Findings(findings.folder, findings.prepared, (1,)).test(once, {}, study_earlier.Told())
+    single = study_findings.Findings(findings.folder, findings.prepared, (1,)).test(once, {}, study_earlier.Known())
     assert "seeds_error" not in single[0]["gains"]["collaborative"]
     more = {**runs, "baseline": {**runs["baseline"], 3: "collaborative_1"}}
-    told = findings.test(more, {}, study_earlier.Told())[0]
-    assert len(told["metrics"]["baseline"]["ndcg@20"]["runs"]) == 3, "further seeds count too"
+    result = findings.test(more, {}, study_earlier.Known())[0]
+    assert len(result["metrics"]["baseline"]["ndcg@20"]["runs"]) == 3, "further seeds count too"
 
 
 def test_variations_are_compared_with_what_they_vary_and_make_no_claim_dearer(scored):
     findings, runs, *_ = scored
     varied = {"collaborative, neighbours only": runs["baseline"], "collaborative, ensemble only": runs["collaborative"]}
-    told, _ = findings.test({**runs, **varied}, {}, study_earlier.Told())
-    alone, _ = findings.test(runs, {}, study_earlier.Told())
-    assert told["gains"] == alone["gains"]
+    result, _ = findings.test({**runs, **varied}, {}, study_earlier.Known())
+    alone, _ = findings.test(runs, {}, study_earlier.Known())
+    assert result["gains"] == alone["gains"]
     assert alone["variations"] == {}
-    lost, nothing = (told["variations"][name] for name in varied)
-    gain = told["gains"]["collaborative"]
+    lost, nothing = (result["variations"][name] for name in varied)
+    gain = result["gains"]["collaborative"]
     assert lost["mean"] == pytest.approx(-gain["mean"])
     assert lost["p_holm"] == 2 * lost["p"]
     assert (nothing["mean"], nothing["p"]) == (0, 1)
-    orphans, _ = findings.test({**runs, "dllm2rec with margin": runs["hybrid"]}, {}, study_earlier.Told())
+    orphans, _ = findings.test({**runs, "dllm2rec with margin": runs["hybrid"]}, {}, study_earlier.Known())
     assert orphans["variations"] == {}, "nothing to compare it with"
-    stands, _ = findings.test(runs, {}, study_earlier.Told(test=told))
-    assert stands["variations"] == told["variations"], "as their rows are not at hand"
-    assert "over collaborative" in "\n".join(study_findings.test_table(told))
+    stands, _ = findings.test(runs, {}, study_earlier.Known(test=result))
+    assert stands["variations"] == result["variations"], "as their rows are not at hand"
+    assert "over collaborative" in "\n".join(study_findings.test_table(result))
 
 
-def test_arms_that_lack_a_seed_are_left_out_and_nothing_is_told_without_a_baseline(scored):
+def test_arms_that_lack_a_seed_are_left_out_and_nothing_is_tested_without_a_baseline(scored):
     findings, runs, *_ = scored
     lacking = {**runs, "hybrid": {1: "hybrid_1"}, "collaborative": {**runs["collaborative"], 2: "not_scored"}}
-    told, rows = findings.test(lacking, {}, study_earlier.Told())
-    assert told["metrics"].keys() == rows.keys() == {"baseline"}
+    result, rows = findings.test(lacking, {}, study_earlier.Known())
+    assert result["metrics"].keys() == rows.keys() == {"baseline"}
     others = {name: each for name, each in runs.items() if name != "baseline"}
-    assert findings.test(others, {}, study_earlier.Told())[0] == {}
+    assert findings.test(others, {}, study_earlier.Known())[0] == {}
 
 
-def test_what_an_earlier_result_tells_counts_as_if_it_had_been_run_here(scored, tmp_path):
+def test_an_earlier_result_counts_as_if_it_had_been_run_here(scored, tmp_path):
     findings, runs, *_ = scored
-    whole, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    whole, rows = findings.test(runs, {"text": {0: "hybrid_1"}}, study_earlier.Known())
     former = {name: runs[name] for name in ("baseline", "hybrid")}
-    test, former_rows = findings.test(former, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    test, former_rows = findings.test(former, {"text": {0: "hybrid_1"}}, study_earlier.Known())
     tried = {"config": {"a": 1}, "seconds": {}, "validation": {"ndcg@20": 0.1}}
     section = {"tries": {"baseline": [tried]}, "chosen": {}, "validation": {}, "test": test}
     write_json(tmp_path / "x.json", {"samples": {"toy": {"sasrec": section}}, "command": "c", "commit": {}})
@@ -191,11 +191,11 @@ def test_what_an_earlier_result_tells_counts_as_if_it_had_been_run_here(scored, 
     )
 
     earlier = study_earlier.Earlier(tmp_path / "x.json")
-    told = earlier.of("toy", "sasrec")
-    assert told.tried("baseline", {"a": 1}) == tried
-    assert told.tried("baseline", {"a": 2}) is None
-    assert earlier.of("toy", "gru4rec") == study_earlier.Told()
-    again, again_rows = findings.test({"collaborative": runs["collaborative"]}, {}, told)
+    result = earlier.of("toy", "sasrec")
+    assert result.tried("baseline", {"a": 1}) == tried
+    assert result.tried("baseline", {"a": 2}) is None
+    assert earlier.of("toy", "gru4rec") == study_earlier.Known()
+    again, again_rows = findings.test({"collaborative": runs["collaborative"]}, {}, result)
     assert again.keys() == whole.keys()
     assert again_rows.keys() == rows.keys()
     for part in ("metrics", "teachers"):
@@ -210,22 +210,22 @@ def test_what_an_earlier_result_tells_counts_as_if_it_had_been_run_here(scored, 
 
 def test_gains_whose_rows_are_not_at_hand_stand_and_are_corrected_with_the_new_ones(scored):
     findings, runs, *_ = scored
-    former, _ = findings.test({name: runs[name] for name in ("baseline", "collaborative")}, {}, study_earlier.Told())
+    former, _ = findings.test({name: runs[name] for name in ("baseline", "collaborative")}, {}, study_earlier.Known())
     now = {name: runs[name] for name in ("baseline", "hybrid")}
-    told, rows = findings.test(now, {}, study_earlier.Told(test=former))
+    result, rows = findings.test(now, {}, study_earlier.Known(test=former))
     assert rows.keys() == {"baseline", "hybrid"}
-    assert told["gains"]["collaborative"]["p_holm"] == 2 * former["gains"]["collaborative"]["p"]
-    assert all(group["gains"].keys() == {"collaborative", "hybrid"} for group in told["groups"]["length"])
+    assert result["gains"]["collaborative"]["p_holm"] == 2 * former["gains"]["collaborative"]["p"]
+    assert all(group["gains"].keys() == {"collaborative", "hybrid"} for group in result["groups"]["length"])
 
 
-def test_what_was_run_with_another_configuration_is_not_told_again(scored):
+def test_results_of_another_configuration_are_dropped(scored):
     findings, runs, *_ = scored
     varied = {**runs, "collaborative, ensemble only": runs["baseline"]}
-    test, rows = findings.test(varied, {"text": {0: "hybrid_1"}}, study_earlier.Told())
+    test, rows = findings.test(varied, {"text": {0: "hybrid_1"}}, study_earlier.Known())
     validation = {name: {"1": 0.1} for name in rows}
-    told = study_earlier.Told(validation=validation, test=test, rows=rows)
-    assert told.without(set()) is told
-    changed = told.without({"collaborative"})
+    result = study_earlier.Known(validation=validation, test=test, rows=rows)
+    assert result.without(set()) is result
+    changed = result.without({"collaborative"})
     assert changed.rows.keys() == changed.validation.keys() == changed.test["metrics"].keys() == {"baseline", "hybrid"}
     assert changed.test["gains"].keys() == {"hybrid"}
     assert changed.test["variations"] == {}
@@ -233,34 +233,34 @@ def test_what_was_run_with_another_configuration_is_not_told_again(scored):
     assert again["gains"].keys() == {"hybrid"}
     assert again["teachers"] == test["teachers"]
     assert all(group["gains"].keys() == {"hybrid"} for group in again["groups"]["length"])
-    moved = told.without({"baseline"})
+    moved = result.without({"baseline"})
     assert moved.test["gains"] == {}
     assert moved.test["variations"].keys() == {"collaborative, ensemble only"}, "which are not compared with it"
     now, _ = findings.test({"baseline": runs["collaborative"]}, {}, moved)
     assert now["gains"]["collaborative"]["mean"] == pytest.approx(0, abs=1e-8), "its rows, beside the new baseline's"
     assert now["gains"]["hybrid"]["mean"] < 0
-    assert study_earlier.Told().without({"baseline"}) == study_earlier.Told()
+    assert study_earlier.Known().without({"baseline"}) == study_earlier.Known()
 
 
 def test_the_headline_is_of_the_arm_that_validates_best(scored):
     findings, runs, *_ = scored
     validation = {"baseline": {1: 0.1}, "hybrid": {1: 0.2, 2: 0.4}, "collaborative": {1: 0.9}}
     tried = [{"validation": {"ndcg@20": 0.1}}, {"validation": {"ndcg@20": 0.3}}]
-    test, _ = findings.test({**runs, "collaborative, ensemble only": runs["baseline"]}, {}, study_earlier.Told())
-    told = {"validation": validation, "test": test, "tries": {"baseline": tried, "hybrid": []}}
+    test, _ = findings.test({**runs, "collaborative, ensemble only": runs["baseline"]}, {}, study_earlier.Known())
+    result = {"validation": validation, "test": test, "tries": {"baseline": tried, "hybrid": []}}
     titles = {"titles": {"errors": 0.5}}
-    samples = {"games": {**titles, "sasrec": told}, "movielens": {**titles, "sasrec": {**told, "test": {}}}}
+    samples = {"games": {**titles, "sasrec": result}, "movielens": {**titles, "sasrec": {**result, "test": {}}}}
     headline = study_findings.headline(samples)
-    gain = told["test"]["gains"]["collaborative"]
+    gain = result["test"]["gains"]["collaborative"]
     assert (headline["games_ndcg20_gain"], headline["games_p"]) == (gain["relative"], gain["p_holm"])
     varied = headline["games sasrec collaborative, ensemble only: gain over collaborative"]
     assert varied == test["variations"]["collaborative, ensemble only"]["relative"] < 0
     assert headline["games_llm_ndcg20_gain"] == 0, "no language model is in the collaborative teacher"
     assert headline["games_llm_p"] == 1
-    assert headline["sasrec_games_ndcg10"] == told["test"]["metrics"]["baseline"]["ndcg@10"]["mean"]
+    assert headline["sasrec_games_ndcg10"] == result["test"]["metrics"]["baseline"]["ndcg@10"]["mean"]
     assert headline["ml100k sasrec hybrid: validation ndcg@20"] == pytest.approx(0.3)
     assert "ml100k_ndcg20_gain" not in headline
-    former = {"games": {**titles, "sasrec": {**told, "test": {k: v for k, v in test.items() if k != "variations"}}}}
+    former = {"games": {**titles, "sasrec": {**result, "test": {k: v for k, v in test.items() if k != "variations"}}}}
     assert study_findings.headline(former).keys() == headline.keys() - {
         "games sasrec collaborative, ensemble only: gain over collaborative",
         "games sasrec collaborative, ensemble only: p",
@@ -276,7 +276,7 @@ def test_the_headline_is_of_the_arm_that_validates_best(scored):
     assert "movielens" not in figure
     assert "not been opened" in study_findings.figure({"movielens": samples["movielens"]})
 
-    between = {**told, "test": study_earlier.Told(validation=validation, test=test).without({"baseline"}).test}
+    between = {**result, "test": study_earlier.Known(validation=validation, test=test).without({"baseline"}).test}
     chosen_anew = {"games": {**titles, "sasrec": between}}
     assert "sasrec_games_ndcg10" not in study_findings.headline(chosen_anew), "the former baseline's"
     assert "| hybrid |" in study_findings.tables(chosen_anew)
@@ -303,10 +303,10 @@ def test_shuffled_vectors_belong_to_other_items_and_nothing_else_changes(tmp_pat
 
 
 def command(tmp_path, *arguments):
-    told = [sys.executable, str(SCRIPT), "--quick", "--json", str(tmp_path / "x.json")]
+    arguments_of_run = [sys.executable, str(SCRIPT), "--quick", "--json", str(tmp_path / "x.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    told += ["--work", str(tmp_path / "work"), *arguments]
-    return subprocess.run(told, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    arguments_of_run += ["--work", str(tmp_path / "work"), *arguments]
+    return subprocess.run(arguments_of_run, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -343,8 +343,8 @@ def test_a_study_in_small_goes_on_where_it_stopped(tmp_path):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    told = ["--earlier", str(tmp_path / "x.json")]
-    done = command(elsewhere, *told, "--arms", "vectors", "collaborative", "collaborative, ensemble only")
+    earlier = ["--earlier", str(tmp_path / "x.json")]
+    done = command(elsewhere, *earlier, "--arms", "vectors", "collaborative", "collaborative, ensemble only")
     assert done.returncode == 0, done.stderr
     moved = json.loads((elsewhere / "x.json").read_text())
     trained = [record for record in moved["samples"]["toy"]["stages"][len(stages) :] if record["stage"] == "distill"]
@@ -370,39 +370,39 @@ def test_pilots_change_the_best_of_what_was_drawn(arm, tmp_path, monkeypatch):
         (toy,) = study_plan.datasets(options)
         return distillation_study.Study(study_field.Field(toy, options, study_plan.Budget()), "sasrec")
 
-    def tell(name, configs, scores):
-        told = zip(configs, scores, strict=True)
-        tries[name] += [{"config": each, "seconds": {}, "validation": {"ndcg@20": score}} for each, score in told]
+    def add(name, configs, scores):
+        tried = zip(configs, scores, strict=True)
+        tries[name] += [{"config": each, "seconds": {}, "validation": {"ndcg@20": score}} for each, score in tried]
 
     assert study().tries(study().arms[arm]) is None, "all begin at the best of the baseline's first tries"
-    tell("baseline", study().first_tries(), [0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
+    add("baseline", study().first_tries(), [0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
     drawn = [each for each in study().tries(study().arms[arm]) if study().tried(study().arms[arm], each) is None]
     assert len(drawn) == 4
-    tell(arm, drawn, [0.1, 0.3, 0.1, 0.1])
+    add(arm, drawn, [0.1, 0.3, 0.1, 0.1])
     *others, pilot = study().tries(study().arms[arm])
     assert len(others) == len(tries[arm])
     assert pilot == {**drawn[1], **change}
     assert study().chosen(study().arms[arm]) is None, "while the pilot has not been run"
-    tell(arm, [pilot], [0.25])
+    add(arm, [pilot], [0.25])
     assert study().chosen(study().arms[arm]) == drawn[1]
 
 
-def test_stages_are_told_once_as_they_are_typed():
+def test_stages_are_listed_once_as_they_are_typed():
     clean, changed = ({"commit": "0123456789abcdef", "dirty": dirty} for dirty in (False, True))
     here = [
         {"run": "result_1", "overrides": ["seed=1"], "git": clean, "seconds": {"data": 0.05, "train": 3.0}},
         {"run": "result_2", "overrides": ["history=[3, 4]", "seed=1"], "git": changed, "seconds": {}},
     ]
-    told = study_field.one_line_each(here)
-    assert [each["overrides"] for each in told] == ["seed=1", "'history=[3, 4]' seed=1"]
-    assert [each["git"] for each in told] == ["0123456789ab", "0123456789ab+"]
-    assert [each["seconds"] for each in told] == [{"train": 3.0}, {}]
+    result = study_field.one_line_each(here)
+    assert [each["overrides"] for each in result] == ["seed=1", "'history=[3, 4]' seed=1"]
+    assert [each["git"] for each in result] == ["0123456789ab", "0123456789ab+"]
+    assert [each["seconds"] for each in result] == [{"train": 3.0}, {}]
     further = {"run": "result_3", "overrides": ["seed=2"], "git": clean, "seconds": {}}
     last = {**further, "overrides": "seed=2", "git": "0123456789ab"}
-    assert study_field.one_line_each([*told, *here, further]) == [*told, last]
+    assert study_field.one_line_each([*result, *here, further]) == [*result, last]
 
 
-def test_what_all_stages_are_told_is_written_once_and_read_into_each():
+def test_overrides_of_all_stages_are_written_once_and_read_into_each():
     stages = [{"overrides": f"dataset=toy llm=tiny_random {rest}"} for rest in ("seed=1", "seed=12", "student=x")]
     samples = {"toy": {"titles": {}, "stages": stages}}
     written = study_earlier.common_once(samples)
@@ -418,21 +418,21 @@ def test_what_all_stages_are_told_is_written_once_and_read_into_each():
 def test_a_stage_that_was_killed_goes_on(tmp_path):
     options = argparse.Namespace(work=tmp_path, quick=True, jobs=1)
     stages = study_field.Stages(options, ["dataset=toy"], ["dataset.seed=3"])
-    told = ["dataset=toy", "student=sasrec"]
-    assert stages.begun("student", told) == []
-    for name, overrides in {"result_1": [*told, "dataset.seed=3"], "result_2": told}.items():
+    overrides_of_run = ["dataset=toy", "student=sasrec"]
+    assert stages.begun("student", overrides_of_run) == []
+    for name, overrides in {"result_1": [*overrides_of_run, "dataset.seed=3"], "result_2": overrides_of_run}.items():
         (stages.folder / "result" / name).mkdir(parents=True)
         write_json(stages.folder / "result" / name / "run.json", {"stage": "student", "overrides": overrides})
-    assert stages.begun("student", told) == ["resume=result/result_1"]
-    assert stages.begun("teacher", told) == []
+    assert stages.begun("student", overrides_of_run) == ["resume=result/result_1"]
+    assert stages.begun("teacher", overrides_of_run) == []
 
 
-def test_results_are_told_briefly():
-    told = {
+def test_results_are_shortened():
+    result = {
         "seed": 12345678,
         "runs": (0.123456789, 9.9990001e-05),
         "validation": {"mrr@5": 0.1, "ndcg@5": 0.25, "hr@1": 0.1},
     }
-    brief = study_findings.brief(told)
+    brief = study_findings.brief(result)
     assert brief == {"seed": 12345678, "runs": [0.123457, 9.999e-05], "validation": {"ndcg@5": 0.25}}
-    assert study_findings.brief(brief) == brief, "an earlier result is told again as it was"
+    assert study_findings.brief(brief) == brief, "an earlier result is kept as it was"

@@ -150,11 +150,11 @@ def check_dllm2rec_loss(path: Path) -> Iterator[Result]:
     for name, case in cases(load_file(path)).items():
         settings = dllm2rec_code(given[name])
         logits, top_k = case["logits"].requires_grad_(), settings.ranking.top_k
-        told = TeacherBatch(case["teacher_ranking"][:, :top_k], case["teacher_distance"][:, :top_k])
+        teacher = TeacherBatch(case["teacher_ranking"][:, :top_k], case["teacher_distance"][:, :top_k])
         losses = objective(
             logits,
             case["target"],
-            told,
+            teacher,
             torch.ones(len(logits)),
             settings,
             negatives=case["negative"],
@@ -163,11 +163,11 @@ def check_dllm2rec_loss(path: Path) -> Iterator[Result]:
         losses["loss"].mean().backward()
         ours = {
             "weight_position": kd_losses.position_weights(top_k, settings.ranking.beta).expand(len(logits), -1),
-            "weight_confidence": kd_losses.confidence_weights(told.distance, settings.ranking.weight_floor),
+            "weight_confidence": kd_losses.confidence_weights(teacher.distance, settings.ranking.weight_floor),
             "weight_consistency": kd_losses.consistency_weights(
-                logits, told.ranking, top_k, floor=settings.ranking.weight_floor
+                logits, teacher.ranking, top_k, floor=settings.ranking.weight_floor
             ),
-            "weight": candidate_weights(logits, told, settings.ranking),
+            "weight": candidate_weights(logits, teacher, settings.ranking),
             "grad_logits": logits.grad,
             **{DLLM2REC_LOSSES[loss]: values.mean() for loss, values in losses.items()},
         }

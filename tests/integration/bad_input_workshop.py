@@ -78,7 +78,7 @@ class Try:
 
 
 def finish_workshop(folder: Path) -> None:
-    """Give runs names that do not tell the time, and the tiny language model a place of its own."""
+    """Give runs fixed names, and the tiny language model a place of its own."""
     runs = sorted((folder / "result").iterdir())
     for run, (stage, _) in zip(runs, WORKSHOP, strict=True):
         run.rename(run.with_name(f"result_{stage}"))
@@ -160,7 +160,7 @@ def record(name: str, **values: Any) -> Spoil:
 
 
 def table(name: str, change: Callable[[Any], Any]) -> Spoil:
-    """Change a table of the teacher outputs, without a manifest that would tell."""
+    """Change a table of the teacher outputs, without the manifest that would reveal it."""
 
     def spoil(folder: Path) -> None:
         file = folder / OUTPUTS / f"{name}.txt"
@@ -177,7 +177,7 @@ def first(value: str) -> Callable[[Any], Any]:
 
 
 def embeddings(change: Callable[[torch.Tensor], Any]) -> Spoil:
-    """Save something else for the item vectors, without a manifest that would tell."""
+    """Save something else for the item vectors, without the manifest that would reveal it."""
 
     def spoil(folder: Path) -> None:
         file = folder / OUTPUTS / "all_embeddings.pt"

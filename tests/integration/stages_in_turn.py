@@ -24,7 +24,7 @@ HELD: list[int] = []
 
 
 def held(parameter):
-    """Numbers of a parameter in this process's memory: of a divided one, its part."""
+    """Numbers of a parameter in this process's memory: of a sharded one, its part."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel()
     return parameter.ds_tensor.numel() if getattr(parameter, "ds_numel", 0) > parameter.numel() else parameter.numel()

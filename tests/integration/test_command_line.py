@@ -88,7 +88,7 @@ def test_tensorboard_shows_speed_memory_rates_and_samples_of_text(chain):
 
 
 @pytest.mark.slow
-def test_a_stage_tells_its_folder_first_and_last_and_little_between(chain):
+def test_a_stage_logs_its_folder_first_and_last_and_little_between(chain):
     _, found, done = chain
     for stage, folder in found.items():
         lines = [line.partition(" ")[2] for line in done[stage].stderr.splitlines()]  # the time is ahead
@@ -109,10 +109,10 @@ def test_the_released_programs_objective_is_trained_by_name(chain):
     for entry in json.loads((last / "metrics" / "validation.json").read_text())["history"]:
         student, dros, ranking = (entry[f"train/loss_{name}"] for name in ("student", "dros", "ranking"))
         assert entry["train/loss"] == pytest.approx(student + 0.5 * dros + 0.7 * ranking, rel=1e-5)
-    divided = run(
+    split = run(
         folder, "distill", *STUDENT, "distill=dllm2rec_code", "student.training.micro_batch_size=9", check=False
     )
-    check_one_clear_error(divided, "distill.dros.in_ranking is 'broadcast'")
+    check_one_clear_error(split, "distill.dros.in_ranking is 'broadcast'")
 
 
 @pytest.mark.slow
@@ -142,11 +142,11 @@ def test_every_model_has_a_card_with_its_validation_numbers_and_no_place_of_this
     folder, found, _ = chain
     for stage, part in (("student", "student"), ("teacher", "teacher"), ("distill", "student")):
         card = (found[stage] / part / "README.md").read_text()
-        told = json.loads((found[stage] / "metrics" / "validation.json").read_text())
-        (best,) = (entry for entry in told["history"] if entry["step"] == told["best_step"])
+        validation = json.loads((found[stage] / "metrics" / "validation.json").read_text())
+        (best,) = (entry for entry in validation["history"] if entry["step"] == validation["best_step"])
         results = {each.metric_type: each.metric_value for each in ModelCard(card).data.eval_results}
         assert results == {name[4:]: round(value, 6) for name, value in best.items() if name.startswith("val/")}
-        assert results[told["select_on"]] == round(told["best"], 6)
+        assert results[validation["select_on"]] == round(validation["best"], 6)
         assert not [path for path in (str(folder), str(ROOT), "teacher_outputs") if path in card]
     assert "distilled from the teacher `ilora-tiny_random`" in card
 
@@ -187,14 +187,14 @@ def test_a_multirun_trains_each_seed_in_a_folder_of_its_own(tmp_path):
 def test_the_report_finds_all_that_the_chain_leaves(chain):
     folder, found, _ = chain
     run(folder, "evaluate", *TOY)
-    told = json.loads((runs(folder)[-1] / "report.json").read_text())
-    assert told["notes"] == {"curves": [], "overlap": [], "gates": [], "samples": []}
-    assert [(each["teacher"], each["run"]) for each in told["overlaps"]] == [
+    report = json.loads((runs(folder)[-1] / "report.json").read_text())
+    assert report["notes"] == {"curves": [], "overlap": [], "gates": [], "samples": []}
+    assert [(each["teacher"], each["run"]) for each in report["overlaps"]] == [
         ("ilora-tiny_random", found["teacher"].name)
     ]
-    assert [each["name"] for each in told["gates"]] == ["ilora tiny_random"]
-    assert {each["kind"] for each in told["curves"]} == {"students", "teachers"}
-    assert f"python -m llm2rec.teacher {' '.join(TEACHER)}" in [each["command"] for each in told["runs"]]
+    assert [each["name"] for each in report["gates"]] == ["ilora tiny_random"]
+    assert {each["kind"] for each in report["curves"]} == {"students", "teachers"}
+    assert f"python -m llm2rec.teacher {' '.join(TEACHER)}" in [each["command"] for each in report["runs"]]
     assert (runs(folder)[-1] / "report.html").stat().st_size > 20_000
 
 

@@ -18,13 +18,13 @@ def chain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     run(folder, "student", *STUDENT, "--multirun", "seed=1,2")
     (sweep,) = runs(folder)
-    told = run(folder, "ensemble", *STUDENT, *SMALL, f"runs=[result/{sweep.name}]").stderr
+    log = run(folder, "ensemble", *STUDENT, *SMALL, f"runs=[result/{sweep.name}]").stderr
     ensemble = runs(folder)[-1]
     outputs = "distill.teacher_outputs=data/teacher_outputs/toy/ensemble"
     run(folder, "distill", *STUDENT, "distill=listwise", outputs)
     distilled = runs(folder)[-1]
     run(folder, "evaluate", *STUDENT, "metrics.n_candidates=20", "report.baseline=sasrec")
-    return {"folder": folder, "sweep": sweep, "ensemble": ensemble, "distilled": distilled, "told": told}
+    return {"folder": folder, "sweep": sweep, "ensemble": ensemble, "distilled": distilled, "log": log}
 
 
 def outputs_in(folder):
@@ -45,7 +45,7 @@ def test_an_ensemble_teaches_and_is_compared(chain):
         {"run": f"{sweep}/{job}", "label": "sasrec", "seed": seed} for job, seed in ((0, 1), (1, 2))
     ]
     assert manifest["neighbours"] == 0.5
-    assert "ndcg@10 on validation: 0." in chain["told"]
+    assert "ndcg@10 on validation: 0." in chain["log"]
     assert not (ensemble / "export").exists()
     record = read_json(ensemble / "run.json")
     assert (record["label"], record["status"]) == ("ensemble (2 sasrec; 0.5 neighbours)", "finished")
@@ -75,8 +75,8 @@ def test_an_ensemble_outlives_its_members(chain, tmp_path):
 
 def test_an_ensemble_labels_the_rows_of_a_budget_alone(chain, tmp_path):
     budget, members = ["active=random", "active.budget=0.25"], f"runs=[{chain['sweep']}]"
-    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, *budget, members).stderr
-    assert "labelled 106 of 424 rows in" in told
+    log = run(tmp_path, "ensemble", *STUDENT, *SMALL, *budget, members).stderr
+    assert "labelled 106 of 424 rows in" in log
     some, everything = (each / "data" / "teacher_outputs" / "toy" / "ensemble" for each in (tmp_path, chain["folder"]))
     rows = np.load(some / "rows.npy")
     for name in ("myrank_train", "confidence_train"):
@@ -87,8 +87,8 @@ def test_an_ensemble_labels_the_rows_of_a_budget_alone(chain, tmp_path):
     assert read_json(of_run / "metrics" / "labelling.json")["labelled"] == len(rows) == 106
     done = run(tmp_path, "distill", *STUDENT, *budget, "distill=listwise", f"distill.teacher_outputs={some}")
     assert "distilling 106 of 424 rows" in done.stderr
-    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, "active=disagreement", members).stderr
-    assert "SelectionPolicyDisagreement distils at most 42 rows and chooses them among labelled ones: all 424" in told
+    log = run(tmp_path, "ensemble", *STUDENT, *SMALL, "active=disagreement", members).stderr
+    assert "SelectionPolicyDisagreement distils at most 42 rows and chooses them among labelled ones: all 424" in log
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_ensemble_labels_the_rows_of_a_budget_alone(chain, tmp_path):
     ],
     ids=lambda value: None if isinstance(value, list) else value[:20],
 )
-def test_what_makes_no_ensemble_is_told_before_anything_is_written(chain, overrides, message):
+def test_what_makes_no_ensemble_is_refused_before_anything_is_written(chain, overrides, message):
     names = {"SWEEP": chain["sweep"].name, "ENSEMBLE": chain["ensemble"].name}
     for word, name in names.items():
         overrides, message = [each.replace(word, name) for each in overrides], message.replace(word, name)
@@ -152,16 +152,16 @@ def test_two_processes_and_a_killed_one_write_the_same(chain, tmp_path):
 @pytest.mark.slow
 def test_a_finished_ensemble_is_taken_again_until_its_outputs_are_gone_or_anothers(chain):
     folder = chain["folder"]
-    told = [*STUDENT, *SMALL, f"runs=[result/{chain['sweep'].name}]", "reuse=true"]
+    overrides = [*STUDENT, *SMALL, f"runs=[result/{chain['sweep'].name}]", "reuse=true"]
     before = len(runs(folder))
-    assert "up to date" in run(folder, "ensemble", *told).stderr
+    assert "up to date" in run(folder, "ensemble", *overrides).stderr
     assert len(runs(folder)) == before
     shutil.move(folder / "data" / "teacher_outputs" / "toy" / "ensemble", folder / "aside")
-    run(folder, "ensemble", *told)
+    run(folder, "ensemble", *overrides)
     assert len(runs(folder)) == before + 1
     assert np.array_equal(outputs_in(folder)[0], np.load(folder / "aside" / "myrank_train.npy"))
-    run(folder, "ensemble", *told, "ensemble.neighbours=0.25")  # under the same name
-    assert "up to date" not in run(folder, "ensemble", *told).stderr
+    run(folder, "ensemble", *overrides, "ensemble.neighbours=0.25")  # under the same name
+    assert "up to date" not in run(folder, "ensemble", *overrides).stderr
     assert len(runs(folder)) == before + 3
     assert outputs_in(folder)[2]["neighbours"] == 0.5
 
@@ -171,6 +171,6 @@ def test_jobs_of_a_sweep_that_have_not_finished_stay_out(chain, tmp_path):
     shutil.copytree(chain["folder"] / "data" / "processed", tmp_path / "data" / "processed")
     sweep = shutil.copytree(chain["sweep"], tmp_path / "sweep")
     (sweep / "1" / "run.json").unlink()
-    told = run(tmp_path, "ensemble", *STUDENT, *SMALL, f"runs=[{sweep}]").stderr
-    assert "sweep/1 is not finished and stays out of the ensemble" in told
+    log = run(tmp_path, "ensemble", *STUDENT, *SMALL, f"runs=[{sweep}]").stderr
+    assert "sweep/1 is not finished and stays out of the ensemble" in log
     assert [member["run"] for member in outputs_in(tmp_path)[2]["members"]] == ["sweep/0"]

@@ -127,7 +127,7 @@ def test_a_teacher_without_anything_to_train_is_exported_and_evaluated(tmp_path)
     assert json.loads((teacher / "metrics" / "test.json").read_text())["metrics"]["ndcg@10"] > 0
 
 
-def test_a_run_that_is_no_student_is_told_before_the_language_model_is_made(whole, tmp_path):
+def test_a_run_that_is_no_student_is_reported_before_the_language_model_is_made(whole, tmp_path):
     with_student(tmp_path, whole[1])
     done = run(tmp_path, "teacher", *GATED, check=False)
     assert done.returncode == 1

@@ -81,7 +81,7 @@ def test_a_teacher_killed_in_its_export_ends_the_same(whole, tmp_path):
     assert not (tmp_path / "data" / "teacher_outputs").exists()
     first = sorted(blocks())[0]
     written = first.stat().st_mtime_ns
-    os.link(first, tmp_path / "kept.safetensors")  # tells whether it is replaced, after the run's own clean-up
+    os.link(first, tmp_path / "kept.safetensors")  # shows whether it is replaced, after the run's own clean-up
     killed, done = resumed(tmp_path, "teacher", TEACHER_RUN)
     assert (tmp_path / "kept.safetensors").stat().st_mtime_ns == written
     assert "resuming at step_000000024" in done.stderr
@@ -99,7 +99,7 @@ def test_a_student_killed_in_training_ends_the_same(whole, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["one process", "two"])
-def test_a_student_that_is_told_to_end_stores_its_step_and_goes_on_from_there(launcher, whole, tmp_path):
+def test_a_terminated_student_stores_its_step_and_goes_on_from_there(launcher, whole, tmp_path):
     status = run_until(
         tmp_path,
         "student",

@@ -43,11 +43,11 @@ def test_only_the_rows_of_the_budget_are_labelled_and_as_without_one(outputs):
     assert "rows.npy" in manifest["sha256"]
 
 
-def test_what_the_budget_saves_is_told(outputs):
+def test_savings_of_the_budget_are_recorded(outputs):
     (of_run,) = runs(outputs[1])
-    told = json.loads((of_run / "metrics" / "labelling.json").read_text())
-    assert (told["train_rows"], told["labelled"]) == (N_ROWS, N_LABELLED)
-    assert told["seconds_saved"] == pytest.approx(told["seconds"] * (N_ROWS / N_LABELLED - 1), abs=1e-3)
+    labelling = json.loads((of_run / "metrics" / "labelling.json").read_text())
+    assert (labelling["train_rows"], labelling["labelled"]) == (N_ROWS, N_LABELLED)
+    assert labelling["seconds_saved"] == pytest.approx(labelling["seconds"] * (N_ROWS / N_LABELLED - 1), abs=1e-3)
     assert "labelled 106 of 424 rows in" in (outputs[1] / "stderr.txt").read_text()
     (of_run,) = runs(outputs[0])
     assert json.loads((of_run / "metrics" / "labelling.json").read_text())["seconds_saved"] == 0

@@ -79,19 +79,19 @@ def test_a_failing_job_loses_no_other_and_evaluation_gathers_the_rest(tmp_path):
     statuses = [json.loads((sweep / str(n) / "run.json").read_text())["status"] for n in range(6)]
     assert statuses == ["running", "finished", "finished"] * 2
     evaluated = run(tmp_path, "evaluate", *TOY, f"runs=[result/{sweep.name}]")
-    told = json.loads((runs(tmp_path)[-1] / "sweep.json").read_text())
-    assert [each["options"] for each in told["combinations"]] == [
+    sweep_report = json.loads((runs(tmp_path)[-1] / "sweep.json").read_text())
+    assert [each["options"] for each in sweep_report["combinations"]] == [
         {"student.training.batch_size": "37"},
         {"student.training.batch_size": "53"},
     ]
-    assert [each["seeds"] for each in told["combinations"]] == [[1, 2], [1, 2]]
-    for each in told["combinations"]:
+    assert [each["seeds"] for each in sweep_report["combinations"]] == [[1, 2], [1, 2]]
+    for each in sweep_report["combinations"]:
         values = [
             json.loads((sweep.parent / name / "metrics" / "test.json").read_text())["metrics"]["ndcg@10"]
             for name in each["runs"]
         ]
         assert each["metrics"]["ndcg@10"]["values"] == values
-    assert told["not_finished"] == [f"{sweep.name}/0", f"{sweep.name}/3"]
+    assert sweep_report["not_finished"] == [f"{sweep.name}/0", f"{sweep.name}/3"]
     assert "sasrec student.training.batch_size=37" in evaluated.stderr
     assert "±" in evaluated.stderr
 

@@ -1,4 +1,4 @@
-"""Losses, gradients, metrics and exports do not depend on how a step's rows are divided among processes and passes.
+"""Losses, gradients, metrics and exports do not depend on how a step's rows are split among processes and passes.
 
 Every stage takes steps of 150 rows, then of 124 (title: 80 and 70): in one piece; in four micro-batches; and on two
 processes in two each, by DDP and by DeepSpeed ZeRO-2. Rows of similar length share a step, so that shares hold uneven
@@ -62,23 +62,23 @@ OVERRIDES = {
 
 
 def overrides(case, n_parts, one):
-    """What the stage of a case is told; ``one`` is where the launch that others are compared with has run."""
+    """Overrides of the stage of a case; ``one`` is where the launch that others are compared with has run."""
     stage, batch_size = CASES[case], 80 if case == "title" else 150
     trained = "teacher" if stage == "teacher" else "student"
-    told = [*TOY, *OVERRIDES[case], f"{trained}.training.epochs=2", f"{trained}.training.batch_size={batch_size}"]
-    told.append(f"{trained}.training.micro_batch_size={-(-batch_size // n_parts)}")
+    overrides = [*TOY, *OVERRIDES[case], f"{trained}.training.epochs=2", f"{trained}.training.batch_size={batch_size}"]
+    overrides.append(f"{trained}.training.micro_batch_size={-(-batch_size // n_parts)}")
     if stage == "teacher":
-        told = [*OF_ILORA, "llm.width=32", "teacher.export.block_rows=50", *told]
+        overrides = [*OF_ILORA, "llm.width=32", "teacher.export.block_rows=50", *overrides]
     else:
-        told.append("student.model.dropout=0")
+        overrides.append("student.model.dropout=0")
     if stage == "distill":
         teacher = one / "item" / "data" / "teacher_outputs" / "toy" / "ilora-tiny_random"
-        told += [f"distill.teacher_outputs={teacher}", "distill.dros.weight=0.1"]
+        overrides += [f"distill.teacher_outputs={teacher}", "distill.dros.weight=0.1"]
         if case != "confidence":
-            told.append("distill.ranking.negative=one_minus_probability")
+            overrides.append("distill.ranking.negative=one_minus_probability")
     if case == "title":
-        told.append(f"teacher.recommender_run={one / 'windows' / 'run'}")
-    return told
+        overrides.append(f"teacher.recommender_run={one / 'windows' / 'run'}")
+    return overrides
 
 
 def launch(folder, launcher, n_parts, one):

@@ -1,4 +1,4 @@
-"""Titles that belong to other items are told of before anything reads them."""
+"""Titles that belong to other items are reported before anything reads them."""
 
 import random
 
@@ -9,7 +9,7 @@ QUICK = [each for each in TEACHER if not each.startswith("dataset")]
 
 
 @pytest.mark.slow
-def test_mixed_up_titles_are_told_of_by_data_and_teacher(tmp_path):
+def test_data_and_teacher_report_mixed_up_titles(tmp_path):
     generator = random.Random(0)
     rows = [f"u{user},i{generator.randrange(60) * 4 + user % 4},{time}" for user in range(250) for time in range(10)]
     (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))

@@ -105,14 +105,14 @@ def test_other_tunings_and_grounding_are_distilled_and_compared(tuning, trained,
         f"teacher.name=titles_{tuning}",
     ]
     folder = with_student(tmp_path, trained)
-    told = run(folder, "teacher", *overrides)
+    done = run(folder, "teacher", *overrides)
     ranking, confidence, manifest = outputs(folder, f"titles_{tuning}")
     assert manifest["confidence"] == "distance"
     assert (confidence >= 0).all()
     assert (np.diff(confidence, axis=1) >= -1e-6).all()
     assert len(set(map(tuple, ranking))) > 1
     (teacher,) = [each for each in runs(folder)]
-    assert (teacher / "metrics" / "validation.json").is_file() is (tuning == "lora"), told.stderr
+    assert (teacher / "metrics" / "validation.json").is_file() is (tuning == "lora"), done.stderr
     run(folder, "distill", *overrides, *DISTILLED)
     run(folder, "evaluate", *TOY, f"runs=[result/{teacher.name}]")
     (row,) = [

@@ -90,7 +90,7 @@ def test_the_untrained_teacher_exports_the_same_files(tmp_path):
     assert np.array_equal(found[0][1], found[1][1])
 
 
-def test_an_error_of_all_processes_is_told_once(tmp_path):
+def test_an_error_of_all_processes_is_reported_once(tmp_path):
     done = run(tmp_path, "teacher", *TEACHER, "teacher.adapter.r=6", launcher=TORCHRUN, check=False)
     assert done.returncode != 0
     assert done.stderr.count("use r=8") == 1

@@ -1,4 +1,4 @@
-"""A teacher whose language model is divided among processes learns, exports, resumes and scores as one process does."""
+"""A teacher whose language model is sharded among processes learns, exports, resumes and scores as one process does."""
 
 import json
 import sys
@@ -25,7 +25,8 @@ from command_helpers import (
 
 pytestmark = pytest.mark.slow
 PROGRAM = str(Path(__file__).with_name("stages_in_turn.py"))
-LAUNCHES = {  # what Accelerate's launcher tells its processes; without a GPU it starts two of them for DeepSpeed only
+# The environment of Accelerate's launcher, which without a GPU starts two processes for DeepSpeed only.
+LAUNCHES = {
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
@@ -87,32 +88,32 @@ def one(student, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=LAUNCHES)
-def divided(request, student, tmp_path_factory):
+def sharded(request, student, tmp_path_factory):
     skip_without_deepspeed(request.param)
     return taught(tmp_path_factory.mktemp(request.param), TORCHRUN[:-1], student, **LAUNCHES[request.param])
 
 
 @pytest.mark.parametrize(("case", "teacher"), [("item", "ilora"), ("title", "ilora_paper")])
-def test_a_divided_teacher_is_the_one_that_one_process_trains(case, teacher, one, divided):
-    whole, parts = (json.loads((folder / case / "held.json").read_text()) for folder in (one, divided))
+def test_a_sharded_teacher_is_the_one_that_one_process_trains(case, teacher, one, sharded):
+    whole, parts = (json.loads((folder / case / "held.json").read_text()) for folder in (one, sharded))
     assert max(parts) < 0.7 * min(whole), "each process holds about half"
-    norms, norms_two = (json.loads((folder / case / "norms.json").read_text()) for folder in (one, divided))
+    norms, norms_two = (json.loads((folder / case / "norms.json").read_text()) for folder in (one, sharded))
     assert len(norms) == 2
     np.testing.assert_allclose(norms_two, norms, rtol=1e-4)
-    assert close_histories(history(one / case / "run"), history(divided / case / "run"), 1e-4)
-    assert adapter(one / case / "run").keys() == adapter(divided / case / "run").keys()
-    (items, confidence), (items_two, confidence_two) = (outputs_of(each / case, teacher) for each in (one, divided))
+    assert close_histories(history(one / case / "run"), history(sharded / case / "run"), 1e-4)
+    assert adapter(one / case / "run").keys() == adapter(sharded / case / "run").keys()
+    (items, confidence), (items_two, confidence_two) = (outputs_of(each / case, teacher) for each in (one, sharded))
     assert len(items) == 42
     assert np.array_equal(items, items_two)
     np.testing.assert_allclose(confidence_two, confidence, rtol=1e-4, atol=1e-4)
-    records = [json.loads((folder / case / "run" / "run.json").read_text()) for folder in (one, divided)]
+    records = [json.loads((folder / case / "run" / "run.json").read_text()) for folder in (one, sharded)]
     assert records[0]["parameters"] == records[1]["parameters"]
 
 
-def test_a_divided_teacher_is_scored_as_one_process_scores_it(one, divided):
+def test_a_sharded_teacher_is_scored_as_one_process_scores_it(one, sharded):
     scores, scores_two = (
         json.loads((folder / "scores" / "run" / "comparison.json").read_text())["rows_scored"]
-        for folder in (one, divided)
+        for folder in (one, sharded)
     )
     assert len(scores) == 3  # popularity among them
     for ours, theirs in zip(scores, scores_two, strict=True):
@@ -121,7 +122,7 @@ def test_a_divided_teacher_is_scored_as_one_process_scores_it(one, divided):
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_a_divided_teacher_that_was_killed_goes_on_to_the_same_end(launch, tmp_path):
+def test_a_sharded_teacher_that_was_killed_goes_on_to_the_same_end(launch, tmp_path):
     skip_without_deepspeed(launch)
     overrides = [*COMMON, *ITEM, "teacher.training.checkpoint_every_steps=1", "teacher.training.epochs=4"]
     how = {"launcher": TORCHRUN, **LAUNCHES[launch]}
