@@ -15,7 +15,8 @@ from study_plan import ARMS, BASELINE, LLM_ARMS, SELECT_ON, STUDENTS
 from llm2rec.core.statistics import estimate, holm, paired_difference, row_values
 from llm2rec.data import load
 from llm2rec.evaluate.report.charts import Dot, grouped
-from llm2rec.evaluate.report.findings import Contender, Entry, gains_by
+from llm2rec.evaluate.report.comparison import Contender, gains_by
+from llm2rec.evaluate.report.findings import Entry
 from llm2rec.evaluate.scoring.scoring import popularity
 
 __all__ = ["Findings", "brief", "figure", "headline", "tables"]

@@ -23,9 +23,9 @@ from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
 from llm2rec.core.train.sharding import divides_frozen
 from llm2rec.data import RecData
-from llm2rec.evaluate.report.files import write_pages
-from llm2rec.evaluate.report.findings import check_baseline, read_run
-from llm2rec.evaluate.report.gathering import gather
+from llm2rec.evaluate.report.analyses import gather
+from llm2rec.evaluate.report.comparison import check_baseline, read_run
+from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from llm2rec.core.files import read_json, write_json
 from llm2rec.data import CsvTables, prepare
-from llm2rec.evaluate.report.findings import read_run
-from llm2rec.evaluate.report.gathering import gather
+from llm2rec.evaluate.report.analyses import gather
+from llm2rec.evaluate.report.comparison import read_run
 from llm2rec.evaluate.scoring.scoring import Protocol, score_popularity, score_run
 from llm2rec.teacher.outputs import write_outputs
 from llm2rec.teacher.settings import ExportSettings

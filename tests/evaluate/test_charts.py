@@ -1,12 +1,13 @@
-"""Figures are well-formed drawings that stay on their paper, say what they show, and can be told apart."""
+"""Charts are well-formed SVG inside their view box, with accessible texts and distinguishable colours."""
 
+import re
+from importlib import resources
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from llm2rec.evaluate.report.charts import N_COLOURS, Dot, Line, _Scale, forest, grouped, lines, scatter
-from llm2rec.evaluate.report.html_page import DARK, LIGHT
 
 NAMES = ["popularity", 'a <b> & "c"', "gru4rec + dllm2rec (ilora_hybrid-llama3_8b), with a name that goes on and on"]
 DOTS = [Dot(name, 1.5 - i, 0.2 - i, 2.75 - i, slot=i, x=10.0**i) for i, name in enumerate(NAMES)]
@@ -89,6 +90,10 @@ def test_ticks_of_a_logarithm_are_round():
     assert _Scale(0.4, 2.5, 0, 1, log=True).ticks(4) == pytest.approx([0.5, 1, 2])
     assert _Scale(0.2, 3000, 0, 1, log=True).ticks(4) == pytest.approx([1, 10, 100, 1000])
     assert _Scale(0.2, 0.45, 0, 1, log=True).ticks(4) == pytest.approx([0.2, 0.3, 0.4])  # no three powers
+
+
+STYLE = (resources.files("llm2rec.evaluate.report") / "templates" / "report.css.j2").read_text(encoding="utf-8")
+LIGHT, DARK = (dict(re.findall(r"--(\w+):(#\w{6});", rule)) for rule in re.findall(r":root\{([^}]*)\}", STYLE))
 
 
 def luminance(colour):

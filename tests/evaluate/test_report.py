@@ -18,8 +18,8 @@ from llm2rec.core.files import read_json, write_json
 from llm2rec.core.statistics import row_values
 from llm2rec.distill.data_bridge import outputs_hash
 from llm2rec.evaluate.__main__ import _command
-from llm2rec.evaluate.report.files import write_pages
-from llm2rec.evaluate.report.findings import check_baseline, read_run
+from llm2rec.evaluate.report.comparison import check_baseline, read_run
+from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import score_run
 from llm2rec.student.datamodule import Rows
 
@@ -224,14 +224,14 @@ def test_one_run_is_compared_with_popularity_and_what_is_missing_is_said(tmp_pat
     findings = findings_of([folder], data, engine, tmp_path)
     assert findings.baseline == "popularity"
     assert [each.name for each in findings.comparisons] == [DISTILLED]
-    assert findings.notes["curves"] == [f"{DISTILLED}: was not validated, as nothing was trained."]
+    assert findings.notes["curves"] == [f"{DISTILLED}: no validation history, as nothing was trained."]
     assert "there are no teacher outputs in" in findings.notes["overlap"][0]
     assert "lacks model.safetensors" in findings.notes["samples"][0]
     write_pages(tmp_path, findings)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
     assert "No teacher is among the runs." in page.text
-    assert "Each was trained once." in page.text
+    assert "Each model was trained with one seed." in page.text
 
 
 def test_scores_and_ranks_that_do_not_belong_together_are_refused(tmp_path, data):
@@ -241,7 +241,7 @@ def test_scores_and_ranks_that_do_not_belong_together_are_refused(tmp_path, data
     with pytest.raises(CheckpointError, match=r"its ranks give 1\.000000; delete .*test\.json"):
         read_run(scored, folder, None)
     (folder / "metrics" / "test_ranks.npy").unlink()
-    with pytest.raises(CheckpointError, match="holds no ranks that can be read"):
+    with pytest.raises(CheckpointError, match="holds no readable ranks"):
         read_run(scored, folder, None)
 
 

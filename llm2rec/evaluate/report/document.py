@@ -1,9 +1,11 @@
-"""A document as data: what the report says, before it becomes HTML or Markdown. All texts are plain, unescaped."""
+"""The report as data, before it becomes HTML or Markdown. All texts are plain and unescaped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
-__all__ = ["Block", "Code", "Document", "Facts", "Figure", "Section", "Table", "Text"]
+__all__ = ["Block", "Code", "Document", "Facts", "Figure", "Note", "Section", "Table", "Text"]
 
 
 @dataclass(frozen=True)
@@ -11,12 +13,16 @@ class Text:
     """A paragraph.
 
     Attributes:
-        text: What it says.
-        is_note: Whether it is an aside, such as how to read what is near, or why something is left out.
+        text: The text.
+        is_note: Whether it is a note, such as how to read a figure or why a part is missing.
     """
 
+    kind: ClassVar = "text"  # by which the templates choose
     text: str
     is_note: bool = False
+
+
+Note = partial(Text, is_note=True)
 
 
 @dataclass(frozen=True)
@@ -24,36 +30,39 @@ class Code:
     """A command to copy.
 
     Attributes:
-        name: What it makes.
+        name: Its caption.
         text: The command.
     """
 
+    kind: ClassVar = "code"
     name: str
     text: str
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values.
+    """A list of names with values.
 
     Attributes:
         pairs: Names and values.
     """
 
+    kind: ClassVar = "facts"
     pairs: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its first column names the rows.
+    """A table; the first column names the rows.
 
     Attributes:
-        caption: What it shows.
-        header: Names of the columns.
+        caption: Its caption.
+        header: Column names.
         rows: Cells.
-        is_text: Whether its cells are words, not numbers.
+        is_text: Whether the cells hold words, not numbers.
     """
 
+    kind: ClassVar = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -62,19 +71,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, with its numbers for those who want or need them.
+    """A chart with its numbers as a table.
 
     Attributes:
-        title: What it shows.
-        description: What a reader would see in it, in words.
-        draw: Gives the drawing as an SVG element, for a width.
-        table: Its numbers.
+        title: Its title.
+        description: What the chart shows, in words.
+        draw: A function of `llm2rec.evaluate.report.charts` with its data bound.
+        table: The numbers.
     """
 
+    kind: ClassVar = "figure"
     title: str
     description: str
-    draw: Callable[[int], str]
+    draw: Callable[..., str]
     table: Table
+
+    def svg(self, width: int) -> str:
+        """The chart as an SVG element, ``width`` CSS pixels wide."""
+        return self.draw(title=self.title, description=self.description, width=width)
 
 
 Block = Text | Code | Facts | Table | Figure
@@ -82,12 +96,12 @@ Block = Text | Code | Facts | Table | Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document.
+    """A section of the document.
 
     Attributes:
         name: Its anchor.
         title: Its title.
-        blocks: What it holds.
+        blocks: Its content.
     """
 
     name: str
@@ -101,8 +115,8 @@ class Document:
 
     Attributes:
         title: Its title.
-        subtitle: A line below it.
-        sections: Its parts.
+        subtitle: The line below the title.
+        sections: Its sections; the first is set apart as the summary.
     """
 
     title: str

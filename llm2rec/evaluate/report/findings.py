@@ -1,98 +1,35 @@
-"""What the numbers of several runs say: entries with intervals, comparisons with a baseline, gains by group of rows."""
+"""The content of the report, which is also the schema of ``report.json``."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.core.files import read_object
-from llm2rec.core.run import read_record
-from llm2rec.core.statistics import (
-    Difference,
-    Estimate,
-    estimate,
-    holm,
-    paired_difference,
-    quantile_groups,
-    row_values,
-)
-from llm2rec.evaluate.scoring.scoring import Scored
+from llm2rec.core.statistics import Difference, Estimate
 
 __all__ = [
     "Comparison",
-    "Contender",
+    "Curve",
     "Entry",
+    "Findings",
+    "GateUse",
     "Group",
-    "RunScores",
-    "baseline_of",
-    "check_baseline",
-    "compare",
-    "contenders",
-    "gains_by",
-    "headline",
-    "read_run",
+    "Labelling",
+    "Overlap",
+    "RunNote",
+    "Sample",
 ]
-
-POPULARITY = "popularity"
-_GROUPS = 4
-# What of a configuration decides the model that a stage trains, besides the seed.
-_SETTINGS = {
-    "student": ("dataset", "student", "metrics"),
-    "distill": ("dataset", "student", "distill", "active", "metrics"),
-    "teacher": ("dataset", "llm", "teacher", "metrics"),
-    "ensemble": ("dataset", "ensemble", "runs", "metrics"),
-}
-
-
-@dataclass(frozen=True)
-class RunScores:
-    """One scored run with what its folder tells.
-
-    Attributes:
-        scored: Its row of the comparison.
-        folder: Its folder; None for popularity.
-        ranks: 0-based ranks of the test targets, shape ``(M,)``.
-        record: Its ``run.json``.
-        config: Its resolved configuration; empty where there is none.
-        command: The command that made it, as far as it is recorded.
-    """
-
-    scored: Scored
-    folder: Path | None
-    ranks: NDArray[np.int64] = field(repr=False)
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    command: str | None = None
-
-    @property
-    def stage(self) -> str:
-        """``student``, ``distill``, ``teacher`` or ``ensemble``; ``popularity`` for what has no run."""
-        return str(self.record.get("stage", POPULARITY))
-
-    @property
-    def name(self) -> str:
-        """The folder's name, with that of its multirun."""
-        if self.folder is None:
-            return POPULARITY
-        name = self.folder.name
-        return name if name.startswith("result_") else f"{self.folder.parent.name}/{name}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the report: the runs that differ in their seed alone.
+    """A line of the report: runs that differ only in their seed.
 
     Attributes:
-        name: Its label, with the run's name where several entries have that label.
+        name: Its label, followed by the run's name if several entries share the label.
         stage: ``student``, ``distill``, ``teacher``, ``ensemble`` or ``popularity``.
         runs: Names of its runs.
         seeds: Their seeds.
-        parameters: Parameters that answering needs.
-        milliseconds: Median time of an answer, of the first run.
+        parameters: Parameters used at inference.
+        milliseconds: Median time per user of the first run.
         metrics: Estimates by metric.
     """
 
@@ -106,21 +43,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """An entry with what it was made of.
-
-    Attributes:
-        entry: The entry.
-        runs: Its runs.
-        values: The headline metric of each row, mean over runs, shape ``(M,)``.
-    """
-
-    entry: Entry
-    runs: tuple[RunScores, ...]
-    values: NDArray[np.float64] = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Comparison:
     """An entry against the baseline.
 
@@ -128,7 +50,7 @@ class Comparison:
         name: The entry.
         difference: Of the headline metric, entry minus baseline.
         p_holm: The p-value, corrected for the number of entries compared.
-        relative: The difference as a part of the baseline's mean; None where that is 0.
+        relative: The difference divided by the baseline's mean; None if that is 0.
     """
 
     name: str
@@ -139,12 +61,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are alike in some number.
+    """Rows with similar values of some number.
 
     Attributes:
         low: Smallest number in the group.
         high: Largest.
-        rows: Rows.
+        rows: Number of rows.
         gains: Mean difference to the baseline by entry.
     """
 
@@ -154,149 +76,164 @@ class Group:
     gains: dict[str, Estimate]
 
 
-def headline(ks: Sequence[int]) -> str:
-    """The metric that the report is about: NDCG@10, or at the largest cut-off if 10 is none of them."""
-    return f"ndcg@{10 if 10 in ks else max(ks)}"
+@dataclass(frozen=True)
+class Curve:
+    """The validation history of a run.
 
-
-def read_run(scored: Scored, folder: Path, command: str | None) -> RunScores:
-    """Read what a scored run's folder tells.
-
-    Raises:
-        CheckpointError: If the ranks that were stored with the scores are missing, or are others.
-        DataError: If its configuration is damaged.
+    Attributes:
+        name: Entry and seed.
+        entry: The entry.
+        kind: ``students``, ``teachers``, or ``teachers that write titles``, which choose among few candidates.
+        metric: The metric shown.
+        best_step: Optimizer step whose weights were kept.
+        points: Step and value of each evaluation.
     """
-    remedy = f"delete {folder / 'metrics' / 'test.json'}: the run is then scored again."
-    try:
-        ranks = np.load(folder / "metrics" / "test_ranks.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{folder.name} holds no ranks that can be read ({error}); {remedy}") from error
-    for metric in (name for name in scored.metrics if name.startswith(("hr@", "ndcg@"))):
-        found = float(row_values(ranks, metric).mean()) if ranks.ndim == 1 and len(ranks) else float("nan")
-        if not abs(found - scored.metrics[metric]) < 1e-9:
-            told = f"{metric} {scored.metrics[metric]:.6f}, its ranks give {found:.6f}"
-            raise CheckpointError(f"{folder.name} was scored with {told}; {remedy}")
-    file = folder / "config.json"
-    config = read_object(file) if file.is_file() else {}
-    return RunScores(scored, folder, ranks, read_record(folder), config, command)
+
+    name: str
+    entry: str
+    kind: str
+    metric: str
+    best_step: int
+    points: tuple[tuple[int, float], ...]
 
 
-def contenders(runs: Sequence[RunScores], ks: Sequence[int]) -> list[Contender]:
-    """Put runs that differ in their seed alone together.
+@dataclass(frozen=True)
+class Overlap:
+    """The share of a teacher's best items that each student also ranks among its best.
 
-    Args:
-        runs: All scored runs, popularity among them.
-        ks: Cut-offs.
-
-    Returns:
-        One contender an entry, in the order of their first runs.
+    Attributes:
+        teacher: Name of the teacher outputs.
+        run: The run that wrote them, as their manifest says.
+        top_k: Items compared.
+        rows: Training rows compared.
+        without_history: Whether items of the history are left out, as the teacher leaves them out.
+        chance: The share of a random ranking.
+        students: Mean share by entry.
+        taught: Entries that were distilled from these outputs.
     """
-    alike: dict[tuple[str, str, str], list[RunScores]] = {}
-    for run in runs:
-        settings = {name: _without_seed(run.config.get(name)) for name in _SETTINGS.get(run.stage, ())}
-        alike.setdefault((run.scored.label, run.stage, repr(settings)), []).append(run)
-    labels = [label for label, _, _ in alike]
-    return [
-        _contender(members, ks, label if labels.count(label) == 1 else f"{label} ({members[0].name})")
-        for (label, _, _), members in alike.items()
-    ]
+
+    teacher: str
+    run: str
+    top_k: int
+    rows: int
+    without_history: bool
+    chance: float
+    students: dict[str, Estimate]
+    taught: tuple[str, ...]
 
 
-def _contender(members: Sequence[RunScores], ks: Sequence[int], name: str) -> Contender:
-    first = members[0].scored
-    entry = Entry(
-        name=name,
-        stage=members[0].stage,
-        runs=tuple(each.name for each in members),
-        seeds=tuple(each.scored.seed for each in members),
-        parameters=first.parameters,
-        milliseconds=first.milliseconds,
-        metrics={
-            metric: estimate(np.stack([row_values(each.ranks, metric) for each in members]))
-            for metric in (f"{kind}@{k}" for k in ks for kind in ("hr", "ndcg", "mrr"))
-        },
-    )
-    values = np.stack([row_values(each.ranks, headline(ks)) for each in members]).mean(axis=0)
-    return Contender(entry, tuple(members), values)
+@dataclass(frozen=True)
+class Labelling:
+    """The cost of a teacher's labels, and what a budget saves.
 
-
-def _without_seed(settings: Any) -> Any:
-    """Settings without seeds, which a policy and an adapter may hold too."""
-    if not isinstance(settings, Mapping):
-        return settings
-    return {key: _without_seed(each) for key, each in settings.items() if key != "seed"}
-
-
-def check_baseline(wanted: str | None, folders: Sequence[Path]) -> None:
-    """Refuse a baseline that is none of the runs, before these are scored.
-
-    Raises:
-        ConfigError: If it is not.
+    Attributes:
+        name: The run, as its entry.
+        labelled: Training rows labelled.
+        train_rows: All training rows.
+        seconds: Time for the labelled rows.
+        seconds_saved: Estimated time for the others, at the same speed.
     """
-    if wanted is None:
-        return
-    labels = [POPULARITY, *[str(read_record(folder).get("label", folder.name)) for folder in folders]]
-    if wanted not in labels and not any(_is_called(folder, wanted) for folder in folders):
-        raise ConfigError(
-            f"`report.baseline` is {wanted!r}, expected a label or the folder of a run that is compared; labels are "
-            f"{', '.join(map(repr, dict.fromkeys(labels)))}."
-        )
+
+    name: str
+    labelled: int
+    train_rows: int
+    seconds: float
+    seconds_saved: float
 
 
-def baseline_of(found: Sequence[Contender], wanted: str | None) -> Contender:
-    """The contender that others are compared with.
+@dataclass(frozen=True)
+class GateUse:
+    """How a teacher uses its experts.
 
-    Args:
-        found: All contenders, popularity first.
-        wanted: Its label, or the folder of one of its runs; None for the first that is not popularity, or popularity
-            where it is the only one.
-
-    Returns:
-        The contender; of several with one label the first.
+    Attributes:
+        name: Entry and seed.
+        entropy: Mean entropy of a row's gates, in nats.
+        information: Mutual information of row and expert, in nats; 0 if all rows have the same gates.
+        groups: Fewest and most interactions of a group of users, its rows, and the mean gate of each expert.
     """
-    if wanted is None:
-        trained = [each for each in found if each.entry.stage != POPULARITY]
-        return trained[0] if len(trained) > 1 else found[0]
-    labelled = [each for each in found if wanted == each.runs[0].scored.label]
-    named = [each for each in found for run in each.runs if run.folder is not None and _is_called(run.folder, wanted)]
-    return (labelled + named)[0]
+
+    name: str
+    entropy: float
+    information: float
+    groups: tuple[tuple[int, int, int, tuple[float, ...]], ...]
 
 
-def _is_called(folder: Path, wanted: str) -> bool:
-    """Whether ``wanted`` is a folder's path, or the end of it, in whole names."""
-    names = Path(wanted).parts
-    return len(names) > 0 and folder.parts[-len(names) :] == names
+@dataclass(frozen=True)
+class Sample:
+    """Recommendations of the students for one test user.
 
-
-def compare(found: Sequence[Contender], baseline: Contender) -> list[Comparison]:
-    """Compare each trained contender with the baseline, p-values corrected for their number."""
-    others = [each for each in found if each is not baseline and each.entry.stage != POPULARITY]
-    differences = [paired_difference(each.values, baseline.values) for each in others]
-    mean = float(baseline.values.mean())
-    return [
-        Comparison(each.entry.name, difference, p, difference.mean / mean if mean > 0 else None)
-        for each, difference, p in zip(others, differences, holm([each.p for each in differences]), strict=True)
-    ]
-
-
-def gains_by(numbers: NDArray[np.int64], found: Sequence[Contender], baseline: Contender) -> list[Group]:
-    """Gains over the baseline in quarters of the rows.
-
-    Args:
-        numbers: What the rows are divided by, shape ``(M,)``.
-        found: All contenders.
-        baseline: Which of them is compared with.
-
-    Returns:
-        Groups by ascending numbers; fewer than four where many rows have the same number.
+    Attributes:
+        user: The user's id.
+        history: Titles, oldest first, the last ones of the history.
+        target: Title of the next item.
+        answers: Best titles by entry, each with whether it is the target.
+        places: 1-based rank of the target among all items, by entry.
     """
-    others = [each for each in found if each is not baseline and each.entry.stage != POPULARITY]
-    return [
-        Group(
-            int(numbers[rows].min()),
-            int(numbers[rows].max()),
-            len(rows),
-            {each.entry.name: estimate((each.values - baseline.values)[None, rows]) for each in others},
-        )
-        for rows in quantile_groups(numbers, _GROUPS)
-    ]
+
+    user: str
+    history: tuple[str, ...]
+    target: str
+    answers: dict[str, tuple[tuple[str, bool], ...]]
+    places: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """Provenance of a run.
+
+    Attributes:
+        name: Its folder's name.
+        entry: The entry it belongs to.
+        stage: Its stage.
+        seed: Its seed.
+        started: Its start time; None if unknown.
+        commit: The commit of its code, with ``+`` if there were uncommitted changes; None if unknown.
+        command: The command, without its launcher; None if unknown.
+    """
+
+    name: str
+    entry: str
+    stage: str
+    seed: int | None
+    started: str | None
+    commit: str | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The whole content of a report.
+
+    Attributes:
+        about: Dataset, protocol, date, command, commit and versions of the evaluation.
+        metric: The headline metric.
+        baseline: The entry that others are compared with.
+        conclusions: Sentences that sum up the comparison.
+        entries: The entries, popularity first.
+        comparisons: Each entry against the baseline.
+        by_popularity: Gains by how often the target occurs in training.
+        by_length: Gains by how many interactions the user had before the target.
+        curves: Validation histories.
+        overlaps: Teachers and students.
+        labellings: Cost of the teachers' labels.
+        gates: Use of experts.
+        samples: Recommendations.
+        runs: Provenance.
+        notes: Why something is missing, by section.
+    """
+
+    about: dict[str, Any]
+    metric: str
+    baseline: str
+    conclusions: list[str]
+    entries: list[Entry]
+    comparisons: list[Comparison]
+    by_popularity: list[Group]
+    by_length: list[Group]
+    curves: list[Curve]
+    overlaps: list[Overlap]
+    labellings: list[Labelling]
+    gates: list[GateUse]
+    samples: list[Sample]
+    runs: list[RunNote]
+    notes: dict[str, list[str]]

@@ -1,22 +1,24 @@
-"""The report as a document: which parts it has, and their words, tables and figures."""
+"""The sections of the report: words, tables and figures made from `Findings`."""
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
+from math import log
 
 from llm2rec.core.statistics import Estimate
-from llm2rec.evaluate.report.charts import Dot, forest, grouped, scatter
-from llm2rec.evaluate.report.conclusions import ALPHA, named_p, percent
-from llm2rec.evaluate.report.document import Block, Code, Document, Facts, Figure, Section, Table, Text
-from llm2rec.evaluate.report.findings import POPULARITY, Entry, Group
-from llm2rec.evaluate.report.gathering import Findings
-from llm2rec.evaluate.report.sections_inside import curve_blocks, gate_blocks, overlap_blocks, sample_blocks
+from llm2rec.evaluate.report.charts import Dot, Line, forest, grouped, lines, scatter
+from llm2rec.evaluate.report.comparison import ALPHA, POPULARITY, interval, p_value, percent
+from llm2rec.evaluate.report.document import Block, Code, Document, Facts, Figure, Note, Section, Table, Text
+from llm2rec.evaluate.report.findings import Comparison, Curve, Findings, GateUse, Group, Labelling, Overlap, Sample
 
 __all__ = ["document_of"]
 
+_Slots = dict[str, int]  # colour and mark of each entry
+
 
 def document_of(findings: Findings) -> Document:
-    """Put the findings into words, tables and figures."""
-    about, slots = findings.about, slots_of(findings)
+    """Write the report of an evaluation as a document."""
+    about, slots = findings.about, _slots(findings)
     commit = about["git"]["commit"]
     sections = [
         Section("conclusions", "In short", [Text(each) for each in findings.conclusions]),
@@ -25,106 +27,28 @@ def document_of(findings: Findings) -> Document:
         Section("baseline", f"Against {findings.baseline}", _against(findings, slots)),
         Section("groups", "Who gains", _groups(findings, slots)),
         Section("latency", "Latency and quality", _latency(findings, slots)),
-        Section("curves", "Learning curves", curve_blocks(findings, slots)),
-        Section("overlap", "Teacher and students", overlap_blocks(findings, slots)),
-        Section("gates", "Use of the experts", gate_blocks(findings)),
-        Section("samples", "Recommendations", sample_blocks(findings)),
-        Section("provenance", "How to do it again", _provenance(findings)),
+        Section("curves", "Learning curves", _curves(findings, slots)),
+        Section("overlap", "Teacher and students", _overlaps(findings, slots)),
+        Section("gates", "Use of the experts", _gates(findings)),
+        Section("samples", "Recommendations", _samples(findings)),
+        Section("provenance", "How to reproduce", _provenance(findings)),
     ]
-    of_code = "" if commit is None else f", llm2rec {commit[:10]}{' with changes' if about['git']['dirty'] else ''}"
-    return Document(f"Recommenders on {about['dataset']}", f"Evaluation of {_date(about['date'])}{of_code}", sections)
+    code = "" if commit is None else f", llm2rec {commit[:10]}{' with changes' if about['git']['dirty'] else ''}"
+    return Document(f"Recommenders on {about['dataset']}", f"Evaluation of {_date(about['date'])}{code}", sections)
 
 
-def slots_of(findings: Findings) -> dict[str, int]:
-    """Colour and mark of each entry: grey for popularity, six colours for the others, each time with other marks."""
+def _slots(findings: Findings) -> _Slots:
+    """Grey for popularity, six colours for the others, with other marks each time the colours repeat."""
     trained = [entry.name for entry in findings.entries if entry.stage != POPULARITY]
     return {POPULARITY: 6} | {name: number + number // 6 for number, name in enumerate(trained)}
 
 
+def _notes(findings: Findings, section: str) -> list[Block]:
+    return [Note(each) for each in findings.notes[section]]
+
+
 def _date(iso: str) -> str:
     return iso.replace("T", " ")[:16] + iso[16:]
-
-
-def _setting(findings: Findings) -> list[Block]:
-    about, metric = findings.about, findings.metric
-    k = metric.partition("@")[2]
-    leave_one_out = about["split"] == "leave_one_out"
-    rows = (
-        "each user's last interaction; the one before it chose the weights, the earlier ones trained them"
-        if leave_one_out
-        else "everybody's latest interactions; those before them chose the weights, the earlier ones trained them"
-    )
-    seen = "taken out of the ranking" if about["mask_seen"] else "left in the ranking"
-    pairs = [
-        ("Dataset", f"{about['dataset']} (fingerprint {about['fingerprint'][:12]})"),
-        ("Test rows", f"{about['rows']:,}: {rows}"),
-        (
-            "Task",
-            f"given a user's history, rank all {about['n_items']:,} items; the item that came next should be at the "
-            "top. Items that score the same count against the model; no row is left out",
-        ),
-        ("Items the user had before", seen),
-        (metric.upper(), f"1 / log2(place + 1) if that item is among the first {k}, else 0; the mean over rows"),
-        (f"HR@{k}", f"the share of rows whose item is among the first {k}"),
-    ]
-    blocks: list[Block] = [Facts(pairs)]
-    if any(len(entry.runs) > 1 for entry in findings.entries):
-        blocks.append(Text("Runs that differ in their seed alone are one entry: their mean.", is_note=True))
-    return blocks
-
-
-def _interval(value: Estimate) -> str:
-    return f"{percent(value.mean)} [{percent(value.low)},\u00a0{percent(value.high)}]"
-
-
-def _results(findings: Findings, slots: dict[str, int]) -> list[Block]:
-    metric, k = findings.metric, findings.metric.partition("@")[2]
-    shown = [name for name in dict.fromkeys((metric, f"hr@{k}", "hr@1")) if name in findings.entries[0].metrics]
-    ordered = sorted(findings.entries, key=lambda entry: -entry.metrics[metric].mean)
-    several = any(len(entry.runs) > 1 for entry in ordered)
-    header = [
-        "run",
-        *[f"{name.upper()}, %" for name in shown],
-        *(["seeds", "spread, points"] if several else []),
-        "parameters",
-        "ms per user",
-    ]
-    rows = [
-        [
-            entry.name,
-            *[_interval(entry.metrics[name]) for name in shown],
-            *(_seeds(entry, metric) if several else []),
-            f"{entry.parameters:,}",
-            "" if entry.milliseconds is None else f"{entry.milliseconds:.3g}",
-        ]
-        for entry in ordered
-    ]
-    first, last = ((entry.name, percent(entry.metrics[metric].mean)) for entry in (ordered[0], ordered[-1]))
-    dots = [_dot(entry.name, entry.metrics[metric], slots[entry.name]) for entry in ordered]
-    title = f"{metric.upper()} of each run"
-    description = (
-        f"Mean over test rows with its 95 % bootstrap interval; higher is better. {first[0]} is first with "
-        f"{first[1]} %, {last[0]} last with {last[1]} %."
-    )
-    axis = f"{metric.upper()} on the test split (%)"
-    caption = (
-        "Means in percent with 95 % bootstrap intervals over test rows"
-        + (f"; spread: standard deviation of {metric.upper()} over seeds" if several else "")
-        + ". More metrics are in comparison.txt and report.json."
-    )
-    figure = Figure(
-        title,
-        description,
-        lambda width: forest(dots, axis=axis, title=title, description=description, zero=True, width=width),
-        _numbers(title, "run", [(entry.name, entry.metrics[metric]) for entry in ordered], metric.upper()),
-    )
-    return [figure, Table(caption, header, rows)]
-
-
-def _seeds(entry: Entry, metric: str) -> list[str]:
-    spread = entry.metrics[metric].spread
-    seeds = ", ".join(str(seed) for seed in entry.seeds if seed is not None)
-    return [seeds, "" if spread is None else percent(spread)]
 
 
 def _dot(name: str, value: Estimate, slot: int, x: float = 0.0) -> Dot:
@@ -136,142 +60,312 @@ def _numbers(caption: str, first: str, values: Sequence[tuple[str, Estimate]], u
     return Table(caption, [first, unit, "lower end", "upper end"], rows)
 
 
-def _against(findings: Findings, slots: dict[str, int]) -> list[Block]:
+def _forest(
+    title: str, description: str, values: Sequence[tuple[str, Estimate]], slots: _Slots, unit: str, axis: str, form: str
+) -> Figure:
+    dots = [_dot(name, value, slots[name]) for name, value in values]
+    draw = partial(forest, dots, axis=axis, zero=True, form=form)
+    return Figure(title, description, draw, _numbers(title, "run", values, unit))
+
+
+def _setting(findings: Findings) -> list[Block]:
+    about, metric = findings.about, findings.metric
+    k = metric.partition("@")[2]
+    rows = "the latest interactions of all users; earlier ones are for validation, those before for training"
+    if about["split"] == "leave_one_out":
+        rows = "each user's last interaction; the one before it is for validation, the earlier ones for training"
+    pairs = [
+        ("Dataset", f"{about['dataset']} (fingerprint {about['fingerprint'][:12]})"),
+        ("Test rows", f"{about['rows']:,}: {rows}"),
+        (
+            "Task",
+            f"given a user's history, rank all {about['n_items']:,} items; the next item should be at the top. "
+            "Items with the same score count against the model. No row is left out",
+        ),
+        ("Items in the user's past", "removed from the ranking" if about["mask_seen"] else "kept in the ranking"),
+        (metric.upper(), f"1 / log2(rank + 1) if the next item is among the first {k}, else 0; mean over rows"),
+        (f"HR@{k}", f"the share of rows whose next item is among the first {k}"),
+    ]
+    blocks: list[Block] = [Facts(pairs)]
+    if any(len(entry.runs) > 1 for entry in findings.entries):
+        blocks.append(Note("Runs that differ only in their seed form one entry: their mean."))
+    return blocks
+
+
+def _results(findings: Findings, slots: _Slots) -> list[Block]:
+    metric, k = findings.metric, findings.metric.partition("@")[2]
+    shown = [name for name in dict.fromkeys((metric, f"hr@{k}", "hr@1")) if name in findings.entries[0].metrics]
+    ordered = sorted(findings.entries, key=lambda entry: -entry.metrics[metric].mean)
+    several = any(len(entry.runs) > 1 for entry in ordered)
+    of_seeds = ["seeds", "spread, points"] if several else []
+    header = ["run", *[f"{name.upper()}, %" for name in shown], *of_seeds, "parameters", "ms per user"]
+    rows = []
+    for entry in ordered:
+        row = [entry.name, *[interval(entry.metrics[name]) for name in shown]]
+        if several:
+            spread = entry.metrics[metric].spread
+            row.append(", ".join(str(seed) for seed in entry.seeds if seed is not None))
+            row.append("" if spread is None else percent(spread))
+        time = "" if entry.milliseconds is None else f"{entry.milliseconds:.3g}"
+        rows.append([*row, f"{entry.parameters:,}", time])
+    first, last = ((entry.name, percent(entry.metrics[metric].mean)) for entry in (ordered[0], ordered[-1]))
+    caption = (
+        "Means in percent with 95 % bootstrap intervals over test rows"
+        + (f"; spread: standard deviation of {metric.upper()} over seeds" if several else "")
+        + ". More metrics are in comparison.txt and report.json."
+    )
+    figure = _forest(
+        f"{metric.upper()} of each run",
+        f"Mean over test rows with its 95 % bootstrap interval; higher is better. The first is {first[0]} with "
+        f"{first[1]} %, the last {last[0]} with {last[1]} %.",
+        [(entry.name, entry.metrics[metric]) for entry in ordered],
+        slots,
+        metric.upper(),
+        f"{metric.upper()} on the test split (%)",
+        ".2f",
+    )
+    return [figure, Table(caption, header, rows)]
+
+
+def _against(findings: Findings, slots: _Slots) -> list[Block]:
     if not findings.comparisons:
-        return [Text("There is nothing to compare: one run alone was evaluated.", is_note=True)]
+        return [Note("Only one run was evaluated, so there is nothing to compare.")]
     metric, found = findings.metric.upper(), findings.comparisons
+    values = [(e.name, Estimate(e.difference.mean, e.difference.low, e.difference.high)) for e in found]
     rows = [
         [
             each.name,
-            f"{percent(each.difference.mean, signed=True)} "
-            f"[{percent(each.difference.low, signed=True)},\u00a0{percent(each.difference.high, signed=True)}]",
+            interval(value, signed=True),
             "" if each.relative is None else f"{100 * each.relative:+.1f} %".replace("-", "\u2212"),
             f"{each.difference.better:,} / {each.difference.worse:,}",
-            named_p(each.difference.p),
-            named_p(each.p_holm),
+            p_value(each.difference.p),
+            p_value(each.p_holm),
         ]
-        for each in found
+        for each, (_, value) in zip(found, values, strict=True)
     ]
     header = ["run", f"{metric}, points", "relative", "rows better / worse", "p", "p, corrected"]
-    title = f"{metric} above {findings.baseline}"
-    sure = [each.name for each in found if each.p_holm < ALPHA]
-    description = "Difference on the same test rows with its 95 % bootstrap interval; the line is the baseline. " + (
-        f"Surely different after correction: {', '.join(sure)}." if sure else "None is surely different."
+    significant = [each.name for each in found if each.p_holm < ALPHA]
+    figure = _forest(
+        f"{metric} above {findings.baseline}",
+        "Difference on the same test rows with its 95 % bootstrap interval; the line is the baseline. "
+        f"Significant after correction: {', '.join(significant) or 'none'}.",
+        values,
+        slots,
+        f"{metric}, points",
+        f"{metric} above the baseline (points)",
+        "+.2f",
     )
-    axis = f"{metric} above the baseline (points)"
-    values = [(e.name, Estimate(e.difference.mean, e.difference.low, e.difference.high)) for e in found]
-    dots = [_dot(name, value, slots[name]) for name, value in values]
-    figure = Figure(
-        title,
-        description,
-        lambda width: forest(
-            dots, axis=axis, title=title, description=description, zero=True, form="+.2f", width=width
-        ),
-        _numbers(title, "run", values, f"{metric}, points"),
-    )
-    correction = (
-        f"corrected for the {len(found)} comparisons of this table by Holm's method, which keeps the chance of any "
-        "false alarm among them at 5 %"
-        if len(found) > 1
-        else "with a single comparison there is nothing to correct"
-    )
-    how = (
-        "p: paired permutation test, two-sided: 10,000 times the sign of each row's difference is drawn at random, and "
-        "p is how often their sum is at least as far from 0 as that observed. Corrected p: " + correction + ". Rows "
-        "that both rank alike are neither better nor worse. The test is over test rows, of the mean over seeds where "
-        "there are several."
-    )
-    if findings.about["split"] != "leave_one_out":
-        how += " A user may have several test rows, which are taken as independent; intervals are then too narrow."
-    return [figure, Table(f"Each run against {findings.baseline}", header, rows), Text(how, is_note=True)]
+    how_to_read = Note(_how_to_read_p(found, findings.about["split"]))
+    return [figure, Table(f"Each run against {findings.baseline}", header, rows), how_to_read]
 
 
-def _groups(findings: Findings, slots: dict[str, int]) -> list[Block]:
+def _how_to_read_p(found: Sequence[Comparison], split: str) -> str:
+    several = f"corrected for the {len(found)} comparisons by Holm's method (5 % chance of any false positive)"
+    text = (
+        "p: two-sided paired permutation test. The sign of each row's difference is drawn at random 10,000 times; p is "
+        "how often the sum is at least as far from 0 as the observed one. The last column is "
+        f"{several if len(found) > 1 else 'the same, as there is only one comparison'}. Rows with equal ranks are "
+        "neither better nor worse. The test is over test rows, on the mean over seeds if there are several."
+    )
+    if split != "leave_one_out":
+        text += " A user may have several test rows, which the test takes as independent: intervals are too narrow."
+    return text
+
+
+def _groups(findings: Findings, slots: _Slots) -> list[Block]:
     if not findings.comparisons:
-        return [Text("There is no gain to divide: one run alone was evaluated.", is_note=True)]
-    popular = _gains(
-        findings,
-        slots,
-        findings.by_popularity,
-        "by popularity of the item",
-        "Test rows in quarters, by how often their item was interacted with in training, the rarest first.",
-        "in training",
-    )
-    length = _gains(
-        findings,
-        slots,
-        findings.by_length,
-        "by length of the history",
-        "Test rows in quarters, by how many interactions the user had before, the shortest first.",
-        "before",
-    )
+        return [Note("Only one run was evaluated, so there is no gain to show.")]
+    popular = "Test rows in quarters by how often their item occurs in training, rarest first."
+    length = "Test rows in quarters by how many earlier interactions the user has, fewest first."
     note = (
-        "Intervals are those of each group by itself; with many groups a few will leave out 0 by chance. Groups are "
-        "as even as equal numbers, which stay together, allow."
+        "Each interval is for one group alone; with many groups a few exclude 0 by chance. Groups have about the same "
+        "size; rows with equal numbers stay together."
     )
-    return [popular, length, Text(note, is_note=True)]
+    return [
+        _gains(findings, slots, findings.by_popularity, "by popularity of the item", popular, "in training"),
+        _gains(findings, slots, findings.by_length, "by length of the history", length, "before"),
+        Note(note),
+    ]
 
 
-def _gains(
-    findings: Findings, slots: dict[str, int], groups: Sequence[Group], how: str, description: str, unit: str
-) -> Figure:
+def _gains(findings: Findings, slots: _Slots, groups: Sequence[Group], how: str, description: str, unit: str) -> Figure:
     metric = findings.metric.upper()
     title = f"{metric} above {findings.baseline}, {how}"
-    named = [(_group_name(each.low, each.high, unit), each) for each in groups]
+    named = [(f"{_range(each.low, each.high)} {unit}", each) for each in groups]
     dots = [
         (f"{name}, {group.rows:,} rows", [_dot(entry, gain, slots[entry]) for entry, gain in group.gains.items()])
         for name, group in named
     ]
     values = [(f"{name}: {entry}", gain) for name, group in named for entry, gain in group.gains.items()]
-    axis = f"{metric} above the baseline (points)"
-    told = f"{description} Dots right of the line are gains, with 95 % intervals over the rows of the group."
     return Figure(
         title,
-        told,
-        lambda width: grouped(dots, axis=axis, title=title, description=told, form="+.2f", width=width),
+        f"{description} Dots right of the line are gains, with 95 % intervals over the rows of the group.",
+        partial(grouped, dots, axis=f"{metric} above the baseline (points)", form="+.2f"),
         _numbers(title, "group and run", values, f"{metric}, points"),
     )
 
 
-def _group_name(low: int, high: int, unit: str) -> str:
+def _range(low: int, high: int) -> str:
     numbers = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{numbers} interaction{'' if low == high == 1 else 's'} {unit}"
+    return f"{numbers} interaction{'' if low == high == 1 else 's'}"
 
 
-def _latency(findings: Findings, slots: dict[str, int]) -> list[Block]:
+def _latency(findings: Findings, slots: _Slots) -> list[Block]:
     metric = findings.metric
     timed = [(entry, entry.milliseconds) for entry in findings.entries if entry.milliseconds]
     if not timed:
-        return [Text("No run was timed.", is_note=True)]
+        return [Note("No run was timed.")]
     title = f"Milliseconds per user and {metric.upper()}"
-    entry, quickest = min(timed, key=lambda each: each[1])
+    entry, fastest = min(timed, key=lambda each: each[1])
     slowest = max(each for _, each in timed)
     description = (
-        "Up is better, left is faster; upright lines are 95 % intervals over test rows. "
-        f"{entry.name} answers in {quickest:.3g} ms"
-        + (f", {slowest / quickest:,.0f} times as fast as the slowest." if slowest > 1.5 * quickest else ".")
+        "Up is better, left is faster; vertical lines are 95 % intervals over test rows. "
+        f"The fastest is {entry.name} with {fastest:.3g} ms"
+        + (f", {slowest / fastest:,.0f} times as fast as the slowest." if slowest > 1.5 * fastest else ".")
     )
     dots = [_dot(entry.name, entry.metrics[metric], slots[entry.name], x=each) for entry, each in timed]
-    axes = {"x_axis": "median time of an answer (ms, logarithmic)", "y_axis": f"{metric.upper()} (%)"}
     rows = [[entry.name, f"{each:.3g}", percent(entry.metrics[metric].mean)] for entry, each in timed]
     figure = Figure(
         title,
         description,
-        lambda width: scatter(dots, **axes, title=title, description=description, width=width),
+        partial(scatter, dots, x_axis="median time per user (ms, logarithmic)", y_axis=f"{metric.upper()} (%)"),
         Table(title, ["run", "ms per user", f"{metric.upper()}, %"], rows),
     )
     note = (
-        "Median over 50 answers for one user at a time, measured on the machine and with the threads that each run was "
-        "scored with; runs scored on different machines cannot be compared by it."
+        "Median of 50 requests, one user at a time, on the machine and with the threads that each run was scored with. "
+        "Do not compare the times of runs scored on different machines."
     )
-    return [figure, Text(note, is_note=True)]
+    return [figure, Note(note)]
+
+
+def _curves(findings: Findings, slots: _Slots) -> list[Block]:
+    """One figure for each kind of run, since their steps have different sizes."""
+    by_kind: dict[tuple[str, str], list[Curve]] = {}
+    for each in findings.curves:
+        by_kind.setdefault((each.kind, each.metric), []).append(each)
+    figures: list[Block] = [_curve_figure(kind, metric, own, slots) for (kind, metric), own in by_kind.items()]
+    return (figures or [Note("No run has a validation history.")]) + _notes(findings, "curves")
+
+
+def _curve_figure(kind: str, metric: str, curves: Sequence[Curve], slots: _Slots) -> Figure:
+    title = f"Validation {metric.upper()} of {kind} during training"
+    among = ", among the validation candidates" if kind == "teachers that write titles" else ""
+    best = " ".join(f"{each.name} is best at step {each.best_step:,}." for each in curves)
+    drawn = [
+        Line(
+            each.entry,
+            tuple((float(step), 100 * value) for step, value in each.points),
+            float(each.best_step),
+            slots[each.entry],
+        )
+        for each in curves
+    ]
+    rows = [
+        [each.name, f"{each.points[-1][0]:,}", f"{each.best_step:,}", percent(max(v for _, v in each.points))]
+        for each in curves
+    ]
+    return Figure(
+        title,
+        f"By optimizer steps{among}; a ring marks the step whose weights are kept. {best}",
+        partial(lines, drawn, x_axis="optimizer steps", y_axis=f"validation {metric.upper()} (%)"),
+        Table(title, ["run", "steps", "best step", f"best {metric.upper()}, %"], rows),
+    )
+
+
+def _overlaps(findings: Findings, slots: _Slots) -> list[Block]:
+    figures: list[Block] = [_overlap_figure(each, slots) for each in findings.overlaps]
+    if not figures and not findings.notes["overlap"]:
+        figures = [Note("No run is distilled from a teacher.")]
+    return figures + _notes(findings, "overlap") + _labelling_table(findings.labellings)
+
+
+def _overlap_figure(overlap: Overlap, slots: _Slots) -> Figure:
+    k, students = overlap.top_k, overlap.students
+    title = f"Items among the first {k} that students share with {overlap.teacher}"
+    without = ", without items of the history, as the teacher ranks them" if overlap.without_history else ""
+    description = (
+        f"Share of the teacher's first {k} items that are among a student's first {k}, over {overlap.rows:,} training "
+        f"rows{without}; a random ranking would share {100 * overlap.chance:.2g} %. Distilled from this teacher: "
+        f"{', '.join(overlap.taught)}. The teacher outputs are those of run {overlap.run}, as they are now."
+    )
+    axis = f"shared items among the first {k} (%)"
+    return _forest(title, description, list(students.items()), slots, "shared, %", axis, ".1f")
+
+
+def _labelling_table(labellings: Sequence[Labelling]) -> list[Block]:
+    if not labellings:
+        return []
+    rows = [
+        [each.name, f"{each.labelled:,} of {each.train_rows:,}", f"{each.seconds:,.1f}", f"{each.seconds_saved:,.1f}"]
+        for each in labellings
+    ]
+    note = (
+        "Seconds saved: estimated time for the training rows that a selection policy with a budget (`active`) left "
+        "out, at the same speed."
+    )
+    header = ["run", "training rows labelled", "seconds", "seconds saved"]
+    return [Table("Cost of the teachers' labels", header, rows), Note(note)]
+
+
+def _gates(findings: Findings) -> list[Block]:
+    figures: list[Block] = [_gate_figure(each) for each in findings.gates]
+    if not figures and not findings.notes["gates"]:
+        figures = [Note("No teacher is among the runs.")]
+    return figures + _notes(findings, "gates")
+
+
+def _gate_figure(use: GateUse) -> Figure:
+    n_experts = len(use.groups[0][3])
+    title = f"Mean gates of {use.name} by length of the history"
+    description = (
+        f"Test rows in quarters by how many earlier interactions the user has. Uniform gates give each of the "
+        f"{n_experts} experts {100 / n_experts:.3g} %. The mean entropy of a row's gates is {use.entropy:.3f} nats "
+        f"(uniform: {log(n_experts):.3f}); the mutual information of row and expert is {use.information:.4f} nats (0: "
+        "the same gates for all rows)."
+    )
+    named = [(_range(low, high), n_rows, gates) for low, high, n_rows, gates in use.groups]
+    dots = [
+        (
+            f"{name} before, {n_rows:,} rows",
+            [Dot(f"expert {e + 1}", 100 * gate, slot=e + e // 7) for e, gate in enumerate(gates)],
+        )
+        for name, n_rows, gates in named
+    ]
+    header = ["history", "rows", *[f"expert {e + 1}, %" for e in range(n_experts)]]
+    rows = [[name, f"{n_rows:,}", *[f"{100 * gate:.1f}" for gate in gates]] for name, n_rows, gates in named]
+    return Figure(
+        title, description, partial(grouped, dots, axis="mean gate (%)", form=".1f"), Table(title, header, rows)
+    )
+
+
+def _samples(findings: Findings) -> list[Block]:
+    if not findings.samples or not findings.samples[0].answers:
+        return [Note("No student among the runs can be loaded."), *_notes(findings, "samples")]
+    intro = (
+        "Test users evenly spaced over the split, chosen independently of the results, with the last items of their "
+        "histories. A tick marks the next item; its rank is among all items."
+    )
+    return [Note(intro), *map(_sample_table, findings.samples), *_notes(findings, "samples")]
+
+
+def _sample_table(sample: Sample) -> Table:
+    rows = [
+        [
+            name,
+            "; ".join(f"{rank}. {chr(0x2713) + ' ' if hit else ''}{title}" for rank, (title, hit) in enumerate(top, 1)),
+            f"{sample.places[name]:,}",
+        ]
+        for name, top in sample.answers.items()
+    ]
+    caption = f"History of user {sample.user}, oldest first: {' → '.join(sample.history)}. Next item: {sample.target}."
+    return Table(caption, ["run", "recommends", "rank of next"], rows, is_text=True)
 
 
 def _provenance(findings: Findings) -> list[Block]:
     about = findings.about
     git, versions = about["git"], about["versions"]
-    changed = ", with changes that are not committed" if git["dirty"] else ""
-    commit = "not known" if git["commit"] is None else git["commit"] + changed
+    changed = ", with uncommitted changes" if git["dirty"] else ""
+    commit = "unknown" if git["commit"] is None else git["commit"] + changed
     header = ["run", "entry", "stage", "seed", "started", "commit"]
     rows = [
         [
@@ -289,17 +383,17 @@ def _provenance(findings: Findings) -> list[Block]:
         *[
             Code(f"{run.name}, {run.entry}", run.command)
             if run.command is not None
-            else Text(f"{run.name}, {run.entry}: its command is not recorded.", is_note=True)
+            else Note(f"{run.name}, {run.entry}: the command is not recorded.")
             for run in findings.runs
         ],
     ]
     launcher = (
-        "Commands are given as for one process; a launcher, such as accelerate launch, is not recorded. A commit with "
-        "+ had changes that were not committed. Each run's folder holds its whole configuration."
+        "Commands are for one process; a launcher such as accelerate launch is not recorded. A + marks a commit with "
+        "uncommitted changes. Each run folder holds the full configuration."
     )
     return [
-        Facts([("Commit", commit), *[(name, version) for name, version in versions.items()]]),
-        Table("Where the numbers come from", header, rows, is_text=True),
+        Facts([("Commit", commit), *versions.items()]),
+        Table("Runs", header, rows, is_text=True),
         *commands,
-        Text(launcher, is_note=True),
+        Note(launcher),
     ]

@@ -1,8 +1,11 @@
-"""What run folders, students and teacher outputs tell besides metrics; what cannot be had is said with its reason."""
+"""The analyses behind the report: curves, teacher overlap, labelling cost, gate use and sample recommendations.
+
+Each returns its results and notes on what is missing and why. Nothing is ranked again, and no language model is loaded.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +18,22 @@ from llm2rec.core.run import read_record
 from llm2rec.core.statistics import Estimate, estimate, quantile_groups
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
-from llm2rec.evaluate.report.findings import Contender, RunScores
+from llm2rec.evaluate.report.comparison import (
+    Contender,
+    RunScores,
+    baseline_of,
+    compare,
+    conclusions,
+    contenders,
+    gains_by,
+    headline,
+)
+from llm2rec.evaluate.report.findings import Curve, Findings, GateUse, Labelling, Overlap, RunNote, Sample
+from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.store import load_student
 
-__all__ = [
-    "Curve",
-    "GateUse",
-    "Labelling",
-    "Overlap",
-    "Sample",
-    "curves",
-    "gate_use",
-    "labellings",
-    "overlaps",
-    "samples",
-    "top_items",
-]
+__all__ = ["curves", "gate_use", "gather", "labellings", "overlaps", "samples", "top_items"]
 
 _OVERLAP_ROWS = 1000
 _TOP = 10
@@ -40,135 +42,105 @@ _GATE_GROUPS = 4
 _LABELLING = ("labelled", "train_rows", "seconds", "seconds_saved")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The validation history of a run.
+def gather(
+    scored_popularity: Scored,
+    runs: Sequence[RunScores],
+    data: RecData,
+    protocol: Protocol,
+    about: dict[str, Any],
+    *,
+    baseline: str | None,
+    locate: Callable[[str], Path],
+    device: torch.device,
+) -> Findings:
+    """Gather the content of the report.
 
-    Attributes:
-        name: Entry and seed.
-        entry: The entry.
-        kind: ``students``, ``teachers``, or ``teachers that write titles``, which choose among few candidates.
-        metric: What was measured.
-        best_step: Optimizer step whose weights were kept.
-        points: Step and value, evaluation by evaluation.
+    Args:
+        scored_popularity: What `score_popularity` returned.
+        runs: The scored runs, at least one.
+        data: The dataset.
+        protocol: How they were scored.
+        about: Facts on dataset, protocol and evaluation, passed on.
+        baseline: Label or folder of the run that others are compared with; None for the first one.
+        locate: Finds a folder that a configuration names.
+        device: Where students run.
     """
-
-    name: str
-    entry: str
-    kind: str
-    metric: str
-    best_step: int
-    points: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class GateUse:
-    """How a teacher's experts are used.
-
-    Attributes:
-        name: Entry and seed.
-        entropy: Mean entropy of a row's gates, in nats.
-        information: Mutual information of row and expert, in nats; 0 where all rows share one mixture.
-        groups: Fewest and most interactions of a group of users, its rows, and the mean gate of each expert.
-    """
-
-    name: str
-    entropy: float
-    information: float
-    groups: tuple[tuple[int, int, int, tuple[float, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many of a teacher's best items are among each student's.
-
-    Attributes:
-        teacher: Name of the teacher outputs.
-        run: The run that wrote them, as far as they say.
-        top_k: Items compared.
-        rows: Training rows compared.
-        without_history: Whether items of the history are left out, as the teacher leaves them out.
-        chance: What a random choice would share.
-        students: Mean share by entry.
-        taught: Entries that were distilled from these outputs.
-    """
-
-    teacher: str
-    run: str
-    top_k: int
-    rows: int
-    without_history: bool
-    chance: float
-    students: dict[str, Estimate]
-    taught: tuple[str, ...]
+    counts, test = popularity(data), data.splits["test"].with_format("numpy")
+    ranks = popularity_ranks(data, counts, mask_seen=protocol.mask_seen).numpy()
+    found = contenders([RunScores(scored_popularity, None, ranks), *runs], protocol.ks)
+    reference, metric = baseline_of(found, baseline), headline(protocol.ks)
+    comparisons = compare(found, reference)
+    lengths = np.asarray(test["position"][:], np.int64)
+    validation, no_curve = curves(found, metric)
+    shared, no_overlap = overlaps(found, data, locate, device)
+    costs, no_costs = labellings(found)
+    gates, no_gates = gate_use(found, lengths)
+    recommended, no_sample = samples(found, data, mask_seen=protocol.mask_seen, device=device)
+    return Findings(
+        about=about,
+        metric=metric,
+        baseline=reference.entry.name,
+        conclusions=conclusions(found, reference, comparisons, metric),
+        entries=[each.entry for each in found],
+        comparisons=comparisons,
+        by_popularity=gains_by(counts[np.asarray(test["target"][:])].astype(np.int64), found, reference),
+        by_length=gains_by(lengths, found, reference),
+        curves=validation,
+        overlaps=shared,
+        labellings=costs,
+        gates=gates,
+        samples=recommended,
+        runs=[_provenance(run, each.entry.name) for each in found for run in each.runs if run.folder is not None],
+        notes={"curves": no_curve, "overlap": no_overlap + no_costs, "gates": no_gates, "samples": no_sample},
+    )
 
 
-@dataclass(frozen=True)
-class Labelling:
-    """What a teacher's labels cost, and what a budget has saved.
-
-    Attributes:
-        name: The run, as its entry.
-        labelled: Training rows that it labelled.
-        train_rows: Those that there are.
-        seconds: What that took.
-        seconds_saved: What the others would have taken at the same speed.
-    """
-
-    name: str
-    labelled: int
-    train_rows: int
-    seconds: float
-    seconds_saved: float
+def _provenance(run: RunScores, entry: str) -> RunNote:
+    git = run.record.get("git") or {}
+    commit = git.get("commit")
+    return RunNote(
+        run.name,
+        entry,
+        run.stage,
+        run.scored.seed,
+        run.record.get("started"),
+        None if commit is None else f"{commit[:10]}{'+' if git.get('dirty') else ''}",
+        run.command,
+    )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What students recommend to a test user.
-
-    Attributes:
-        user: The user's id.
-        history: Titles, oldest first, the last ones of the history.
-        target: Title of what the user took next.
-        answers: Best titles by entry, each with whether it is the target.
-        places: Place of the target among all items by entry, from 1.
-    """
-
-    user: str
-    history: tuple[str, ...]
-    target: str
-    answers: dict[str, tuple[tuple[str, bool], ...]]
-    places: dict[str, int]
-
-
-def _runs(found: Sequence[Contender], *stages: str) -> list[tuple[str, str, RunScores]]:
-    """Runs of some stages, with a name, of the entry, and of the seed where it has several, and the entry's name."""
+def _runs(found: Sequence[Contender], *stages: str) -> list[tuple[str, str, RunScores, Path]]:
+    """Runs of some stages: name (the entry, with the seed if it has several), entry, run and folder."""
     return [
-        (each.entry.name if len(each.runs) == 1 else f"{each.entry.name} [{run.scored.seed}]", each.entry.name, run)
+        (
+            each.entry.name if len(each.runs) == 1 else f"{each.entry.name} [{run.scored.seed}]",
+            each.entry.name,
+            run,
+            run.folder,
+        )
         for each in found
         for run in each.runs
-        if run.stage in stages
+        if run.stage in stages and run.folder is not None
     ]
 
 
 def labellings(found: Sequence[Contender]) -> tuple[list[Labelling], list[str]]:
-    """Read what each run that has written labels says of them; ``found`` as `contenders` gave it.
+    """Read the labelling cost of each run that exported teacher outputs.
 
     Returns:
-        What they say, and why a run does not.
+        Costs, and notes on runs whose cost cannot be read.
     """
-    told, notes = [], []
-    for name, _, run in _runs(found, "teacher", "ensemble"):
-        assert run.folder is not None, "only popularity has no folder"
-        file = run.folder / "metrics" / "labelling.json"
+    costs, notes = [], []
+    for name, _, _, folder in _runs(found, "teacher", "ensemble"):
+        file = folder / "metrics" / "labelling.json"
         try:
             figures = read_object(file, *_LABELLING) if file.is_file() else None
         except DataError as error:
-            notes.append(f"What the labels of {name} cost is not known: {error}")
+            notes.append(f"{name}: the cost of its labels is unknown: {error}")
             continue
         if figures is not None:
-            told.append(Labelling(name, *(figures[key] for key in _LABELLING)))
-    return told, notes
+            costs.append(Labelling(name, *(figures[key] for key in _LABELLING)))
+    return costs, notes
 
 
 def curves(found: Sequence[Contender], metric: str) -> tuple[list[Curve], list[str]]:
@@ -176,54 +148,55 @@ def curves(found: Sequence[Contender], metric: str) -> tuple[list[Curve], list[s
 
     Args:
         found: All contenders.
-        metric: What to take where it was measured; else what the run's weights were chosen by.
+        metric: The metric to read; for runs that did not measure it, the metric that chose their weights.
 
     Returns:
-        Curves, and why a run has none.
+        Curves, and notes on runs without one.
     """
     read, notes = [], []
-    for name, entry, run in _runs(found, "student", "distill", "teacher"):
-        assert run.folder is not None, "only popularity has no folder"
-        file = run.folder / "metrics" / "validation.json"
+    for name, entry, run, folder in _runs(found, "student", "distill", "teacher"):
+        file = folder / "metrics" / "validation.json"
         try:
-            told = read_object(file, "select_on", "best_step", "history") if file.is_file() else {"history": []}
+            validation = read_object(file, "select_on", "best_step", "history") if file.is_file() else {"history": []}
         except DataError as error:
             notes.append(f"{name}: {error}")
             continue
-        if not told["history"]:
-            notes.append(f"{name}: was not validated, as nothing was trained.")
+        history = validation["history"]
+        if not history:
+            notes.append(f"{name}: no validation history, as nothing was trained.")
             continue
-        shown = metric if all(f"val/{metric}" in each for each in told["history"]) else told["select_on"]
-        points = tuple((int(each["step"]), float(each[f"val/{shown}"])) for each in told["history"])
+        shown = metric if all(f"val/{metric}" in each for each in history) else validation["select_on"]
+        points = tuple((int(each["step"]), float(each[f"val/{shown}"])) for each in history)
         kind = "students" if run.stage != "teacher" else "teachers"
         kind = "teachers that write titles" if run.scored.n_titles else kind
-        read.append(Curve(name, entry, kind, shown, int(told["best_step"]), points))
+        read.append(Curve(name, entry, kind, shown, int(validation["best_step"]), points))
     return read, notes
 
 
 def gate_use(found: Sequence[Contender], lengths: NDArray[np.int64]) -> tuple[list[GateUse], list[str]]:
-    """Sum up the gates that scoring has stored, by how many interactions users had.
+    """Summarise the gates stored by scoring, by length of the history.
 
     Args:
         found: All contenders.
         lengths: Interactions of each test row's user before the target, shape ``(M,)``.
 
     Returns:
-        Gate use of each teacher with experts, and why others have none.
+        Gate use of each teacher with experts, and notes on the other teachers.
     """
     read, notes = [], []
-    for name, _, run in _runs(found, "teacher"):
-        assert run.folder is not None, "only popularity has no folder"
-        file = run.folder / "metrics" / "test_gates.npy"
+    for name, _, run, folder in _runs(found, "teacher"):
+        file = folder / "metrics" / "test_gates.npy"
         if not file.is_file():
-            again = f"or it was scored before gates were stored; delete {run.name}/metrics/test.json to score it again"
-            notes.append(f"{name}: no gates are stored: it has no experts, {again}.")
+            notes.append(
+                f"{name}: no gates are stored. It has no experts, or an older version scored it; to score it again, "
+                f"delete {run.name}/metrics/test.json."
+            )
             continue
-        gates = _gates_in(file, len(lengths))
+        gates = _read_gates(file, len(lengths))
         if gates is None:
             notes.append(f"{name}: {run.name}/metrics/test_gates.npy does not hold the gates of these test rows.")
             continue
-        # With PEFT, which takes seconds to import: most reports are of students alone.
+        # Imports PEFT, which takes seconds: most reports are of students alone.
         from llm2rec.ilora import gate_health
 
         health = gate_health(torch.from_numpy(gates))
@@ -235,7 +208,7 @@ def gate_use(found: Sequence[Contender], lengths: NDArray[np.int64]) -> tuple[li
     return read, notes
 
 
-def _gates_in(file: Path, n_rows: int) -> NDArray[np.float32] | None:
+def _read_gates(file: Path, n_rows: int) -> NDArray[np.float32] | None:
     """Gates ``(n_rows, E)`` from a file, or None if it holds anything else."""
     try:
         gates = np.load(file, allow_pickle=False)
@@ -254,19 +227,19 @@ def top_items(
     device: torch.device,
     seen: Pairs | None = None,
 ) -> NDArray[np.int64]:
-    """Let a finished student recommend.
+    """Recommend items with a finished student.
 
     Args:
         folder: Its run folder.
         data: The dataset.
-        split: Its split.
-        rows: Rows to answer, shape ``(B,)``.
-        k: Items of an answer.
-        device: Where to compute.
-        seen: Items that are not to be found.
+        split: Name of the split.
+        rows: Rows to recommend for, shape ``(B,)``.
+        k: Items per row.
+        device: Where to run.
+        seen: Items to exclude.
 
     Returns:
-        Item ids of shape ``(B, k)``, best first; -1 where fewer are left.
+        Item ids of shape ``(B, k)``, best first; -1 if fewer are left.
 
     Raises:
         CheckpointError: If the folder holds no student.
@@ -282,18 +255,18 @@ def top_items(
 def overlaps(
     found: Sequence[Contender], data: RecData, locate: Callable[[str], Path], device: torch.device
 ) -> tuple[list[Overlap], list[str]]:
-    """Compare the best items of each student with those of the teachers that students were distilled from.
+    """Compare each student's best items with those of the teachers that students were distilled from.
 
-    On training rows, evenly spaced among those labelled: these the teacher has ranked.
+    The rows are training rows, evenly spaced among the labelled ones, since these the teacher has ranked.
 
     Args:
         found: All contenders.
         data: The dataset.
         locate: Finds the folder of ``distill.teacher_outputs``.
-        device: Where students compute.
+        device: Where students run.
 
     Returns:
-        One overlap for each folder of teacher outputs, and why others could not be looked at.
+        One overlap per folder of teacher outputs, and notes on folders that cannot be compared.
     """
     taught: dict[str, list[Contender]] = {}
     for each in found:
@@ -304,13 +277,13 @@ def overlaps(
     for folder, students in taught.items():
         names = [each.entry.name for each in students]
         if not folder:
-            notes.append(f"{', '.join(names)}: the run does not say which teacher outputs it was distilled from.")
+            notes.append(f"{', '.join(names)}: the run does not name the teacher outputs it was distilled from.")
             continue
         try:
             sizes = {"n_rows": len(data.splits["train"]), "n_items": data.n_items, "top_k": 1}
             outputs = read_outputs(locate(folder), fingerprint=data.fingerprint, **sizes)
-            there, own = outputs_hash(locate(folder)), [(each.entry.name, each.runs[0].folder) for each in students]
-            names = [name for name, run in own if not run or read_record(run).get("teacher_outputs", there) == there]
+            current, own = outputs_hash(locate(folder)), [(each.entry.name, each.runs[0].folder) for each in students]
+            names = [name for name, run in own if not run or _outputs_of(run, current) == current]
             if others := [name for name, _ in own if name not in names]:
                 notes.append(f"{', '.join(others)}: other outputs have been written to {folder} since.")
             if names:
@@ -318,6 +291,11 @@ def overlaps(
         except (TeacherOutputsError, CheckpointError) as error:
             notes.append(f"{', '.join(names)}: {error}")
     return read, notes
+
+
+def _outputs_of(folder: Path, default: str) -> str:
+    """Hash of the teacher outputs that a run was distilled from; older runs did not record it."""
+    return str(read_record(folder).get("teacher_outputs", default))
 
 
 def _overlap(
@@ -359,21 +337,21 @@ def _evenly(n_rows: int, wanted: int) -> NDArray[np.int64]:
 def samples(
     found: Sequence[Contender], data: RecData, *, mask_seen: bool, device: torch.device
 ) -> tuple[list[Sample], list[str]]:
-    """Let the first run of each student recommend to a few test users, evenly spaced, whatever comes out.
+    """Recommend with the first run of each student for a few test users, evenly spaced over the split.
 
     Args:
         found: All contenders.
         data: The dataset.
-        mask_seen: Whether what users had before is left out, as in the ranking.
-        device: Where students compute.
+        mask_seen: Whether items in the user's past are removed, as in the ranking.
+        device: Where students run.
 
     Returns:
-        Samples, and why a student has no part in them.
+        Samples, and notes on students that cannot be loaded.
     """
     split = data.splits["test"]
     rows = _evenly(len(split), _SAMPLE_USERS)
-    asked = split.select(rows)
-    targets = torch.tensor(asked["target"][:], device=device)
+    users = split.select(rows)
+    targets = torch.tensor(users["target"][:], device=device)
     seen = SeenItems(Rows.of(data, "test")).pairs_without_targets(rows, targets) if mask_seen else None
     tops, notes = dict[str, NDArray[np.int64]](), []
     for each in found:
@@ -385,10 +363,10 @@ def samples(
             except CheckpointError as error:
                 notes.append(f"{each.entry.name}: {error}")
     places = {each.entry.name: each.runs[0].ranks[rows] + 1 for each in found}
-    told = []
-    for number, row in enumerate(asked):
+    found_samples = []
+    for number, row in enumerate(users):
         target = int(row["target"])
-        told.append(
+        found_samples.append(
             Sample(
                 str(row["user_id"]),
                 tuple(data.titles[item] for item in row["history"][-_SAMPLE_HISTORY:]),
@@ -400,4 +378,4 @@ def samples(
                 {name: int(places[name][number]) for name in tops},
             )
         )
-    return told, notes
+    return found_samples, notes
