@@ -1,18 +1,19 @@
-"""LLM recommendation, distilled: an iLoRA teacher, DLLM2Rec distillation, and a small student that can be served.
+"""LLM recommendation, distilled: an iLoRA teacher, DLLM2Rec distillation, and a small student to serve.
 
-What a notebook needs, each name imported when it is first used:
+The public names, each imported on first use:
 
     run                 run a stage: data, student, teacher, ensemble, distill, evaluate
     load_data           open a prepared dataset; `prepare` makes one of `CsvTables`, `MovieLens100K` or `Toy`
-    Recommender         a finished student, distilled or not, that answers
-    TeacherRecommender  a finished teacher that answers
-    load_student        the student itself, a torch module; `SequentialRecommender.from_pretrained` does the same
-    push                put a finished student or teacher on the Hugging Face Hub; all of the above read it by its id
-    ILoraConfig         instance-wise LoRA for any language model, by PEFT
+    Recommender         recommendations of a finished student, distilled or not
+    TeacherRecommender  recommendations of a finished teacher
+    load_student        the student as a torch module; also `SequentialRecommender.from_pretrained`
+    push                upload a finished student or teacher to the Hugging Face Hub; all of the above load it by its id
+    ILoraConfig         instance-wise LoRA for any language model of PEFT
 
-`examples/notebook.py` shows the chain at work.
+`examples/notebook.py` runs the whole chain.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from llm2rec.share.pushing import push
     from llm2rec.student.models import SequentialRecommender
     from llm2rec.student.store import load_student
+
+# Idle OpenMP threads sleep instead of spinning, which on a busy machine makes steps 5 to 30 times slower. Set here
+# because OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [
     "CsvTables",

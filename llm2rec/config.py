@@ -1,19 +1,23 @@
-"""The configuration as types: what `conf/` may say, checked when Hydra composes it.
+"""Hydra structured configs: a schema per group of `conf/`, so that misspelt keys and wrong types fail at composition.
 
-Every group of `conf/` has a schema here, so a misspelt key or a wrong type fails before anything starts. Only the
-stages' ``__main__`` modules read a `Config`; everything below takes plain values.
+The dataclasses hold the defaults; the files of `conf/` hold what differs from them. Only the stages' ``__main__``
+modules read a `Config`; everything below takes plain values.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Llm2RecError
 from llm2rec.core.metrics import CUTOFFS, metric_names
-from llm2rec.core.paths import run_folder
+from llm2rec.core.paths import conf_folder, run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
@@ -25,18 +29,20 @@ from llm2rec.share.settings import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
-__all__ = ["Config", "MetricsConfig", "register"]
+__all__ = ["Config", "MetricsConfig", "build", "built_object", "check_finite", "register"]
+
+Settings = TypeVar("Settings")
 
 
 @dataclass
 class PathsConfig:
-    """Where things lie; relative paths count from the folder the command was typed in.
+    """Folders; relative paths start at the folder that the command is launched from.
 
     Attributes:
         root: That folder.
         raw_dir: Downloads.
         processed_dir: Prepared datasets.
-        llm_dir: Language models made here, and what they computed that can be used again.
+        llm_dir: Language models made here, and their cached outputs.
         teacher_outputs_dir: Teacher outputs, ``<dataset>/<name>/``.
         dllm2rec_dir: What `llm2rec.distill.export_dllm2rec` writes for the released DLLM2Rec program.
         result_dir: Run folders.
@@ -53,7 +59,7 @@ class PathsConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is told while a stage runs.
+    """Logging configuration.
 
     Attributes:
         tensorboard: Whether to write TensorBoard events into the run folder.
@@ -66,13 +72,13 @@ class LoggingConfig:
 
 @dataclass
 class MetricsConfig:
-    """How rankings are measured.
+    """Ranking metrics.
 
     Attributes:
         ks: Cut-offs.
         select_on: Validation metric for early stopping and the choice of weights.
-        mask_seen: Whether items the user had before are taken out of the rankings.
-        n_candidates: Items among which `llm2rec.evaluate` measures HR@1 besides, the target included; 0 for none.
+        mask_seen: Whether to exclude items that the user interacted with before.
+        n_candidates: Items, the target included, among which `llm2rec.evaluate` also measures HR@1; 0 for none.
         candidates_seed: Seed of those candidates.
     """
 
@@ -83,28 +89,28 @@ class MetricsConfig:
     candidates_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse metrics that no evaluation will give."""
+        """Check that the metrics exist."""
         if not self.ks or min(self.ks) < 1:
             raise ConfigError(f"metrics.ks is {self.ks}, expected cut-offs of at least 1.")
         if self.select_on not in metric_names():
             raise ConfigError(f"metrics.select_on is {self.select_on!r}, expected one of {', '.join(metric_names())}.")
         if self.n_candidates != 0 and self.n_candidates < 2:
             raise ConfigError(
-                f"metrics.n_candidates is {self.n_candidates}, expected 0 for none, or at least 2: the target and what "
-                "it is picked from."
+                f"metrics.n_candidates is {self.n_candidates}, expected 0 for none, or at least 2: the target "
+                "and one other item."
             )
 
 
 @dataclass
 class ActiveConfig:
-    """Which rows are distilled; the class is named by ``_target_``."""
+    """Selection policy; ``_target_`` names its class."""
 
     _target_: str = MISSING
 
 
 @dataclass
 class BudgetedActiveConfig(ActiveConfig):
-    """What every policy with a budget can be told; see `llm2rec.distill.selection_policy`."""
+    """Options of all policies with a budget; see `llm2rec.distill.selection_policy`."""
 
     budget: float = MISSING
     final_budget: float | None = None
@@ -120,7 +126,7 @@ class RandomActiveConfig(BudgetedActiveConfig):
 
 @dataclass
 class ChoosingActiveConfig(BudgetedActiveConfig):
-    """What every policy can be told that chooses among labelled rows."""
+    """Options of all policies that choose among labelled rows."""
 
     pool: float = 1.0
     seed: int = MISSING
@@ -160,27 +166,27 @@ class CustomActiveConfig(ActiveConfig):
 
 @dataclass
 class Config:
-    """Everything a stage may read.
+    """Configuration of all stages.
 
     Attributes:
-        dataset: Which interactions, and how they are split.
-        llm: Which language model.
-        teacher: How it is tuned and what it writes.
-        student: Which student, and its training.
+        dataset: Interactions and how they are split.
+        llm: Language model.
+        teacher: Adapter, training and exported outputs of the teacher.
+        student: Model and training of the student.
         distill: How the student learns from the teacher.
-        active: From which rows.
-        ensemble: Of what `llm2rec.ensemble` is made, besides ``runs``.
-        metrics: How rankings are measured.
-        report: What the report of an evaluation compares with.
-        logging: What is told.
-        paths: Where things lie.
+        active: Training rows to distil on.
+        ensemble: Options of `llm2rec.ensemble`; its members are ``runs``.
+        metrics: Ranking metrics.
+        report: Options of the report of an evaluation.
+        logging: TensorBoard and progress.
+        paths: Folders.
         seed: Seed of initial weights, order and dropout.
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
-        reuse: Whether a finished run of the same stage, configuration and data is taken for this one.
-        runs: What to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of run
-            folders, and of sweeps' folders, which stand for their finished jobs. `llm2rec.ensemble` takes a list too.
-        plan: What `llm2rec.plan` plans for.
-        gpus: On how many GPUs; `llm2rec.plan` reads it, the launcher decides.
+        reuse: Whether to skip the run if there is a finished one of the same stage, configuration and data.
+        runs: Runs to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of folders
+            of runs and sweeps; a sweep means its finished jobs. `llm2rec.ensemble` takes a list too.
+        plan: Options of `llm2rec.plan`.
+        gpus: Number of GPUs for `llm2rec.plan`; a real launch takes it from the launcher.
     """
 
     dataset: DatasetSpec = MISSING
@@ -202,13 +208,16 @@ class Config:
     gpus: int = 1
 
 
-def register(decide: Callable[..., str] = run_folder) -> None:
-    """Make the schemas and the ``run_folder`` resolver known to Hydra; may be called again.
+def register(decide: Callable[..., str] = run_folder, about: str = "") -> None:
+    """Register the schemas and the resolvers of `conf/hydra` with Hydra; may be called again.
 
     Args:
-        decide: What decides the run folder.
+        decide: Resolves ``run_folder``.
+        about: Resolves ``about``, the beginning of ``--help``: what the command does.
     """
     OmegaConf.register_new_resolver("run_folder", decide, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("about", lambda: about.replace("``", "`"), replace=True)
+    OmegaConf.register_new_resolver("choices", _choices, replace=True)
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     store.store(name="base_recommend", node=RecommendSettings)
@@ -243,3 +252,71 @@ def register(decide: Callable[..., str] = run_folder) -> None:
     for group, nodes in schemas.items():
         for name, node in nodes.items():
             store.store(group=group, name=f"base_{name}", node=node)
+
+
+def _choices(*, _root_: DictConfig) -> str:
+    """The files of each group of `conf/` that a command reads, and the one chosen, for ``--help``."""
+    chosen = {group: name for group, name in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
+    files = {group: sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")) for group in chosen}
+    return "\n".join(f"  {group}={chosen[group]}: {', '.join(names)}" for group, names in sorted(files.items()))
+
+
+def build(node: Any, kind: type[Settings]) -> Settings:
+    """Turn a configuration node into the settings object of its schema; the constructor checks the values.
+
+    Raises:
+        ConfigError: If a required value is missing or a value cannot work.
+    """
+    check_finite(node)
+    try:
+        settings = OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        missing = ", ".join(f"`{key}`" for key in sorted(OmegaConf.missing_keys(node)))
+        raise ConfigError(f"{missing} must be given: add `{error.full_key}=VALUE` to the command.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    if not isinstance(settings, kind):
+        raise TypeError(f"expected {kind.__name__}, the node holds {type(settings).__name__}.")
+    return settings
+
+
+def built_object(node: Any) -> Any:
+    """Instantiate the class that ``_target_`` of a configuration node names, with the rest of the node as arguments.
+
+    Raises:
+        ConfigError: If the class is not in this library, or a value cannot work.
+    """
+    check_finite(node)
+    if not str(node._target_).startswith("llm2rec."):
+        raise ConfigError(
+            f"`{node._get_full_key('_target_')}` is {node._target_!r}, expected a name of this library; to use a "
+            "class of your own, set `active=custom active.policy=module.Class`."
+        )
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, Llm2RecError):
+            raise cause from error
+        raise ConfigError(f"{node._target_} cannot be instantiated: {cause}") from error
+
+
+def check_finite(node: Any) -> None:
+    """Check that a node holds no NaN and no infinity, which most range checks let pass.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    for key, value in _numbers(OmegaConf.to_container(node, resolve=False), node._get_full_key(None)):
+        if not math.isfinite(value):
+            raise ConfigError(f"`{key}` is {value}, expected a finite number.")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(each, f"{key}.{name}" if key else str(name))

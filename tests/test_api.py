@@ -91,8 +91,9 @@ def test_a_stage_is_run_and_gives_its_folder(tmp_path, capfd):
     folder = run("data", *TINY, folder=tmp_path)
     assert folder.parent == tmp_path / "result"
     assert (folder / "run.json").is_file()
-    assert f"data: done, see result/{folder.name}" in capfd.readouterr().out
+    assert f", see result/{folder.name}" in capfd.readouterr().out
     assert run("data", *TINY, f"resume={folder}", folder=tmp_path, quiet=True) == folder
+    assert run("data", *TINY, "reuse=true", "hydra/job_logging=disabled", folder=tmp_path, quiet=True) == folder
     assert capfd.readouterr().out == ""
 
 

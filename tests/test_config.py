@@ -35,7 +35,13 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
 # One option of a group is a file of a folder; anything else is covered by a test of its own, below.
 OPTIONS = [(str(file.parent), file.stem) for file in FILES if len(file.parts) == 2 and file.parts[0] != "hydra"]
-NOT_OPTIONS = {Path("config.yaml"), Path("recommend.yaml"), Path("share.yaml"), Path("hydra/default.yaml")}
+HYDRA = ["default.yaml", "help/llm2rec.yaml", "job_logging/run.yaml", "job_logging/terminal.yaml"]
+NOT_OPTIONS = {
+    Path("config.yaml"),
+    Path("recommend.yaml"),
+    Path("share.yaml"),
+    *(Path("hydra") / name for name in HYDRA),
+}
 INSTANTIATED = {"active": SelectionPolicy}
 PATHS = ["paths.root=/somewhere"]  # stands for the folder of the launch, which only a launch knows
 

@@ -1,15 +1,19 @@
-"""One calm progress line per phase: a bar on a terminal, a few log lines in a file."""
+"""Progress (a bar on a terminal, a line every half minute in a file), and which messages of libraries are shown."""
 
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["progress"]
+from llm2rec.core.processes import is_first_process, uses_gpu
+
+__all__ = ["duration", "progress", "quiet_libraries"]
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -19,14 +23,14 @@ _SECONDS_BETWEEN_LINES = 30.0
 def progress(
     iterable: Iterable[Item], description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True
 ) -> Iterator[Item]:
-    """Iterate over ``iterable`` and show how far it is, how fast, and how long it still takes.
+    """Iterate over ``iterable`` and show items done, speed and time left.
 
     Args:
-        iterable: What to iterate over.
+        iterable: Items.
         description: Name of the phase.
-        total: Number of items, those done before included.
-        unit: What an item is.
-        initial: Items done before.
+        total: Number of items, including ``initial``.
+        unit: Name of one item, such as ``step``.
+        initial: Items done in an earlier run.
         shown: Whether to show anything.
 
     Yields:
@@ -43,7 +47,7 @@ def progress(
 
 
 class _AboveBar:
-    """A terminal on which texts come above the bar that is drawn there, instead of into it."""
+    """A stream that writes above the progress bar of a terminal."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
@@ -57,7 +61,7 @@ class _AboveBar:
 
 @contextmanager
 def _log_above_bar() -> Iterator[None]:
-    """Let the log write above the bar; tqdm's own way to do so forgets the level of the handlers."""
+    """Log above the bar. tqdm's own `logging_redirect_tqdm` drops the levels of the handlers."""
     handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)]
     on_terminal = [(each, each.stream) for each in handlers if each.stream is sys.stderr]
     for handler, stream in on_terminal:
@@ -74,9 +78,45 @@ def _logged(iterable: Iterable[Item], description: str, total: int, unit: str, i
     for done, item in enumerate(iterable):
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:
-            last, rate, at = now, done / (now - start), initial + done
-            logger.info(
-                "%s: %d of %d %ss, %.3g a second, %.0f s left",
-                description, at, total, unit, rate, (total - at) / rate,
-            )  # fmt: skip
+            last, seconds, at = now, (now - start) / done, initial + done
+            speed = f"{1 / seconds:.3g} {unit}s/s" if seconds <= 1 else f"{seconds:.3g} s/{unit}"
+            left = duration((total - at) * seconds)
+            logger.info("%s: %d of %d %ss, %s, %s left", description, at, total, unit, speed, left)
         yield item
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``0:09 min``, ``12:30 min`` or ``3:05 h``."""
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def quiet_libraries() -> None:
+    """Silence messages of libraries that do not help the user, and other processes than the first but for warnings."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns about forks, once per worker
+    if not uses_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+    for noisy in ("httpx", "httpx2", "httpcore", "matplotlib", "datasets", "fsspec", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A dozen lines of retries without a network; the caller then reports what was not found.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    import datasets
+
+    datasets.disable_progress_bars()  # we show one line per phase
+    if "transformers" in sys.modules:  # a second to import, which only the teacher pays
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for each of "Loading weights" and "Writing model shards"
+        enable_progress_bars()  # the line above also hides downloads, which may take an hour
+    for message in (
+        ".*is_gradient_checkpointing. is deprecated",  # PEFT 0.21 asks transformers 5 under the old name
+        ".*torch.distributed.all_gather_into_tensor. is deprecated",  # Accelerate 1.15 and DeepSpeed 0.19 gather so
+    ):
+        warnings.filterwarnings("ignore", message, FutureWarning)
+    if not is_first_process():
+        for handler in logging.getLogger().handlers:  # warnings, errors, and tracebacks for the log file
+            handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.exc_info is not None)

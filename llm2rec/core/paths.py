@@ -1,5 +1,6 @@
-"""Where things lie: the configuration, the run folder, the folder the user launched from."""
+"""Paths: the configuration, the run folder, and what is relative to the folder of the launch."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -7,20 +8,23 @@ from pathlib import Path
 from llm2rec.core.errors import CheckpointError
 from llm2rec.core.processes import agree, is_first_process
 
-__all__ = ["conf_folder", "from_launch_folder", "run_folder"]
+__all__ = ["FOLDER_FILE", "conf_folder", "from_launch_folder", "note_folder", "run_folder"]
+
+FOLDER_FILE = "LLM2REC_FOLDER_FILE"
+"""Environment variable: the file to which a stage writes its run folder, for the program that launched it."""
 
 _NAME = r"result_\d{8}_\d{6}"
 
 
 def conf_folder() -> Path:
-    """The Hydra configuration: inside the package in a wheel, beside it in a checkout."""
+    """Folder of the Hydra configuration: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     shipped = package / "conf"
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
 def from_launch_folder(path: str | Path, root: str | Path) -> Path:
-    """Make ``path`` absolute: relative ones count from ``root``, where the user typed them (Hydra changes folders)."""
+    """Make ``path`` absolute; a relative one starts at ``root``, the folder of the launch (Hydra changes folders)."""
     return (Path(root) / Path(path).expanduser()).resolve()
 
 
@@ -28,21 +32,21 @@ def run_folder(result_dir: str, resume: str | None, root: str) -> str:
     """Decide the folder of this run, the same for every process of the launch.
 
     Args:
-        result_dir: Where runs are kept.
-        resume: Folder of a run to continue, however early it was killed, or None for a new run.
-        root: Folder the user launched from.
+        result_dir: Folder of all runs.
+        resume: Folder of a run to continue, or None for a new run.
+        root: Folder of the launch.
 
     Returns:
-        Absolute path. A new folder ``result_YYYYmmdd_HHMMSS`` has been made, so that no other run can take the name.
+        Absolute path. A new folder ``result_YYYYmmdd_HHMMSS`` is created at once, so that no other run takes the name.
 
     Raises:
         CheckpointError: If there is no run to resume at ``resume``.
     """
     if resume:
         folder = from_launch_folder(resume, root)
-        # A run that was killed before it had written anything begins anew in its own folder.
-        began = folder.is_dir() and re.fullmatch(_NAME, folder.name) is not None
-        if not began and not (folder / "run.json").is_file():
+        # A run killed before it wrote anything starts again in its own folder.
+        started = folder.is_dir() and re.fullmatch(_NAME, folder.name) is not None
+        if not started and not (folder / "run.json").is_file():
             raise CheckpointError(
                 f"`resume` is {resume!r}, which holds no run.json; name the folder of an earlier run."
             )
@@ -58,3 +62,9 @@ def _new_folder(result_dir: Path) -> str:
             return str(folder)
         except FileExistsError:  # another run started in this second
             time.sleep(0.1)
+
+
+def note_folder(folder: Path) -> None:
+    """Write the folder of this run to the file that the launching program named (`FOLDER_FILE`), if it named one."""
+    if (file := os.environ.get(FOLDER_FILE)) and is_first_process():
+        Path(file).write_text(str(folder), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Joining the processes of a launch before anything else happens.
+"""The processes of a launch: who they are, what they agree on, and how they end.
 
-`now` differs between processes and so would every folder named after it: the first process decides, the others are
-told. This needs the process group, so it is joined here, once, the same way for the run folder and for the engine.
+`now` differs between processes, so the first one chooses the run folder and broadcasts it. This needs the process
+group, which is therefore joined here, once, in the same way for the run folder and for the engine.
 """
 
 import os
@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Termination",
     "agree",
     "is_first_process",
+    "is_first_to_report",
     "join_processes",
     "launch_hidden",
     "n_processes",
@@ -38,7 +40,7 @@ def n_processes() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes, known before they have joined."""
+    """Whether this is the process that writes; known before they have joined."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -70,7 +72,7 @@ def uses_fsdp() -> bool:
 
 @contextmanager
 def launch_hidden() -> Iterator[None]:
-    """Let Accelerate see plain data parallelism where frozen weights are divided by us."""
+    """Hide ZeRO-3 and FSDP from Accelerate, which then sees plain data parallelism: we shard frozen weights."""
     hidden = [_FSDP, *([_DEEPSPEED] if uses_zero3() else [])]
     asked = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
@@ -80,11 +82,11 @@ def launch_hidden() -> Iterator[None]:
 
 
 def process_arguments() -> tuple[bool, dict[str, Any]]:
-    """How Accelerate is to set up its processes here.
+    """Arguments for Accelerate's process group.
 
     Returns:
-        Whether to stay on the CPU, and the keywords of the process group. Without an accelerator the backend must be
-        named: left to itself, Accelerate then believes in a single process.
+        Whether to stay on the CPU, and the keywords of the process group. Without a GPU the backend must be named, or
+        Accelerate assumes a single process.
 
     Raises:
         ConfigError: If the launch asks for DeepSpeed, which is not installed, or, by ``ACCELERATE_USE_CPU``, for
@@ -99,7 +101,7 @@ def process_arguments() -> tuple[bool, dict[str, Any]]:
     if use_deepspeed and _asked_for_cpu():
         raise ConfigError(
             "the launch uses DeepSpeed, and ACCELERATE_USE_CPU is set, under which Accelerate cannot start it; unset "
-            "that variable (DeepSpeed finds the CPU by itself), or use a launch configuration without DeepSpeed."
+            "that variable (DeepSpeed finds the CPU without it), or use a launch configuration without DeepSpeed."
         )
     if n_processes() == 1 or uses_gpu():
         return _asked_for_cpu(), {}
@@ -119,7 +121,7 @@ def join_processes() -> None:
 
 
 def agree(value: Any) -> Any:
-    """Tell all processes the first one's ``value`` (a collective: every process must call it)."""
+    """Broadcast the first process's ``value`` to all (a collective: every process must call it)."""
     if n_processes() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -128,11 +130,29 @@ def agree(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process of this launch has reported ``message`` yet.
+
+    Counted in the key-value store of the launcher, which needs neither a process group nor the other processes.
+    """
+    if n_processes() == 1:
+        return True
+    from torch.distributed import TCPStore
+
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"llm2rec/{attempt}/{message}", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended; better twice than never
+        return True
+
+
 class Termination:
-    """Notes SIGTERM instead of dying of it, while it is `awaited`.
+    """Records SIGTERM, by which clusters and spot machines announce the end of a process, while it is `awaited`.
 
     Attributes:
-        is_asked: Whether the signal has come.
+        is_asked: Whether the signal was received.
     """
 
     def __init__(self) -> None:
@@ -140,9 +160,9 @@ class Termination:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Note the signal while this context is open; outside it, SIGTERM ends the process as ever.
+        """Record the signal while this context is open; outside, SIGTERM ends the process.
 
-        Only the main thread may listen to signals; in any other nothing changes.
+        Only the main thread can handle signals; in any other thread nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

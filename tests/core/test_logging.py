@@ -1,4 +1,4 @@
-"""What is told of a phase while it runs: a bar on a terminal, a line now and then in a file."""
+"""Progress of a phase: a bar on a terminal, a line every half minute in a file."""
 
 import io
 import logging
@@ -7,7 +7,7 @@ import sys
 import pytest
 from engine_helpers import time_goes_by
 
-from llm2rec.core.logging import progress
+from llm2rec.core.logging import duration, progress
 
 
 class Terminal(io.StringIO):
@@ -21,11 +21,11 @@ def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatc
     for _ in progress(range(20), "student", 40, "step", initial=20):
         clock.wait(10)
     lines = [record.message for record in caplog.records]
-    assert lines[0] == "student: 23 of 40 steps, 0.1 a second, 170 s left"
+    assert lines[0] == "student: 23 of 40 steps, 10 s/step, 2:50 min left"
     assert len(lines) == 6
 
 
-def test_a_short_phase_tells_nothing_in_a_file(monkeypatch, caplog):
+def test_a_short_phase_logs_nothing_in_a_file(monkeypatch, caplog):
     clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
     caplog.set_level(logging.INFO)
     for _ in progress(range(20), "student", 20, "step"):
@@ -53,3 +53,11 @@ def test_log_lines_stand_above_the_bar_of_a_terminal(monkeypatch):
 def test_all_items_come_in_order(shown, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress(iter("abc"), "student", 3, "step", shown=shown)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.7, "0:09 min"), (750, "12:30 min"), (3599.4, "59:59 min"), (3599.6, "1:00 h"), (11100, "3:05 h")],
+)
+def test_durations_are_written_for_people(seconds, text):
+    assert duration(seconds) == text

@@ -1,14 +1,18 @@
-"""Runs that need not be made again are found, and no others."""
+"""What every stage does: reuse finished runs, report errors in one line, log as Hydra is configured to."""
 
 import ast
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import llm2rec
+from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import write_json
-from llm2rec.reuse import made_by_other_code, same_runs
+from llm2rec.stage import error_line, made_by_other_code, same_runs
 
 CONFIG = {
     "dataset": {"name": "toy", "seed": 0},
@@ -78,7 +82,7 @@ def test_a_home_folder_in_an_option_is_the_same_as_in_the_record(tmp_path, monke
     assert found(tmp_path, changed(dataset__file="/home/ann/shop.csv")) == ["result_1"]
 
 
-def test_other_code_is_told(tmp_path):
+def test_a_run_of_another_commit_is_recognised(tmp_path):
     assert made_by_other_code(run_in(tmp_path, "result_1")) is None
     other = run_in(tmp_path, "result_2", git={"commit": "1" * 40})
     assert made_by_other_code(other) in ("1" * 12, None)  # None where this is no checkout
@@ -98,3 +102,55 @@ def test_stages_name_all_that_they_read():
         assert read <= {*ast.literal_eval(reads), *ALWAYS}, file
         checked.append(file.parent.name)
     assert sorted(checked) == ["data", "distill", "ensemble", "student", "teacher"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("`seed` is -1,\n  expected 0 or more."), "ConfigError: `seed` is -1, expected 0 or more."),
+        (PermissionError(13, "Permission denied", "/x"), "ConfigError: /x: Permission denied; use another path"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), None),  # the code should have looked
+        (RuntimeError("shapes differ"), None),
+    ],
+)
+def test_errors_that_a_user_can_act_on_have_one_line(error, line):
+    found = error_line(error)
+    assert found is None if line is None else found.startswith(line)
+
+
+def launch(folder, *overrides):
+    """The data stage of a tiny dataset, as a user starts it."""
+    root = Path(llm2rec.__file__).parents[1]
+    toy = ["dataset.n_users=20", "dataset.n_items=60", "dataset.n_worlds=5"]
+    command = [sys.executable, "-m", "llm2rec.data", *toy, *overrides]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"],
+        pytest.param(["hydra/job_logging=none", "hydra/hydra_logging=none"], marks=pytest.mark.slow),
+        pytest.param(["hydra/job_logging=stdout", "hydra.output_subdir=null"], marks=pytest.mark.slow),
+        pytest.param(["hydra/job_logging=default", "hydra.job.chdir=false"], marks=pytest.mark.slow),
+        pytest.param(["hydra/hydra_logging=hydra_debug", "hydra.run.dir=there/x"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_finishes_with_any_logging_of_hydra_and_errors_are_shown(tmp_path, overrides):
+    done = launch(tmp_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("*/*/run.json")
+    assert '"finished"' in record.read_text()
+    failed = launch(tmp_path, *overrides, "seed=-1")
+    assert failed.returncode == 1
+    assert (failed.stdout + failed.stderr).count("`seed` is -1, expected 0 or more.") == 1
+    assert "Traceback" not in failed.stdout + failed.stderr
+
+
+def test_help_says_what_the_stage_does_and_hides_the_schemas(tmp_path):
+    shown = launch(tmp_path, "--help").stdout
+    assert "prepare a dataset" in shown
+    assert "dataset=toy: amazon_games, csv, movielens, toy" in shown
+    assert "base_" not in shown
