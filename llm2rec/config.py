@@ -258,7 +258,9 @@ def _choices(*, _root_: DictConfig) -> str:
     """The files of each group of `conf/` that a command reads, and the one chosen, for ``--help``."""
     chosen = {group: name for group, name in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
     files = {group: sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")) for group in chosen}
-    return "\n".join(f"  {group}={chosen[group]}: {', '.join(names)}" for group, names in sorted(files.items()))
+    return "\n".join(
+        f"  {group}={chosen[group]}: {', '.join(names)}" for group, names in sorted(files.items()) if len(names) > 1
+    )
 
 
 def build(node: Any, kind: type[Settings]) -> Settings:
