@@ -5,7 +5,8 @@ recent item, and ``near(a, x)`` counts how often x came up to five steps after a
 for x before a), over ``sqrt((c_a + 100)(c_x + 100))`` with the counts c of both: nearness that few observations speak
 for is kept small. It is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and
 cosine, and the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The numbers were chosen on
-validation rows of Amazon games, where this alone ranked better than a tuned SASRec; elsewhere they are untuned.
+validation rows of Amazon games, where this alone is as good as a tuned SASRec (NDCG@20 .0861 and .0869); elsewhere they
+are untuned.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
-"""The README's commands run as they stand, one after the other, on small data and a tiny model instead of large ones.
+"""The commands of the README, the guide and the page on scaling run as they stand, one after the other.
 
-They run in this process, which has imported everything already, with a Hub on localhost. The two commands that set the
-project up and test it are run by whoever sets it up and tests it; of a launcher only its file is looked at.
+Small data and a tiny model stand in for large ones.
+
+They run in this process, which has imported everything already, with a Hub on localhost. The scripts that set the
+project up and test it are only looked for, and so is the configuration of a launcher.
 """
 
 import json
@@ -19,6 +21,7 @@ from engine_helpers import fresh_processes  # noqa: F401
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "docs/guide.md", "docs/scaling.md"]
 PIPELINE = ["data", "student", "teacher", "distill", "evaluate"]
 STAND_INS = {
     "dataset=movielens": ["dataset=toy", "dataset.n_users=60", "dataset.n_items=60", "dataset.n_worlds=5"],
@@ -36,8 +39,9 @@ RUN = "result/result_..."
 
 
 def shown_commands():
-    """The lines of the README's shell blocks, comments left out."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The lines of the pages' shell blocks, without comments."""
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -121,7 +125,7 @@ def write_shop(folder):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(hub, launch, tmp_path, capsys):
+def test_every_command_that_is_shown_runs(hub, launch, tmp_path, capsys):
     write_shop(tmp_path)
     done = []
     for words in shown_commands():
@@ -134,7 +138,7 @@ def test_every_command_of_the_readme_runs(hub, launch, tmp_path, capsys):
         for stage, overrides in stages_of(words):
             given = list(with_places(stage, overrides))
             quick = [more for name in (stage, *overrides) for more in QUICK.get(name, [])]
-            if (stage, *given) not in done:  # two launchers are shown with one pipeline
+            if (stage, *given) not in done:  # some commands are shown twice
                 launch(stage, [*given, *quick])
                 done.append((stage, *given))
     assert {stage for stage, *_ in done} == {*PIPELINE, "ensemble", "recommend", "share", "plan"}
