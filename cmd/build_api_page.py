@@ -1,4 +1,4 @@
-"""Write docs/api.md: what `import llm2rec` offers, from its docstrings.
+"""Write docs/api.md, the reference of `import llm2rec`, from its docstrings.
 
     .venv/bin/python cmd/build_api_page.py
 
@@ -27,7 +27,7 @@ def page() -> str:
     parts = [
         "# Python API",
         "",
-        "Written from the docstrings by `cmd/build_api_page.py`; change them, then run it again.",
+        "Generated from the docstrings by `cmd/build_api_page.py`: edit those, then run it again.",
         "",
         about,
         "",
@@ -39,7 +39,7 @@ def page() -> str:
 
 
 def described(name: str, thing: Any) -> Iterator[str]:
-    """A section about a function, or a class; a dataclass is told by its fields, any other by its methods."""
+    """The section of a function or class; dataclasses show their fields, other classes their methods."""
     yield f"## `{name}`"
     yield from body(name, thing)
     if dataclasses.is_dataclass(thing):
@@ -51,7 +51,7 @@ def described(name: str, thing: Any) -> Iterator[str]:
 
 
 def public_methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that a class of ours has or inherits from ours, in the order of the source."""
+    """Public methods and properties of a class and of its bases in this package, in the order of the source."""
     seen = set()
     for each in [kind, *(base for base in kind.__mro__[1:] if base.__module__.startswith("llm2rec."))]:
         for name, value in vars(each).items():
@@ -70,7 +70,7 @@ def body(name: str, thing: Any) -> Iterator[str]:
 
 
 def bases_described(kind: Any) -> Iterator[str]:
-    """What the bases of ours say of the attributes that a dataclass has from them."""
+    """Attributes that a dataclass inherits from dataclasses of this package."""
     for base in kind.__mro__[1:]:
         if dataclasses.is_dataclass(base) and base.__module__.startswith("llm2rec."):
             for heading, text in sections(inspect.cleandoc(base.__doc__ or "")):
@@ -79,35 +79,35 @@ def bases_described(kind: Any) -> Iterator[str]:
 
 
 def signature(name: str, thing: Any) -> str:
-    """The call, on one line or with a line for each argument."""
-    of = inspect.signature(thing)
-    shown = [parameter_shown(each) for each in of.parameters.values() if not each.name.startswith("_")]
-    kinds = [each.kind for each in of.parameters.values() if not each.name.startswith("_")]
+    """The signature, on one line or with a line for each argument."""
+    inspected = inspect.signature(thing)
+    shown = [parameter_text(each) for each in inspected.parameters.values() if not each.name.startswith("_")]
+    kinds = [each.kind for each in inspected.parameters.values() if not each.name.startswith("_")]
     first_keyword = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.KEYWORD_ONLY), None)
     if first_keyword is not None and inspect.Parameter.VAR_POSITIONAL not in kinds:
         shown.insert(first_keyword, "*")
-    has_result = of.return_annotation not in (inspect.Signature.empty, None) and not inspect.isclass(thing)
-    result = f" -> {type_shown(of.return_annotation)}" if has_result else ""
+    has_result = inspected.return_annotation not in (inspect.Signature.empty, None) and not inspect.isclass(thing)
+    result = f" -> {type_text(inspected.return_annotation)}" if has_result else ""
     line = f"{name}({', '.join(shown)}){result}"
     if len(line) <= LONGEST_SIGNATURE:
         return line
     return f"{name}(\n" + "".join(f"    {each},\n" for each in shown) + f"){result}"
 
 
-def parameter_shown(parameter: inspect.Parameter) -> str:
+def parameter_text(parameter: inspect.Parameter) -> str:
     """A parameter with its type and default."""
     text = parameter.name
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
         text = f"*{text}"
     if parameter.annotation is not inspect.Parameter.empty:
-        text += f": {type_shown(parameter.annotation)}"
+        text += f": {type_text(parameter.annotation)}"
     if parameter.default is not inspect.Parameter.empty:
         default = parameter.default
         text += f" = {'...' if repr(default).startswith('<') else repr(default)}"
     return text
 
 
-def type_shown(annotation: Any) -> str:
+def type_text(annotation: Any) -> str:
     """A type without the modules it comes from."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).replace("'", '"')

@@ -2,11 +2,11 @@
 
     python examples/notebook.py [FOLDER]
 
-Takes two minutes on a laptop: generated data and a tiny random language model. For results worth having, replace
+It takes two minutes on a laptop, with generated data and a tiny random language model. For real results, replace
 ``dataset=toy`` by your own tables and ``llm=tiny_random`` by a real model.
 """
 
-# %% Where data and results go
+# %% Folder of data and results
 import sys
 import tempfile
 from pathlib import Path
@@ -28,13 +28,13 @@ baseline = llm2rec.run("student", *settings, "student.training.epochs=5", folder
 teacher_run = llm2rec.run("teacher", *settings, "teacher.training.epochs=1", folder=folder, quiet=True)
 distilled = llm2rec.run("distill", *settings, "student.training.epochs=5", folder=folder, quiet=True)
 
-# %% What the teacher says comes next, with log-probabilities
+# %% Recommendations of the teacher, with log-probabilities
 history = [data.items[i]["title"] for i in data.sequences[0]["items"][:4]]
 teacher = llm2rec.TeacherRecommender.load(teacher_run, data)
 for item in teacher.recommend_one(history, k=3, by="title"):
     print(f"teacher  {item.score:7.3f}  {item.title}")
 
-# %% What the student says, in a fraction of a millisecond
+# %% Recommendations of the student, in a fraction of a millisecond
 student = llm2rec.Recommender.load(distilled)
 for item in student.recommend_one(history, k=3, by="title"):
     print(f"student  {item.score:7.3f}  {item.title}")
