@@ -1,8 +1,8 @@
-"""``python -m llm2rec.evaluate``: finished runs side by side on the test split.
+"""``python -m llm2rec.evaluate``: compare finished runs on the test split.
 
-Writes ``comparison.txt``, ``.json`` and ``.png``, and a report of its own: ``report.html``, one file that needs nothing
-else, with its twins ``report.md`` and ``report.json``. There runs that differ in their seed alone are one entry, all
-are tested against ``report.baseline``, and whatever needs a language model is read from what scoring has stored.
+Writes ``comparison.txt``, ``.json`` and ``.png``, and a report: ``report.html`` (self-contained), ``report.md`` and
+``report.json``. In the report, runs that differ only in their seed form one entry, and all entries are tested against
+``report.baseline``. Everything that needs a language model is stored when a run is scored.
 """
 
 import datetime
@@ -29,7 +29,7 @@ from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep
-from llm2rec.evaluate.table import write_report
+from llm2rec.evaluate.table import write_comparison
 from llm2rec.stage import build, open_data, open_engine, stage
 
 logger = logging.getLogger("llm2rec.evaluate")
@@ -37,7 +37,7 @@ logger = logging.getLogger("llm2rec.evaluate")
 
 @stage("evaluate")
 def main(cfg: Config, run: Run) -> None:
-    """Score the runs asked for, write the comparison, and the report beside it."""
+    """Score the chosen runs, write the comparison and the report."""
     metrics, settings = cfg.metrics, build(cfg.report, ReportSettings)
     protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
@@ -51,11 +51,11 @@ def main(cfg: Config, run: Run) -> None:
     gate_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root) / "gate_inputs"
     rows = [score_popularity(data, protocol)]
     with run.phase("scoring"):
-        told = engine.progress(folders, "evaluate", len(folders), "run")
-        rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in told]
+        shown = engine.progress(folders, "evaluate", len(folders), "run")
+        rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in shown]
     if engine.is_main:
         about = _about(data, protocol)
-        logger.info("\n%s", write_report(run.folder, rows, protocol.ks, about))
+        logger.info("\n%s", write_comparison(run.folder, rows, protocol.ks, about))
         if jobs:
             scored = dict(zip(folders, rows[1:], strict=True))
             logger.info("\n%s", write_sweep(run.folder, jobs, scored, protocol.ks, about))
@@ -76,19 +76,19 @@ def main(cfg: Config, run: Run) -> None:
 
 
 def _finished(folder: Path, jobs: Sequence[Job] | None) -> list[Path]:
-    """The runs to score of a folder: it, or of a sweep its finished jobs."""
+    """The runs to score: the folder itself, or the finished jobs of a sweep."""
     return [folder] if jobs is None else [job.folder for job in jobs if job.is_finished]
 
 
 def _each_once(folders: list[Path]) -> list[Path]:
-    """The same; refuse a run that is named twice, as a sweep and its job may do."""
+    """The folders; reject a run that is named twice, such as a sweep and one of its jobs."""
     if again := next((each for each, count in Counter(map(Path.resolve, folders)).items() if count > 1), None):
         raise ConfigError(f"`runs` names {again} twice, and would count it as two seeds; name each run once.")
     return folders
 
 
 def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:
-    """What is said of dataset, protocol and this evaluation."""
+    """Facts on dataset, protocol and this evaluation."""
     return {
         "dataset": data.name,
         "fingerprint": data.fingerprint,
@@ -105,7 +105,7 @@ def _about(data: RecData, protocol: Protocol) -> dict[str, Any]:
 
 
 def _command(folder: Path) -> str | None:
-    """The command that began a run, without its launcher; None for a run that has not noted it."""
+    """The command that started a run, without its launcher; None if it is not recorded."""
     record = read_record(folder)
     overrides = record.get("overrides")
     return None if overrides is None else shlex.join(["python", "-m", f"llm2rec.{record['stage']}", *overrides])

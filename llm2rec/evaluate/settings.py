@@ -1,4 +1,4 @@
-"""What the report can be told; a Hydra schema and a plain value at once."""
+"""Report configuration (Hydra structured config)."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ __all__ = ["ReportSettings"]
 
 @dataclass
 class ReportSettings:
-    """How runs are compared in the report of `llm2rec.evaluate`.
+    """Configuration of the report of `llm2rec.evaluate`.
 
     Attributes:
-        baseline: Label or folder of the run that others are compared with, or ``popularity``; None for the first run
-            that is compared, the oldest one of ``runs=latest``.
+        baseline: Label or folder of the run that others are compared with, or ``popularity``; None for the first of
+            the runs, which is the oldest one with ``runs=latest``.
     """
 
     baseline: str | None = None

@@ -1,4 +1,4 @@
-"""The jobs of sweeps, gathered into one row for each combination of options."""
+"""Jobs of sweeps as a table with one row per combination of options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,20 +11,20 @@ from llm2rec.core.run import Job
 from llm2rec.evaluate.scoring.scoring import Scored
 from llm2rec.evaluate.table import aligned
 
-__all__ = ["Combination", "format_sweep", "gather", "write_sweep"]
+__all__ = ["Combination", "combine", "format_sweep", "write_sweep"]
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Jobs that differ in their seeds alone.
+    """Jobs that differ only in their seed.
 
     Attributes:
-        label: What they are, as in the table of all runs.
-        options: Those of their options that not all jobs of that label have in common.
+        label: Their label, as in the table of all runs.
+        options: Their options, without those that all jobs of the label share.
         seeds: Their seeds.
         runs: Their run folders, as ``<sweep>/<number>``.
-        metrics: Of each metric mean and sample standard deviation over the jobs (None for a single one), and their
-            values in the order of ``seeds``.
+        metrics: For each metric the mean, the sample standard deviation over the jobs (None for a single job), and
+            the values in the order of ``seeds``.
     """
 
     label: str
@@ -34,12 +34,12 @@ class Combination:
     metrics: dict[str, dict[str, Any]]
 
 
-def gather(jobs: Sequence[Job], scored: Mapping[Path, Scored]) -> list[Combination]:
-    """Gather what differs in the seed alone.
+def combine(jobs: Sequence[Job], scored: Mapping[Path, Scored]) -> list[Combination]:
+    """Group jobs that differ only in their seed.
 
     Args:
-        jobs: Jobs of one sweep or several; those that are not finished are left out.
-        scored: What was scored, by run folder.
+        jobs: Jobs of one or more sweeps; unfinished ones are left out.
+        scored: Scores by run folder.
 
     Returns:
         Combinations by label, each in the order of their first jobs.
@@ -76,7 +76,7 @@ def _spreads(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]
 
 
 def format_sweep(combinations: Sequence[Combination], ks: Sequence[int]) -> str:
-    """A table for a terminal: one row a combination, mean ± standard deviation over its jobs, in percent."""
+    """A text table with one row per combination: mean ± standard deviation over its jobs, in percent."""
     names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in ks if (name, k) not in (("ndcg", 1), ("mrr", 1))]
     body = [
         [
@@ -92,8 +92,8 @@ def format_sweep(combinations: Sequence[Combination], ks: Sequence[int]) -> str:
 def _cell(spread: Mapping[str, Any] | None) -> str:
     if spread is None:
         return ""
-    told = f"{100 * spread['mean']:.2f}"
-    return told if spread["std"] is None else f"{told} ± {100 * spread['std']:.2f}"
+    text = f"{100 * spread['mean']:.2f}"
+    return text if spread["std"] is None else f"{text} ± {100 * spread['std']:.2f}"
 
 
 def write_sweep(
@@ -104,22 +104,22 @@ def write_sweep(
     Args:
         folder: Run folder of the evaluation.
         jobs: Jobs of the sweeps.
-        scored: What was scored, by run folder.
+        scored: Scores by run folder.
         ks: Cut-offs.
         about: Dataset and protocol, for the JSON file.
 
     Returns:
         The table.
     """
-    combinations, missing = gather(jobs, scored), [job for job in jobs if not job.is_finished]
+    combinations, missing = combine(jobs, scored), [job for job in jobs if not job.is_finished]
     text = (
-        "sweep: mean ± standard deviation over the jobs of a combination of options, in percent\n"
+        "sweep: mean ± standard deviation over the jobs of each combination of options, in percent\n"
         f"{format_sweep(combinations, ks)}\n"
     )
     if missing:
-        text += f"not finished, and not in the table: {', '.join(job.name for job in missing)}\n"
+        text += f"not finished and not in the table: {', '.join(job.name for job in missing)}\n"
     with replaced_file(folder / "sweep.txt") as aside:
         aside.write_text(text, encoding="utf-8")
-    told = {"combinations": [asdict(each) for each in combinations], "not_finished": [job.name for job in missing]}
-    write_json(folder / "sweep.json", {**about, **told})
+    content = {"combinations": [asdict(each) for each in combinations], "not_finished": [job.name for job in missing]}
+    write_json(folder / "sweep.json", {**about, **content})
     return text

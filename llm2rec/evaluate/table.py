@@ -1,4 +1,4 @@
-"""The comparison as text, JSON and a picture."""
+"""The comparison as a table, JSON and a chart: ``comparison.txt``, ``.json`` and ``.png``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,11 +9,11 @@ from llm2rec.core.files import replaced_file, write_json
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 from llm2rec.evaluate.scoring.scoring import Scored
 
-__all__ = ["aligned", "draw", "format_table", "format_titles", "write_report"]
+__all__ = ["aligned", "draw", "format_table", "format_titles", "write_comparison"]
 
 
 def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 0) -> str:
-    """A table for a terminal: one row per scored run, metrics in percent, candidates with their interval if any."""
+    """A text table with one row per run: metrics in percent, HR@1 among candidates with its interval."""
     names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in ks if (name, k) not in (("ndcg", 1), ("mrr", 1))]
     among = [f"HR@1 of {n_candidates}", "95 %"] if n_candidates else []
     header = ["run", *[name.upper() for name in names], *among, "parameters", "ms/user"]
@@ -31,11 +31,11 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 
 
 
 def format_titles(rows: Sequence[Scored]) -> str:
-    """A second table, of the title teachers among ``rows``, with intervals; empty if there are none."""
+    """A text table of the title teachers among ``rows``, with intervals; empty if there are none."""
     shown = {
         "likeliest: HR@1": CANDIDATES_HR,
         "MRR": "candidates_mrr",
-        "written: HR@1 of all rows": GENERATED_HR,
+        "generated: HR@1 of all rows": GENERATED_HR,
         "HR@1 of valid rows": GENERATED_HR_VALID,
         "valid ratio": VALID_RATIO,
     }
@@ -53,7 +53,7 @@ def format_titles(rows: Sequence[Scored]) -> str:
 
 
 def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Columns under each other, the first to the left and the others to the right."""
+    """A text table whose first column is left-aligned and the others right-aligned."""
     widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -67,7 +67,7 @@ def _name(row: Scored) -> str:
 
 
 def _with_interval(row: Scored, name: str) -> list[str]:
-    """A metric and its interval in percent; blank where a run has none."""
+    """A metric and its interval in percent; blank if a run has none."""
     value = f"{100 * row.metrics[name]:.2f}" if name in row.metrics else ""
     if name not in row.intervals:
         return [value, ""]
@@ -75,12 +75,12 @@ def _with_interval(row: Scored, name: str) -> list[str]:
     return [value, f"{100 * low:.2f}-{100 * high:.2f}"]
 
 
-def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about: dict[str, Any]) -> str:
+def write_comparison(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about: dict[str, Any]) -> str:
     """Write ``comparison.txt``, ``comparison.json`` and ``comparison.png``.
 
     Args:
         folder: Run folder of the evaluation.
-        rows: What was scored.
+        rows: The scored runs.
         ks: Cut-offs.
         about: Dataset and protocol, for the JSON file and the caption.
 
@@ -89,20 +89,20 @@ def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about:
     """
     caption = (
         f"{about['dataset']}, test split, {about['rows']:,} rows, full ranking of {about['n_items']:,} items"
-        + (" without items seen before" if about["mask_seen"] else "")
+        + (" except items in the user's past" if about["mask_seen"] else "")
         + "; metrics in percent, HR@1 = NDCG@1 = MRR@1; [seed]"
     )
     if about["n_candidates"]:
         caption += (
-            f"; HR@1 of {about['n_candidates']}: among the target and {about['n_candidates'] - 1} items that the row "
-            f"does not show (seed {about['candidates_seed']}), with its 95 % bootstrap interval over rows"
+            f"; HR@1 of {about['n_candidates']}: among the target and {about['n_candidates'] - 1} items outside "
+            f"the history (seed {about['candidates_seed']}), with its 95 % bootstrap interval over rows"
         )
     table = f"{caption}\n{format_table(rows, ks, about['n_candidates'])}\n"
     if titles := format_titles(rows):
         table += (
-            f"\nteachers that write titles, among candidates (seed {about['candidates_seed']}), which the prompt lists "
-            "as in training: the likeliest one, and what is written freely, valid if it names exactly one (blank for "
-            "prompts that list none); above, what is not among their best "
+            f"\ntitle teachers, among candidates (seed {about['candidates_seed']}) listed in the prompt: "
+            "the likeliest candidate, and the generated title, which is valid if it names exactly one candidate (blank "
+            "if prompts list none); in the table above, a target outside their best "
             f"{max(ks)} counts as missed\n{titles}\n"
         )
     with replaced_file(folder / "comparison.txt") as aside:
@@ -113,8 +113,8 @@ def write_report(folder: Path, rows: Sequence[Scored], ks: Sequence[int], about:
 
 
 def draw(file: Path, rows: Sequence[Scored], ks: Sequence[int], caption: str) -> None:
-    """Draw HR and NDCG at each cut-off, one group of bars per cut-off, one bar per run."""
-    import matplotlib.pyplot as plt  # half a second to import, which the other stages need not pay
+    """Draw HR and NDCG as one group of bars per cut-off, with one bar per run."""
+    import matplotlib.pyplot as plt  # takes half a second to import
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     colours = plt.get_cmap("tab10")

@@ -1,4 +1,4 @@
-"""A dataset whose titles are markup, runs of every kind on it, and a reader of pages."""
+"""A dataset with markup in its titles, runs of every kind on it, and a strict HTML parser."""
 
 from html.parser import HTMLParser
 
@@ -25,7 +25,7 @@ ABOUT = {
 
 
 def wild_data(folder, n_users=36, n_items=40):
-    """Users of 5 to 16 interactions; titles that would run or close a cell if they were not escaped."""
+    """Users of 5 to 16 interactions; titles that would run or close a cell without escaping."""
     generator = np.random.default_rng(0)
     rows = [
         (f"u{user}", f"i{item}", time)
@@ -44,7 +44,7 @@ def wild_data(folder, n_users=36, n_items=40):
 
 def wild_runs(results, data):
     """Two seeds of a student, a distilled one and its teacher's outputs, another student, a title teacher."""
-    outputs = teacher_outputs(results / "outputs" / "told", data)
+    outputs = teacher_outputs(results / "outputs" / "random", data)
     made = {}
     for number, (label, seed, changes, config) in enumerate(
         [
@@ -57,17 +57,17 @@ def wild_runs(results, data):
         folder, model = student_run(results, data, f"result_2026010{number}_000000", label=label, seed=seed, **changes)
         write_json(folder / "config.json", config)
         history = [{"step": 10 * step, "val/ndcg@10": 0.01 * step * (4 - step)} for step in range(1, 4)]
-        told = {"select_on": "ndcg@10", "best_step": 20, "history": history}
-        write_json(folder / "metrics" / "validation.json", told)
+        validation = {"select_on": "ndcg@10", "best_step": 20, "history": history}
+        write_json(folder / "metrics" / "validation.json", validation)
         made[folder] = model
     folder, model = title_run(results, data, "result_20260109_000000")
-    told = {"labelled": 1000, "train_rows": 4000, "seconds": 12.34, "seconds_saved": 37.02}
-    write_json(folder / "metrics" / "labelling.json", told)
+    labelling = {"labelled": 1000, "train_rows": 4000, "seconds": 12.34, "seconds_saved": 37.02}
+    write_json(folder / "metrics" / "labelling.json", labelling)
     return made | {folder: model}
 
 
 def teacher_outputs(folder, data, top_k=12):
-    """Outputs of a teacher that ranks at random, as its stage writes them."""
+    """Teacher outputs with a random ranking, as the teacher stage writes them."""
     generator = np.random.default_rng(5)
     n_rows = len(data.splits["train"])
     items = generator.random((n_rows, data.n_items)).argsort(axis=1)[:, :top_k].astype(np.int32)
@@ -81,7 +81,7 @@ def teacher_outputs(folder, data, top_k=12):
 
 
 def findings_of(folders, data, engine, gate_dir, *, baseline=None, protocol=PROTOCOL):
-    """Score runs and gather what the report says of them."""
+    """Score runs and gather the findings of the report."""
     rows = [score_run(folder, data, engine, protocol, gate_dir) for folder in folders]
     return gather(
         score_popularity(data, protocol),
@@ -104,7 +104,7 @@ def metrics_of(folder):
 
 
 class Page(HTMLParser):
-    """Reads a page strictly: every element is closed, in order.
+    """Strict HTML parser: every element must be closed, in order.
 
     Attributes:
         elements: Tags with their attributes.

@@ -1,4 +1,4 @@
-"""HR@1 among candidates: what a plain loop gives, the same candidates for all, and each run ranked once."""
+"""HR@1 among candidates: equal to a plain loop, the same candidates for all runs, each run scored once."""
 
 import json
 from types import SimpleNamespace
@@ -14,10 +14,10 @@ from llm2rec.core.errors import CheckpointError, ConfigError, NonFiniteError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
-from llm2rec.evaluate.scoring import teacher_runs
+from llm2rec.evaluate.scoring import teachers
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, rank_among, rank_among_candidates
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, score_popularity, score_run
-from llm2rec.evaluate.table import write_report
+from llm2rec.evaluate.table import write_comparison
 from llm2rec.student.datamodule import Rows
 from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.interfaces import ITeacherRecommender
@@ -47,8 +47,8 @@ def assert_scored(scored, hits):
 
 @pytest.mark.parametrize("mask_seen", [False, True])
 @pytest.mark.parametrize("max_length", [None, 2])
-def test_a_student_is_asked_what_a_loop_asks(tmp_path, data, max_length, mask_seen):
-    """Also a student that reads a shorter history: its candidates still leave out the whole of it."""
+def test_a_student_is_scored_as_by_a_loop(tmp_path, data, max_length, mask_seen):
+    """Also a student with a shorter history: its candidates still exclude the whole history."""
     folder, model = student_run(tmp_path, data, "result_20260101_000000", max_length=max_length)
 
     def scores_of(history):
@@ -64,7 +64,7 @@ def test_a_student_is_asked_what_a_loop_asks(tmp_path, data, max_length, mask_se
     assert ranks.max() < 7
 
 
-def test_popularity_is_asked_the_same(data):
+def test_popularity_is_scored_among_the_same_candidates(data):
     counts = np.zeros(data.n_items)
     for row in data.sequences:
         np.add.at(counts, row["items"][:-2], 1)  # leave-one-out: the last two validate and test
@@ -74,12 +74,12 @@ def test_popularity_is_asked_the_same(data):
 
 
 class LastItemTeacher(ITeacherRecommender):
-    """Expects an item near the last one, without experts; counts how often it is asked."""
+    """Predicts items near the last one, without experts; counts its forward passes."""
 
     tuner = None
 
     def __init__(self, n_items):
-        self.n_items, self.asked = n_items, 0
+        self.n_items, self.n_calls = n_items, 0
 
     @property
     def item_vectors(self):
@@ -92,29 +92,29 @@ class LastItemTeacher(ITeacherRecommender):
         return 1000 + 500 * lengths.astype(np.int64)  # so that batches are small and not in the order of rows
 
     def log_probs(self, history, lengths, keep=None):
-        self.asked += 1
+        self.n_calls += 1
         last = history[np.arange(len(history)), lengths - 1].astype(np.int64)
         distance = (torch.arange(self.n_items) - torch.from_numpy(last).unsqueeze(1)) * 7 % self.n_items
         return (-distance.float() / 9).log_softmax(dim=1)
 
 
-def test_a_teacher_is_asked_through_its_interface_in_batches_of_any_order(tmp_path, data, monkeypatch):
+def test_a_teacher_is_scored_through_its_interface_in_batches_of_any_order(tmp_path, data, monkeypatch):
     teacher = LastItemTeacher(data.n_items)
-    monkeypatch.setattr(teacher_runs, "load_teacher", lambda folder, data, device: (teacher, None))
+    monkeypatch.setattr(teachers, "load_teacher", lambda folder, data, device: (teacher, None))
     ranks = torch.arange(len(data.splits["test"]))
-    monkeypatch.setattr(teacher_runs.FinishedTeacher, "ranks", lambda self, seen, k: ranks)
+    monkeypatch.setattr(teachers.FinishedItemTeacher, "ranks", lambda self, seen, k: ranks)
     dataset = {"name": data.name, "fingerprint": data.fingerprint}
     folder = tmp_path / "result_20260101_000000"
     record = {"stage": "teacher", "status": "finished", "seed": 1, "label": "ilora", "parameters": 5}
     write_json(folder / "run.json", {**record, "dataset": dataset})
     scored = score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
-    assert teacher.asked > 60  # more than the answers that were timed: several batches
+    assert teacher.n_calls > 60  # more than the timed requests: several batches
     lengths = np.array([1], np.int32)
     hits = plain_hits(data, lambda history: teacher.log_probs(np.array([history[-1:]], np.int32), lengths)[0])
     assert_scored(scored, hits)
 
 
-def test_processes_divide_the_rows_and_change_nothing():
+def test_ranks_do_not_depend_on_the_number_of_processes():
     data = random_rows(11, 40, 5)
     sampler, scores = CandidateSampler(data, 0, split="test"), torch.rand(11, 40)
     costs = np.random.default_rng(0).integers(1, 9, size=11)
@@ -133,7 +133,7 @@ def test_processes_divide_the_rows_and_change_nothing():
     assert ranks(slice(0, 6), slice(6, 11)) == ranks(slice(0, 11)) == ranks(slice(0, 11), slice(11, 11))
 
 
-def test_ties_count_against_the_model_and_nan_is_no_score():
+def test_ties_count_against_the_model_and_nan_raises():
     candidates, targets = np.array([[4, 2, 0], [1, 3, 2]]), torch.tensor([2, 2])
     assert rank_among(torch.zeros(2, 5), candidates, targets).tolist() == [2, 2]
     scores = torch.tensor([[0.0, 9, 1, 9, 0.5], [3, 1, 2, 2, 9]])  # items 1 and 3 are no candidates of the first row
@@ -142,7 +142,7 @@ def test_ties_count_against_the_model_and_nan_is_no_score():
         rank_among(torch.full((2, 5), torch.nan), candidates, targets)
 
 
-def test_asking_for_candidates_ranks_nothing_again_and_each_protocol_is_scored_once(tmp_path, data):
+def test_adding_candidates_keeps_the_full_ranking_and_each_protocol_is_scored_once(tmp_path, data):
     folder, _ = student_run(tmp_path, data, "result_20260101_000000")
     engine, without = engine_in(tmp_path / "e"), Protocol(PROTOCOL.ks, PROTOCOL.mask_seen)
     plain = score_run(folder, data, engine, without, tmp_path)
@@ -159,24 +159,22 @@ def test_asking_for_candidates_ranks_nothing_again_and_each_protocol_is_scored_o
             score_run(folder, data, engine, other, tmp_path)
 
 
-def test_a_catalogue_too_small_is_refused_before_any_run_is_scored(data):
+def test_a_catalogue_too_small_raises_before_any_run_is_scored(data):
     with pytest.raises(ConfigError, match=f"`n_candidates` is {data.n_items}, but a row may show"):
         score_popularity(data, Protocol((1,), False, data.n_items))
 
 
 @pytest.mark.parametrize("n_candidates", [-1, 1])
-def test_a_number_of_candidates_that_means_nothing_is_refused(n_candidates):
+def test_an_invalid_number_of_candidates_raises(n_candidates):
     with pytest.raises(ConfigError, match=f"metrics.n_candidates is {n_candidates}, expected 0 for none, or at least"):
         MetricsConfig(n_candidates=n_candidates)
 
 
-def test_the_report_shows_candidates_with_their_interval(tmp_path):
+def test_the_comparison_shows_candidates_with_their_interval(tmp_path):
     metrics = ranking_metrics(torch.tensor([0, 3, 30]), (1,)) | {CANDIDATES_HR: 0.5}
     rows = [Scored("popularity", "", metrics, 7, None, intervals={CANDIDATES_HR: (0.25, 0.625)})]
     about = {"dataset": "toy", "n_items": 50, "rows": 3, "mask_seen": False, "n_candidates": 20, "candidates_seed": 9}
-    caption, header, _, line = write_report(tmp_path, rows, (1,), about).splitlines()
-    assert "; HR@1 of 20: among the target and 19 items that the row does not show (seed 9)" in caption
-    assert header.split() == ["run", "HR@1", "HR@1", "of", "20", "95", "%", "parameters", "ms/user"]
+    line = write_comparison(tmp_path, rows, (1,), about).splitlines()[-1]
     assert line.split() == ["popularity", "33.33", "50.00", "25.00-62.50", "7"]
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["rows_scored"][0]["intervals"] == {CANDIDATES_HR: [0.25, 0.625]}

@@ -30,7 +30,7 @@ DRAWN = {
 
 
 def numbers(element):
-    """Places along x and y that an element names."""
+    """Coordinates of an element, by axis."""
     for name, value in element.attrib.items():
         if name in ("x", "x1", "x2", "cx"):
             yield "x", float(value)
@@ -43,7 +43,7 @@ def numbers(element):
 
 @pytest.mark.parametrize("width", [340, 768])
 @pytest.mark.parametrize("kind", DRAWN)
-def test_a_drawing_is_well_formed_stays_on_its_paper_and_has_words(kind, width):
+def test_a_chart_is_well_formed_inside_its_view_box_and_described(kind, width):
     drawing = ElementTree.fromstring(DRAWN[kind](width))
     bounds = {"x": width, "y": float(drawing.get("height"))}
     assert drawing.get("viewBox") == f"0 0 {width} {bounds['y']:.0f}"
@@ -60,11 +60,11 @@ def test_a_drawing_is_well_formed_stays_on_its_paper_and_has_words(kind, width):
     assert all("%" in axis or "(" in axis or axis == "steps" for axis in axes)
 
 
-def test_places_are_where_the_numbers_say():
+def test_whiskers_are_at_their_values():
     drawing = ElementTree.fromstring(
         forest([Dot("a", 2, 1, 4), Dot("b", 3, 0, 4)], axis="%", zero=True, width=416, **SAID)
     )
-    scale = _Scale(0, 4.16, 8, 408)  # 4 % of air on the side that does not end at 0
+    scale = _Scale(0, 4.16, 8, 408)  # a margin of 4 % on the side that does not end at 0
     whiskers = [each for each in drawing.iter() if each.get("class", "").startswith("whisker")]
     for whisker, (low, high) in zip(whiskers, [(1, 4), (0, 4)], strict=True):
         assert float(whisker.get("x1")) == pytest.approx(scale(low), abs=0.06)
@@ -111,7 +111,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-# Of red-blind and green-blind people, on linear RGB (Viénot, Brettel and Mollon 1999).
+# Red-blind and green-blind vision, on linear RGB (Viénot, Brettel and Mollon 1999).
 BLIND = {
     "red": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
     "green": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
@@ -137,13 +137,13 @@ class TestColours:
             assert contrast(colours[f"s{slot}"], colours["paper"]) > 3
 
     @pytest.mark.parametrize("eyes", BLIND)
-    def test_the_colour_blind_tell_them_apart(self, colours, eyes):
+    def test_colours_are_distinguishable_for_the_colour_blind(self, colours, eyes):
         seen = [lab(np.array(BLIND[eyes]) @ linear(colours[f"s{slot}"])) for slot in range(N_COLOURS)]
         apart = {(i, j): np.linalg.norm(seen[i] - seen[j]) for i in range(N_COLOURS) for j in range(i)}
         assert min(apart.values()) > 10, min(apart, key=apart.get)
 
 
-def test_the_legend_of_groups_names_what_only_some_of_them_have():
+def test_the_legend_names_each_dot_once():
     first, second = Dot("early", 1.0, slot=0), Dot("late", 2.0, slot=1)
     drawn = grouped([("few", [first]), ("many", [first, second])], axis="gain", width=800, **SAID)
     assert drawn.count(">early<") == drawn.count(">late<") == 1

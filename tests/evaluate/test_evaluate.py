@@ -1,4 +1,4 @@
-"""Finished runs side by side: found, refused, scored once on the test split, and shown."""
+"""Comparison of finished runs: which runs are found or rejected, their scores, and the tables."""
 
 import json
 
@@ -14,7 +14,7 @@ from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, find_runs, score_popularity, score_run
-from llm2rec.evaluate.table import format_table, write_report
+from llm2rec.evaluate.table import format_table, write_comparison
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
 
@@ -92,14 +92,14 @@ def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data
         ({"dataset": {"name": "games", "fingerprint": "0" * 64}}, "was trained on dataset 'games'"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused(tmp_path, data, changes, message):
+def test_runs_that_cannot_be_compared_raise(tmp_path, data, changes, message):
     folder, _ = student_run(tmp_path, data, "result_20260101_000000", **changes)
     with pytest.raises(CheckpointError, match=message):
         score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
 
 
-def test_a_folder_without_run_and_a_student_of_another_shape_are_refused(tmp_path, data):
-    with pytest.raises(CheckpointError, match="is no run folder"):
+def test_a_folder_without_run_and_a_student_of_another_shape_raise(tmp_path, data):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         score_run(tmp_path, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
     folder, _ = student_run(tmp_path, data, "result_20260101_000000")
     config = json.loads((folder / "student" / "config.json").read_text())
@@ -126,11 +126,11 @@ def test_what_to_evaluate(tmp_path, data):
         _each_once([folder, tmp_path / "result" / ".." / "result" / folder.name])
 
 
-def test_the_report_is_a_table_a_json_file_and_a_picture(tmp_path):
+def test_the_comparison_is_a_table_a_json_file_and_a_chart(tmp_path):
     metrics = ranking_metrics(torch.tensor([0, 3, 30]), (1, 5))
     rows = [Scored("popularity", "", metrics, 7, None), Scored("sasrec", "result_x", metrics, 12345, 0.25, 3)]
     about = {"dataset": "toy", "fingerprint": "f", "n_items": 50, "rows": 3, "mask_seen": False, "n_candidates": 0}
-    table = write_report(tmp_path, rows, (1, 5), about)
+    table = write_comparison(tmp_path, rows, (1, 5), about)
     assert table == (tmp_path / "comparison.txt").read_text()
     header, _, first, second = format_table(rows, (1, 5)).splitlines()
     assert header.split() == ["run", "HR@1", "HR@5", "NDCG@5", "MRR@5", "parameters", "ms/user"]

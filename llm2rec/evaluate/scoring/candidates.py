@@ -1,4 +1,4 @@
-"""HR@1 among a row's seeded candidates: the iLoRA paper's protocol, for runs that score the whole catalogue."""
+"""HR@1 among seeded candidates (the iLoRA paper's protocol) for models that score the whole catalogue."""
 
 from collections.abc import Callable
 
@@ -25,19 +25,19 @@ __all__ = [
 
 CANDIDATES_HR = "candidates_hr@1"
 GENERATED_HR = "generated_hr@1"
-"""Rows whose written title names the answer and nothing else, over ALL rows."""
+"""Share of ALL rows whose generated title names the target and no other candidate."""
 GENERATED_HR_VALID = "generated_hr@1_valid"
-"""The same over the rows whose written title names exactly one candidate, as iLoRA's released program counts."""
+"""The same over rows whose generated title names exactly one candidate, as in iLoRA's released program."""
 VALID_RATIO = "valid_ratio"
-"""Those rows over all rows."""
+"""Share of rows whose generated title names exactly one candidate."""
 
 
 def rank_among(scores: Tensor, candidates: NDArray[np.int64], targets: Tensor) -> Tensor:
     """Rank each row's target among its candidates only, ties against the model.
 
     Args:
-        scores: Scores of all items, shape ``(B, N)``, higher is better. No seen items may be masked: candidates leave
-            out the history shown, but not what lies before it, which a mask would hand to the model.
+        scores: Scores of all items, shape ``(B, N)``, higher is better. No seen items may be masked: candidates exclude
+            the row's history but not the items before it, which a mask would give away.
         candidates: Item ids, shape ``(B, C)``, each row's target among them once.
         targets: Target item ids, shape ``(B,)``, where ``scores`` are.
 
@@ -61,14 +61,14 @@ def rank_among_candidates(
     costs: NDArray[np.int64],
     max_cost: int,
 ) -> Tensor:
-    """Rank the targets of all rows among their candidates, divided among processes; no row is dropped.
+    """Rank the targets of all rows among their candidates; a collective. No row is dropped.
 
     Args:
         score: Gives the scores ``(B, N)`` of rows ``(B,)``.
         targets: Targets of all rows, shape ``(M,)``.
         candidates: Draws the candidates of a row.
-        engine: Divides the rows and gathers the ranks.
-        costs: What each row weighs in a batch, such as tokens, shape ``(M,)``.
+        engine: Splits the rows among processes and gathers the ranks.
+        costs: Cost of each row in a batch, such as tokens, shape ``(M,)``.
         max_cost: Bound of a batch's rows times its costliest row.
 
     Returns:
@@ -84,7 +84,7 @@ def rank_among_candidates(
 
 
 def candidates_hr(ranks: Tensor) -> tuple[float, tuple[float, float]]:
-    """Part of the rows whose target is first among its candidates.
+    """Share of rows whose target is first among its candidates.
 
     Args:
         ranks: 0-based ranks among candidates, shape ``(M,)``.

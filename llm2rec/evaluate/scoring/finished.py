@@ -1,4 +1,4 @@
-"""The models of finished runs, as far as measuring them needs: rank, rank among candidates, answer once."""
+"""Models of finished runs on the test split: rank targets, rank them among candidates, time a request."""
 
 import time
 from abc import ABC, abstractmethod
@@ -30,12 +30,12 @@ _BATCH_ROWS = 512
 
 
 class FinishedModel(ABC):
-    """A finished run's model on the test split; loaded when it is first needed.
+    """The model of a finished run on the test split, loaded on first use.
 
     Args:
         folder: Run folder.
         data: The dataset.
-        engine: Divides rows among processes.
+        engine: Splits rows among processes.
         gate_dir: Where the gate inputs of teachers are cached.
     """
 
@@ -47,9 +47,9 @@ class FinishedModel(ABC):
 
     @abstractmethod
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
-        """0-based ranks of all test targets among the catalogue less ``seen``, shape ``(M,)``; a collective.
+        """0-based ranks of all test targets in the catalogue without ``seen``, shape ``(M,)``; a collective.
 
-        They are exact below ``k``; at or beyond it, a model that does not score every item says N.
+        Ranks below ``k`` are exact; a model that does not score every item gives N for the others.
         """
 
     @abstractmethod
@@ -57,37 +57,37 @@ class FinishedModel(ABC):
         """0-based ranks of all test targets among their candidates, shape ``(M,)``; a collective."""
 
     @abstractmethod
-    def answer(self, k: int) -> None:
+    def recommend(self, k: int) -> None:
         """Find the best ``k`` items for the first test row."""
 
     def gates(self) -> Tensor | None:
-        """Gates of all test rows, mean over a teacher's gate networks, shape ``(M, E)``; None without experts."""
+        """Gates of all test rows, mean over gate networks, shape ``(M, E)``; None without experts."""
         return None
 
     def n_titles(self, n_candidates: int) -> int:
-        """Candidates whose titles it chooses among where ``n_candidates`` are asked for; 0 for what writes no titles.
+        """Number of candidate titles to choose among; 0 for models other than title teachers.
 
         Args:
-            n_candidates: 0 where none are asked for.
+            n_candidates: The number requested; 0 for the model's own.
         """
         return 0
 
     def choose_titles(self, candidates: CandidateSampler, ks: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        """Choose among titles and write one, if `n_titles` is not 0; a collective.
+        """Choose among candidate titles and generate one, if `n_titles` is not 0; a collective.
 
         Returns:
-            What is kept of each test row, shape ``(M, C)``, int64: the 0-based rank of the target, and where titles
-            are written whether that was valid, and right; and metrics with intervals, by name.
+            Columns to store for each test row, shape ``(M, C)``, int64: the 0-based rank of the target and, if titles
+            are generated, whether the title is valid and correct; and metrics with intervals, by name.
         """
-        raise NotImplementedError(f"{type(self).__name__} writes no titles")
+        raise NotImplementedError(f"{type(self).__name__} generates no titles")
 
     def milliseconds(self, k: int) -> float:
-        """Median time of an answer of ``k`` items for one user, on this machine."""
+        """Median time to recommend ``k`` items to one user, on this machine."""
         device, seconds = self._engine.device, []
         with torch.inference_mode():
             for _ in range(_LATENCY_REPEATS + 5):  # the first few warm up
                 start = time.perf_counter()
-                self.answer(k)
+                self.recommend(k)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - start)
@@ -95,12 +95,12 @@ class FinishedModel(ABC):
 
 
 class _Sequential(FinishedModel):
-    """What reads ids and scores the whole catalogue at once."""
+    """A model that reads item ids and scores the whole catalogue at once."""
 
     @property
     @abstractmethod
     def _max_length(self) -> int:
-        """The longest history that it reads."""
+        """Length of the longest history that the model reads."""
 
     @abstractmethod
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
@@ -117,8 +117,8 @@ class _Sequential(FinishedModel):
             self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_ROWS
         )
 
-    def answer(self, k: int) -> None:
-        """See `FinishedModel.answer`."""
+    def recommend(self, k: int) -> None:
+        """See `FinishedModel.recommend`."""
         self._score(np.zeros(1, np.int64)).topk(k)
 
 
@@ -143,7 +143,7 @@ class FinishedStudent(_Sequential):
 
 
 class FinishedEnsemble(_Sequential):
-    """Students and item neighbours, asked together."""
+    """An ensemble of students and item neighbours."""
 
     @cached_property
     def _model(self) -> Ensemble:

@@ -1,4 +1,4 @@
-"""Score finished runs on the test split: once each, kept in the run's folder."""
+"""Score finished runs on the test split. Scores are stored in the run folder and computed once per protocol."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,18 +27,18 @@ from llm2rec.student.negatives import CandidateSampler
 __all__ = ["Protocol", "Scored", "find_runs", "popularity", "popularity_ranks", "score_popularity", "score_run"]
 
 _BATCH_ROWS = 512
-_WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be measured
+_WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be scored
 _OF_A_MODEL = ("dataset", "label", "seed", "parameters")  # what the run.json of a finished model holds
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How runs are measured.
+    """How runs are scored.
 
     Attributes:
         ks: Cut-offs.
-        mask_seen: Whether items the user had before the target are taken out of the ranking.
-        n_candidates: Items among which HR@1 is measured besides, the target included; 0 leaves that out.
+        mask_seen: Whether items in the user's past are removed from the ranking.
+        n_candidates: Candidates for an additional HR@1, the target included; 0 skips it.
         candidates_seed: Seed of those candidates.
     """
 
@@ -53,14 +53,14 @@ class Scored:
     """One row of the table.
 
     Attributes:
-        label: What it is.
+        label: Label of the model.
         run: Name of the run folder, or empty.
         metrics: Test metrics by name.
-        parameters: Parameters that answering needs.
+        parameters: Parameters used at inference.
         milliseconds: Median time to rank the catalogue for one user, on the machine the run was scored on.
         seed: Seed of the run, or None.
-        intervals: 95 % bootstrap intervals over test rows, by metric, of those that have one.
-        n_titles: Candidates whose titles a `title` teacher chose among; 0 for all other runs.
+        intervals: 95 % bootstrap intervals over test rows, for some metrics.
+        n_titles: Candidate titles that a title teacher chose among; 0 for all other runs.
     """
 
     label: str
@@ -97,18 +97,18 @@ def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
 def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path) -> Scored:
     """Score one finished run on the test split, or read the scores it already has.
 
-    The full ranking and the candidates are kept apart, so that asking for candidates ranks nothing again.
+    Scores of the full ranking and of candidates are stored separately: adding candidates does not rank again.
 
     Args:
         folder: Run folder.
         data: The dataset.
-        engine: Divides rows among processes.
-        protocol: How to measure.
+        engine: Splits rows among processes.
+        protocol: How to score.
         gate_dir: Where the gate inputs of teachers are cached.
 
     Raises:
         CheckpointError: If the run is not finished, holds no model, or is of another dataset.
-        ConfigError: If the catalogue is too small for the candidates asked for.
+        ConfigError: If the catalogue has too few items for the candidates.
     """
     with _naming(folder):
         return _score(folder, data, engine, protocol, gate_dir)
@@ -116,12 +116,12 @@ def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, g
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Say which run it is that stops an evaluation, and how to do without it."""
+    """Name the run in the error, and say how to leave it out."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(
-            f"{folder.name} cannot be evaluated: {error} Or leave it out, by naming the runs to compare: "
+            f"{folder.name} cannot be evaluated: {error} To leave it out, name the runs to compare: "
             "`runs=[result/result_..., ...]`."
         ) from error
 
@@ -135,7 +135,7 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
         ranks = model.ranks(seen, max(protocol.ks))
         metrics, k = ranking_metrics(ranks, protocol.ks), min(max(protocol.ks), data.n_items)
         if not model.ranks_all:
-            del metrics["mrr"]  # without cut-off it would need the ranks beyond
+            del metrics["mrr"]  # needs exact ranks beyond the cut-off
         gates = model.gates()
         if gates is not None and engine.is_main:  # for the report, which loads no language model
             _keep(folder / "metrics" / "test_gates.npy", gates)
@@ -160,7 +160,7 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
 def _among_candidates(
     model: FinishedModel, folder: Path, data: RecData, engine: Engine, protocol: Protocol, n_titles: int
 ) -> dict[str, Any]:
-    """Metrics and intervals among candidates, as far as they are asked for; title teachers always give theirs."""
+    """Metrics and intervals among candidates, if the protocol has any or the model is a title teacher."""
     if not (n_candidates := n_titles or protocol.n_candidates):
         return {"metrics": {}, "intervals": {}}
     key = {
@@ -181,31 +181,30 @@ def _among_candidates(
 
 
 def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
-    """What measures the model of a run."""
+    """The class for the model of a run."""
     if record["stage"] == "ensemble":
         return FinishedEnsemble
     if record["stage"] != "teacher":
         return FinishedStudent
-    recipe = folder / "teacher" / "config.json"  # where it is missing, loading the teacher tells
-    writes = recipe.is_file() and _read(recipe).get("objective") == "title"
-    # With PEFT, which takes seconds to import: a table of students does not wait for it.
-    from llm2rec.evaluate.scoring.teacher_runs import FinishedTeacher
-    from llm2rec.evaluate.scoring.title_runs import FinishedTitleTeacher
+    recipe = folder / "teacher" / "config.json"  # if it is missing, loading the teacher raises
+    is_title = recipe.is_file() and _read(recipe).get("objective") == "title"
+    # Imports PEFT, which takes seconds: a comparison of students does not need it.
+    from llm2rec.evaluate.scoring.teachers import FinishedItemTeacher, FinishedTitleTeacher
 
-    return FinishedTitleTeacher if writes else FinishedTeacher
+    return FinishedTitleTeacher if is_title else FinishedItemTeacher
 
 
 def _once(
     folder: Path, name: str, key: dict[str, Any], engine: Engine, compute: Callable[[], tuple[Tensor, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Read the scores of a protocol, or compute and keep them: ``<name>.json`` and ``<name>_ranks.npy``."""
+    """Read the scores of a protocol, or compute and store them: ``<name>.json`` and ``<name>_ranks.npy``."""
     stored = folder / f"{name}.json"
     if stored.is_file() and (scores := _read(stored, "protocol"))["protocol"] == key:
         return dict(scores)
     ranks, values = compute()
     if engine.is_main:
         _keep(folder / f"{name}_ranks.npy", ranks)
-        write_json(stored, {"protocol": key, **values})  # last: it says that all is there
+        write_json(stored, {"protocol": key, **values})  # last, as it marks the scores as complete
     return values
 
 
@@ -219,11 +218,11 @@ def _read(file: Path, *keys: str) -> dict[str, Any]:
     try:
         return read_object(file, *keys)
     except DataError as error:
-        raise CheckpointError(f"{error} Scores may also be deleted: they are then computed again.") from error
+        raise CheckpointError(f"{error} Or delete the scores: they are then computed again.") from error
 
 
 def _candidates(data: RecData, protocol: Protocol, n_candidates: int) -> CandidateSampler:
-    """The same candidates for every run: histories are cut as the dataset cuts them, not as a model does."""
+    """The same candidates for every run: histories have the dataset's length, not a model's."""
     test = Rows.of(data, "test")
     return CandidateSampler(test, protocol.candidates_seed, n_candidates, split="test")
 
@@ -235,7 +234,7 @@ def _candidate_scores(ranks: Tensor) -> dict[str, Any]:
 
 def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
-        raise CheckpointError(f"{folder} is no run folder (it holds no run.json); give `runs=[result/result_...]`.")
+        raise CheckpointError(f"{folder} is not a run folder (no run.json); expected `runs=[result/result_...]`.")
     record = read_record(folder)
     if record["stage"] not in _WITH_A_MODEL or record["status"] != "finished":
         raise CheckpointError(
@@ -255,13 +254,13 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
 def popularity(data: RecData) -> NDArray[np.float64]:
     """How often each item occurs in the training split's targets and histories, shape ``(N,)``."""
     train = Rows.of(data, "train", 1)
-    first = train.positions[np.arange(len(train))] == 1  # a user's very first item is nobody's target
+    first = train.positions[np.arange(len(train))] == 1  # a user's first item is never a target
     counts = np.bincount(train.targets.numpy(), minlength=data.n_items).astype(np.float64)
     return counts + np.bincount(train.histories(np.flatnonzero(first))[0][:, 0], minlength=data.n_items)
 
 
 def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: bool) -> Tensor:
-    """0-based ranks of the test targets where everybody is given the same ranking, by ``counts``; shape ``(M,)``."""
+    """0-based ranks of the test targets if all items are ranked by ``counts``; shape ``(M,)``."""
     test = Rows.of(data, "test")
     targets, seen = test.targets.long(), SeenItems(test) if mask_seen else None
     ranks = []
@@ -272,14 +271,14 @@ def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: b
 
 
 def score_popularity(data: RecData, protocol: Protocol) -> Scored:
-    """The same ranking for everybody: items by how often they occur in the training split's targets and histories.
+    """Score the popularity ranking: items by how often they occur in the training split's targets and histories.
 
     Args:
         data: The dataset.
-        protocol: How to measure.
+        protocol: How to score.
 
     Raises:
-        ConfigError: If the catalogue is too small for the candidates asked for.
+        ConfigError: If the catalogue has too few items for the candidates.
     """
     counts = popularity(data)
     metrics = ranking_metrics(popularity_ranks(data, counts, mask_seen=protocol.mask_seen), protocol.ks)
@@ -296,7 +295,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
 
 
 def _ranks_by_count(counts: NDArray[np.float64], targets: NDArray[np.int64], seen: Pairs | None) -> Tensor:
-    """Ranks of targets ``(B,)`` where all rows score items by ``counts``, shape ``(N,)``; no matrix of scores."""
+    """Ranks of targets ``(B,)`` by ``counts``, shape ``(N,)``, without a matrix of scores."""
     own = counts[targets]
     ranks = len(counts) - np.searchsorted(np.sort(counts), own) - 1
     if seen is not None:

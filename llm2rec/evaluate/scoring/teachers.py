@@ -1,8 +1,9 @@
-"""Teachers of the `title` objective on the test split: the likeliest candidate, the written title, the best K items.
+"""Finished teachers on the test split. Imported only if a teacher is among the runs, as PEFT takes seconds to import.
 
-Three questions, which are asked with different prompts: candidates are chosen by the log-probability of their titles
-(always valid) and by what is written freely (valid if it names exactly one), after a prompt that lists them; the whole
-catalogue is ranked after a prompt that does not, and not beyond the best K.
+An item teacher scores the whole catalogue. A title teacher is measured in three ways, each with its own prompts: among
+candidates that the prompt lists, by the log-probability of their titles (always valid) and by the title it generates
+(valid if it names exactly one candidate); and over the whole catalogue, by the best K items after a prompt without
+candidates.
 """
 
 from collections.abc import Sequence
@@ -18,28 +19,103 @@ from llm2rec.core.files import read_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.core.train.batching import batches_by_cost
-from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
+from llm2rec.evaluate.scoring.candidates import (
+    CANDIDATES_HR,
+    GENERATED_HR,
+    GENERATED_HR_VALID,
+    VALID_RATIO,
+    rank_among_candidates,
+)
 from llm2rec.evaluate.scoring.finished import FinishedModel
-from llm2rec.evaluate.scoring.teacher_runs import gates_of_rows
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import RowNumbers, batches_within_cost, rank_rows
 from llm2rec.student.negatives import CandidateSampler
-from llm2rec.teacher.evaluator import rank_answers
-from llm2rec.teacher.factory import load_teacher
+from llm2rec.teacher.evaluator import rank_answers, rank_targets
+from llm2rec.teacher.factory import TeacherRecipe, load_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
+from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.title.matching import HitRule, TitleHits, judge
 from llm2rec.teacher.title.model import TitleRecommender
 from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES
 from llm2rec.teacher.title.titles import fold_title
 
-__all__ = ["FinishedTitleTeacher", "title_scores"]
+__all__ = ["FinishedItemTeacher", "FinishedTitleTeacher", "gates_of_rows", "title_scores"]
 
-_GENERATED = {"hr@1": GENERATED_HR, "hr@1_valid": GENERATED_HR_VALID, "valid_ratio": VALID_RATIO}
 _BATCH_TOKENS = 8192
+_GATE_ROWS = 4096  # gates per layer of a large model take a kilobyte per row
+_GENERATED = {"hr@1": GENERATED_HR, "hr@1_valid": GENERATED_HR_VALID, "valid_ratio": VALID_RATIO}
 
 
-class FinishedTitleTeacher(FinishedModel):
-    """A teacher that writes titles."""
+def gates_of_rows(model: LLMTeacher, rows: TeacherRows, device: torch.device) -> Tensor:
+    """Evaluation gates of rows, mean over gate networks.
+
+    Args:
+        model: A teacher with experts.
+        rows: M rows with their gate inputs.
+        device: Where the teacher is.
+
+    Returns:
+        Shape ``(M, E)``, float32, on the CPU.
+    """
+    blocks = [
+        model.evaluation_gates(torch.from_numpy(rows.gate_inputs[start : start + _GATE_ROWS]).to(device)).cpu()
+        for start in range(0, len(rows.rows), _GATE_ROWS)
+    ]
+    gates = torch.cat(blocks)  # (M, E) or (M, G, E)
+    return gates if gates.ndim == 2 else gates.mean(dim=1)
+
+
+class _FinishedTeacher(FinishedModel):
+    """A teacher with its test rows."""
+
+    @cached_property
+    def _loaded(self) -> tuple[LLMTeacher, TeacherRecipe]:
+        return load_teacher(self._folder / "teacher", self._data, self._engine.device)
+
+    @cached_property
+    def _test(self) -> Rows:
+        return Rows.of(self._data, "test")
+
+    @cached_property
+    def _rows(self) -> TeacherRows:
+        """The test rows with their gate inputs; a collective."""
+        model, recipe = self._loaded
+        cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
+        return cache.rows(self._test, np.arange(len(self._test)))
+
+    def gates(self) -> Tensor | None:
+        """See `FinishedModel.gates`."""
+        model, _ = self._loaded
+        return None if model.tuner is None else gates_of_rows(model, self._rows, self._engine.device)
+
+
+class FinishedItemTeacher(_FinishedTeacher):
+    """A teacher of the `item` objective, which scores the whole catalogue."""
+
+    def _score(self, rows: NDArray[np.int64]) -> Tensor:
+        """Scores of all items; items of the history are excluded, except a row's target."""
+        return self._loaded[0].log_probs(*self._test.histories(rows), self._test.targets.numpy()[rows])
+
+    def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
+        """See `FinishedModel.ranks`."""
+        model, _ = self._loaded
+        assert isinstance(model, ItemTeacher), "title teachers have their own class"
+        return rank_targets(model, self._rows, self._engine, seen=seen, batch_tokens=_BATCH_TOKENS)
+
+    def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
+        """See `FinishedModel.candidate_ranks`; a separate pass, which computes the gate inputs again."""
+        costs = self._loaded[0].token_counts(*self._test.histories())
+        return rank_among_candidates(
+            self._score, self._test.targets, candidates, self._engine, costs=costs, max_cost=_BATCH_TOKENS
+        )
+
+    def recommend(self, k: int) -> None:
+        """See `FinishedModel.recommend`."""
+        self._score(np.zeros(1, np.int64)).topk(k)
+
+
+class FinishedTitleTeacher(_FinishedTeacher):
+    """A teacher of the `title` objective."""
 
     ranks_all = False
 
@@ -48,24 +124,21 @@ class FinishedTitleTeacher(FinishedModel):
         return dict(read_json(self._folder / "teacher" / "config.json"))
 
     def n_titles(self, n_candidates: int) -> int:
-        """See `FinishedModel.n_titles`: as many as it was trained to choose among, unless others are asked for.
+        """See `FinishedModel.n_titles`: ``n_candidates``, by default as many as in training.
 
-        A teacher whose prompts list none is asked as validation asks it.
+        A teacher whose prompts list no candidates gets as many as in validation.
         """
         return n_candidates or int(self._recipe["title"]["n_candidates"]) or UNLISTED_CANDIDATES
 
     @cached_property
-    def _loaded(self) -> tuple[TitleRecommender, TeacherRows]:
-        """The teacher, and the test rows with what its gate reads; a collective."""
-        model, recipe = load_teacher(self._folder / "teacher", self._data, self._engine.device)
-        assert isinstance(model, TitleRecommender), "other objectives are measured elsewhere"
-        test = Rows.of(self._data, "test")
-        cache = GateCache(model, recipe.identity, self._engine, self._gate_dir)
-        return model, cache.rows(test, np.arange(len(test)))
+    def _model(self) -> TitleRecommender:
+        model, _ = self._loaded
+        assert isinstance(model, TitleRecommender), "item teachers have their own class"
+        return model
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`; a target that is not among the best ``k`` has rank N."""
-        (model, rows), n_items = self._loaded, self._data.n_items
+        model, rows, n_items = self._model, self._rows, self._data.n_items
 
         def token_counts(numbers: RowNumbers) -> RowNumbers:
             return model.ranking_token_counts(*rows.data.histories(numbers), k)
@@ -79,16 +152,16 @@ class FinishedTitleTeacher(FinishedModel):
         return rank_rows(rank, len(rows.rows), self._engine, batches_within_cost(token_counts, _BATCH_TOKENS))
 
     def _best(self, numbers: NDArray[np.int64], k: int, seen: SeenItems | None, gate_inputs: Tensor | None) -> Tensor:
-        """The best k items of some rows, shape ``(B, k)``; N in the places of those that a row does not leave."""
-        (model, rows), n_items = self._loaded, self._data.n_items
+        """The best k items of some rows, shape ``(B, k)``; N where a row has fewer left."""
+        model, rows, n_items = self._model, self._rows, self._data.n_items
         (history, lengths), targets = rows.data.histories(numbers), rows.data.targets.numpy()[numbers]
         left_out, keep = np.empty((len(numbers), 0), np.int64), None
         if seen is not None:
             left_out, keep = seen.padded_without_targets(numbers, targets), targets
-        barred = np.concatenate([model.left_out(history, keep), left_out], axis=1)
-        n_wanted = np.minimum(k, n_items - _n_distinct(barred, n_items))  # (B,)
+        excluded = np.concatenate([model.left_out(history, keep), left_out], axis=1)
+        n_wanted = np.minimum(k, n_items - _n_distinct(excluded, n_items))  # (B,)
         best = torch.full((len(numbers), k), n_items)
-        for n in np.unique(n_wanted[n_wanted > 0]):  # one search, but for rows that leave fewer than k
+        for n in np.unique(n_wanted[n_wanted > 0]):  # one search, except for rows with fewer than k items left
             part = np.flatnonzero(n_wanted == n)
             inputs = None if gate_inputs is None else gate_inputs[torch.from_numpy(part).to(gate_inputs.device)]
             kept = None if keep is None else keep[part]
@@ -100,7 +173,7 @@ class FinishedTitleTeacher(FinishedModel):
 
     def candidate_ranks(self, candidates: CandidateSampler) -> Tensor:
         """See `FinishedModel.candidate_ranks`: by the log-probability of titles, after prompts that list them."""
-        model, rows = self._loaded
+        model, rows = self._model, self._rows
         if model.lists_candidates:
             model.prompts.check_candidates(candidates.n_candidates, hybrid=model.is_hybrid)
         return rank_answers(model, rows, candidates, self._engine, batch_tokens=_BATCH_TOKENS)
@@ -112,13 +185,14 @@ class FinishedTitleTeacher(FinishedModel):
         return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, ks)
 
     def hits(self, candidates: CandidateSampler) -> TitleHits | None:
-        """What the teacher writes after prompts that list candidates; None if its prompts list none; a collective.
+        """Match generated titles with the candidates that prompts list; None if prompts list none; a collective.
 
-        Texts and titles are compared as the tokenizer decodes them, in one case and without runs of white space.
+        Texts and titles are compared as the tokenizer decodes them, ignoring case and runs of white space.
         """
-        model, rows = self._loaded
+        model = self._model
         if not model.lists_candidates:
             return None
+        rows = self._rows
         mine = self._engine.my_rows(len(rows.rows))
         history, lengths = rows.data.histories(mine)
         drawn = candidates.draw(rows.rows[mine])
@@ -140,13 +214,8 @@ class FinishedTitleTeacher(FinishedModel):
         judged = self._engine.gather_rows(judged.int(), len(rows.rows)).bool()
         return TitleHits(judged[:, 0].numpy(), judged[:, 1].numpy())
 
-    def gates(self) -> Tensor | None:
-        """See `FinishedModel.gates`."""
-        model, rows = self._loaded
-        return None if model.tuner is None else gates_of_rows(model, rows, self._engine.device)
-
-    def answer(self, k: int) -> None:
-        """See `FinishedModel.answer`; what the gate reads is computed too, as for a new user."""
+    def recommend(self, k: int) -> None:
+        """See `FinishedModel.recommend`; includes computing the gate inputs, as for a new user."""
         self._best(np.zeros(1, np.int64), k, None, None)
 
 
@@ -155,12 +224,12 @@ def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> di
 
     Args:
         ranks: 0-based ranks of the answers among their candidates, shape ``(M,)``.
-        hits: What was written, if anything.
+        hits: Matches of the generated titles, if any.
         ks: Cut-offs.
 
     Returns:
-        ``metrics``: ``candidates_hr@1`` and so on of the ranks, `GENERATED_HR` and its kin of what was written; and
-        ``intervals`` of some of them.
+        ``metrics``: ``candidates_hr@1`` and so on of the ranks, `GENERATED_HR` and related ones of the generated
+        titles; and ``intervals`` of some of them.
     """
     metrics = {f"candidates_{name}": value for name, value in ranking_metrics(ranks, sorted({1, *ks})).items()}
     gains = 1 / np.log2(ranks.double().numpy() + 2)
@@ -174,7 +243,7 @@ def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> di
 
 
 def _n_distinct(items: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
-    """Different items in each row of ``(B, S)``, padding N aside, shape ``(B,)``."""
+    """Number of distinct items in each row of ``(B, S)``, padding N aside, shape ``(B,)``."""
     ordered = np.sort(np.pad(items, ((0, 0), (0, 1)), constant_values=n_items), axis=1)
-    # Ordered, each row ends with padding: as many changes as there are items before it.
+    # Sorted rows end with padding, so there are as many changes as items before it.
     return (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
