@@ -174,7 +174,7 @@ class RealStep:
     def __call__(self) -> Tensor:
         """Run it; gives the loss."""
         self.close()
-        self._held.enter_context(self.model.mixing(self.gate_inputs[self.rows].to(self.model.device)))
+        self._held.enter_context(self.model.use_gates(self.gate_inputs[self.rows].to(self.model.device)))
         device = self.model.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # as the engine has it
             return self.objective.losses(self.model, self.rows, hybrid=False, epoch=0).sum()

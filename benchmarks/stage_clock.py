@@ -15,7 +15,7 @@ from typing import Any
 
 from llm2rec.core.files import write_json
 from llm2rec.core.train.engine import Engine
-from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.state import TrainingState, Validation
 
 __all__ = ["Clock"]
 
@@ -64,11 +64,11 @@ class Clock:
         """A step has been done, maybe the last of its pass."""
         self._stepped = self.now()
 
-    def evaluated(self, record: TrainingState, _: Any, metrics: dict[str, float]) -> None:
+    def evaluated(self, state: TrainingState, _: Any, validation: Validation) -> None:
         """The evaluation of a pass has ended."""
         passed, processor = (end - start for start, end in zip(self._began, self._stepped, strict=True))
         evaluation = self.now()[0] - self._stepped[0]
-        own = {"ndcg@10": metrics[record.select_on]}
+        own = {"ndcg@10": validation.metrics[state.select_on]}
         self.history.append(
             {"pass_seconds": passed, "pass_processor_seconds": processor, "evaluation_seconds": evaluation, **own}
         )

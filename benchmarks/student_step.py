@@ -30,15 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm2rec.core.run import Run
 from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.loop import train_step
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.data import MovieLens100K, RecData, Toy, prepare
 from llm2rec.student.datamodule import Rows
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.optimizer import student_optimizer
 from llm2rec.student.settings import LossSettings
-from llm2rec.student.task_loss import TaskLoss
+from llm2rec.student.trainer_baseline import TaskObjective
 
 WIDTH, LENGTH, ROWS = 64, 50, 512
 UPDATE_BYTES = 28  # AdamW reads weight, gradient and two averages, and writes all but the gradient
@@ -65,39 +65,31 @@ class Variant:
             "sasrec", n_items=data.n_items, width=WIDTH, max_length=LENGTH, positions=positions
         ).train()
         self.train = Rows.of(data, "train", LENGTH, "windows" if name == "plain" else name)
-        self.loss = TaskLoss(self.model, LossSettings(), self.train.targets, seed=0)
+        validation = Rows.of(data, "validation", LENGTH)
+        self.objective = TaskObjective(self.model, self.train, validation, self.engine, LossSettings())
         if name == "plain":
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
         else:
             self.wrapped, self.optimizer = self.engine.prepare(self.model, student_optimizer(self.model, self.engine))
-        self.steps = self.engine.steps(self.train.units, sizes=self.train.sizes)
+        self.steps = self.engine.steps(self.objective.units)
         self.parameters = sum(each.numel() for each in self.model.parameters())
 
     def step(self) -> int:
         """Take a step; returns its rows."""
-        number, share = next(self.steps)
+        step = next(self.steps)
         if self.name == "plain":
-            self.plain_step(share)
+            self.plain_step(step)
         else:
-            self.engine.begin_step(number, 10**6, self.optimizer)
-            self.engine.train_step(number, share, partial(self.passes, number))
-        return share.n_rows
+            train_step(self.wrapped, self.objective, self.engine, self.optimizer, step, 10**6)
+        return step.n_rows
 
-    def plain_step(self, share: OptimizerStep) -> None:
-        """As one would write it down first."""
-        (units,) = share.micro_batches
-        batch = self.train.batch(units)
+    def plain_step(self, step: OptimizerStep) -> None:
+        """The textbook step."""
+        batch = self.train.batch(step.units)
         self.optimizer.zero_grad()
         cross_entropy(self.model.score(self.model(*batch.inputs)), batch.targets.long()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.engine.training.max_grad_norm)
         self.optimizer.step()
-
-    def passes(self, number: int, share: OptimizerStep) -> MicroBatches:
-        """As `train_baseline` does."""
-        for units in share.micro_batches:
-            batch = self.train.batch(units)
-            users = self.wrapped(*batch.inputs)
-            yield batch.rows, self.loss(users, batch.targets, batch.rows, epoch=0, step=number)
 
 
 def evaluation(model: SequentialRecommender, rows: Rows, engine: Engine) -> None:

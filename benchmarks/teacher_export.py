@@ -92,7 +92,7 @@ def measure(
     @torch.inference_mode()
     def forward() -> None:
         for each, gate in zip(inputs, gates, strict=True):
-            with model.mixing(gate):
+            with model.use_gates(gate):
                 model.llm(input_ids=each.input_ids, attention_mask=each.attention_mask)
 
     @torch.inference_mode()

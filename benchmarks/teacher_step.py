@@ -227,12 +227,12 @@ def mixture_of(
     model.gate = LinearGate(base.config.hidden_size, EXPERTS).to(base.device)
 
     @contextmanager
-    def mixing() -> Iterator[None]:
+    def use_gates() -> Iterator[None]:
         held.append(model.gate(batch.gate_inputs))
         yield
         held.clear()
 
-    return model, mixing
+    return model, use_gates
 
 
 class Mixing(nn.Module):

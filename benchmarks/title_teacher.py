@@ -97,12 +97,12 @@ def measure(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
-        with model.mixing(gates):
+        with model.use_gates(gates):
             torch.autograd.grad(model(**vars(answered)).mean(), trained)
 
     def step_with_all_logits() -> None:
         inputs = model._model_inputs(answered)
-        with model.mixing(gates):
+        with model.use_gates(gates):
             logits = model.llm(**inputs, use_cache=False).logits
             labels = answered.labels
             assert labels is not None
@@ -116,7 +116,7 @@ def measure(
             one = model.prompts.answered(history, lengths, candidates, candidate, hybrid=True, padding="left")
             one = one.to(model.device)
             assert one.labels is not None
-            with model.mixing(gates):
+            with model.use_gates(gates):
                 columns.append(-model(**vars(one)) * (one.labels != -100).sum(dim=1))
         return torch.stack(columns, dim=1)
 

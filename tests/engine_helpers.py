@@ -1,6 +1,7 @@
 """A real engine in a run folder, rows made by hand, and ways to stop a run in the middle."""
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
 from llm2rec.core.run import Run
+from llm2rec.core.train.batching import TrainingUnits
 from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.loop import Validation, train_step
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data.recdata import SEQUENCE_FEATURES
 from llm2rec.data.splitting import EXAMPLE_FEATURES
@@ -29,6 +32,45 @@ def engine_in(folder, *, kind=Engine, seed=0, **training):
     """Open an engine the way a stage does, without TensorBoard and progress lines."""
     run = Run.start(folder, "student", {"seed": seed})
     return kind(run, seed=seed, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
+
+
+class RowsObjective:
+    """An `Objective` over rows ``0..n_rows-1``.
+
+    Args:
+        n_rows: Training rows.
+        losses: Gives losses by name from the wrapped model, row numbers ``(B,)`` and the step.
+        validate: Gives metrics from the steps done.
+        frozen: Gives the frozen parameter groups of a step.
+    """
+
+    def __init__(self, n_rows, losses, validate=lambda step: {"ndcg@10": 0.0}, frozen=lambda step: ()):
+        self.units = TrainingUnits(np.arange(n_rows))
+        self._losses, self._validate, self._frozen = losses, validate, frozen
+
+    def begin_step(self, step):
+        return self._frozen(step.number)
+
+    @contextmanager
+    def losses(self, model, micro):
+        yield self._losses(model, micro.units, micro.step)
+
+    def example_ids(self, micro):
+        return micro.units
+
+    def validate(self, step):
+        return Validation(self._validate(step))
+
+
+def take_steps(engine, wrapped, objective, optimizer, start=0, stop=None):
+    """The steps of `fit` alone, without evaluations and checkpoints; yields each step and its losses."""
+    n_steps = engine.max_steps(objective.units.n_rows)
+    for step in engine.steps(objective.units, start):
+        if step.number == stop:
+            return
+        with engine.timed(step):
+            losses = train_step(wrapped, objective, engine, optimizer, step, n_steps)
+        yield step, losses
 
 
 class Killed(Exception):

@@ -7,7 +7,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from llm2rec.core.processes import uses_deepspeed
-from llm2rec.core.train.sharding import divides_frozen
+from llm2rec.core.train.sharding import shards_frozen_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ONE, EIGHT, TWO_MACHINES = (1, 1), (1, 8), (2, 16)  # machines, processes
@@ -59,6 +59,6 @@ def test_our_processes_see_what_a_launch_configuration_asks_for(name, monkeypatc
     assert variables["ACCELERATE_MIXED_PRECISION"] == precision
     assert variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == stage
     assert uses_deepspeed() == (stage is not None)
-    assert divides_frozen() == divides
+    assert shards_frozen_weights() == divides
     offloaded = variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
     assert offloaded == (None if stage is None else "cpu" if name == "multi_gpu_zero2_offload" else "none")

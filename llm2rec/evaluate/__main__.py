@@ -21,7 +21,7 @@ from llm2rec.core.files import without_secrets
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
-from llm2rec.core.train.sharding import divides_frozen
+from llm2rec.core.train.sharding import shards_frozen_weights
 from llm2rec.data import RecData
 from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
@@ -41,7 +41,7 @@ def main(cfg: Config, run: Run) -> None:
     metrics, settings = cfg.metrics, build(cfg.report, ReportSettings)
     protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
-    engine = open_engine(cfg, run, lockstep=divides_frozen())  # a teacher may be among the runs
+    engine = open_engine(cfg, run, lockstep=shards_frozen_weights())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
     named = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
     sweeps = {each: jobs_of(each) for each in named if is_sweep(each)}

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2rec.core.train.batching import epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.train.batching import OptimizerStep, TrainingUnits, epoch_batches, micro_batch_count, micro_batches
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.plan.settings import PlanSettings
@@ -206,8 +206,10 @@ def _counted(teacher: TeacherSettings, data: RecData, prompts: Prompts, gpus: in
 
 def _with_padding(counts: NDArray[np.int64], training: TrainingSettings, gpus: int) -> float:
     """Mean tokens of a row when each is padded to the longest of its micro-batch."""
-    batches = epoch_batches(np.arange(len(counts)), training.batch_size, 0, 0, counts)
+    units = TrainingUnits(np.arange(len(counts)), lengths=counts)
+    batches = epoch_batches(units, training.batch_size, 0, 0)
     n_micro = micro_batch_count(training.batch_size, training.micro_batch_size, gpus)
-    micro = [rows for step in optimizer_steps(batches, n_micro, 0, gpus) for rows in step.micro_batches]
+    steps = [OptimizerStep(number, 0, batch, len(batch)) for number, batch in enumerate(batches)]
+    micro = [each.units for step in steps for each in micro_batches(step, n_micro, 0, gpus)]
     sizes = np.array([len(rows) for rows in micro])
     return float((np.array([counts[rows].max() for rows in micro]) * sizes).sum() / sizes.sum())

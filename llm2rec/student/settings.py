@@ -174,7 +174,7 @@ class StudentSettings:
             `llm2rec.student.datamodule.Rows`). Every row is trained once an epoch in both, and sizes of batches
             count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
         loss: Its own task; distillation uses the same unless its recipe names another.
-        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.rowwise`.
+        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.optimizer`.
     """
 
     name: str = "???"

@@ -1,12 +1,16 @@
-"""Train a student on its own task alone: the baseline that distillation has to beat."""
+"""Train a student on its task alone: the baseline that distillation has to beat."""
 
-from functools import partial
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.batching import MicroBatch, OptimizerStep, TrainingUnits
 from llm2rec.core.train.engine import Engine
-from llm2rec.core.train.state import TrainingState
-from llm2rec.core.train.stepper import MicroBatches
+from llm2rec.core.train.loop import Validation, fit
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
 from llm2rec.student.models import SequentialRecommender
@@ -14,7 +18,55 @@ from llm2rec.student.optimizer import student_optimizer
 from llm2rec.student.settings import LossSettings
 from llm2rec.student.task_loss import TaskLoss
 
-__all__ = ["train_baseline"]
+__all__ = ["TaskObjective", "train_baseline"]
+
+
+class TaskObjective:
+    """The student's own task: predict the next item of each training row.
+
+    Args:
+        model: The student, not wrapped.
+        train: Training rows.
+        validation: Rows for early stopping.
+        engine: Processes; splits the validation rows.
+        loss: Which loss.
+        seen: Items to exclude from the validation rankings; None ranks all items.
+
+    Raises:
+        ConfigError: If the catalogue is too small for the negatives.
+    """
+
+    def __init__(
+        self,
+        model: SequentialRecommender,
+        train: Rows,
+        validation: Rows,
+        engine: Engine,
+        loss: LossSettings,
+        seen: SeenItems | None = None,
+    ) -> None:
+        self.model, self.train, self.validation, self.engine, self.seen = model, train, validation, engine, seen
+        self.units = TrainingUnits(train.units, train.sizes)
+        self._task_loss = TaskLoss(model, loss, train.targets, engine.seed)
+
+    def begin_step(self, step: OptimizerStep) -> Collection[str]:
+        """See `Objective.begin_step`."""
+        return ()
+
+    @contextmanager
+    def losses(self, model: nn.Module, micro: MicroBatch) -> Iterator[dict[str, Tensor]]:
+        """See `Objective.losses`."""
+        batch = self.train.batch(micro.units, self.engine.device)
+        users = model(*batch.inputs)  # (B, D)
+        yield self._task_loss(users, batch.targets, batch.rows, epoch=micro.epoch, step=micro.step)
+
+    def example_ids(self, micro: MicroBatch) -> NDArray[np.int64]:
+        """See `Objective.example_ids`."""
+        return self.train.batch(micro.units).rows
+
+    def validate(self, step: int) -> Validation:
+        """See `Objective.validate`."""
+        return Validation(ranking_metrics(rank_targets(self.model, self.validation, self.engine, seen=self.seen)))
 
 
 def train_baseline(
@@ -28,17 +80,17 @@ def train_baseline(
     select_on: str = "ndcg@10",
     seen: SeenItems | None = None,
 ) -> SequentialRecommender:
-    """Train on the student's own task and keep the weights that validate best.
+    """Train on the student's task and keep the weights that validate best; see `llm2rec.core.train.loop.fit`.
 
     Args:
         model: Freshly initialised student.
         train: Training rows.
-        validation: Rows for early stopping; the test split is never seen here.
-        engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
-        loss: The task; full-softmax cross-entropy if None.
+        validation: Rows for early stopping; the test split is never used here.
+        engine: Processes and run folder.
+        loss: The task's loss; full-softmax cross-entropy if None.
         item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
-        select_on: Validation metric that decides.
-        seen: Items to leave out of the validation rankings; None ranks all items.
+        select_on: Validation metric that selects the weights.
+        seen: Items to exclude from the validation rankings; None ranks all items.
 
     Returns:
         The unwrapped model with the best weights, in evaluation mode.
@@ -46,32 +98,7 @@ def train_baseline(
     Raises:
         ConfigError: If the catalogue is too small for the negatives, or DeepSpeed is to update rows.
     """
-    settings, record = engine.training, TrainingState(engine, select_on)
-    task_loss = TaskLoss(model, loss or LossSettings(), train.targets, engine.seed)
-    wrapped, optimizer = engine.prepare(model, student_optimizer(model, engine, item_optimizer))
-    if state := engine.load_checkpoint(model, optimizer):
-        record.restore(state)
-
-    def passes(step: int, share: OptimizerStep) -> MicroBatches:
-        for units in share.micro_batches:
-            batch = train.batch(units, engine.device)
-            users = wrapped(*batch.inputs)  # (B, D)
-            yield batch.rows, task_loss(users, batch.targets, batch.rows, epoch=step // per_epoch, step=step)
-
-    max_steps, steps = engine.max_steps(len(train)), engine.steps(train.units, record.step, sizes=train.sizes)
-    per_epoch = settings.steps_per_epoch(len(train))
-    wrapped.train()
-    for step, share in engine.progress(steps, "student", max_steps, initial=record.step):
-        if record.stopping.should_stop:
-            break
-        lr = engine.begin_step(step, max_steps, optimizer)
-        sums = engine.train_step(step, share, partial(passes, step))
-        record.finish_step(step, share.n_rows, sums)
-
-        if settings.evaluation_is_due(record.step, len(train)):
-            metrics = ranking_metrics(rank_targets(model, validation, engine, seen=seen))
-            record.evaluated(model, metrics, learning_rate=lr)
-        if engine.checkpoint_is_due(record.step, len(train)):
-            engine.save_checkpoint(model, optimizer, record.state())
-    record.finish(model)
-    return model.eval()
+    objective = TaskObjective(model, train, validation, engine, loss or LossSettings(), seen)
+    optimizer = student_optimizer(model, engine, item_optimizer)
+    fit(model, objective, engine, optimizer, description="student", select_on=select_on)
+    return model

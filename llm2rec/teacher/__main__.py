@@ -17,7 +17,7 @@ from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
 from llm2rec.core.train.engine import Engine
-from llm2rec.core.train.sharding import divides_frozen, full_size
+from llm2rec.core.train.sharding import full_numel, shards_frozen_weights
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.card import training_on
@@ -34,7 +34,7 @@ from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
 from llm2rec.teacher.title.model import TitleRecommender
 from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective
-from llm2rec.teacher.trainer import ItemObjective, Objective, train_teacher
+from llm2rec.teacher.trainer import ItemObjective, TeacherTask, train_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     labelled = rows_to_label(policy, run, len(data.splits["train"])) if settings.export.enabled else None
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
-    engine = open_engine(cfg, run, settings.training, mixed_precision(settings.precision), lockstep=divides_frozen())
+    engine = open_engine(
+        cfg, run, settings.training, mixed_precision(settings.precision), lockstep=shards_frozen_weights()
+    )
     if engine.is_main and (doubt := title_agreement(data).doubt()):
         logger.warning("%s", doubt)
     of_run = from_launch_folder(settings.recommender_run, cfg.paths.root) if settings.recommender_run else None
@@ -162,7 +164,7 @@ def write_down(
 
 def objective_of(
     model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine, seen: SeenItems | None
-) -> Objective:
+) -> TeacherTask:
     """What a teacher of this kind is trained to do; ``seen`` is left out where it is validated on all items."""
     if isinstance(model, TitleRecommender):
         return TitleObjective(model, train, validation, engine)
@@ -193,7 +195,7 @@ def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]
 
 def model_size(model: nn.Module) -> int:
     """Parameters of the model, frozen ones included."""
-    return sum(full_size(parameter) for parameter in model.parameters())
+    return sum(full_numel(parameter) for parameter in model.parameters())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def rank_targets(
         numbers = rows.rows[positions]
         batch = rows.data.batch(numbers, engine.device)
         inputs = model.read(*rows.data.histories(numbers))
-        with model.mixing(torch.from_numpy(rows.gate_inputs[positions]).to(engine.device)):
+        with model.use_gates(torch.from_numpy(rows.gate_inputs[positions]).to(engine.device)):
             scores = model(**vars(inputs), keep=None if seen is None else batch.targets)  # (B, N)
         if seen is not None:
             scores = seen.mask(scores, numbers, batch.targets)

@@ -130,7 +130,7 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         tuner = self.llm.base_model if isinstance(self.llm, PeftModel) else None
         return tuner if isinstance(tuner, ILoraModel) else None
 
-    def mixing(self, gate_input: Tensor) -> AbstractContextManager[Tensor | None]:
+    def use_gates(self, gate_input: Tensor) -> AbstractContextManager[Tensor | None]:
         """Hold the gates of a batch while its forward AND backward pass run; ``gate_input`` has shape ``(B, d)``.
 
         The context gives them: ``(B, E)``, or ``(B, G, E)`` for G adapted layers with gates of their own; None for a
@@ -342,7 +342,7 @@ class ItemTeacher(LLMTeacher):
         keep: NDArray[np.int32] | None = None,
     ) -> Tensor:
         kept = None if keep is None else torch.from_numpy(keep).to(self.device, torch.int64)
-        with self.mixing(self.gate_inputs(history, lengths) if gate_inputs is None else gate_inputs):
+        with self.use_gates(self.gate_inputs(history, lengths) if gate_inputs is None else gate_inputs):
             return cast(Tensor, self(**vars(self.read(history, lengths)), keep=kept)).log_softmax(dim=1)
 
     @torch.no_grad()
@@ -352,12 +352,12 @@ class ItemTeacher(LLMTeacher):
         The gate of a title is that of a history that holds this item only. Evaluation mode while it runs.
         """
 
-        def mixing(items: NDArray[np.int64]) -> AbstractContextManager[Tensor | None]:
-            return self.mixing(self.gate_inputs(items[:, None].astype(np.int32), np.ones(len(items), np.int32)))
+        def use_gates_of(items: NDArray[np.int64]) -> AbstractContextManager[Tensor | None]:
+            return self.use_gates(self.gate_inputs(items[:, None].astype(np.int32), np.ones(len(items), np.int32)))
 
         was_training = self.training
         self.eval()
-        vectors = title_vectors(self.llm, self.prompts, self.pooling, self.device, batch_tokens, mixing)
+        vectors = title_vectors(self.llm, self.prompts, self.pooling, self.device, batch_tokens, use_gates_of)
         self.head.titles.copy_(vectors)
         self.train(was_training)
 

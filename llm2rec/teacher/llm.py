@@ -23,7 +23,7 @@ from llm2rec.core.files import replaced_folder
 from llm2rec.core.host_memory import check_host_memory
 from llm2rec.core.processes import is_first_process, uses_fsdp, uses_gpu, uses_zero3
 from llm2rec.core.seed import derived_seed
-from llm2rec.core.train.sharding import divide, divides_frozen, put_together_by_deepspeed, zero3_config
+from llm2rec.core.train.sharding import gather_with_deepspeed, shard, shards_frozen_weights, zero3_config
 from llm2rec.teacher.settings import LLMSettings, TinyRandomSettings
 
 __all__ = [
@@ -162,8 +162,8 @@ def load_model(
         raise _cannot_write(settings) from error
     model.requires_grad_(False)
     model.eval()
-    if divides_frozen() and uses_fsdp():
-        divide(model, model.base_model, model._no_split_modules or (), device)
+    if shards_frozen_weights() and uses_fsdp():
+        shard(model, model.base_model, model._no_split_modules or (), device)
         model.tie_weights()
     if writes:
         if not _reads_forwards(model):
@@ -188,7 +188,7 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
         arguments = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantized}
         return kind.from_pretrained(source, **arguments, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    if not divides_frozen():
+    if not shards_frozen_weights():
         return kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code).to(device)
     if uses_zero3():
         from transformers.integrations import HfDeepSpeedConfig
@@ -203,7 +203,7 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
             )
         _seen = HfDeepSpeedConfig(asked)  # transformers divides the weights while it lives
         model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-        put_together_by_deepspeed(model, asked)
+        gather_with_deepspeed(model, asked)
         return model
     if is_first_process():
         return kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
@@ -219,7 +219,7 @@ def check_launch(precision: str) -> None:
     Raises:
         ConfigError: If quantised weights are to be divided among processes.
     """
-    if precision in ("int8", "int4") and divides_frozen():
+    if precision in ("int8", "int4") and shards_frozen_weights():
         raise ConfigError(
             f"teacher.precision is {precision!r}, and the launch divides the language model's weights among "
             "processes, which would part them from their scales; take teacher.precision=bfloat16, or keep a whole "

@@ -1,7 +1,8 @@
-"""Train a teacher: one loop for all objectives, and the `item` objective."""
+"""Train a teacher: what all objectives share, and the `item` objective. The loop is `llm2rec.core.train.loop`."""
 
 import logging
-from functools import partial
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -10,35 +11,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2rec.core.metrics import ranking_metrics
-from llm2rec.core.train.batching import OptimizerStep
+from llm2rec.core.train.batching import MicroBatch, OptimizerStep, TrainingUnits
 from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.loop import Validation, fit
 from llm2rec.core.train.optimizer import adamw
-from llm2rec.core.train.state import TrainingState
-from llm2rec.core.train.stepper import MicroBatches
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import TeacherRows
-from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
+from llm2rec.teacher.gates import GateMonitor, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TeacherSettings
 
-__all__ = ["ItemObjective", "Objective", "train_teacher"]
+__all__ = ["ItemObjective", "TeacherObjective", "TeacherTask", "train_teacher"]
 
 logger = logging.getLogger(__name__)
 _PROMPTS_SHOWN = 3
 
 
-class Objective(Protocol):
-    """What a teacher is trained to do.
+class TeacherTask(Protocol):
+    """What the `item` and the `title` objective differ in; `TeacherObjective` makes either an `Objective` to train on.
 
     Attributes:
         train: Rows to train on.
         validation: Rows for early stopping.
-        knows_lengths: Whether ``train.token_counts`` are the lengths of whole prompts, so that tokens a second can be
-            told.
+        knows_lengths: Whether ``train.token_counts`` are the lengths of whole prompts, for the throughput in tokens.
     """
 
     train: TeacherRows
@@ -46,7 +45,7 @@ class Objective(Protocol):
     knows_lengths: bool
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
-        """Losses of a micro-batch; the gates of its rows are held meanwhile.
+        """Losses of a micro-batch; the gates of its rows are in use meanwhile.
 
         Args:
             wrapped: The teacher as `Engine.prepare` returned it.
@@ -55,14 +54,71 @@ class Objective(Protocol):
             epoch: Epoch, from 0.
 
         Returns:
-            One loss a row, shape ``(B,)``, float32.
+            One loss per row, shape ``(B,)``, float32.
         """
 
     def validate(self) -> dict[str, float]:
         """Validation metrics by name; a collective."""
 
     def prompts(self, n: int) -> TokenBatch:
-        """What the first ``n`` training rows make the language model read, answers included; for people to look at."""
+        """Prompts of the first ``n`` training rows, answers included, for the log."""
+
+
+class TeacherObjective:
+    """The objective of a teacher: the loss of its task, and the load balance of its experts.
+
+    ``L = L_task + balance_loss · L_balance``
+
+    Args:
+        model: The teacher, not wrapped.
+        task: The `item` or `title` objective, and its rows.
+        engine: Processes.
+        settings: Curriculum, load balance, refresh of the titles' vectors.
+    """
+
+    def __init__(self, model: LLMTeacher, task: TeacherTask, engine: Engine, settings: TeacherSettings) -> None:
+        self.model, self.task, self.engine, self.settings = model, task, engine, settings
+        n_rows = len(task.train.rows)
+        self.units = TrainingUnits(np.arange(n_rows), lengths=task.train.token_counts)
+        self._n_steps, self._hybrid = engine.max_steps(n_rows), False
+        self._expert_use: Tensor | None = None  # (E,) or (G, E): mean gates of the step
+        self._monitor = GateMonitor(model, task.validation.gate_inputs, engine)
+
+    def begin_step(self, step: OptimizerStep) -> Collection[str]:
+        """See `Objective.begin_step`: refreshes the titles' vectors, and decides whether prompts are hybrid."""
+        settings, model, train = self.settings, self.model, self.task.train
+        if settings.item_refresh_steps and step.number > 0 and step.number % settings.item_refresh_steps == 0:
+            self.engine.average_buffers(model)  # gates with running statistics take part
+            model.refresh_titles()
+        if settings.balance_loss > 0:
+            self._expert_use = mean_gates(model, train.gate_inputs, step, self.engine)
+        if self.task.knows_lengths:
+            self.engine.count(tokens=int(train.token_counts[step.units].sum()))
+        self._hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step.number, self._n_steps, self.engine.seed)
+        return () if self._hybrid else ("projector",)
+
+    @contextmanager
+    def losses(self, model: nn.Module, micro: MicroBatch) -> Iterator[dict[str, Tensor]]:
+        """See `Objective.losses`; the gates are in use until the context closes, after the backward pass."""
+        gate_input = torch.from_numpy(self.task.train.gate_inputs[micro.units]).to(self.engine.device)
+        with self.model.use_gates(gate_input) as gates:
+            losses = {"loss": self.task.losses(model, micro.units, hybrid=self._hybrid, epoch=micro.epoch)}  # (B,)
+            if self._expert_use is not None and gates is not None:
+                losses |= {"loss_task": losses["loss"], "loss_balance": balance_losses(gates, self._expert_use)}
+                losses["loss"] = losses["loss_task"] + self.settings.balance_loss * losses["loss_balance"]
+            yield losses
+
+    def example_ids(self, micro: MicroBatch) -> NDArray[np.int64]:
+        """See `Objective.example_ids`."""
+        return self.task.train.rows[micro.units]
+
+    def validate(self, step: int) -> Validation:
+        """See `Objective.validate`."""
+        metrics = self.task.validate()
+        scalars = {"hybrid": float(self._hybrid)} if self.model.is_hybrid else {}
+        # Validation is hybrid: before prompts are, it says little about what is being learnt.
+        uses_patience = self.settings.curriculum != "two_stage" or self._hybrid
+        return Validation(metrics, scalars | self._monitor.measure(step), uses_patience)
 
 
 class ItemObjective:
@@ -90,7 +146,7 @@ class ItemObjective:
         self.model, self.train, self.validation, self.engine, self.seen = model, train, validation, engine, seen
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
-        """See `Objective.losses`."""
+        """See `TeacherTask.losses`."""
         data, rows = self.train.data, self.train.rows[micro]
         targets = data.batch(rows, self.engine.device).targets
         inputs = self.model.read(*data.histories(rows), hybrid=hybrid)
@@ -98,94 +154,39 @@ class ItemObjective:
         return cross_entropy(logits, targets)
 
     def validate(self) -> dict[str, float]:
-        """See `Objective.validate`."""
+        """See `TeacherTask.validate`."""
         return ranking_metrics(rank_targets(self.model, self.validation, self.engine, seen=self.seen))
 
     def prompts(self, n: int) -> TokenBatch:
-        """See `Objective.prompts`."""
+        """See `TeacherTask.prompts`."""
         data, rows = self.train.data, self.train.rows[:n]
         history, lengths = data.histories(rows)
         return self.model.prompts.histories(history, lengths, hybrid=self.model.is_hybrid)
 
 
 def train_teacher(
-    model: LLMTeacher, objective: Objective, engine: Engine, settings: TeacherSettings, select_on: str = "ndcg@10"
+    model: LLMTeacher, task: TeacherTask, engine: Engine, settings: TeacherSettings, select_on: str = "ndcg@10"
 ) -> None:
-    """Train what the teacher has to train; keep the weights that validate best. It is left in evaluation mode.
+    """Train what the teacher has to train; keep the weights that validate best. It ends in evaluation mode.
 
-    A teacher that has nothing to train, such as one of ``tuning=none`` that scores by titles, stays as it is.
+    A teacher without trainable parameters, such as one of ``tuning=none`` that scores by titles, stays as it is.
 
     Args:
-        model: Unwrapped teacher with fresh weights; its base is frozen.
-        objective: What it is trained to do, and on which rows.
-        engine: Runs the loop; its run folder gets checkpoints, best weights and ``metrics/validation.json``.
+        model: The teacher with fresh weights, not wrapped; its base is frozen.
+        task: The `item` or `title` objective, and its rows.
+        engine: Processes and run folder; see `llm2rec.core.train.loop.fit`.
         settings: Learning rates, curriculum, load balance; length and batch are the engine's.
-        select_on: Validation metric that decides.
+        select_on: Validation metric that selects the weights.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        logger.info("nothing to train: `teacher.tuning` is %r and nothing beside the LLM learns", settings.tuning)
+        logger.info("no trainable parameters: `teacher.tuning` is %r and the head has no weights", settings.tuning)
         model.eval()
         return
-    training, train, record = engine.training, objective.train, TrainingState(engine, select_on)
-    wrapped, optimizer = engine.prepare(model, _optimizer(model, settings))
-    if state := engine.load_checkpoint(model, optimizer):
-        record.restore(state)
-    else:
-        shown = model.prompts.readable(objective.prompts(_PROMPTS_SHOWN))
+    if not engine.has_checkpoint:
+        shown = model.prompts.readable(task.prompts(_PROMPTS_SHOWN))
         engine.log_text("prompts", "\n\n".join(f"    {prompt}" for prompt in shown))  # indented: not to be rendered
-
-    watch = GateWatch(model, objective.validation.gate_inputs, engine)
-    n_rows, balance_weight = len(train.rows), settings.balance_loss
-    positions, max_steps = np.arange(n_rows), engine.max_steps(n_rows)
-    steps = engine.steps(positions, record.step, train.token_counts)
-    wrapped.train()
-    for step, share in engine.progress(steps, "teacher", max_steps, initial=record.step):
-        if record.stopping.should_stop:
-            break
-        if settings.item_refresh_steps and step > 0 and step % settings.item_refresh_steps == 0:
-            engine.average_buffers(model)  # gates with running statistics take part
-            model.refresh_titles()
-        hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step, max_steps, engine.seed)
-        lr = engine.begin_step(step, max_steps, optimizer, resting=() if hybrid else ("projector",))
-        passes = partial(_passes, wrapped, model, objective, engine, balance_weight, hybrid, step)
-        if objective.knows_lengths:
-            engine.count(tokens=int(train.token_counts[share.batch].sum()))
-        record.finish_step(step, share.n_rows, engine.train_step(step, share, passes))
-
-        if training.evaluation_is_due(record.step, n_rows):
-            engine.average_buffers(model)
-            scalars = {"learning_rate": lr, "hybrid": float(hybrid)} if model.is_hybrid else {"learning_rate": lr}
-            # Before the vectors are shown, validation, which is hybrid, says little of what is being learnt.
-            waits = settings.curriculum != "two_stage" or hybrid
-            record.evaluated(model, objective.validate(), waits=waits, **scalars, **watch.look(record.step))
-        if engine.checkpoint_is_due(record.step, n_rows):
-            engine.save_checkpoint(model, optimizer, record.state())
-    record.finish(model)
-    model.eval()
-
-
-def _passes(
-    wrapped: nn.Module,
-    model: LLMTeacher,
-    objective: Objective,
-    engine: Engine,
-    balance_weight: float,
-    hybrid: bool,
-    step: int,
-    share: OptimizerStep,
-) -> MicroBatches:
-    """Losses of a step's micro-batches; see `Engine.train_step`."""
-    train = objective.train
-    epoch = step // engine.training.steps_per_epoch(len(train.rows))
-    use = mean_gates(model, train.gate_inputs, share, engine) if balance_weight > 0 else None  # (E,) or (G, E)
-    for micro in share.micro_batches:
-        gate_input = torch.from_numpy(train.gate_inputs[micro]).to(engine.device)
-        with model.mixing(gate_input) as gates:  # they must outlive backward
-            losses = {"loss": objective.losses(wrapped, micro, hybrid=hybrid, epoch=epoch)}  # (B,)
-            if use is not None and gates is not None:
-                losses |= {"loss_task": losses["loss"], "loss_balance": balance_losses(gates, use)}
-                losses["loss"] = losses["loss_task"] + balance_weight * losses["loss_balance"]
-            yield train.rows[micro], losses
+    objective = TeacherObjective(model, task, engine, settings)
+    fit(model, objective, engine, _optimizer(model, settings), description="teacher", select_on=select_on)
 
 
 def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:

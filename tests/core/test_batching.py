@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.train.batching import batches_by_cost, epoch_batches, micro_batch_count, optimizer_steps
+from llm2rec.core.train.batching import (
+    OptimizerStep,
+    TrainingUnits,
+    batches_by_cost,
+    epoch_batches,
+    micro_batch_count,
+    micro_batches,
+)
 
 SIZES = {
     "n_rows": st.integers(1, 70),
@@ -19,7 +26,17 @@ SIZES = {
 def batches_of(n_rows, batch_size, epoch, by_length, seed=0):
     rows = np.arange(n_rows) * 3 + 1  # row numbers need not be positions
     lengths = np.random.default_rng(n_rows).integers(1, 9, n_rows) if by_length else None
-    return rows, epoch_batches(rows, batch_size, seed, epoch, lengths)
+    return rows, epoch_batches(TrainingUnits(rows, lengths=lengths), batch_size, seed, epoch)
+
+
+def step_of(units, sizes=None):
+    n_rows = len(units) if sizes is None else int(sizes[units].sum())
+    return OptimizerStep(5, 2, units, n_rows, sizes)
+
+
+def split(batch, n_micro, n_processes, sizes=None):
+    """The micro-batches of each process."""
+    return [micro_batches(step_of(batch, sizes), n_micro, rank, n_processes) for rank in range(n_processes)]
 
 
 def test_micro_batch_count_by_hand():
@@ -31,49 +48,29 @@ def test_micro_batch_count_by_hand():
 
 @settings(max_examples=150, deadline=None)
 @given(**SIZES)
-def test_every_row_is_seen_once_and_every_share_fits(n_rows, batch_size, micro, n_processes, epoch, by_length):
+def test_every_row_is_seen_once_and_every_micro_batch_fits(n_rows, batch_size, micro, n_processes, epoch, by_length):
     rows, batches = batches_of(n_rows, batch_size, epoch, by_length)
     count = micro_batch_count(batch_size, micro, n_processes)
     seen = []
-    shares = [list(optimizer_steps(batches, count, rank, n_processes)) for rank in range(n_processes)]
-    for number, batch in enumerate(batches):
-        steps = [of_rank[number] for of_rank in shares]
+    for batch in batches:
         counted = []
-        for step in steps:
-            assert step.n_rows == len(batch)
-            assert len(step.micro_batches) == len(step.weights) == count  # all ranks join every collective
-            for part, weights in zip(step.micro_batches, step.weights, strict=True):
-                assert 1 <= len(part) == len(weights) <= micro
-                assert set(weights) <= {0, 1}
-                assert (weights == 0).sum() in (0, len(part))
-                assert set(part) <= set(batch)
-                counted.extend(part[weights == 1])
-        assert sorted(counted) == sorted(batch)
+        for mine in split(batch, count, n_processes):
+            assert len(mine) == count  # all processes join every collective
+            for part in mine:
+                assert (part.step, part.epoch) == (5, 2)
+                assert 1 <= len(part.units) == len(part.weights) <= micro
+                assert set(part.weights) in ({0}, {1})
+                assert set(part.units) <= set(batch)
+                counted.extend(part.units[part.weights == 1])
+        assert counted == batch.tolist()  # in this order, however they are split
         seen.extend(counted)
     assert sorted(seen) == rows.tolist()
-    assert all(len(of_rank) == len(batches) for of_rank in shares)
 
 
-@settings(max_examples=80, deadline=None)
-@given(**SIZES)
-def test_effective_batches_do_not_depend_on_their_division(n_rows, batch_size, micro, n_processes, epoch, by_length):
-    def effective(n_processes, micro):
-        _, batches = batches_of(n_rows, batch_size, epoch, by_length)
-        count = micro_batch_count(batch_size, micro, n_processes)
-        shares = [optimizer_steps(batches, count, rank, n_processes) for rank in range(n_processes)]
-        for steps in zip(*shares, strict=True):
-            parts = [p[w == 1] for s in steps for p, w in zip(s.micro_batches, s.weights, strict=True)]
-            yield np.concatenate(parts).tolist()
-
-    assert list(effective(n_processes, micro)) == list(effective(1, batch_size))
-
-
-def test_ranks_without_rows_get_a_filler_that_counts_nothing():
-    batch = np.array([7, 9])
-    shares = [next(optimizer_steps([batch], 2, rank, 2)) for rank in range(2)]
-    assert [[part.tolist() for part in share.micro_batches] for share in shares] == [[[7], [9]], [[7], [7]]]
-    assert [[w.tolist() for w in share.weights] for share in shares] == [[[1], [1]], [[0], [0]]]
-    assert [share.n_rows for share in shares] == [2, 2]
+def test_processes_without_rows_get_a_filler_that_counts_nothing():
+    shares = split(np.array([7, 9]), 2, 2)
+    assert [[part.units.tolist() for part in mine] for mine in shares] == [[[7], [9]], [[7], [7]]]
+    assert [[part.weights.tolist() for part in mine] for mine in shares] == [[[1], [1]], [[0], [0]]]
 
 
 def test_only_the_last_batch_is_smaller():
@@ -93,16 +90,16 @@ def test_order_is_a_function_of_seed_and_epoch(by_length):
 
 def test_rows_of_similar_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 100, 512)
-    sorted_in = epoch_batches(np.arange(512), 8, 0, 0, lengths)
-    shuffled = epoch_batches(np.arange(512), 8, 0, 0)
+    sorted_in = epoch_batches(TrainingUnits(np.arange(512), lengths=lengths), 8, 0, 0)
+    shuffled = epoch_batches(TrainingUnits(np.arange(512)), 8, 0, 0)
     spread = [sum(np.ptp(lengths[batch]) for batch in batches) for batches in (sorted_in, shuffled)]
     assert spread[0] < spread[1] / 10
     firsts = [lengths[batch].mean() for batch in sorted_in]
     assert firsts != sorted(firsts)  # and yet training does not go from short to long
 
 
-PIECES = {
-    "pieces": st.lists(st.integers(1, 9), min_size=1, max_size=60),
+UNITS = {
+    "unit_sizes": st.lists(st.integers(1, 9), min_size=1, max_size=60),
     "extra": st.integers(0, 15),
     "micro": st.integers(1, 20),
     "n_processes": st.integers(1, 4),
@@ -112,40 +109,39 @@ PIECES = {
 
 
 @settings(max_examples=150, deadline=None)
-@given(**PIECES)
-def test_pieces_of_several_rows_stay_whole_and_make_as_many_steps(pieces, extra, micro, n_processes, epoch, by_length):
-    sizes = np.array(pieces)
+@given(**UNITS)
+def test_units_of_several_rows_stay_whole(unit_sizes, extra, micro, n_processes, epoch, by_length):
+    sizes = np.array(unit_sizes)
     batch_size = int(sizes.max()) + extra
-    batches = epoch_batches(np.arange(len(sizes)), batch_size, 0, epoch, sizes if by_length else None, sizes)
-    assert len(batches) == -(-sizes.sum() // batch_size)
+    units = TrainingUnits(np.arange(len(sizes)), sizes, sizes if by_length else None)
+    batches = epoch_batches(units, batch_size, 0, epoch)
+    assert len(batches) == -(-units.n_rows // batch_size)
     assert sorted(np.concatenate(batches)) == list(range(len(sizes)))
     assert all(abs(sizes[batch].sum() - batch_size) < sizes.max() for batch in batches[:-1] if not by_length)
 
     count = micro_batch_count(batch_size, micro, n_processes)
-    shares = [list(optimizer_steps(batches, count, rank, n_processes, sizes)) for rank in range(n_processes)]
-    for batch, *of_ranks in zip(batches, *shares, strict=True):
+    for batch in batches:
         counted = []
-        for step in of_ranks:
-            assert step.n_rows == sizes[batch].sum()
-            assert len(step.micro_batches) == len(step.weights) == count
-            for part, weights in zip(step.micro_batches, step.weights, strict=True):
-                assert len(weights) == sizes[part].sum() > 0
-                assert set(weights) in ({0}, {1})
-                counted.extend(part if weights[0] else [])
-        assert counted == batch.tolist()  # whatever the division, in this order
+        for mine in split(batch, count, n_processes, sizes):
+            assert len(mine) == count
+            for part in mine:
+                assert len(part.weights) == sizes[part.units].sum() > 0
+                assert set(part.weights) in ({0}, {1})
+                counted.extend(part.units if part.weights[0] else [])
+        assert counted == batch.tolist()
 
 
-def test_pieces_by_hand():
-    """Rows 0-2 | 3 4 | 5-8 | 9 in steps of 4: a piece goes where its last row goes."""
-    sizes = np.array([3, 2, 4, 1])
-    order = np.concatenate(epoch_batches(np.arange(4), 10, 0, 0, None, sizes))
-    ends, batches = np.cumsum(sizes[order]) - 1, epoch_batches(np.arange(4), 4, 0, 0, None, sizes)
+def test_units_by_hand():
+    """Rows 0-2 | 3 4 | 5-8 | 9 in steps of 4: a unit belongs to the batch of its last row."""
+    units = TrainingUnits(np.arange(4), np.array([3, 2, 4, 1]))
+    order = np.concatenate(epoch_batches(units, 10, 0, 0))
+    ends, batches = np.cumsum(units.sizes[order]) - 1, epoch_batches(units, 4, 0, 0)
     assert [batch.tolist() for batch in batches] == [order[ends // 4 == step].tolist() for step in range(3)]
 
 
-def test_a_piece_larger_than_a_batch_is_refused():
-    with pytest.raises(ConfigError, match="`batch_size` is 4, but up to 5 training rows come in one piece; raise it"):
-        epoch_batches(np.arange(3), 4, 0, 0, sizes=np.array([1, 5, 2]))
+def test_a_unit_larger_than_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="`batch_size` is 4, but one sequence holds up to 5 training rows; raise it"):
+        epoch_batches(TrainingUnits(np.arange(3), np.array([1, 5, 2])), 4, 0, 0)
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))

@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
-from engine_helpers import engine_in
+from engine_helpers import RowsObjective, engine_in, take_steps
 from safetensors.torch import load_file
 from torch import nn
 
 from llm2rec.core.errors import CheckpointError, ConfigError, StorageError
 from llm2rec.core.seed import derived_seed, seed_everything
+from llm2rec.core.train.batching import OptimizerStep, TrainingUnits
 from llm2rec.core.train.optimizer import adamw
-from llm2rec.core.train.state import TrainingState
+from llm2rec.core.train.state import TrainingState, Validation
 
 N_ROWS = 11  # batches of 8 and 3 rows
+
+
+def step_of(number, n_rows):
+    return OptimizerStep(number, 0, np.arange(n_rows), n_rows)
 
 
 def problem():
@@ -38,18 +43,15 @@ def steps_taken(engine, *, epochs=1):
         taken.append({"gradients": [p.grad.clone() for p in model.parameters()]})
 
     optimizer.optimizer.register_step_pre_hook(note)
-    max_steps = engine.max_steps(N_ROWS)
-    for step, share in engine.steps(np.arange(N_ROWS)):
-        before = [p.detach().clone() for p in model.parameters()]
-        engine.begin_step(step, max_steps, optimizer)
-        seen = [rows[weights == 1] for rows, weights in zip(share.micro_batches, share.weights, strict=True)]
-
-        def passes(share):
-            for rows in share.micro_batches:
-                yield rows, {"loss": losses_of(wrapped, inputs[rows], targets[rows])}
-
-        assert engine.train_step(step, share, passes)["loss"] > 0
+    objective = RowsObjective(
+        N_ROWS, lambda wrapped, rows, _: {"loss": losses_of(wrapped, inputs[rows], targets[rows])}
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for step, sums in take_steps(engine, wrapped, objective, optimizer):
+        assert sums["loss"] > 0
+        seen = [micro.units[micro.weights == 1] for micro in engine.micro_batches(step)]
         taken[-1] |= {"rows": np.concatenate(seen), "before": before}
+        before = [p.detach().clone() for p in model.parameters()]
     return taken
 
 
@@ -156,18 +158,19 @@ def test_rates_follow_the_schedule_and_a_groups_own_ratio(tmp_path):
     optimizer = SimpleNamespace(param_groups=[{}, {"lr_ratio": 0.5}])
     rates = []
     for step in (0, 2, 5, 10):
-        assert engine.begin_step(step, 10, optimizer) == optimizer.param_groups[0]["lr"]
+        engine.begin_step(step, 10, optimizer)
+        assert engine.learning_rate == optimizer.param_groups[0]["lr"]
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert np.array(rates) == pytest.approx(np.array([[0, 0], [0.08, 0.04], [0.2, 0.1], [0.02, 0.01]]))
 
 
 def test_steps_go_on_in_the_middle_of_an_epoch(tmp_path):
     engine = engine_in(tmp_path, epochs=3, batch_size=4)
-    rows = np.arange(10)
-    whole = [(number, share.micro_batches[0].tolist()) for number, share in engine.steps(rows)]
-    assert [number for number, _ in whole] == list(range(engine.max_steps(10))) == list(range(9))
+    units = TrainingUnits(np.arange(10))
+    whole = [(step.number, step.epoch, step.units.tolist()) for step in engine.steps(units)]
+    assert [number for number, _, _ in whole] == list(range(engine.max_steps(10))) == list(range(9))
     for start in (0, 2, 3, 8, 9):
-        rest = [(number, share.micro_batches[0].tolist()) for number, share in engine.steps(rows, start)]
+        rest = [(step.number, step.epoch, step.units.tolist()) for step in engine.steps(units, start)]
         assert rest == whole[start:]
 
 
@@ -235,15 +238,15 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
 def test_the_best_weights_outlive_the_checkpoints_of_their_step(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
-    record = TrainingState(engine, "ndcg@10")
+    state = TrainingState(engine, "ndcg@10")
     for step, value in enumerate((0.1, 0.5, 0.3, 0.2)):
         model.bias.data.fill_(step)
-        record.finish_step(step, 4, {"loss": 1.0})
-        record.evaluated(model, {"ndcg@10": value})
-        engine.save_checkpoint(model, optimizer, record.state())
+        state.finish_step(step_of(step, 4), {"loss": torch.tensor(1.0)})
+        state.evaluated(model, Validation({"ndcg@10": value}))
+        engine.save_checkpoint(model, optimizer, state.to_dict())
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000004"]
     assert load_file(tmp_path / "best.safetensors")["bias"].tolist() == [1, 1]
-    record.finish(model)
+    state.finish(model)
     assert model.bias.tolist() == [1, 1]
 
 
@@ -291,29 +294,30 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         engine.load_checkpoint(other, optimizer)
 
 
-def test_a_record_tells_means_over_rows_and_goes_on_where_it_was(tmp_path):
+def test_a_resumed_state_has_the_means_over_rows_of_an_unbroken_one(tmp_path):
     engine = engine_in(tmp_path, patience=2)
+    engine.learning_rate = 0.1
     model = nn.Linear(1, 1)
-    record = TrainingState(engine, "ndcg@10")
-    record.finish_step(0, 8, {"loss": 4.0})
+    state = TrainingState(engine, "ndcg@10")
+    state.finish_step(step_of(0, 8), {"loss": torch.tensor(4.0)})
     resumed = TrainingState(engine, "ndcg@10")
-    resumed.restore(record.state())
-    resumed.finish_step(1, 4, {"loss": 2.0})
-    resumed.evaluated(model, {"ndcg@10": 0.5}, learning_rate=0.1)
-    assert resumed.state()["history"] == [
-        {"step": 2, "train/loss": 0.5, "train/learning_rate": 0.1, "val/ndcg@10": 0.5}
+    resumed.restore(state.to_dict())
+    resumed.finish_step(step_of(1, 4), {"loss": torch.tensor(2.0)})
+    resumed.evaluated(model, Validation({"ndcg@10": 0.5}, {"hybrid": 1.0}))
+    assert resumed.to_dict()["history"] == [
+        {"step": 2, "train/loss": 0.5, "train/learning_rate": 0.1, "train/hybrid": 1.0, "val/ndcg@10": 0.5}
     ]
     best = model.weight.item()
     model.weight.data.add_(1)
-    resumed.finish_step(2, 4, {"loss": 2.0})
-    resumed.evaluated(model, {"ndcg@10": 0.4})
+    resumed.finish_step(step_of(2, 4), {"loss": torch.tensor(2.0)})
+    resumed.evaluated(model, Validation({"ndcg@10": 0.4}))
     resumed.finish(model)
     assert model.weight.item() == best  # the best weights come back
-    assert not resumed.stopping.should_stop
-    assert resumed.state()["history"][1]["train/loss"] == 0.5  # counted from the last evaluation
+    assert not resumed.should_stop
+    assert resumed.to_dict()["history"][1]["train/loss"] == 0.5  # counted from the last evaluation
 
 
-def test_a_record_without_evaluation_leaves_the_model(tmp_path):
+def test_a_training_without_evaluation_leaves_the_model(tmp_path):
     engine = engine_in(tmp_path)
     model = nn.Linear(1, 1)
     before = model.weight.item()

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from llm2rec.core.train.checkpoint import load_optimizer, optimizer_tensors, save_tensors
-from llm2rec.core.train.optimizer import adamw
-from llm2rec.core.train.rowwise import RowwiseAdamW
+from llm2rec.core.train.optimizer import RowwiseAdamW, adamw
 
 ROWS, WIDTH = 7, 3
 

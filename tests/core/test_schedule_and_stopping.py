@@ -3,9 +3,9 @@ import math
 import pytest
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.train.early_stopping import EarlyStopping
-from llm2rec.core.train.schedule import warmup_cosine
+from llm2rec.core.train.optimizer import warmup_cosine
 from llm2rec.core.train.settings import TrainingSettings
+from llm2rec.core.train.state import EarlyStopping
 
 
 def test_warm_up_is_a_line_and_decay_half_a_cosine():
@@ -31,8 +31,8 @@ def test_equal_rates_stay_constant():
 
 def test_stopping_waits_for_patience_evaluations_without_gain():
     stopping = EarlyStopping(patience=2)
-    told = [(stopping.update(value, step), stopping.should_stop) for step, value in enumerate([0.1, 0.3, 0.3, 0.2])]
-    assert told == [(True, False), (True, False), (False, False), (False, True)]  # equal is no gain
+    outcomes = [(stopping.update(value, step), stopping.should_stop) for step, value in enumerate([0.1, 0.3, 0.3, 0.2])]
+    assert outcomes == [(True, False), (True, False), (False, False), (False, True)]  # equal is no gain
     assert (stopping.best, stopping.best_step) == (0.3, 1)
 
 
@@ -54,18 +54,18 @@ def test_stopping_goes_on_from_its_state():
     first, second = EarlyStopping(patience=3), EarlyStopping(patience=3)
     for step, value in enumerate([0.5, 0.4, 0.3]):
         first.update(value, step)
-    second.restore(first.state())
+    second.restore(first.to_dict())
     assert second == first
     assert second.update(0.4, 9) is False
     assert second.should_stop
 
 
-def test_an_evaluation_that_does_not_wait_takes_nothing_from_the_patience():
+def test_an_evaluation_may_leave_the_patience_alone():
     stopping = EarlyStopping(patience=1)
     stopping.update(0.5, 0)
-    assert stopping.update(0.4, 1, waits=False) is False
+    assert stopping.update(0.4, 1, uses_patience=False) is False
     assert not stopping.should_stop
-    assert stopping.update(0.6, 2, waits=False) is True, "the best is the best"
+    assert stopping.update(0.6, 2, uses_patience=False) is True, "the best is the best"
     stopping.update(0.4, 3)
     assert stopping.should_stop
 

@@ -5,11 +5,10 @@ import logging
 import re
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
-from engine_helpers import assert_same_weights, engine_in, out_of_memory_above
+from engine_helpers import RowsObjective, assert_same_weights, engine_in, out_of_memory_above, take_steps
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,7 +16,7 @@ from llm2rec.core.errors import ConfigError, NonFiniteError, OutOfMemoryError
 from llm2rec.core.train.checkpoint import optimizer_tensors
 from llm2rec.core.train.optimizer import adamw
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.core.train.spikes import SpikeDetector
+from llm2rec.core.train.trackers import SpikeDetector
 
 N_ROWS = 24  # 3 steps an epoch
 
@@ -37,19 +36,14 @@ def trained(engine, model=None, *, poison=None, start=0, stop=None, save=False):
     if start:
         engine.load_checkpoint(model, optimizer)
     wrapped.train()
-    for step, share in engine.steps(np.arange(N_ROWS), start):
-        if step == stop:
-            break
 
-        def passes(share, step=step):
-            for rows in share.micro_batches:
-                losses = nn.functional.cross_entropy(wrapped(inputs[rows]), targets[rows], reduction="none")
-                yield rows, {"loss": poison(step, rows, losses) if poison else losses}
+    def losses(wrapped, rows, step):
+        values = nn.functional.cross_entropy(wrapped(inputs[rows]), targets[rows], reduction="none")
+        return {"loss": poison(step, rows, values) if poison else values}
 
-        engine.begin_step(step, engine.max_steps(N_ROWS), optimizer)
-        engine.train_step(step, share, passes)
+    for step, _ in take_steps(engine, wrapped, RowsObjective(N_ROWS, losses), optimizer, start, stop):
         if save:
-            engine.save_checkpoint(model, optimizer, {"step": step + 1})
+            engine.save_checkpoint(model, optimizer, {"step": step.number + 1})
     return model, optimizer
 
 
@@ -57,7 +51,7 @@ SETTINGS = {"epochs": 2, "batch_size": 8, "learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_a_gpu_that_is_too_small_ends_with_what_smaller_micro_batches_give(tmp_path, caplog, in_backward):
+def test_out_of_memory_trains_as_smaller_micro_batches_do(tmp_path, caplog, in_backward):
     model = network()
     seen = out_of_memory_above(model, 3, in_backward=in_backward)
     engine = engine_in(tmp_path / "lowered", micro_batch_size=8, **SETTINGS)
@@ -66,10 +60,9 @@ def test_a_gpu_that_is_too_small_ends_with_what_smaller_micro_batches_give(tmp_p
     assert seen[:3] == [8, 4, 2]
     assert max(seen[3:]) == 2, "no step after it tries more again"
     assert engine.n_micro_batches == 4
-    assert [record.getMessage() for record in caplog.records] == [
-        f"out of memory at step 0 with micro-batches of {2 * half} rows (CUDA out of memory. Tried to allocate 2.00 "
-        f"GiB); going on with {half}. Steps keep their 8 rows; from here on all is as with `micro_batch_size={half}`."
-        for half in (4, 2)
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [message.split(";", 1)[1] for message in messages] == [
+        f" retrying with micro_batch_size={half}; the effective batch size stays 8" for half in (4, 2)
     ]
     small, _ = trained(engine_in(tmp_path / "small", micro_batch_size=2, **SETTINGS))
     assert_same_weights(model.state_dict(), small.state_dict())  # running statistics too
@@ -122,11 +115,11 @@ def test_a_single_row_that_does_not_fit_says_what_helps(tmp_path):
     assert seen == [8, 4, 2, 1]
 
 
-def test_steps_that_must_stay_in_one_piece_are_not_divided(tmp_path):
+def test_whole_steps_are_not_split(tmp_path):
     model, engine = network(), engine_in(tmp_path, micro_batch_size=8, **SETTINGS)
     out_of_memory_above(model, 4)
-    engine.keep_undivided("distill.dros.in_ranking=broadcast")
-    with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs each step in one piece"):
+    engine.stepper.whole_steps = "distill.dros.in_ranking=broadcast"
+    with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs one micro-batch per step"):
         trained(engine, model)
 
 
@@ -159,7 +152,7 @@ def bad_gradient(steps):
     return lambda step, rows, losses: BadBackward.apply(losses) if step in steps else losses
 
 
-@pytest.mark.parametrize(("poison", "what"), [(bad_loss([2]), "loss"), (bad_gradient([2]), "norm of the gradient")])
+@pytest.mark.parametrize(("poison", "what"), [(bad_loss([2]), "loss"), (bad_gradient([2]), "gradient norm")])
 def test_a_bad_number_stops_with_step_and_examples_and_the_weights_as_they_were(tmp_path, poison, what):
     model = network()
     expected, _ = trained(engine_in(tmp_path / "before", micro_batch_size=8, **SETTINGS), stop=2)
@@ -171,13 +164,6 @@ def test_a_bad_number_stops_with_step_and_examples_and_the_weights_as_they_were(
 def test_only_the_micro_batch_with_the_bad_loss_is_named(tmp_path):
     with pytest.raises(NonFiniteError, match=r"training examples (\d+, )?7(, \d+)?; lower"):
         trained(engine_in(tmp_path, micro_batch_size=2, **SETTINGS), poison=bad_loss(range(9), row=7))
-
-
-def test_of_many_examples_the_first_are_named():
-    from llm2rec.core.train.stepper import _listed
-
-    assert _listed([3, 1, 3]) == "1, 3"
-    assert _listed(list(range(60))).endswith("48, 49 and 10 more")
 
 
 @pytest.mark.parametrize("poison", [bad_loss([1, 4]), bad_gradient([1, 4])])
@@ -198,7 +184,7 @@ def test_a_skipped_step_leaves_nothing_behind(tmp_path, caplog, poison, micro_ba
 def without_steps(left_out, engine, model=None, stop=None):
     """A training that does not come to some of its steps."""
     whole = engine.steps
-    engine.steps = lambda *arguments: (each for each in whole(*arguments) if each[0] not in left_out)
+    engine.steps = lambda *arguments: (each for each in whole(*arguments) if each.number not in left_out)
     return trained(engine, model, stop=stop)
 
 
@@ -244,9 +230,9 @@ def together(folder):
 
     bad = {**SETTINGS, "micro_batch_size": 2, "nonfinite": "skip", "max_skipped": 1}
     engine, model = engine_in(folder / "bad", **bad), without_statistics()
-    with pytest.raises(NonFiniteError) as told:
+    with pytest.raises(NonFiniteError) as raised:
         trained(engine, model, poison=bad_loss([1, 3]) if engine.rank == 1 else None)
-    (folder / f"told_{engine.rank}").write_text(str(told.value))
+    (folder / f"message_{engine.rank}").write_text(str(raised.value))
     expected, _ = without_steps([1], engine_in(folder / "without", **bad), without_statistics(), stop=3)
     assert_same_weights(model.state_dict(), expected.state_dict())
 
@@ -254,32 +240,32 @@ def together(folder):
 @pytest.mark.slow
 def test_processes_decide_alike(tmp_path):
     debug_launcher(together, args=(tmp_path,), num_processes=2)
-    first, second = ((tmp_path / f"told_{rank}").read_text() for rank in range(2))
+    first, second = ((tmp_path / f"message_{rank}").read_text() for rank in range(2))
     assert first == second
     assert re.search(r"step 3, over the training examples (\d+, ){3}\d+; .* 1 steps have been skipped already", first)
 
 
-def test_a_spike_is_told_once_and_against_the_median(caplog):
-    watch = SpikeDetector("loss", 10)
+def test_a_spike_warns_once_and_is_measured_against_the_median(caplog):
+    detector = SpikeDetector("loss", 10)
     values = [1.0] * 15 + [50.0] + [1.0] * 5 + [11.0, 12.0, float("nan"), 1.0, 9.0, 30.0]
     with caplog.at_level(logging.WARNING):
-        spikes = [step for step, value in enumerate(values) if watch.see(value, step)]
+        spikes = [step for step, value in enumerate(values) if detector.add(value, step)]
     assert spikes == [21, 22, 26], "the first comes too early to know"
     assert [record.getMessage() for record in caplog.records] == [
         "step 21: the loss is 11, 11 times the median of the last 21 steps (1)",
         "step 26: the loss is 30, 30 times the median of the last 25 steps (1)",
     ]
     again = SpikeDetector("loss", 10)
-    again.restore(json.loads(json.dumps(watch.state())))
-    assert again.state() == watch.state()
-    assert not SpikeDetector("loss", 0).see(1e9, 0)
+    again.restore(json.loads(json.dumps(detector.to_dict())))
+    assert again.to_dict() == detector.to_dict()
+    assert not SpikeDetector("loss", 0).add(1e9, 0)
 
 
 def test_a_lasting_change_is_the_new_measure():
-    watch = SpikeDetector("loss", 10)
-    spikes = [watch.see(1.0 if step < 64 else 20.0, step) for step in range(128)]
+    detector = SpikeDetector("loss", 10)
+    spikes = [detector.add(1.0 if step < 64 else 20.0, step) for step in range(128)]
     assert 20 < sum(spikes) < 40, "until half of the window is new"
-    assert watch.median == 20
+    assert detector.median == 20
 
 
 def test_spikes_of_training_are_warned_of_and_kept_in_checkpoints(tmp_path, caplog):
@@ -291,10 +277,10 @@ def test_spikes_of_training_are_warned_of_and_kept_in_checkpoints(tmp_path, capl
             stop=19,
             save=True,
         )
-    told = [record.getMessage() for record in caplog.records]
-    assert [line.split(" is ")[0] for line in told] == [
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(" is ")[0] for message in messages] == [
         "step 18: the loss",
-        "step 18: the norm of the gradient",
+        "step 18: the gradient norm",
     ]
     state = json.loads((tmp_path / "checkpoints" / "step_000000019" / "state.json").read_text())
     assert len(state["steps"]["grad_norm"]["values"]) == 19

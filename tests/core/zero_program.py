@@ -1,19 +1,17 @@
-"""A program: train with a group that rests now and then, stop in the middle, go on; a test compares the weights."""
+"""A program: train with a group that is frozen now and then, stop in the middle, go on; a test compares the weights."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from engine_helpers import engine_in
+from engine_helpers import RowsObjective, engine_in, take_steps
 from safetensors.torch import save_file
 from torch import nn
 
 from llm2rec.core.train.optimizer import adamw
 
 N_ROWS, N_STEPS = 12, 9
-RESTING = (0, 1, 4, 5)  # steps; from the very first, when there is no state yet
+FROZEN = (0, 1, 4, 5)  # steps; from the very first, when there is no state yet
 
 
 class Model(nn.Module):
@@ -36,16 +34,12 @@ def train(folder, steps):
     wrapped, optimizer = engine.prepare(model, adamw(model, 0.05, 0.1, {"projector": 1.0}))
     state = engine.load_checkpoint(model, optimizer)
 
-    def passes(resting, share):
-        for rows in share.micro_batches:
-            yield rows, {"loss": (wrapped(inputs[rows], not resting) - targets[rows]).square().mean(dim=1)}
+    def losses(wrapped, rows, step):
+        return {"loss": (wrapped(inputs[rows], step not in FROZEN) - targets[rows]).square().mean(dim=1)}
 
-    for step, share in engine.steps(np.arange(N_ROWS), 0 if state is None else state["step"]):
-        if step == steps:
-            break
-        resting = step in RESTING
-        engine.begin_step(step, N_STEPS, optimizer, resting=("projector",) if resting else ())
-        engine.train_step(step, share, partial(passes, resting))
+    objective = RowsObjective(N_ROWS, losses, frozen=lambda step: ("projector",) if step in FROZEN else ())
+    for _ in take_steps(engine, wrapped, objective, optimizer, 0 if state is None else state["step"], stop=steps):
+        pass
     engine.save_checkpoint(model, optimizer, {"step": steps})
     return engine, model
 

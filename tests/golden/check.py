@@ -31,7 +31,7 @@ if str(REPOSITORY) not in sys.path:  # run as a script, Python puts this file's 
 from peft import get_peft_model  # noqa: E402
 
 from llm2rec.core.metrics import ranking_metrics, target_ranks  # noqa: E402
-from llm2rec.core.train.schedule import warmup_cosine  # noqa: E402
+from llm2rec.core.train.optimizer import warmup_cosine  # noqa: E402
 from llm2rec.distill import kd_losses  # noqa: E402
 from llm2rec.distill.data_bridge import TeacherBatch  # noqa: E402
 from llm2rec.distill.objective import candidate_weights, objective  # noqa: E402

@@ -33,16 +33,16 @@ def held(parameter):
 class WatchedStepper:
     """What is added to `Stepper`."""
 
-    norm = Stepper._gradient_norm
+    clip = Stepper.clip_gradients
 
-    def _gradient_norm(self):
-        NORMS.append(WatchedStepper.norm(self))
+    def clip_gradients(self):
+        WatchedStepper.clip(self)
+        NORMS.append(float(self._total))
         HELD.append(sum(held(each) for each in self._model.parameters() if not each.requires_grad))
-        return NORMS[-1]
 
 
 def main(jobs):
-    Stepper._gradient_norm = WatchedStepper._gradient_norm
+    Stepper.clip_gradients = WatchedStepper.clip_gradients
     PartialState.destroy_process_group = lambda *_: None  # the next stage goes on in it
     for folder, stage, overrides in jobs:
         AcceleratorState._reset_state()

@@ -87,7 +87,7 @@ def test_the_planned_peak_is_the_real_one(kind, settings, checkpointing):
     shape = shape_of(kind, gradient_checkpointing=checkpointing, adapter=AdapterSettings(r=8), **settings)
     planned = PlannedTeacher(shape).training(ROWS, TOKENS, ANSWER, checkpointing=checkpointing)
     model, losses = real_step(shape)
-    with model.mixing(torch.randn(ROWS, shape.width)):
+    with model.use_gates(torch.randn(ROWS, shape.width)):
         real = step_cost(model, losses)
     # What is not planned: positions, indices, and masks before they are numbers.
     assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=5e-3)

@@ -1,6 +1,7 @@
 """Hybrid prompts: what is injected, when it is shown, and what learns from it."""
 
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def gradients(model, data, *, hybrid):
     history, lengths = padded(HISTORIES, data.n_items, 6)
     targets = torch.tensor([4, 6, 0, 1])
     model.zero_grad()
-    with model.mixing(model.gate_inputs(history, lengths)):
+    with model.use_gates(model.gate_inputs(history, lengths)):
         logits = model(**vars(model.read(history, lengths, hybrid=hybrid)), keep=targets)
         cross_entropy(logits, targets).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -105,7 +106,7 @@ def test_the_teacher_reads_the_vectors_of_the_items_shown(hybrid, data):
 
 
 def build_text(model, asked):
-    with model.mixing(model.gate_inputs(*asked)), torch.no_grad():
+    with model.use_gates(model.gate_inputs(*asked)), torch.no_grad():
         return model(**vars(model.read(*asked, hybrid=False))).log_softmax(dim=1)
 
 
@@ -194,22 +195,19 @@ def test_rates_follow_the_released_programs_schedule(hybrid, data, tmp_path):
         assert found == pytest.approx({name: ratio * expected for name, ratio in ratios.items()}, rel=1e-9)
 
 
-def test_the_projector_rests_while_text_is_shown(hybrid, data, tmp_path):
+def test_the_projector_is_frozen_in_text_steps(hybrid, data, tmp_path):
     """Through 2 epochs of 2 steps, the latter half of them hybrid; weight decay does not move it either."""
     model, seen, moments = hybrid(), [], []
 
     class Watching(Engine):
-        def begin_step(self, step, max_steps, optimizer, resting=()):
-            self.optimizer = optimizer
-            return super().begin_step(step, max_steps, optimizer, resting)
-
-        def train_step(self, *arguments):
-            sums = super().train_step(*arguments)
+        @contextmanager
+        def timed(self, step):
+            with super().timed(step):
+                yield
             seen.append(weights_of(model, "projector"))
-            groups = [group for group in self.optimizer.param_groups if group["name"] == "projector"]
-            resting = [parameter for group in groups for parameter in group["params"]]
-            moments.append(any(self.optimizer.state.get(parameter) for parameter in resting))
-            return sums
+            groups = [group for group in self._optimizer.param_groups if group["name"] == "projector"]
+            parameters = [parameter for group in groups for parameter in group["params"]]
+            moments.append(any(self._optimizer.state.get(parameter) for parameter in parameters))
 
     before = weights_of(model, "projector")
     train(model, data, tmp_path, kind=Watching, settings={"curriculum": "two_stage"}, weight_decay=0.5)

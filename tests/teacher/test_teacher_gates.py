@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from teacher_helpers import CPU, build, configured, fit, llm_of, randomise, spli
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import seed_everything
-from llm2rec.core.train.batching import optimizer_steps
+from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.ilora import Gate, GateCollapseWarning, ILoraConfig, balance_loss, gate_health
 from llm2rec.ilora.gate import GATES
 from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
 from llm2rec.teacher.gate_cache import GateCache
-from llm2rec.teacher.gates import GateWatch, balance_losses, mean_gates
+from llm2rec.teacher.gates import GateMonitor, balance_losses, mean_gates
 from llm2rec.teacher.settings import AdapterSettings
 
 KINDS = tuple(GATES)
@@ -237,10 +238,10 @@ def test_balance_by_hand():
 def test_mean_gates_are_those_of_all_rows_of_the_step(micro, data, llm_folder, tmp_path):
     model = randomise(build("llama", llm_folder, data, adapter={"gate_per_layer": True})[0], std=3.0).train()
     rows, engine = rows_of(model, data), engine_in(tmp_path)
-    step = np.array([3, 0, 17, 20, 11, 5, 8])  # 7 rows, so that the last micro-batch of one row only fills up
-    (share,) = optimizer_steps([step], -(-8 // micro), 0, 1)
-    use = mean_gates(model, rows.gate_inputs, share, engine)
-    expected = model.tuner.gate(torch.from_numpy(rows.gate_inputs[step])).double().mean(dim=0)
+    engine.stepper.n_micro_batches = -(-8 // micro)
+    units = np.array([3, 0, 17, 20, 11, 5, 8])  # 7 rows, so that the last micro-batch of one row only fills up
+    use = mean_gates(model, rows.gate_inputs, OptimizerStep(0, 0, units, 7), engine)
+    expected = model.tuner.gate(torch.from_numpy(rows.gate_inputs[units])).double().mean(dim=0)
     assert use.shape == (14, 4)
     torch.testing.assert_close(use, expected.detach(), rtol=1e-6, atol=1e-7)
 
@@ -268,16 +269,18 @@ class GradientsNoted(Engine):
         self.model = model
         return super().prepare(model, optimizer)
 
-    def train_step(self, step, share, passes):
-        def noted(share):
-            try:
-                yield from passes(share)
-            finally:  # closed behind the last backward pass
-                if step == 0:
-                    named = self.model.named_parameters()
-                    type(self).noted = {name: p.grad.clone() for name, p in named if ".ilora_gate." in name}
+    @contextmanager
+    def timed(self, step):
+        optimizer = self._optimizer.optimizer
+        hook = optimizer.register_step_pre_hook(self.note) if step.number == 0 else None
+        with super().timed(step):
+            yield
+        if hook:
+            hook.remove()
 
-        return super().train_step(step, share, noted)
+    def note(self, *_):
+        named = self.model.named_parameters()
+        type(self).noted = {name: p.grad.clone() for name, p in named if ".ilora_gate." in name}
 
 
 @pytest.mark.parametrize("adapter", [{}, {"gate_per_layer": True}, {"gate": "mlp"}])
@@ -383,7 +386,7 @@ def test_health_does_not_depend_on_the_blocks_it_is_measured_in(n_rows, data, ll
     model = randomise(build("llama", llm_folder, data)[0])
     inputs = rows_of(model, data).gate_inputs[:n_rows]
     whole = gate_health(model.tuner.gate(torch.from_numpy(inputs)))
-    found = GateWatch(model, inputs, engine_in(tmp_path)).look(0)
+    found = GateMonitor(model, inputs, engine_in(tmp_path)).measure(0)
     assert found == pytest.approx(whole.scalars(), rel=1e-5, abs=1e-6)
 
 
@@ -396,7 +399,7 @@ def test_collapsed_gates_are_told_once_and_the_run_goes_on(logit, told, data, ll
     with warnings.catch_warnings():
         warnings.simplefilter("error", GateCollapseWarning)  # nothing on the side of the log
         fit(model, rows, rows, engine)
-    found = [record for record in caplog.records if "of the gates of 40 instances" in record.message]
+    found = [record for record in caplog.records if "gate mass of 40 instances" in record.message]
     assert len(found) == told
     assert len(history(tmp_path)) == 3
     for record in found:

@@ -73,7 +73,7 @@ def test_residual_dropout_leaves_the_recommender_out_of_single_rows_of_training(
 
 
 def logits(model, asked):
-    with model.mixing(model.gate_inputs(*asked)), torch.no_grad():
+    with model.use_gates(model.gate_inputs(*asked)), torch.no_grad():
         return model(**vars(model.read(*asked)))
 
 
@@ -141,9 +141,9 @@ class TitlesNoted(Engine):
         self.model = model
         return super().prepare(model, optimizer)
 
-    def train_step(self, *arguments):
+    def begin_step(self, *arguments):
         self.noted.append(self.model.head.titles.clone())
-        return super().train_step(*arguments)
+        super().begin_step(*arguments)
 
 
 def test_titles_change_after_so_many_steps_and_not_between(data, llm_folder, tmp_path):
@@ -161,7 +161,7 @@ def test_titles_are_what_the_adapted_model_makes_of_each_alone(data, llm_folder)
     assert model.training
     raw = []
     for item in range(data.n_items):
-        with model.eval().mixing(model.gate_inputs(*padded([[item]], data.n_items, 1))), torch.no_grad():
+        with model.eval().use_gates(model.gate_inputs(*padded([[item]], data.n_items, 1))), torch.no_grad():
             tokens = model.prompts.titles(np.array([item]))
             raw.append(model.llm(input_ids=tokens.input_ids).last_hidden_state.mean(dim=1)[0])
     centred = torch.stack(raw) - torch.stack(raw).mean(dim=0)

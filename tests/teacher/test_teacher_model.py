@@ -38,7 +38,7 @@ def gradients(model, rows, positions):
     data, numbers = rows.data, rows.rows[positions]
     inputs = model.read(*data.histories(numbers))
     targets = data.batch(numbers).targets
-    with model.mixing(torch.from_numpy(rows.gate_inputs[positions])):
+    with model.use_gates(torch.from_numpy(rows.gate_inputs[positions])):
         loss = cross_entropy(model(**vars(inputs), keep=targets), targets).mean()
         loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, loss.item()

@@ -90,7 +90,7 @@ def test_losses_are_of_the_answer_after_the_candidates_of_seed_and_epoch(data, l
     micro = np.array([3, 17, 8])
     sampler, found = CandidateSampler(train, engine.seed, 5, split="train"), {}
     for epoch in (0, 1):
-        with model.mixing(torch.from_numpy(objective.train.gate_inputs[micro])):
+        with model.use_gates(torch.from_numpy(objective.train.gate_inputs[micro])):
             found[epoch] = objective.losses(model, micro, hybrid=False, epoch=epoch).detach()
         drawn = sampler.draw(micro, epoch if redraw else None)
         for row, number in enumerate(micro):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm2rec.core.errors import CheckpointError
-from llm2rec.core.train.zero import is_zero, load_zero, zero_tensors
+from llm2rec.core.train.sharding import is_zero, load_zero, zero_tensors
 
 __all__ = [
     "load_optimizer",

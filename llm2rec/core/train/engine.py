@@ -1,14 +1,14 @@
-"""The one abstraction over `accelerate.Accelerator` that teacher, student and distillation loops share.
+"""The one abstraction over `accelerate.Accelerator` that all stages share.
 
-It joins processes, prepares model and optimizer, accumulates, clips, logs, checkpoints and resumes. It knows no model
-and no loss: a loop calls it, not the other way round.
+It joins processes, prepares model and optimizer, logs, checkpoints and resumes. It knows no model and no loss; the
+training loop is `llm2rec.core.train.loop`.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2rec.core.errors import Interrupted
-from llm2rec.core.files import read_json, replaced_folder, write_json
+from llm2rec.core.files import read_json, replaced_folder, storage_errors, write_json
 from llm2rec.core.logging import progress
 from llm2rec.core.processes import Termination, agree, launch_hidden, process_arguments
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
-from llm2rec.core.train.batching import OptimizerStep, epoch_batches, optimizer_step
+from llm2rec.core.train.batching import MicroBatch, OptimizerStep, TrainingUnits, epoch_batches, micro_batches
 from llm2rec.core.train.checkpoint import (
     load_optimizer,
     load_weights,
@@ -34,12 +34,11 @@ from llm2rec.core.train.checkpoint import (
     trainable_weights,
     trained_buffers,
 )
-from llm2rec.core.train.schedule import warmup_cosine
+from llm2rec.core.train.optimizer import warmup_cosine
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.core.train.sharding import keep_out_of_exchange
-from llm2rec.core.train.stepper import MicroBatches, Stepper
-from llm2rec.core.train.trackers import TensorBoardWriter, Throughput, memory_in_use
-from llm2rec.core.train.zero import configure
+from llm2rec.core.train.sharding import complete_deepspeed_config, exclude_frozen_from_ddp, full_numel
+from llm2rec.core.train.stepper import Stepper
+from llm2rec.core.train.trackers import Throughput, memory_in_use
 
 __all__ = ["Engine"]
 
@@ -56,10 +55,10 @@ class Engine:
         seed: Seed of the run; each step and process derives its own from it.
         mixed_precision: ``no`` or ``bf16`` (autocast).
         training: Batch sizes, clipping and schedule; None for stages that do not train.
-        tensorboard: Whether to write TensorBoard events.
+        tensorboard: Whether to log to TensorBoard.
         show_progress: Whether to draw progress bars.
-        lockstep: Whether all processes go through all rows together wherever they would divide them: a model whose
-            weights are divided needs each of its passes on every process.
+        lockstep: Whether all processes compute all rows together instead of a share each: a model with sharded weights
+            needs each of its passes on every process.
     """
 
     def __init__(
@@ -84,11 +83,16 @@ class Engine:
                     InitProcessGroupKwargs(**process_group),
                     DistributedDataParallelKwargs(broadcast_buffers=False),
                 ],
+                log_with="tensorboard" if tensorboard else None,
+                project_dir=run.folder,
             )
-        self._board = TensorBoardWriter(run.folder / "tensorboard" if tensorboard and self.is_main else None)
-        self._pace, self.has_tensorboard = Throughput(), tensorboard
+        if tensorboard:
+            with storage_errors(run.folder):
+                self.accelerator.init_trackers("tensorboard")
+        self._throughput, self.has_tensorboard = Throughput(), tensorboard
         self._optimizer: Any = None
-        self._stepper = Stepper(self.accelerator, self.training, self._board.scalars, lockstep)
+        self.learning_rate = 0.0
+        self.stepper = Stepper(self.accelerator, self.training, self.log, lockstep)
         self.seed, self._show_progress = seed, show_progress
         self._termination, self._is_ending = Termination(), False
         seed_everything(seed)  # the same initial weights on every process
@@ -112,7 +116,7 @@ class Engine:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed divides the optimizer's state among processes."""
+        """Whether DeepSpeed shards the optimizer state among processes."""
         return getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
 
     @property
@@ -155,154 +159,134 @@ class Engine:
     def my_missing(self, files: list[Path]) -> list[int]:
         """This process's share of the files that are not there yet, as positions in ``files``; a collective.
 
-        Work that is written file by file goes on where it stopped when it is divided like this. In lockstep, every
-        process does and writes all of them alike.
+        Work that is written file by file continues where it stopped when it is split like this. In lockstep, every
+        process computes and writes all of them.
         """
         missing = [number for number, file in enumerate(files) if not file.is_file()]
         self.wait()  # all processes have looked before any writes
         return missing if self.lockstep else missing[self.rank :: self.n_processes]
 
-    # One training step ----------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, Any]:
         """Wrap model and optimizer for the processes and devices of this launch."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None:  # what DeepSpeed would read off a data loader, which we do not give it
-            configure(plugin.deepspeed_config, model, self.training, self.n_micro_batches)
+        if plugin is not None:  # what DeepSpeed would read from a data loader, which it does not get
+            complete_deepspeed_config(plugin.deepspeed_config, model, self.training, self.n_micro_batches)
         if self.lockstep:
-            keep_out_of_exchange(model)
-        wrapped, prepared = self.accelerator.prepare(model, optimizer)
-        self._optimizer = prepared
-        self._stepper.prepare(model, wrapped, prepared)
-        return cast(Model, wrapped), prepared
+            exclude_frozen_from_ddp(model)
+        wrapped, self._optimizer = self.accelerator.prepare(model, optimizer)
+        self.stepper.prepare(model, self._optimizer)
+        return cast(Model, wrapped), self._optimizer
 
     @property
     def n_micro_batches(self) -> int:
-        """Micro-batches per process and step; more of them once a GPU has been too small."""
-        return self._stepper.n_micro_batches
-
-    def keep_undivided(self, reason: str) -> None:
-        """Refuse to divide steps any further, since ``reason`` (a setting) needs each in one piece."""
-        self._stepper.undivided = reason
+        """Micro-batches per process and step; more of them once a GPU has run out of memory."""
+        return self.stepper.n_micro_batches
 
     def max_steps(self, n_rows: int) -> int:
         """Optimizer steps of a whole training over ``n_rows`` rows."""
         return self.training.epochs * self.training.steps_per_epoch(n_rows)
 
-    def steps(
-        self,
-        units: NDArray[np.int64],
-        start: int = 0,
-        lengths: NDArray[np.int64] | None = None,
-        sizes: NDArray[np.int64] | None = None,
-    ) -> Iterator[tuple[int, OptimizerStep]]:
-        """Number and rows of each optimizer step, over all epochs; SIGTERM waits for the step it comes in meanwhile.
+    def steps(self, units: TrainingUnits, start: int = 0) -> Iterator[OptimizerStep]:
+        """Effective batches of all optimizer steps, over all epochs; meanwhile SIGTERM waits for the end of a step.
 
         Args:
-            units: Row numbers to train on, or numbers of pieces of several rows, the same on every process.
+            units: Training rows, the same on every process.
             start: Steps already done.
-            lengths: Tokens of each unit, to put units of similar length together; see `epoch_batches`.
-            sizes: Rows of each unit by its number; None means 1 each.
 
         Yields:
-            The step's number from 0 and this process's share of its rows.
+            The steps, in order.
         """
-        settings = self.training
-        per_epoch = settings.steps_per_epoch(len(units) if sizes is None else int(sizes[units].sum()))
+        settings, sizes = self.training, units.sizes
+        per_epoch = settings.steps_per_epoch(units.n_rows)
         with self._termination.awaited():
             for epoch in range(start // per_epoch, settings.epochs):
-                batches = epoch_batches(units, settings.batch_size, self.seed, epoch, lengths, sizes)
+                batches = epoch_batches(units, settings.batch_size, self.seed, epoch)
                 for number, batch in enumerate(batches, epoch * per_epoch):
                     if number >= start:
-                        yield number, optimizer_step(batch, self.n_micro_batches, self.rank, self.n_processes, sizes)
+                        n_rows = len(batch) if sizes is None else int(sizes[batch].sum())
+                        yield OptimizerStep(number, epoch, batch, n_rows, sizes)
 
-    def begin_step(self, step: int, max_steps: int, optimizer: Any, resting: Collection[str] = ()) -> float:
-        """Seed dropout for global step ``step`` and set its learning rate.
+    def micro_batches(self, step: OptimizerStep) -> list[MicroBatch]:
+        """This process's micro-batches of a step."""
+        return micro_batches(step, self.n_micro_batches, self.rank, self.n_processes)
+
+    def begin_step(self, step: int, n_steps: int, optimizer: Any, frozen: Collection[str] = ()) -> None:
+        """Seed dropout for global step ``step`` and set its learning rates.
 
         Args:
             step: Global step, from 0.
-            max_steps: Steps of the whole training.
+            n_steps: Steps of the whole training.
             optimizer: What `prepare` returned.
-            resting: Names of parameter groups that this step leaves as they are, the optimizer's state of them too.
-
-        Returns:
-            The learning rate of now, before the ``lr_ratio`` that a group may carry.
+            frozen: Names of parameter groups that this step does not train.
         """
         seed_everything(self.seed, "step", step, self.rank)
         settings = self.training
-        lr = warmup_cosine(
+        self.learning_rate = warmup_cosine(
             step,
-            max_steps=max_steps,
-            warmup_steps=round(settings.warmup_ratio * max_steps),
+            max_steps=n_steps,
+            warmup_steps=round(settings.warmup_ratio * n_steps),
             lr=settings.learning_rate,
             min_lr=settings.min_learning_rate_ratio * settings.learning_rate,
             warmup_start_lr=settings.warmup_start_ratio * settings.learning_rate,
         )
-        self._stepper.resting = frozenset(resting)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0 if group.get("name") in resting else lr * group.get("lr_ratio", 1.0)
-        return lr
+            group["lr"] = 0.0 if group.get("name") in frozen else self.learning_rate * group.get("lr_ratio", 1.0)
 
-    def train_step(
-        self, step: int, share: OptimizerStep, passes: Callable[[OptimizerStep], MicroBatches]
-    ) -> dict[str, float] | None:
-        """Follow the gradient of the mean loss of a step's rows, after `begin_step`; a collective.
+    @contextmanager
+    def timed(self, step: OptimizerStep) -> Iterator[None]:
+        """Time a step, for the throughput that is logged."""
+        self.count(rows=step.n_rows)
+        with self._throughput.timed():
+            yield
 
-        Args:
-            step: Global step, from 0.
-            share: This process's rows of it.
-            passes: A generator of training rows and losses, for each micro-batch of a share; see `MicroBatches`. Where
-                a GPU runs out of memory it is called again, with the same rows in smaller micro-batches.
+    def parameter_counts(self, model: nn.Module) -> tuple[int, int]:
+        """Trainable and all parameters of a model."""
+        sizes = [(full_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
-        Returns:
-            Sums of the losses over this process's rows by name, or None if the step was skipped.
-
-        Raises:
-            NonFiniteError: If loss or gradient is not finite and steps are not, or no longer, to be skipped; no
-                gradient has been applied.
-            OutOfMemoryError: If the step does not fit, however it is divided.
-        """
-        self.count(rows=share.n_rows)
-        with self._pace.timed():
-            return self._stepper.take(step, share, passes)
-
-    # Telling --------------------------------------------------------------------------------------------------------
+    # Logging --------------------------------------------------------------------------------------------------------
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write scalars to TensorBoard."""
-        self._board.scalars(values, step)
+        """Log scalars to the run's tracker."""
+        with storage_errors(self.run.folder):
+            self.accelerator.log(dict(values), step)
 
     def log_text(self, name: str, markdown: str, step: int = 0) -> None:
-        """Write a text to TensorBoard."""
-        self._board.text(name, markdown, step)
+        """Log a text, which TensorBoard renders as Markdown."""
+        with storage_errors(self.run.folder):
+            self.accelerator.log({name: markdown}, step)
 
     def count(self, **amounts: int) -> None:
-        """Note what a step gets done over all processes, such as ``tokens``, for the speed that TensorBoard shows."""
-        self._pace.count(**amounts)
+        """Add what a step processes over all processes, such as ``tokens``, for the throughput that is logged."""
+        self._throughput.count(**amounts)
 
     def log_steps(self, step: int) -> None:
-        """Write what there is to show of the last steps to TensorBoard: norms, learning rates, speed, memory.
+        """Log gradient norm, learning rates, throughput and memory of the last steps.
 
-        Learning rates are those of the optimizer's groups; ``rest`` is what has no name, and so no rate of its own.
+        Learning rates are those of the optimizer's groups; ``rest`` is the group without a name, which has no ratio.
         """
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         rates = {f"learning_rate/{group.get('name') or 'rest'}": float(group["lr"]) for group in groups}
-        self.log(self._stepper.scalars() | rates | self._pace.scalars() | memory_in_use(self.device), step)
+        self.log(self.stepper.scalars() | rates | self._throughput.scalars() | memory_in_use(self.device), step)
 
-    def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums of this process's and all others' ``values``; a collective."""
+    def sum_over_processes(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Sums of ``values`` over all processes; a collective."""
         # In double precision, as Python adds, so that sums stored in a checkpoint go on exactly.
-        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        return dict(zip(values, self.sum_tensor(mine).tolist(), strict=True))
+        if not values:
+            return {}
+        mine = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]
+        return dict(zip(values, self.sum_tensor(torch.stack(mine)).tolist(), strict=True))
 
     def sum_tensor(self, mine: Tensor) -> Tensor:
-        """Sum of this process's and all others' tensor, of the same shape; a collective."""
+        """Sum of a tensor over all processes; a collective."""
         return cast(Tensor, self.accelerator.reduce(mine, reduction="sum"))
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Give every process the mean of the running statistics that each has gathered from its own rows; a collective.
+        """Average the running statistics, which each process gathers from its own rows; a collective.
 
-        They are linear in what they have seen, so how often this is done changes nothing but rounding.
+        They are linear in their inputs, so how often they are averaged changes nothing but rounding.
         """
         for buffer in trained_buffers(model).values():
             if buffer.is_floating_point():  # a count of batches is the same everywhere
@@ -321,6 +305,11 @@ class Engine:
     def _checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first; a killed writer leaves only names that begin with a dot."""
         return sorted((self.run.folder / "checkpoints").glob("step_*"))
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run continues from a checkpoint; a collective."""
+        return bool(agree(bool(self._checkpoints)))
 
     def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
         """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on SIGTERM; a collective.
@@ -350,13 +339,13 @@ class Engine:
             with replaced_folder(target) as folder:
                 save_tensors(trainable_weights(model), folder / "model.safetensors")
                 save_tensors(tensors, folder / "optimizer.safetensors")
-                write_json(folder / "state.json", {**state, "steps": self._stepper.state()})
+                write_json(folder / "state.json", {**state, "steps": self.stepper.to_dict()})
             for folder in [each for each in older if each != target][: -self.training.keep_checkpoints + 1 or None]:
                 shutil.rmtree(folder)
         self.wait()
         if self._is_ending:
             raise Interrupted(
-                f"SIGTERM came, and step {state['step']} is stored; go on from there with the same command and "
+                f"received SIGTERM; step {state['step']} is stored. Continue from there with the same command and "
                 f"`resume=` the run's folder ({self.run.folder.name})."
             )
 
@@ -377,7 +366,7 @@ class Engine:
         load_optimizer(model, optimizer.optimizer, folder / "optimizer.safetensors")
         logger.info("resuming at %s", folder.name)
         state = cast(dict[str, Any], read_json(folder / "state.json"))
-        self._stepper.restore(state.pop("steps"))
+        self.stepper.restore(state.pop("steps"))
         return state
 
     def drop_checkpoints(self) -> None:
@@ -391,5 +380,4 @@ class Engine:
 
     def close(self) -> None:
         """Flush logs and leave the process group."""
-        self._board.close()
         self.accelerator.end_training()

@@ -1,91 +1,169 @@
-"""What a training loop has seen so far, so that it can be told, stored and taken up again."""
+"""Training state: losses since the last evaluation, validation history, early stopping."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from llm2rec.core.files import replaced_file
+from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.checkpoint import load_weights, save_tensors, trainable_weights
-from llm2rec.core.train.early_stopping import EarlyStopping
 from llm2rec.core.train.engine import Engine
 
-__all__ = ["TrainingState"]
+__all__ = ["EarlyStopping", "TrainingState", "Validation"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation on the validation split gave.
+
+    Attributes:
+        metrics: Validation metrics by name.
+        scalars: Other values to log under ``train/``.
+        uses_patience: Whether early stopping counts this evaluation if it is not the best.
+    """
+
+    metrics: dict[str, float]
+    scalars: dict[str, float] = field(default_factory=dict)
+    uses_patience: bool = True
+
+
+@dataclass
+class EarlyStopping:
+    """Keeps the best validation value seen; larger is better.
+
+    Attributes:
+        patience: Evaluations without improvement after which training stops.
+        best: Best value so far, or None before the first.
+        best_step: Step of the best value.
+        waited: Evaluations since the best value.
+    """
+
+    patience: int
+    best: float | None = None
+    best_step: int = -1
+    waited: int = 0
+
+    def update(self, value: float, step: int, *, uses_patience: bool = True) -> bool:
+        """Add a value; returns whether it is the best so far. NaN never is.
+
+        Args:
+            value: Larger is better.
+            step: Step of the value.
+            uses_patience: Whether a value that is not the best counts against the patience.
+        """
+        if value == value and (self.best is None or value > self.best):
+            self.best, self.best_step, self.waited = value, step, 0
+            return True
+        self.waited += uses_patience
+        return False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the patience is used up."""
+        return self.waited >= self.patience
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `to_dict` returned."""
+        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+
+
 class TrainingState:
-    """Losses since the last evaluation, the history of evaluations, and when to stop.
+    """Steps done, losses since the last evaluation, the history of evaluations, and when to stop.
+
+    Losses stay on the device until they are logged.
 
     Args:
-        engine: Runs the loop; its run folder gets ``best.safetensors`` and ``metrics/validation.json``.
-        select_on: Validation metric that decides which weights are kept; larger is better.
+        engine: Processes and run folder; the folder gets ``best.safetensors`` and ``metrics/validation.json``.
+        select_on: Validation metric that selects the weights that are kept; larger is better.
+
+    Attributes:
+        step: Optimizer steps done.
     """
 
     def __init__(self, engine: Engine, select_on: str) -> None:
         self.engine, self.select_on = engine, select_on
         self.stopping = EarlyStopping(engine.training.patience)
-        self.step, self._history, self._sums, self._n_rows = 0, list[dict[str, float]](), dict[str, float](), 0
+        self.step, self._history = 0, list[dict[str, float]]()
+        self._sums, self._n_rows = dict[str, Tensor | float](), 0
         self._best_file = engine.run.folder / "best.safetensors"
 
-    def finish_step(self, step: int, n_rows: int, sums: Mapping[str, float] | None) -> None:
-        """Note that step number ``step`` has been done.
+    @property
+    def should_stop(self) -> bool:
+        """Whether early stopping ends the training."""
+        return self.stopping.should_stop
+
+    def finish_step(self, step: OptimizerStep, losses: Mapping[str, Tensor] | None) -> None:
+        """Count a step.
 
         Args:
-            step: Global step, from 0.
-            n_rows: Its rows over all processes.
-            sums: This process's loss sums by name; None for a step that was skipped.
+            step: The step that is done.
+            losses: Sums of its losses over this process's rows, by name; None for a step that was skipped.
         """
-        self.step = step + 1
-        if sums is None:
+        self.step = step.number + 1
+        if losses is None:
             return
-        self._n_rows += n_rows
-        for name, value in sums.items():
+        self._n_rows += step.n_rows
+        for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def evaluated(self, model: Any, metrics: dict[str, float], *, waits: bool = True, **scalars: float) -> None:
-        """Log losses and validation metrics of now; keep the trained weights if they are the best so far.
+    def evaluated(self, model: nn.Module, validation: Validation) -> None:
+        """Log losses and validation metrics; store the trained weights if they are the best so far. A collective.
 
-        A collective. Losses are means over the rows since the last evaluation.
+        Losses are means over the rows since the last evaluation.
 
         Args:
-            model: Unwrapped model.
-            metrics: Validation metrics, ``select_on`` among them.
-            waits: Whether an evaluation that is not the best takes from the patience.
-            scalars: Other values to log under ``train/``.
+            model: The model, not wrapped.
+            validation: Metrics, ``select_on`` among them, and other values to log.
         """
+        metrics = validation.metrics
         losses = {name: value / self._n_rows for name, value in self.engine.sum_over_processes(self._sums).items()}
-        values = {f"train/{k}": v for k, v in (losses | scalars).items()} | {f"val/{k}": v for k, v in metrics.items()}
+        scalars = losses | {"learning_rate": self.engine.learning_rate} | validation.scalars
+        values = {f"train/{k}": v for k, v in scalars.items()} | {f"val/{k}": v for k, v in metrics.items()}
         self.engine.log(values, self.step)
         self.engine.log_steps(self.step)
         self._history.append({"step": self.step, **values})
-        improved = self.stopping.update(metrics[self.select_on], self.step, waits=waits)
-        told = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        best = " (best so far)" if improved else ""
-        logger.info("step %d: %s, val/%s %.4f%s", self.step, told, self.select_on, metrics[self.select_on], best)
-        if improved and self.engine.is_main:
+        best = self.stopping.update(metrics[self.select_on], self.step, uses_patience=validation.uses_patience)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        marked = " (best so far)" if best else ""
+        logger.info("step %d: %s, val/%s %.4f%s", self.step, shown, self.select_on, metrics[self.select_on], marked)
+        if best and self.engine.is_main:
             with replaced_file(self._best_file) as aside:
                 save_tensors(trainable_weights(model), aside)
         self._sums, self._n_rows = {}, 0
 
-    def state(self) -> dict[str, Any]:
-        """What to store in a checkpoint; a collective."""
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores; a collective."""
         return {
             "step": self.step,
             "losses": self.engine.sum_over_processes(self._sums) if self._sums else {},
             "n_rows": self._n_rows,
             "history": self._history,
-            "stopping": self.stopping.state(),
+            "stopping": self.stopping.to_dict(),
         }
 
+    def resume(self, model: nn.Module, optimizer: Any) -> None:
+        """Restore model, optimizer and state from the run's newest checkpoint, if there is one."""
+        state = self.engine.load_checkpoint(model, optimizer)
+        if state is not None:
+            self.restore(state)
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `to_dict` returned."""
         self.step, self._n_rows, self._history = state["step"], state["n_rows"], state["history"]
         self._sums = dict(state["losses"]) if self.engine.is_main else dict.fromkeys(state["losses"], 0.0)
         self.stopping.restore(state["stopping"])
 
-    def finish(self, model: Any) -> None:
-        """Put the best weights back into ``model`` (unwrapped) and write the history; a collective.
+    def finish(self, model: nn.Module) -> None:
+        """Load the best weights into ``model`` (not wrapped) and write the history; a collective.
 
         Without any evaluation the model stays as it is.
         """

@@ -1,52 +1,27 @@
-"""What a run shows in TensorBoard: numbers and texts, and besides losses and metrics how fast and how large it is."""
+"""What a training logs besides losses and metrics: throughput, memory, loss spikes."""
 
+import logging
+import math
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm2rec.core.files import storage_errors
 from llm2rec.core.host_memory import resident_bytes
 
-__all__ = ["TensorBoardWriter", "Throughput", "memory_in_use"]
+__all__ = ["SpikeDetector", "Throughput", "memory_in_use"]
 
-
-class TensorBoardWriter:
-    """Writes TensorBoard events into a folder; None writes nothing."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._writer: Any = None
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import, which only writers pay
-
-            self._writer, self._folder = SummaryWriter(str(folder)), folder
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write numbers by name."""
-        if self._writer is not None:
-            with storage_errors(self._folder):
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-                self._writer.flush()
-
-    def text(self, name: str, markdown: str, step: int) -> None:
-        """Write a text, which TensorBoard renders as Markdown."""
-        if self._writer is not None:
-            with storage_errors(self._folder):
-                self._writer.add_text(name, markdown, step)
-                self._writer.flush()
-
-    def close(self) -> None:
-        """Flush what there is and close the file."""
-        if self._writer is not None:
-            self._writer.close()
+logger = logging.getLogger(__name__)
+_WINDOW = 64  # steps whose median is the reference
+_FEWEST = 16  # steps before which nothing counts as a spike
 
 
 class Throughput:
-    """How much training gets done in a second; what lies between steps, such as an evaluation, does not count."""
+    """Rows and tokens per second of training steps; what lies between steps, such as an evaluation, does not count."""
 
     def __init__(self) -> None:
         self._seconds, self._done = 0.0, dict[str, int]()
@@ -54,27 +29,73 @@ class Throughput:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Time a step."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        # A GPU may still be at the weights' update, which the next step waits for.
-        self._seconds += time.perf_counter() - began
+        # A GPU may still be updating the weights, which the next step waits for.
+        self._seconds += time.perf_counter() - start
 
     def count(self, **amounts: int) -> None:
-        """Note what a step gets done, by name."""
+        """Add what a step has processed, by name."""
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0) + amount
 
     def scalars(self) -> dict[str, float]:
-        """Amounts a second since the last call, by name, for TensorBoard."""
+        """Amounts per second since the last call, by name, for logging."""
         rates = {f"speed/{name}_per_second": n / self._seconds for name, n in self._done.items() if self._seconds > 0}
         self._seconds, self._done = 0.0, {}
         return rates
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB, for TensorBoard: what it holds of the host's, and of a GPU's the most so far."""
+    """Memory of this process in GiB, for logging: resident on the host, and the peak on a GPU."""
     resident = resident_bytes()
-    held = {} if resident is None else {"memory/process_gib": resident / 2**30}
+    used = {} if resident is None else {"memory/process_gib": resident / 2**30}
     if device.type == "cuda":
-        held["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return held
+        used["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return used
+
+
+class SpikeDetector:
+    """Compares each step's value with the median of the steps before, and warns where a row of high values begins.
+
+    A median ignores the spikes themselves, so that the first does not hide the second, and follows a lasting change
+    after half a window.
+
+    Args:
+        name: What is measured, for the warning.
+        ratio: A value above this multiple of the median is a spike; 0 detects none.
+    """
+
+    def __init__(self, name: str, ratio: float) -> None:
+        self.name, self.ratio = name, ratio
+        self._values, self._is_high = deque[float](maxlen=_WINDOW), False
+
+    @property
+    def median(self) -> float | None:
+        """Median of the last steps, or None before the first."""
+        return statistics.median(self._values) if self._values else None
+
+    def add(self, value: float, step: int) -> bool:
+        """Add the value of a step; returns whether it is a spike. Values that are not finite are ignored."""
+        if not math.isfinite(value):
+            return False
+        median = self.median
+        is_high = (
+            self.ratio > 0 and median is not None and len(self._values) >= _FEWEST and value > self.ratio * median > 0
+        )
+        if is_high and not self._is_high:
+            logger.warning(
+                "step %d: the %s is %.4g, %.3g times the median of the last %d steps (%.4g)",
+                step, self.name, value, value / (median or 1), len(self._values), median,
+            )  # fmt: skip
+        self._is_high = is_high
+        self._values.append(value)
+        return is_high
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        return {"values": list(self._values), "is_high": self._is_high}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `to_dict` returned."""
+        self._values, self._is_high = deque(state["values"], maxlen=_WINDOW), state["is_high"]

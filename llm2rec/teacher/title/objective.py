@@ -52,13 +52,13 @@ class TitleObjective:
         self.knows_lengths = not model.settings.redraw_candidates
 
     def losses(self, wrapped: nn.Module, micro: NDArray[np.int64], *, hybrid: bool, epoch: int) -> Tensor:
-        """See `llm2rec.teacher.trainer.Objective.losses`."""
+        """See `llm2rec.teacher.trainer.TeacherTask.losses`."""
         tokens = self._answered(self.train.rows[micro], hybrid=hybrid, epoch=epoch)
         losses: Tensor = wrapped(**vars(tokens.to(self.engine.device)))
         return losses
 
     def prompts(self, n: int) -> TokenBatch:
-        """See `llm2rec.teacher.trainer.Objective.prompts`."""
+        """See `llm2rec.teacher.trainer.TeacherTask.prompts`."""
         return self._answered(self.train.rows[:n], hybrid=self.model.is_hybrid, epoch=0)
 
     def _answered(self, rows: NDArray[np.int64], *, hybrid: bool, epoch: int) -> TokenBatch:

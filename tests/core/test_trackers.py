@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from engine_helpers import events_of, texts_of, time_goes_by
+from engine_helpers import RowsObjective, events_of, texts_of, time_goes_by
 from torch import nn
 
 from llm2rec.core.host_memory import resident_bytes
 from llm2rec.core.run import Run
 from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.loop import fit
 from llm2rec.core.train.optimizer import adamw
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.core.train.state import TrainingState
 from llm2rec.core.train.trackers import Throughput, memory_in_use
 
 N_ROWS = 11
@@ -23,22 +23,15 @@ def trained(folder, tensorboard=True):
     model, inputs = nn.ModuleDict({"body": nn.Linear(5, 4), "head": nn.Linear(4, 3)}), torch.randn(N_ROWS, 5)
     run, training = Run.start(folder, "student", {"seed": 0}), TrainingSettings(epochs=2, batch_size=4)
     engine = Engine(run, seed=0, training=training, tensorboard=tensorboard, show_progress=False)
-    record = TrainingState(engine, "ndcg@10")
-    _, optimizer = engine.prepare(model, adamw(model, 0.01, 0.0, {"head": 0.5}))
 
-    def passes(share):
-        for rows in share.micro_batches:
-            outputs = model["head"](torch.tanh(model["body"](inputs[rows])))
-            yield rows, {"loss": outputs.square().mean(dim=1), "loss_part": outputs[:, 0]}
+    def losses(_, rows, step):
+        engine.count(tokens=10 * len(rows))
+        outputs = model["head"](torch.tanh(model["body"](inputs[rows])))
+        return {"loss": outputs.square().mean(dim=1), "loss_part": outputs[:, 0]}
 
-    for step, share in engine.steps(np.arange(N_ROWS)):
-        engine.begin_step(step, 6, optimizer)
-        engine.count(tokens=10 * share.n_rows)
-        record.finish_step(step, share.n_rows, engine.train_step(step, share, passes))
-        if training.evaluation_is_due(record.step, N_ROWS):
-            record.evaluated(model, {"ndcg@10": record.step / 10})
+    objective = RowsObjective(N_ROWS, losses, validate=lambda step: {"ndcg@10": step / 10})
+    fit(model, objective, engine, adamw(model, 0.01, 0.0, {"head": 0.5}), description="test")
     engine.log_text("recommendations", "| a | b |")
-    record.finish(model)
     engine.close()
     return model.state_dict()
 
@@ -68,14 +61,14 @@ class TestOneRun:
 
 
 def test_speed_leaves_out_what_lies_between_steps(monkeypatch):
-    clock, pace = time_goes_by(monkeypatch, "llm2rec.core.train.trackers"), Throughput()
+    clock, throughput = time_goes_by(monkeypatch, "llm2rec.core.train.trackers"), Throughput()
     for _ in range(4):
-        with pace.timed():
+        with throughput.timed():
             clock.wait(0.5)
-        pace.count(rows=3)
+        throughput.count(rows=3)
         clock.wait(100)
-    assert pace.scalars() == {"speed/rows_per_second": 6.0}
-    assert pace.scalars() == {}, "told once"
+    assert throughput.scalars() == {"speed/rows_per_second": 6.0}
+    assert throughput.scalars() == {}, "counted once"
 
 
 def test_memory_is_what_the_process_holds():

@@ -8,8 +8,13 @@ from llm2rec.core import host_memory, processes
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.host_memory import available_bytes, check_host_memory
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.core.train.sharding import divide, divides_frozen, full_size, zero3_config
-from llm2rec.core.train.zero import configure
+from llm2rec.core.train.sharding import (
+    complete_deepspeed_config,
+    full_numel,
+    shard,
+    shards_frozen_weights,
+    zero3_config,
+)
 from llm2rec.teacher.llm import check_launch
 
 LAUNCHES = {
@@ -41,16 +46,16 @@ def test_quantised_weights_are_not_divided(name, precision, launch):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_one_process_has_nothing_to_divide(name, launch, monkeypatch):
     launch(name)
-    assert divides_frozen()
+    assert shards_frozen_weights()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not divides_frozen()
+    assert not shards_frozen_weights()
 
 
 @pytest.mark.parametrize(("variable", "value"), [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true")])
 def test_what_fsdp_can_do_elsewhere_is_refused(variable, value, launch):
     launch("fsdp", **{variable: value})
     with pytest.raises(ConfigError, match=f"{variable.lower()}={value}.*multi_gpu_fsdp2"):
-        divides_frozen()
+        shards_frozen_weights()
 
 
 def test_deepspeed_that_is_not_installed_is_named(launch, monkeypatch):
@@ -62,8 +67,8 @@ def test_deepspeed_that_is_not_installed_is_named(launch, monkeypatch):
 
 def test_a_model_that_names_no_blocks_is_refused():
     model = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"Linear does not say which of its parts are blocks.*multi_gpu_ddp"):
-        divide(model, model, (), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"Linear does not name its blocks.*multi_gpu_ddp"):
+        shard(model, model, (), torch.device("cpu"))
 
 
 def test_accelerate_is_told_of_plain_data_parallelism(launch):
@@ -79,7 +84,7 @@ def test_zero2_is_deepspeeds_own(launch):
     launch("zero3", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
     with processes.launch_hidden():
         assert processes.uses_deepspeed()
-    assert not divides_frozen()
+    assert not shards_frozen_weights()
 
 
 def test_weights_go_where_the_launch_says(launch, monkeypatch):
@@ -91,9 +96,9 @@ def test_weights_go_where_the_launch_says(launch, monkeypatch):
 
 def test_a_parameter_is_counted_whole():
     parameter = nn.Parameter(torch.ones(3, 2))
-    assert full_size(parameter) == 6
+    assert full_numel(parameter) == 6
     parameter.ds_numel = 12
-    assert full_size(parameter) == 12
+    assert full_numel(parameter) == 12
 
 
 def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
@@ -110,8 +115,8 @@ def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
         (tmp_path / "memory.current").write_text("500")
         assert available_bytes() == expected
     config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    configure(config, nn.Linear(9, 9), TrainingSettings(), 1)  # 1440 bytes
+    complete_deepspeed_config(config, nn.Linear(9, 9), TrainingSettings(), 1)  # 1440 bytes
     with pytest.raises(ConfigError, match=re.escape("multi_gpu_zero2.yaml")):
-        configure(config, nn.Linear(10, 10), TrainingSettings(), 1)
+        complete_deepspeed_config(config, nn.Linear(10, 10), TrainingSettings(), 1)
     (tmp_path / "meminfo").write_text("nothing\n")
     assert available_bytes() is None
