@@ -6,6 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
+import pytest
+
 # Before any test imports a Hugging Face library, which reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +19,37 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_addoption(parser):
     parser.addoption("--json", type=Path, help="write the bad inputs or kills that were tried to this file")
     parser.addoption("--kills", type=int, default=1, help="kills of each part in test_chaos.py (default: 1)")
+
+
+# Files and folders whose tests train, run a stage or start a process, or try many models: too slow for the unit tests.
+INTEGRATION = (
+    *("integration/", "scripts/", "test_api.py", "test_extending.py", "benchmarks/test_distillation_study.py"),
+    *("core/test_stepper.py", "data/test_agreement.py", "data/test_larger_than_memory.py", "data/test_prepare.py"),
+    *("distill/test_selection_policies.py", "distill/test_train_distilled.py"),
+    *(
+        "evaluate/test_report.py",
+        "evaluate/test_title_teachers.py",
+        "plan/test_plan_measure.py",
+        "plan/test_plan_stage.py",
+    ),
+    *("ilora/test_ilora_compile.py", "ilora/test_ilora_fold.py", "ilora/test_ilora_generation.py"),
+    *("ilora/test_ilora_matrix.py", "ilora/test_ilora_registration.py"),
+    *("recommend/test_export.py", "recommend/test_teacher_answers.py"),
+    *("student/test_own_loss.py", "student/test_segments.py", "student/test_student_stage.py"),
+    *("student/test_train_baseline.py", "teacher/test_hybrid_teacher.py", "teacher/test_teacher_gate_source.py"),
+    *("teacher/test_teacher_gates.py", "teacher/test_teacher_heads.py", "teacher/test_teacher_training.py"),
+    *("teacher/test_teacher_tunings.py", "teacher/test_title_model.py", "teacher/test_title_objective.py"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items):
+    """Mark tests of the files above as `integration`, and as `unit` all that are not integration, slow or gpu."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(INTEGRATION):
+            item.add_marker("integration")
+        if not any(item.get_closest_marker(name) for name in ("integration", "slow", "gpu")):
+            item.add_marker("unit")
 
 
 def pytest_generate_tests(metafunc):

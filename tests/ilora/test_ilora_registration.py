@@ -84,6 +84,7 @@ def test_injecting_without_the_tuner_is_refused():
         inject_adapter_in_model(ILoraConfig(), tiny("llama"))
 
 
+@pytest.mark.slow
 def test_an_unregistered_process_fails_and_neither_bitsandbytes_nor_deepspeed_is_needed(tmp_path):
     """One process, because importing PEFT takes seconds."""
     adapt(tiny("llama")).save_pretrained(tmp_path)

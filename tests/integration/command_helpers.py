@@ -68,7 +68,27 @@ def accelerate_on_cpu(name: str, folder: Path, **changes: Any) -> list[str]:
 
 
 def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, check: bool = True, **variables: str):
-    """Run a stage to its end, ``variables`` in its environment; returns the finished process, output as text."""
+    """Run a stage to its end; returns the finished process, output as text.
+
+    One process in the usual environment is forked from a server that has imported everything (`forked_stages`).
+
+    Args:
+        folder: Working directory.
+        stage: Name of the stage.
+        *overrides: Its command line.
+        launcher: What comes before the stage.
+        check: Whether it must succeed.
+        **variables: Added to its environment.
+    """
+    if launcher is PLAIN and not variables:
+        import forked_stages  # imports this module
+
+        folder.mkdir(parents=True, exist_ok=True)
+        out, err = folder / "stdout.txt", folder / "stderr.txt"
+        status, _ = forked_stages.run(folder, stage, overrides, err, out)
+        done = subprocess.CompletedProcess([stage, *overrides], status, out.read_text(), err.read_text())
+        assert status == 0 or not check, done.stderr
+        return done
     return run_command(folder, [*launcher, f"llm2rec.{stage}", *overrides], check=check, **variables)
 
 

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from command_helpers import ROOT, STUDENT, TEACHER, TOY, run, runs
+from command_helpers import PLAIN, ROOT, STUDENT, TEACHER, TOY, run, run_command, runs
 from engine_helpers import events_of, texts_of
 from huggingface_hub import ModelCard
 
@@ -171,7 +171,8 @@ def check_one_clear_error(done, cause):
 
 @pytest.mark.parametrize(("stage", "overrides", "cause"), BAD.values(), ids=BAD)
 def test_bad_input_gets_one_clear_line(stage, overrides, cause, tmp_path):
-    check_one_clear_error(run(tmp_path, stage, *overrides, check=False), cause)
+    command = [*PLAIN, f"llm2rec.{stage}", *overrides]
+    check_one_clear_error(run_command(tmp_path, command, check=False), cause)
 
 
 @pytest.mark.slow
