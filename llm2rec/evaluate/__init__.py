@@ -1,1 +1,1 @@
-"""Finished runs side by side: test metrics, latency, a table and a picture."""
+"""Compare finished runs: test metrics, latency, tables, charts and a report."""

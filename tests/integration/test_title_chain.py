@@ -89,7 +89,7 @@ def test_the_papers_teacher_learns_and_teaches_and_is_compared(whole, tmp_path):
     assert {"generated_hr@1", "generated_hr@1_valid", "valid_ratio", "candidates_ndcg@10"} <= titles["metrics"].keys()
     assert {"generated_hr@1", "valid_ratio", "candidates_hr@1"} <= titles["intervals"].keys()
     text = (runs(folder)[-1] / "comparison.txt").read_text()
-    assert "written: HR@1 of all rows" in text
+    assert "generated: HR@1 of all rows" in text
 
 
 @pytest.mark.parametrize("tuning", ["lora", "zero_shot"])

@@ -1,1 +1,1 @@
-"""The report of a comparison: `report.html`, `report.md` and `report.json`."""
+"""The report of a comparison: ``report.html``, ``report.md`` and ``report.json``."""

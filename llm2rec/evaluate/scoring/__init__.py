@@ -1,1 +1,1 @@
-"""Test scores of finished runs."""
+"""Scores of finished runs on the test split."""

@@ -110,12 +110,12 @@ def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, g
         CheckpointError: If the run is not finished, holds no model, or is of another dataset.
         ConfigError: If the catalogue has too few items for the candidates.
     """
-    with _naming(folder):
+    with _name_in_errors(folder):
         return _score(folder, data, engine, protocol, gate_dir)
 
 
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
+def _name_in_errors(folder: Path) -> Iterator[None]:
     """Name the run in the error, and say how to leave it out."""
     try:
         yield
@@ -128,7 +128,7 @@ def _naming(folder: Path) -> Iterator[None]:
 
 def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path) -> Scored:
     record = _checked_record(folder, data)
-    model, n_rows = _kind(folder, record)(folder, data, engine, gate_dir), len(data.splits["test"])
+    model, n_rows = _model_class(folder, record)(folder, data, engine, gate_dir), len(data.splits["test"])
 
     def rank() -> tuple[Tensor, dict[str, Any]]:
         seen = SeenItems(Rows.of(data, "test")) if protocol.mask_seen else None
@@ -138,11 +138,11 @@ def _score(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate
             del metrics["mrr"]  # needs exact ranks beyond the cut-off
         gates = model.gates()
         if gates is not None and engine.is_main:  # for the report, which loads no language model
-            _keep(folder / "metrics" / "test_gates.npy", gates)
+            _save_array(folder / "metrics" / "test_gates.npy", gates)
         return ranks, {"metrics": metrics, "milliseconds": model.milliseconds(k)}
 
     key = {"ks": list(protocol.ks), "mask_seen": protocol.mask_seen, "rows": n_rows}
-    scores = _once(folder / "metrics", "test", key, engine, rank)
+    scores = _cached(folder / "metrics", "test", key, engine, rank)
     n_titles = model.n_titles(protocol.n_candidates)
     among = _among_candidates(model, folder, data, engine, protocol, n_titles)
     return Scored(
@@ -176,11 +176,11 @@ def _among_candidates(
 
     if n_titles:
         choose = partial(model.choose_titles, candidates, protocol.ks)
-        return _once(folder / "metrics", "test_titles", key | {"ks": list(protocol.ks)}, engine, choose)
-    return _once(folder / "metrics", "test_candidates", key, engine, rank_candidates)
+        return _cached(folder / "metrics", "test_titles", key | {"ks": list(protocol.ks)}, engine, choose)
+    return _cached(folder / "metrics", "test_candidates", key, engine, rank_candidates)
 
 
-def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
+def _model_class(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
     """The class for the model of a run."""
     if record["stage"] == "ensemble":
         return FinishedEnsemble
@@ -194,7 +194,7 @@ def _kind(folder: Path, record: dict[str, Any]) -> type[FinishedModel]:
     return FinishedTitleTeacher if is_title else FinishedItemTeacher
 
 
-def _once(
+def _cached(
     folder: Path, name: str, key: dict[str, Any], engine: Engine, compute: Callable[[], tuple[Tensor, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Read the scores of a protocol, or compute and store them: ``<name>.json`` and ``<name>_ranks.npy``."""
@@ -203,12 +203,12 @@ def _once(
         return dict(scores)
     ranks, values = compute()
     if engine.is_main:
-        _keep(folder / f"{name}_ranks.npy", ranks)
+        _save_array(folder / f"{name}_ranks.npy", ranks)
         write_json(stored, {"protocol": key, **values})  # last, as it marks the scores as complete
     return values
 
 
-def _keep(file: Path, values: Tensor) -> None:
+def _save_array(file: Path, values: Tensor) -> None:
     with replaced_file(file) as aside, open(aside, "wb") as opened:
         np.save(opened, values.numpy(), allow_pickle=False)
 
