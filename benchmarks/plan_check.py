@@ -1,4 +1,4 @@
-"""What `llm2rec.plan` says a step of training takes, beside what it takes.
+"""Compare the memory that `llm2rec.plan` estimates for a training step with the memory that it takes.
 
     .venv/bin/python benchmarks/plan_check.py --json benchmarks/results/plan_check.json
 
@@ -10,7 +10,6 @@ longest prompts: forward, backward, gradients added to those that are there. Bes
     rss        by how much a fresh process grows, from before the micro-batch to the peak in it (CPUs)
     rss_mapped the same where every block of 64 KiB or more is mapped by itself and given back at once: without the
                gaps that glibc's heap is left with (MALLOC_MMAP_THRESHOLD_=65536)
-    seconds    a step of the plan's rate, measured by a product of matrices, beside the real step
 
 The headline's ratios are measured over planned.
 """
@@ -18,12 +17,10 @@ The headline's ratios are measured over planned.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,11 +35,9 @@ from transformers import AutoConfig
 from llm2rec.core.run import Run
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import Toy, prepare
-from llm2rec.plan.cards import usual_utilisation
-from llm2rec.plan.measure import step_cost
+from llm2rec.plan.measure import step_peaks
 from llm2rec.plan.memory import quantisation_bytes
-from llm2rec.plan.models import TeacherShape, teacher_costs
-from llm2rec.plan.pace import Throughput, processor
+from llm2rec.plan.models import TeacherShape, measured_teacher
 from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import TeacherRows
@@ -93,30 +88,25 @@ def main() -> None:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Plan a case and run it."""
     settings, step, shape, tokens, answers = build(name, options)
-    sizes, cost = teacher_costs(shape)
+    sizes, peak = measured_teacher(shape)
     trained = sum(each.numel() for each in step.model.parameters() if each.requires_grad)
     assert trained == sizes.trained_parameters, f"{name}: the plan trains {sizes.trained_parameters}, not {trained}"
     n_rows = len(step.rows)
-    planned = cost("training", n_rows, tokens, answers, checkpointing=settings.gradient_checkpointing)
+    planned = peak("training_peaks", n_rows, tokens, answers, checkpointing=settings.gradient_checkpointing)
     packed = quantisation_bytes(sizes, shape.precision, n_rows * tokens, on_cpu=shape.on_cpu)
-    total = int(planned.peak_bytes) + packed
+    total = planned + packed
     step().backward()  # gradients, and what libraries set aside once
     sample: dict[str, Any] = {"case": name, "rows": n_rows, "tokens": tokens, "planned_bytes": total}
     if options.device == "cuda":
         live = harness.peak_bytes(lambda: step().backward(), torch.device("cuda"))
         return sample | {"live_bytes": live, "live_ratio": live / total}
-    live = step_cost(step.model, step).peak_bytes
-    card, seconds = processor(), statistics.median(timed(step) for _ in range(options.rounds))
-    expected = Throughput(usual_utilisation("cpu", "float32") * card.tflops * 1e12, card.bandwidth).seconds(planned)
+    live = max(step_peaks(step.model, step))
     rss = growths(name, options)
     return sample | {
         "live_bytes": live,
         "live_ratio": live / total,
         **{f"{kind}_bytes": size for kind, size in rss.items()},
         **{f"{kind}_ratio": size / total for kind, size in rss.items()},
-        "seconds": seconds,
-        "planned_seconds": expected,
-        "seconds_ratio": seconds / expected,
     }
 
 
@@ -148,13 +138,6 @@ def resident(kind: str) -> int:
     """Bytes of this process in memory: now (``VmRSS``), or at most since the mark was cleared (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
-
-
-def timed(step: Callable[[], Tensor]) -> float:
-    """Seconds of a forward and a backward pass."""
-    start = time.perf_counter()
-    step().backward()
-    return time.perf_counter() - start
 
 
 class RealStep:
@@ -236,7 +219,7 @@ def headline(samples: Iterable[dict[str, Any]]) -> dict[str, float]:
     """The ratios, and the worst of them."""
     samples = list(samples)
     result = {f"live_ratio {each['case']}": each["live_ratio"] for each in samples}
-    for kind in ("live_ratio", "rss_ratio", "rss_mapped_ratio", "seconds_ratio"):
+    for kind in ("live_ratio", "rss_ratio", "rss_mapped_ratio"):
         ratios = [each[kind] for each in samples if kind in each]
         if ratios:
             result |= {f"{kind}_least": min(ratios), f"{kind}_most": max(ratios)}

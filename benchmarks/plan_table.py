@@ -13,7 +13,7 @@ from typing import Any
 import harness
 
 from llm2rec import run
-from llm2rec.plan.report import told_seconds
+from llm2rec.plan.table import format_seconds
 
 SHARED = (
     "teacher.objective=title", "teacher.train_rows=1000000", "teacher.training.epochs=1",
@@ -50,11 +50,11 @@ def row(model: str, gpus: int, precision: str, launch: str, planned: dict[str, A
     totals = [memory[kind] for kind in ("without_checkpointing", "with_checkpointing")]
     gibs = [("" if each["fits"] else "**no** ") + f"{each['total'] / GIB:.0f}" for each in totals]
     seconds = planned["seconds"]
-    shown = [told_seconds(seconds[name]) for name in ("training", "titles", "gate_inputs", "export")]
+    hours = [format_seconds(seconds[name]) for name in ("training", "titles", "gate_inputs", "export")]
     how = {"ddp": "DDP" if gpus > 1 else "-", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[launch]
     weights = {"bfloat16": "bf16"}.get(precision, precision)
     tokens = f"{planned['speed']['tokens_per_second']:,.0f}"
-    return [model, str(gpus), weights, how, *gibs, str(totals[1]["largest"]), tokens, *shown]
+    return [model, str(gpus), weights, how, *gibs, str(totals[1]["largest"]), tokens, *hours]
 
 
 def main() -> None:
@@ -70,14 +70,14 @@ def main() -> None:
         for case in cases[:1] if options.quick else cases:
             finished = run("plan", *overrides(*case), folder=folder, quiet=True)
             planned = json.loads((finished / "metrics" / "plan.json").read_text())
-            kept = ("memory", "export_memory", "seconds", "speed", "student", "disk_bytes", "host_bytes", "advice")
+            kept = ("memory", "export_memory", "seconds", "tokens_per_second", "student", "disk_bytes", "advice")
             found.append({"row": row(*case, planned), "overrides": overrides(*case)} | {n: planned[n] for n in kept})
     for line in (COLUMNS, ["---"] * len(COLUMNS), *(each["row"] for each in found)):
         print("| " + " | ".join(line) + " |")
     first = found[0]
     headline = {
         "gib_7b_1_gpu": round(first["memory"]["ddp"]["with_checkpointing"]["total"] / GIB, 1),
-        "tokens_per_second_7b_1_gpu": round(first["speed"]["tokens_per_second"]),
+        "tokens_per_second_7b_1_gpu": round(first["tokens_per_second"]),
     }
     harness.write_result(options, headline, found)
 

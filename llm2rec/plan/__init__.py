@@ -1,1 +1,1 @@
-"""What a job will need before it is started: memory, time and disk, by arithmetic and by running it without memory."""
+"""Estimates memory, time and disk of a job before it starts."""

@@ -1,136 +1,95 @@
-"""What one step asks for, found by running it on the meta device: every shape, no memory, no arithmetic.
+"""Peak memory of a training step, measured by running the step on the meta device: shapes without data.
 
-The step is the real one, of the real modules: transformers' model, the adapter, pooling, scores of all items, backward.
-Nothing is said twice in formulas that would have to follow the code. On a CPU the same counters tell what a step that
-really runs holds, by which the plan is checked.
+The step is the real one: transformers' model, the adapter, pooling, the loss and backward. On a CPU the same counter
+measures a step with data, which is how the plan is checked.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-__all__ = ["ATTENTION", "CPU_ATTENTION", "Cost", "Meter", "forward_cost", "step_cost"]
+__all__ = ["ATTENTION", "CPU_ATTENTION", "MemoryMeter", "forward_peaks", "step_peaks"]
 
 ATTENTION, CPU_ATTENTION = "llm2rec_plan", "llm2rec_plan_cpu"
-"""What stands for attention on the meta device: a model's ``attn_implementation``, of a GPU and of a CPU."""
+"""``attn_implementation`` of a model on the meta device, planned for a GPU and for a CPU."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a forward pass, or a forward and a backward pass, ask for.
+def step_peaks(model: nn.Module, step: Callable[[], Tensor]) -> tuple[int, ...]:
+    """Peak bytes of a forward and a backward pass, by phase.
 
-    Attributes:
-        flops: Floating-point operations, 2 for each weight and row of a product.
-        forward_flops: Those of the forward pass alone.
-        peaks: The most bytes alive at once besides weights and their gradients, activations and temporaries, phase by
-            phase (see `Meter.next_phase`).
-        traffic_bytes: Bytes read and written by all operations, each for itself.
-        n_operations: Operations that read or write anything.
-    """
-
-    flops: float
-    forward_flops: float
-    peaks: tuple[int, ...]
-    traffic_bytes: int
-    n_operations: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes alive at once in all phases."""
-        return max(self.peaks)
-
-
-def step_cost(model: nn.Module, step: Callable[[], Tensor]) -> Cost:
-    """Run a step of training whose gradients are there already, as in every micro-batch but the first.
+    Gradients exist before the step, as in every micro-batch but the first, and are not counted.
 
     Args:
-        model: Its trained parameters get gradients, which do not count.
-        step: Runs the forward pass and gives the loss.
+        model: Model whose trained parameters get gradients.
+        step: Runs the forward pass and returns the loss.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    with Meter() as meter:
-        loss = step()
-        forward_flops = meter.flops
-        loss.backward()
+    with MemoryMeter() as meter:
+        step().backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return meter.cost(forward_flops)
+    return tuple(meter.peaks)
 
 
-def forward_cost(forward: Callable[[], object]) -> Cost:
-    """Run a forward pass without gradients."""
-    with torch.no_grad(), Meter() as meter:
+def forward_peaks(forward: Callable[[], object]) -> tuple[int, ...]:
+    """Peak bytes of a forward pass without gradients, by phase."""
+    with torch.no_grad(), MemoryMeter() as meter:
         forward()
-    return meter.cost(meter.flops)
+    return tuple(meter.peaks)
 
 
-class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of tensors that come to be, while it is active.
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of tensors that are created while it is active.
 
-    A storage counts from the operation that returned it until it is freed, however many tensors look at it. What an
-    operation takes and gives back within itself is not seen. (torch's own `FlopCounterMode` would be a second mode
-    whose hooks keep activations alive: with checkpointing it trebles the peak.)
+    A storage counts from the operation that returned it until it is freed, once for all its views. Workspace that an
+    operation allocates and frees internally is not seen.
 
     Attributes:
-        flops: Floating-point operations so far.
         now: Bytes alive.
-        peaks: The most that were alive at once in each phase.
-        active: The meter that counts now, for those who mark phases.
+        peaks: Most bytes alive at once, by phase.
+        active: The meter that is counting, for code that marks phases.
     """
 
-    active: ClassVar["Meter | None"] = None
+    active: ClassVar["MemoryMeter | None"] = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
-        self.now = self._traffic = self._n_operations = 0
+        self.now = 0
         self.peaks = [0]
         self._known: set[int] = set()
 
-    def __enter__(self) -> "Meter":
-        """Begin to count."""
-        Meter.active = self
-        return cast(Meter, super().__enter__())
+    def __enter__(self) -> "MemoryMeter":
+        """Start counting."""
+        MemoryMeter.active = self
+        return cast(MemoryMeter, super().__enter__())
 
     def __exit__(self, *error: Any) -> None:
         """Stop counting."""
-        Meter.active = None
+        MemoryMeter.active = None
         super().__exit__(*error)
 
     def next_phase(self) -> None:
-        """Count peaks anew. Peaks within a phase grow alike with the number of layers; those of two phases may not."""
+        """Start a new peak. Within a phase, peaks grow linearly with the number of layers."""
         self.peaks.append(0)
 
-    def cost(self, forward_flops: float) -> Cost:
-        """What has been counted, of which ``forward_flops`` in the forward pass."""
-        return Cost(self.flops, forward_flops, tuple(self.peaks), self._traffic, self._n_operations)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and see what it returns."""
+        """Run an operation and count the storages that it returns."""
         kwargs = kwargs or {}
-        given = _dense((args, kwargs))
-        storages = {id(each.untyped_storage()) for each in given}
+        given = {id(each.untyped_storage()) for each in _dense((args, kwargs))}
         result = func(*args, **kwargs)
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=result)
-        fresh = [each for each in _dense(result) if id(each.untyped_storage()) not in storages]
-        for each in fresh:
-            self._add(each.untyped_storage())
+        for each in _dense(result):
+            if id(each.untyped_storage()) not in given:
+                self._add(each.untyped_storage())
         self.peaks[-1] = max(self.peaks[-1], self.now)
-        if fresh or func._schema.is_mutable:  # all else are views
-            self._traffic += sum(each.nbytes for each in [*given, *fresh])
-            self._n_operations += 1
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -146,7 +105,7 @@ class Meter(TorchDispatchMode):
 
 
 def _dense(values: Any) -> list[Tensor]:
-    """Tensors among nested values; a sparse one has no storage but those of its parts, which are seen themselves."""
+    """Tensors among nested values, without sparse ones, which have no storage of their own."""
     return [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.layout == torch.strided]
 
 

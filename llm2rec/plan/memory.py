@@ -1,33 +1,41 @@
-"""What lies in a GPU's memory, part by part, and which micro-batch fits."""
+"""Memory of a GPU by part, the largest micro-batch that fits, and disk space."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import torch
 
 from llm2rec.plan.models import Sizes
-from llm2rec.plan.settings import DIVIDED
+from llm2rec.plan.settings import SHARDED
+from llm2rec.plan.workload import Workload
+from llm2rec.student.items import ItemTable
+from llm2rec.student.models import build_model
+from llm2rec.student.settings import StudentSettings
 
-__all__ = ["Memory", "host_bytes", "largest_rows", "memory_at_rest", "quantisation_bytes"]
+__all__ = ["Memory", "disk_bytes", "largest_rows", "memory_at_rest", "quantisation_bytes", "student_sizes"]
 
 CONTEXT_BYTES = 2**30
-"""What a process takes on a GPU besides its tensors: CUDA's context and libraries."""
+"""CUDA's context and libraries."""
 
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's ``reduce_bucket_size``, which it sets aside whole, however few gradients there are."""
+"""DeepSpeed's ``reduce_bucket_size``, allocated whole however few gradients there are."""
 
 LIVE_ELEMENTS = 1_000_000_000
-"""DeepSpeed's ``stage3_max_live_parameters``: weights that are put together for use at one time."""
+"""DeepSpeed's ``stage3_max_live_parameters``: gathered weights at one time."""
 
 LIVE_BLOCKS = 2
-"""Blocks that FSDP2 has put together: one in use and the next, which is fetched ahead."""
+"""Blocks that FSDP2 holds gathered: the one in use and the prefetched next."""
+
+_CONFIDENCE_CHARACTERS = 11  # nine digits, the point and a space
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A GPU's memory in one phase of a job.
+    """Memory of one GPU.
 
     Attributes:
-        parts: Bytes by what they are for.
-        capacity: Bytes that the card holds.
+        parts: Bytes by part.
+        capacity: Bytes of the card.
     """
 
     parts: dict[str, int]
@@ -35,34 +43,34 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes needed."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds them."""
+        """Whether the card holds all parts."""
         return self.total <= self.capacity
 
     def with_activations(self, size: int) -> "Memory":
-        """The same, with what a step adds."""
+        """The same, with the activations and temporaries of a step."""
         return Memory({**self.parts, "activations": size}, self.capacity)
 
 
 def memory_at_rest(sizes: Sizes, launch: str, gpus: int, capacity: float, *, wide: bool, on_cpu: bool) -> Memory:
-    """What each GPU holds between two steps.
+    """Memory of each GPU between two steps.
 
-    Trained parameters, gradients and AdamW's two averages are float32, 16 bytes in all, and several GPUs copy gradients
-    into buckets to exchange them. ZeRO-2 casts the model to bfloat16, keeps a float32 master copy beside the averages,
-    and divides gradients and optimizer. ZeRO-3 and FSDP2 shard the frozen weights alone
-    (`llm2rec.core.train.sharding`), FSDP2 those of blocks; what is in use is put together.
+    Trained weights, gradients and AdamW's two averages are float32, 16 bytes a parameter, and several GPUs copy
+    gradients into buckets. ZeRO-2 casts the model to bfloat16, keeps a float32 master copy beside the averages, and
+    shards gradients and optimizer. ZeRO-3 and FSDP2 shard only the frozen weights (`llm2rec.core.train.sharding`),
+    FSDP2 those inside blocks; weights in use are gathered.
 
     Args:
         sizes: The teacher's.
         launch: One of `llm2rec.plan.settings.LAUNCHES`.
-        gpus: How many share.
+        gpus: Number of GPUs.
         capacity: Bytes of a card.
         wide: Whether the teacher is trained in float32, which DeepSpeed does not cast.
-        on_cpu: Whether this is no GPU.
+        on_cpu: Whether it runs on a CPU.
     """
     trained, weights = sizes.trained_parameters, sum(sizes.frozen_bytes.values())
     width = 4 if wide else 2
@@ -81,24 +89,24 @@ def memory_at_rest(sizes: Sizes, launch: str, gpus: int, capacity: float, *, wid
         parts |= {"gradients": 0, "optimizer": 0}
     if launch in ("zero2", "zero2_offload"):
         parts |= {"trained": width * trained, "buckets": width * BUCKET_ELEMENTS}
-    if launch in DIVIDED and gpus > 1:
-        divided = weights if launch == "zero3" else sizes.block_bytes
+    if launch in SHARDED and gpus > 1:
+        sharded = weights if launch == "zero3" else sizes.block_bytes
         live = width * LIVE_ELEMENTS if launch == "zero3" else LIVE_BLOCKS * sizes.largest_block_bytes
-        parts |= {"weights": weights - divided + -(-divided // gpus), "gathered": min(divided, live)}
+        parts |= {"weights": weights - sharded + -(-sharded // gpus), "gathered": min(sharded, live)}
     return Memory(parts, capacity)
 
 
 def quantisation_bytes(sizes: Sizes, precision: str, tokens: int, *, on_cpu: bool) -> int:
-    """What a product with a quantised matrix takes besides its operands and its result, as bitsandbytes does it.
+    """Workspace of a product with a quantised matrix in bitsandbytes.
 
-    8-bit products make a float16 and an int8 copy of their input and an int32 result; both formats unpack a matrix for
-    the backward pass, 4-bit products for the forward pass as well.
+    8-bit products make a float16 and an int8 copy of their input and an int32 result. Both formats dequantise a matrix
+    for the backward pass, 4-bit products also for the forward pass.
 
     Args:
         sizes: The teacher's.
-        precision: Of the frozen weights.
+        precision: The teacher's precision.
         tokens: Tokens of a micro-batch, padding included.
-        on_cpu: Whether float32 is computed with.
+        on_cpu: Whether products are in float32.
     """
     rows, columns = sizes.largest_product
     unpacked = rows * columns * (4 if on_cpu else 2)
@@ -107,41 +115,61 @@ def quantisation_bytes(sizes: Sizes, precision: str, tokens: int, *, on_cpu: boo
     return unpacked if precision == "int4" else 0
 
 
-def host_bytes(
-    trained: int, n_rows: int, history_length: int, gate_width: int, top_k: int, gpus: int, launch: str, loaded: int
-) -> dict[str, int]:
-    """What the machine's own memory holds, each process for itself but for what is offloaded.
+def student_sizes(settings: StudentSettings, n_items: int) -> tuple[int, int]:
+    """A student's parameters, and the bytes of its weights, gradients and optimizer state, in float32.
 
     Args:
-        trained: Trained parameters.
-        n_rows: Training rows.
-        history_length: Items of a history.
-        gate_width: Width of the gate's inputs; 0 without any.
-        top_k: Items per exported row.
-        gpus: Processes.
-        launch: One of `llm2rec.plan.settings.LAUNCHES`. What ``zero2_offload`` keeps here is float32 weights, gradients
-            and averages; a model that is divided is whole here once, while it loads.
-        loaded: Bytes of the frozen weights.
+        settings: The student's.
+        n_items: Items of the catalogue, N.
     """
+    with torch.device("meta"):
+        model = build_model(settings.name, n_items=n_items, **asdict(settings.model))
+    parameters = sum(each.numel() for each in model.parameters())
+    if settings.item_optimizer != "rowwise":
+        return parameters, 16 * parameters
+    tables = {module for module in model.modules() if isinstance(module, ItemTable)}
+    in_tables = sum(table.weight.numel() for table in tables)
+    sampled = settings.loss.completed().n_negatives is not None and settings.loss.dros.weight == 0
+    gradients = 0 if sampled and settings.training.max_grad_norm == 0 else in_tables  # of some rows, or of all
+    state = 8 * sum(len(table.weight) for table in tables)
+    return parameters, 16 * (parameters - in_tables) + 4 * (in_tables + gradients) + state
+
+
+def disk_bytes(sizes: Sizes, work: Workload, *, width: int, gate_width: int, top_k: int, zero: bool) -> dict[str, int]:
+    """Disk space by part.
+
+    Args:
+        sizes: The teacher's.
+        work: Items and rows.
+        width: Width of title vectors.
+        gate_width: Width of cached gate inputs; 0 if none are cached.
+        top_k: Items per exported row; 0 without export.
+        zero: Whether checkpoints hold DeepSpeed's float32 copy of the weights.
+    """
+    trained, exported = sizes.trained_parameters, work.n_rows * min(top_k, work.n_items)
+    text = len(str(work.n_items - 1)) + 1 + _CONFIDENCE_CHARACTERS
     return {
-        "rows": 4 * n_rows * (history_length + 2),
-        "gate_inputs": 4 * n_rows * gate_width,
-        "export": 2 * 8 * n_rows * top_k,  # blocks of items and scores, then both put together
-        "optimizer": -(-16 * trained // gpus) if launch == "zero2_offload" else 0,
-        "loading": -(-loaded // gpus) if launch in DIVIDED else 0,
+        "prepared_data": work.data_bytes,
+        "llm": 2 * sizes.frozen_parameters,
+        "gate_inputs": 4 * gate_width * (work.n_rows + work.n_validation_rows),
+        # A new checkpoint is complete before the old one is deleted; best weights and adapter lie beside them.
+        "checkpoints": (2 * (16 if zero else 12) + 8) * trained,
+        "title_vectors": 4 * width * work.n_items * (2 if top_k else 1),
+        # Text files and memory-mapped copies, and blocks until the export is finished.
+        "outputs": exported * (text + 16),
     }
 
 
 def largest_rows(peak: Callable[[int], int], room: float, most: int) -> int:
-    """The largest micro-batch that fits, guessed along the line through two of them and then tried.
+    """The largest micro-batch that fits, estimated on the line through two of them and then checked.
 
     Args:
-        peak: Bytes of a micro-batch by its rows.
-        room: Bytes that are left for it.
-        most: Rows that are of any use.
+        peak: Returns the bytes of a micro-batch of so many rows.
+        room: Bytes left for it.
+        most: Upper limit of rows.
 
     Returns:
-        Rows, 0 if not even one fits.
+        Rows, 0 if one row does not fit.
     """
     one = peak(1)
     if one > room or most <= 1:

@@ -1,30 +1,34 @@
-"""The teacher on the meta device: all its shapes and none of its weights."""
+"""The teacher on the meta device: sizes of its parts, and peak memory of a step."""
 
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from llm2rec.ilora import ILoraModel, frozen_base
-from llm2rec.plan.measure import ATTENTION, CPU_ATTENTION, Cost, Meter, forward_cost, step_cost
+from llm2rec.core.errors import ConfigError
+from llm2rec.ilora import ILoraModel
+from llm2rec.plan.measure import ATTENTION, CPU_ATTENTION, MemoryMeter, forward_peaks, step_peaks
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import adapter_config, with_adapter
 from llm2rec.teacher.gate_source import NoGate
 from llm2rec.teacher.heads import build_head
 from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.injection import ItemProjector
+from llm2rec.teacher.llm import locate
 from llm2rec.teacher.prompts import PromptBuilder
-from llm2rec.teacher.settings import TeacherSettings
+from llm2rec.teacher.settings import LLMSettings, ShapeSettings, TeacherSettings
 
-__all__ = ["PlannedTeacher", "Sizes", "TeacherShape", "teacher_costs"]
+__all__ = ["PlannedTeacher", "Sizes", "TeacherShape", "config_of_shape", "measured_teacher", "model_config"]
 
 _SHALLOW = (2, 3)  # layers of the models from which a uniform deep one is extrapolated
 _BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit format
@@ -32,17 +36,17 @@ _BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit format
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What decides a planned teacher's sizes.
+    """Everything that a teacher's sizes depend on.
 
     Attributes:
         config: The language model's configuration.
         settings: The teacher's settings.
         precision: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
-        pooling: How texts are represented.
+        pooling: How token states become one vector.
         n_items: Items of the catalogue, N.
         history_length: Items of a history, L.
-        student_width: Width of the trained recommender, where one is read.
-        on_cpu: Whether it is for a CPU, where quantised weights are computed with in float32.
+        student_width: Width of the borrowed student, where one is used.
+        on_cpu: Whether it runs on a CPU, which multiplies quantised weights in float32.
     """
 
     config: PretrainedConfig
@@ -56,7 +60,7 @@ class TeacherShape:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format that is computed in."""
+        """Number format of activations."""
         quantised_on_cpu = self.on_cpu and self.precision in ("int8", "int4")
         return torch.float32 if self.precision == "float32" or quantised_on_cpu else torch.bfloat16
 
@@ -71,31 +75,32 @@ class TeacherShape:
         return int(self.config.get_text_config().num_hidden_layers)
 
     def with_layers(self, n_layers: int) -> "TeacherShape":
-        """The same with fewer layers."""
+        """The same shape with fewer layers."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = n_layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:n_layers]
-        return TeacherShape(**{each.name: getattr(self, each.name) for each in fields(self)} | {"config": config})
+        return replace(self, config=config)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a teacher holds at all times.
+    """Sizes of a teacher's parts.
 
     Attributes:
         frozen_parameters: Weights of the frozen language model.
-        frozen_bytes: Their bytes by kind: ``quantised``, its ``constants``, and ``whole`` numbers.
-        trained_parameters: Trained ones, of adapter, gate, projector and head.
-        item_bytes: Title vectors, biases and the recommender's item vectors, as far as a GPU holds them: buffers, which
-            nothing divides.
+        multiplied_parameters: Those without the embedding table, which is looked up.
+        frozen_bytes: Bytes of frozen weights: ``quantised``, their ``constants``, and ``whole`` numbers.
+        trained_parameters: Weights of adapter, gate, projector and head.
+        item_bytes: Title vectors, biases and student item vectors on each GPU: buffers, which no launch shards.
         largest_product: Rows and columns of the largest quantised matrix; zeros without any.
-        block_bytes: Those of the frozen weights that lie in blocks, which FSDP2 divides.
+        block_bytes: Frozen bytes inside transformer blocks, which FSDP2 shards.
         largest_block_bytes: Those of one block.
     """
 
     frozen_parameters: int
+    multiplied_parameters: int
     frozen_bytes: dict[str, int]
     trained_parameters: int
     item_bytes: int
@@ -105,12 +110,13 @@ class Sizes:
 
 
 class PlannedTeacher:
-    """A teacher on the meta device that takes steps there.
+    """A teacher on the meta device.
 
-    Text alone is planned: what a hybrid prompt injects is left out of a step, but not the projector's weights.
+    Steps are planned for text prompts: vectors injected into hybrid prompts are left out, the projector's weights are
+    counted.
 
     Args:
-        shape: Its sizes.
+        shape: The teacher's shape.
     """
 
     def __init__(self, shape: TeacherShape) -> None:
@@ -131,7 +137,7 @@ class PlannedTeacher:
             self.model = self._with_items()
 
     def _quantised(self) -> dict[int, nn.Linear]:
-        """The layers that bitsandbytes packs, by the identity of their weights."""
+        """Layers that bitsandbytes quantises, by the identity of their weights."""
         whole = tuple(get_keys_to_not_convert(self.base))
         return {
             id(layer.weight): layer
@@ -146,10 +152,12 @@ class PlannedTeacher:
         projector = ItemProjector(items, shape.width, 1.0) if settings.prompts == "hybrid" else None
         if self.is_title:
             parts: dict[str, nn.Module] = {"llm": self.llm}
-            return nn.ModuleDict(parts | ({} if projector is None else {"projector": projector}))  # titles: on the host
+            return nn.ModuleDict(
+                parts | ({} if projector is None else {"projector": projector})
+            )  # titles stay on the host
         return ItemTeacher(
             self.llm,
-            cast(PromptBuilder, None),  # no prompt is made of text here
+            cast(PromptBuilder, None),  # prompts are not built here
             pooling=shape.pooling,
             head=build_head(settings.head, vectors, bias, settings.logit_scale, items),
             exclude_history=settings.exclude_history,
@@ -159,13 +167,14 @@ class PlannedTeacher:
 
     @property
     def sizes(self) -> Sizes:
-        """What it holds, by arithmetic."""
+        """Sizes by arithmetic."""
         trained = [each for each in self.model.parameters() if each.requires_grad]
         frozen = [each for each in self.model.parameters() if not each.requires_grad]
         packed = [each for each in frozen if id(each) in self.quantised]
         n_packed, n_rows = sum(each.numel() for each in packed), sum(len(each) for each in packed)
         eight = self.shape.precision == "int8"
         classes = self.base._no_split_modules or ()
+        looked_up = cast(Tensor, self.base.get_input_embeddings().weight)
         blocks = [
             sum(each.nbytes for each in block.parameters() if not each.requires_grad)
             for block in self.base.modules()
@@ -173,6 +182,7 @@ class PlannedTeacher:
         ]
         return Sizes(
             frozen_parameters=sum(each.numel() for each in frozen),
+            multiplied_parameters=sum(each.numel() for each in frozen) - looked_up.numel(),
             frozen_bytes={
                 "quantised": n_packed if eight else -(-n_packed // 2),
                 "constants": 4 * n_rows if eight else 4 * sum(-(-each.numel() // _BLOCK) for each in packed),
@@ -189,7 +199,7 @@ class PlannedTeacher:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers are alike, trained parameters and kinds of attention included."""
+        """Whether all layers have the same shapes, trained parameters and kind of attention."""
         layers = defaultdict(list)
         for name, each in self.base.named_parameters():
             if match := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name):
@@ -197,36 +207,28 @@ class PlannedTeacher:
         alike = len({tuple(sorted(each)) for each in layers.values()}) == 1 and len(layers) == self.shape.n_layers
         return alike and len(set(getattr(self.base.config.get_text_config(), "layer_types", None) or [0])) == 1
 
-    def training(self, rows: int, tokens: int, answer_tokens: int, *, checkpointing: bool) -> Cost:
-        """A micro-batch of training: forward and backward.
+    def training_peaks(self, rows: int, tokens: int, answer_tokens: int, *, checkpointing: bool) -> tuple[int, ...]:
+        """Peak bytes of a micro-batch, forward and backward, by phase; see `step_peaks`.
 
         Args:
             rows: Rows, B.
             tokens: Tokens of each prompt, its answer included.
-            answer_tokens: Tokens of the longest answer; the title objective reads it.
+            answer_tokens: Tokens of the longest answer (`title` objective).
             checkpointing: Whether activations are recomputed.
         """
-        self.base.config.use_cache = not checkpointing  # as transformers has it, but without its warning
+        self.base.config.use_cache = not checkpointing  # as transformers sets it, but without its warning
         if checkpointing:
             self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.base.activation_checkpointing_disable()
         self.model.train()
-        with torch.device("meta"), self._mixing(rows):
-            return step_cost(self.model, lambda: self._losses(rows, tokens, answer_tokens).sum())
+        with torch.device("meta"), self._use_gates(rows):
+            return step_peaks(self.model, lambda: self._losses(rows, tokens, answer_tokens).sum())
 
-    def reading(self, rows: int, tokens: int) -> Cost:
-        """Reading texts without adapter, as titles and gate inputs are read."""
-        self.model.eval()
-        frozen = frozen_base(cast(PeftModel, self.llm)) if self._tuner is not None else nullcontext()
-        with torch.device("meta"), frozen:
-            return forward_cost(lambda: self.base.base_model(**self._prompt(rows, tokens)))
+    def ranking_peaks(self, rows: int, tokens: int, top_k: int) -> tuple[int, ...]:
+        """Peak bytes of reading prompts and, for the `item` objective, ranking the catalogue; see `forward_peaks`.
 
-    def ranking(self, rows: int, tokens: int, top_k: int) -> Cost:
-        """Reading prompts and, for the `item` objective, ranking the catalogue; without gradients.
-
-        A title teacher keeps the keys and values of what it has read, for each beam that searches titles from there;
-        ``rows`` are then beams.
+        A title teacher keeps the keys and values of the prompt for each beam; ``rows`` are then beams.
         """
         self.model.eval()
         inputs = self._prompt(rows, tokens)
@@ -236,15 +238,15 @@ class PlannedTeacher:
                 return self.llm(**inputs, logits_to_keep=1, use_cache=True)
             return self._scores(inputs, rows).log_softmax(dim=1).topk(min(top_k, self.shape.n_items), dim=1)
 
-        with torch.device("meta"), torch.no_grad(), self._mixing(rows):
-            return forward_cost(rank)
+        with torch.device("meta"), torch.no_grad(), self._use_gates(rows):
+            return forward_peaks(rank)
 
     @property
     def _tuner(self) -> ILoraModel | None:
         tuner = self.llm.base_model if isinstance(self.llm, PeftModel) else None
         return tuner if isinstance(tuner, ILoraModel) else None
 
-    def _mixing(self, rows: int) -> AbstractContextManager[object]:
+    def _use_gates(self, rows: int) -> AbstractContextManager[object]:
         if self._tuner is None:
             return nullcontext()
         return self._tuner.use_gates(torch.empty(rows, self.gate_width, device="meta"))
@@ -259,7 +261,7 @@ class PlannedTeacher:
         return cast(Tensor, self.model(**inputs, item_ids=None, history=history, recommender_users=users, keep=keep))
 
     def _losses(self, rows: int, tokens: int, answer_tokens: int) -> Tensor:
-        """See `ItemObjective.losses` and `TitleRecommender.forward`, whose answers are all of one length here."""
+        """See `ItemObjective.losses` and `TitleRecommender.forward`; here all answers have the same length."""
         inputs = self._prompt(rows, tokens)
         if not self.is_title:
             targets = torch.zeros(rows, dtype=torch.int64)
@@ -271,39 +273,76 @@ class PlannedTeacher:
         return nn.functional.cross_entropy(answers.float(), tokens_to_write, reduction="none")
 
 
-def teacher_costs(shape: TeacherShape) -> tuple[Sizes, Any]:
-    """Give a teacher's sizes, and a function that finds what it asks for.
+def measured_teacher(shape: TeacherShape) -> tuple[Sizes, Callable[..., int]]:
+    """Measure a teacher on the meta device.
 
-    Layers that are all alike cost alike, so a deep model is extrapolated from two shallow ones; one whose layers
-    differ is run as it is.
+    Memory grows linearly with the number of equal layers, so a deep model is extrapolated from two shallow ones; a
+    model whose layers differ runs as it is.
 
     Returns:
-        Sizes; and a function of ``(method, *arguments)``, methods of `PlannedTeacher`, that gives a `Cost`.
+        Sizes; and ``peak(method, *arguments)``, the peak bytes of ``training_peaks`` or ``ranking_peaks`` of
+        `PlannedTeacher`.
     """
     whole = PlannedTeacher(shape)
     if shape.n_layers <= max(_SHALLOW) or not whole.is_uniform:
-        return whole.sizes, lambda method, *args, **kwargs: getattr(whole, method)(*args, **kwargs)
+        return whole.sizes, lambda method, *args, **kwargs: max(getattr(whole, method)(*args, **kwargs))
     low, high = (PlannedTeacher(shape.with_layers(n_layers)) for n_layers in _SHALLOW)
+    n_steps = (shape.n_layers - _SHALLOW[0]) // (_SHALLOW[1] - _SHALLOW[0])
 
-    def extrapolated(method: str, *args: Any, **kwargs: Any) -> Cost:
-        first, second = (getattr(each, method)(*args, **kwargs) for each in (low, high))
-        return _further(first, second, (shape.n_layers - _SHALLOW[0]) // (_SHALLOW[1] - _SHALLOW[0]))
+    def extrapolated(method: str, *args: Any, **kwargs: Any) -> int:
+        phases = zip(*(getattr(each, method)(*args, **kwargs) for each in (low, high)), strict=True)
+        return max(first + n_steps * (second - first) for first, second in phases)
 
     return whole.sizes, extrapolated
 
 
 def _mark(*_: Any) -> None:
-    """The end of the language model's forward pass, after which its cache of keys and values is let go."""
-    if Meter.active is not None:
-        Meter.active.next_phase()
+    """The end of the language model's forward pass, after which its key-value cache is freed."""
+    if MemoryMeter.active is not None:
+        MemoryMeter.active.next_phase()
 
 
-def _further(first: Cost, second: Cost, n_steps: int) -> Cost:
-    """The point ``n_steps`` of the way from ``first`` to ``second`` and on."""
+def model_config(
+    llm: LLMSettings, root: Path, llm_dir: Path, titles: list[str]
+) -> tuple[PretrainedConfig, str | None, str]:
+    """Load a model's configuration without its weights.
 
-    def at(one: Any, other: Any) -> Any:
-        if isinstance(one, tuple):
-            return tuple(at(*pair) for pair in zip(one, other, strict=True))
-        return one + n_steps * (other - one)
+    Args:
+        llm: The model; its ``shape`` is used only if the model cannot be read.
+        root: Base folder of relative paths.
+        llm_dir: Folder of generated tiny models.
+        titles: Item titles, for a tiny model's tokenizer.
 
-    return Cost(*(at(getattr(first, each.name), getattr(second, each.name)) for each in fields(Cost)))
+    Returns:
+        The configuration; the model's location, None if it cannot be read; and a sentence that says which was used.
+
+    Raises:
+        ConfigError: If the model cannot be read and no shape is given.
+    """
+    try:
+        source = locate(llm, root, llm_dir, titles)
+    except ConfigError as error:
+        if llm.shape is None:
+            raise ConfigError(f"{error} Or give its sizes in `llm.shape`, as conf/llm/llama2_7b.yaml does.") from error
+        return config_of_shape(llm.shape), None, f"{llm.path} cannot be read, so sizes are those of `llm.shape`"
+    config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=llm.trust_remote_code)
+    return config, source, f"sizes of {llm.name} are those of its own configuration"
+
+
+def config_of_shape(shape: ShapeSettings) -> PretrainedConfig:
+    """A configuration with these sizes; the rest are the architecture's defaults.
+
+    Raises:
+        ConfigError: If a size is missing or the architecture is unknown.
+    """
+    given: dict[str, Any] = {name: value for name, value in asdict(shape).items() if value is not None}
+    empty = [name for name, value in given.items() if value == 0 and value is not False]
+    if empty:
+        raise ConfigError(f"llm.shape lacks {', '.join(empty)}, expected sizes as in conf/llm/llama2_7b.yaml.")
+    kind = given.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **given)
+    except ValueError as error:
+        raise ConfigError(
+            f"llm.shape.model_type is {kind!r}, expected an architecture that transformers knows, such as llama."
+        ) from error

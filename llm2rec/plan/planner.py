@@ -1,18 +1,12 @@
-"""From what is asked for to what it takes: memory, time and disk of a whole job, and what to change where it fails."""
+"""Plan a job: memory by launch, the largest micro-batch, hours, disk, and what to change if it does not fit."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llm2rec.core.train.batching import micro_batch_count
-from llm2rec.plan.cards import CPU, Card, usual_utilisation
-from llm2rec.plan.disk import disk_bytes
-from llm2rec.plan.memory import Memory, host_bytes, largest_rows, memory_at_rest, quantisation_bytes
-from llm2rec.plan.models import Sizes, TeacherShape, teacher_costs
-from llm2rec.plan.pace import Throughput
-from llm2rec.plan.settings import DIVIDED, LAUNCHES
-from llm2rec.plan.students import plan_student
+from llm2rec.plan.memory import Memory, disk_bytes, largest_rows, memory_at_rest, quantisation_bytes, student_sizes
+from llm2rec.plan.models import TeacherShape, measured_teacher
+from llm2rec.plan.settings import LAUNCHES, SHARDED, Card
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
 from llm2rec.student.settings import StudentSettings
 
@@ -23,15 +17,15 @@ _QUANTISED = ("int8", "int4")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned.
+    """A job to plan.
 
     Attributes:
         teacher: Shape and settings of the teacher.
         student: The student's settings.
-        work: What there is to read.
-        card: On which kind of GPU.
-        utilisation: Share of its rate that the teacher reaches.
-        gpus: On how many.
+        work: How much there is to read.
+        card: The kind of GPU.
+        utilisation: Share of its peak rate that the teacher reaches.
+        gpus: Number of GPUs.
         launch: One of `LAUNCHES`.
     """
 
@@ -45,226 +39,170 @@ class Job:
 
     @property
     def gate_width(self) -> int:
-        """Width of the gate inputs that are computed by the language model and cached; 0 where none are."""
+        """Width of the gate inputs that the language model computes and the run caches; 0 if there are none."""
         settings = self.teacher.settings
         return self.teacher.width if settings.tuning == "ilora" and settings.gate_input == "llm" else 0
 
     @property
-    def pace(self) -> Throughput:
-        """How fast the teacher is."""
-        rate = self.card.float32_tflops if self.teacher.precision == "float32" else self.card.tflops
-        return Throughput(self.utilisation * rate * 1e12, self.card.bandwidth)
+    def top_k(self) -> int:
+        """Items per exported row; 0 without export."""
+        export = self.teacher.settings.export
+        return export.top_k if export.enabled else 0
 
 
 class _Planner:
-    """Finds each number once."""
-
     def __init__(self, job: Job) -> None:
-        self.job, self.work, self.shape = job, job.work, job.teacher
-        self.settings, self.on_cpu = job.teacher.settings, job.teacher.on_cpu
-        self.sizes: Sizes
-        self.sizes, cost = teacher_costs(job.teacher)
-        self.cost = functools.cache(cost)  # launches differ in what lies beside a step, not in the step
+        self.job, self.work, self.shape, self.settings = job, job.work, job.teacher, job.teacher.settings
+        self.sizes, peak = measured_teacher(job.teacher)
+        self._measured = functools.cache(peak)  # launches differ in memory at rest, not in the step
         self.rows = rows_per_micro_batch(self.settings.training, job.gpus)
-        export = self.settings.export
-        self.read_rows = max(1, min(export.block_rows, int(export.batch_tokens // self.work.read_tokens)))
 
     def at_rest(self, launch: str) -> Memory:
         """Memory between two steps."""
-        wide = self.shape.precision == "float32"
-        return memory_at_rest(
-            self.sizes, launch, self.job.gpus, self.job.card.memory_bytes, wide=wide, on_cpu=self.on_cpu
-        )
+        wide, capacity = self.shape.precision == "float32", self.job.card.memory_bytes
+        return memory_at_rest(self.sizes, launch, self.job.gpus, capacity, wide=wide, on_cpu=self.shape.on_cpu)
 
-    def peak(self, rows: int, checkpointing: bool) -> int:
-        """Activations and temporaries of a micro-batch of the longest prompts."""
-        tokens = self.work.longest_tokens
-        cost = self.cost("training", rows, tokens, self.work.answer_tokens, checkpointing=checkpointing)
-        packed = quantisation_bytes(self.sizes, self.shape.precision, rows * tokens, on_cpu=self.on_cpu)
-        return int(cost.peak_bytes) + packed
+    def peak(self, rows: int, *, checkpointing: bool) -> int:
+        """Activations and temporaries of a micro-batch of the longest prompts, bytes."""
+        tokens, answer = self.work.longest_tokens, self.work.answer_tokens
+        size = self._measured("training_peaks", rows, tokens, answer, checkpointing=checkpointing)
+        packed = quantisation_bytes(self.sizes, self.shape.precision, rows * tokens, on_cpu=self.shape.on_cpu)
+        return int(size) + packed
 
-    def memory(self) -> dict[str, Any]:
-        """Memory of each way to launch, without and with checkpointing."""
-        launches = [launch for launch in LAUNCHES if self._is_open(launch)]
-        peaks = {on: self.peak(self.rows, on) for on in (False, True)}
-        return {
-            launch: {
-                _label(on): _shown(self.at_rest(launch).with_activations(peak)) | {"largest": self.largest(launch, on)}
-                for on, peak in peaks.items()
-            }
-            for launch in launches
-        }
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """Memory and largest micro-batch by launch, without and with checkpointing.
 
-    def largest(self, launch: str, checkpointing: bool) -> int:
-        """Rows of the largest micro-batch that fits."""
-        resting, peak = self.at_rest(launch), self._peak_with(checkpointing)
-        return largest_rows(peak, resting.capacity - resting.total, self.settings.training.batch_size)
+        With one GPU the chosen launch alone; with several all that are possible.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for launch in LAUNCHES:
+            possible = self.job.gpus > 1 and not (launch in SHARDED and self.shape.precision in _QUANTISED)
+            if launch != self.job.launch and not possible:
+                continue
+            resting, found[launch] = self.at_rest(launch), {}
+            room, most = resting.capacity - resting.total, self.settings.training.batch_size
+            for on in (False, True):
+                peak = functools.partial(self.peak, checkpointing=on)
+                shown = _shown(resting.with_activations(peak(self.rows)))
+                found[launch][_label(on)] = shown | {"largest": largest_rows(peak, room, most)}
+        return found
 
     def export_memory(self) -> Memory:
-        """Memory of the widest batch that is only read and ranked: the one of the shortest prompts."""
+        """Memory of the export's widest batch, the one of the shortest prompts."""
         export, tokens = self.settings.export, self.work.shortest_tokens
         rows = max(1, min(export.block_rows, export.batch_tokens // tokens))
-        resting = self.at_rest(self.job.launch)
-        return resting.with_activations(self.cost("ranking", rows, tokens, export.top_k).peak_bytes)
+        peak = self._measured("ranking_peaks", rows, tokens, export.top_k)
+        return self.at_rest(self.job.launch).with_activations(peak)
 
-    def _is_open(self, launch: str) -> bool:
-        """Whether a launch is worth a look: the chosen one, and with several GPUs all that are possible."""
-        others = self.job.gpus > 1 and not (launch in DIVIDED and self.shape.precision in _QUANTISED)
-        return launch == self.job.launch or others
+    def seconds(self) -> tuple[dict[str, float], float]:
+        """Seconds of each part of the job, and tokens a second in training.
 
-    def _peak_with(self, checkpointing: bool) -> Callable[[int], int]:
-        return lambda rows: self.peak(rows, checkpointing)
-
-    def seconds(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds of each part of the job, and what speed they come from."""
-        job, work, settings, pace = self.job, self.work, self.settings, self.job.pace
-        training, tokens = settings.training, round(work.train_tokens)
-        recomputes = settings.gradient_checkpointing
-        cost = self.cost("training", self.rows, tokens, work.answer_tokens, checkpointing=recomputes)
-        micro, n_micro = pace.seconds(cost), micro_batch_count(training.batch_size, training.micro_batch_size, job.gpus)
-        steps = training.epochs * training.steps_per_epoch(work.n_train_rows)
-        read = round(work.read_tokens)
-        ranked = pace.seconds(self.cost("ranking", self.read_rows, read, settings.export.top_k)) / self.read_rows
-        reading = pace.seconds(self.cost("reading", self.read_rows, read)) / self.read_rows
-        if settings.objective == "title":  # each beam writes a token at a time, at the rate of reading
-            beams = max(settings.title.search_beams, settings.export.top_k)
-            ranked += reading / read * beams * work.answer_tokens
-        sharing = 1 if job.launch in DIVIDED else job.gpus  # but for training, those go through all rows together
+        A token takes 2 operations per multiplied weight in the forward pass, twice that in training (frozen weights
+        have no gradients), and three times that with checkpointing; attention scores are not counted. Communication
+        between GPUs is not counted either.
+        """
+        job, work, settings = self.job, self.work, self.settings
+        rate = (job.card.float32_tflops if self.shape.precision == "float32" else job.card.tflops) * 1e12
+        rate *= job.utilisation
+        token = 2 * self.sizes.multiplied_parameters / rate  # seconds on one GPU
+        ranked = token * work.read_tokens
+        if settings.objective == "title":  # each beam writes a title
+            ranked += token * max(settings.title.search_beams, settings.export.top_k) * work.answer_tokens
+        else:
+            ranked += 2 * work.n_items * self.shape.width / rate
+        trained_token = token * (3 if settings.gradient_checkpointing else 2)
+        sharing = 1 if job.launch in SHARDED else job.gpus  # sharded: all GPUs read all rows outside of training
         gate_rows = work.n_train_rows + work.n_validation_rows
         gate_rows += work.n_rows if settings.export.enabled and work.n_train_rows < work.n_rows else 0
-        parts = {
-            "titles": work.n_items * reading * work.title_tokens / read,
-            "gate_inputs": gate_rows * reading / sharing if job.gate_width else 0.0,
-            "training": steps * (n_micro * micro + pace.update_seconds(self.sizes.trained_parameters)),
-            "validation": training.epochs * work.n_validation_rows * ranked / sharing,
+        epochs = settings.training.epochs
+        return {
+            "titles": work.n_items * work.title_tokens * token,  # every process reads all
+            "gate_inputs": gate_rows * work.read_tokens * token / sharing if job.gate_width else 0.0,
+            "training": epochs * work.n_train_rows * work.train_tokens * trained_token / job.gpus,
+            "validation": epochs * work.n_validation_rows * ranked / sharing,
             "export": work.n_rows * ranked / sharing if settings.export.enabled else 0.0,
-        }
-        per_token = self.rows * tokens
-        return parts, {
-            "flops_per_token": cost.flops / per_token,
-            "forward_flops_per_token": cost.forward_flops / per_token,
-            "tokens_per_second": job.gpus * per_token / micro,
-            "rows_per_second": job.gpus * self.rows / micro,
-        }
+        }, job.gpus / trained_token
 
     def student(self) -> dict[str, Any]:
-        """Memory and time of the student, in float32 on one GPU of these."""
-        job, training = self.job, self.job.student.training
-        rows = rows_per_micro_batch(training, 1)
-        planned = plan_student(job.student, self.work.n_items, rows)
-        share = usual_utilisation(CPU if self.on_cpu else "", "float32")
-        pace = Throughput(share * job.card.float32_tflops * 1e12, job.card.bandwidth)
-        n_micro = micro_batch_count(training.batch_size, training.micro_batch_size, 1)
-        step = n_micro * pace.seconds(planned.cost) + planned.update_bytes / pace.bandwidth
-        context = self.at_rest("ddp").parts["context"]
-        resting = {"weights_and_optimizer": planned.held_bytes, "context": context}
-        memory = Memory(resting, job.card.memory_bytes).with_activations(planned.cost.peak_bytes)
-        epoch = training.steps_per_epoch(self.work.n_rows) * step
-        return {
-            "name": job.student.name,
-            "parameters": planned.parameters,
-            "memory": _shown(memory),
-            "seconds_per_epoch": epoch,
-            "seconds": training.epochs * epoch,
-        }
+        """Memory of the student on one of these GPUs, activations excluded."""
+        parameters, held = student_sizes(self.job.student, self.work.n_items)
+        parts = {"weights_and_optimizer": held, "context": self.at_rest("ddp").parts["context"]}
+        memory = Memory(parts, self.job.card.memory_bytes)
+        return {"name": self.job.student.name, "parameters": parameters, "memory": _shown(memory)}
 
-    def disk(self, student: int) -> dict[str, int]:
-        """Bytes on disk."""
+    def disk(self) -> dict[str, int]:
+        """Disk space by part."""
         return disk_bytes(
             self.sizes,
             self.work,
             width=self.shape.width,
             gate_width=self.job.gate_width,
-            top_k=self.settings.export.top_k if self.settings.export.enabled else 0,
+            top_k=self.job.top_k,
             zero=self.job.launch in ("zero2", "zero2_offload"),
-            student=student,
         )
-
-    def host(self) -> dict[str, int]:
-        """Bytes of the machine's own memory, for each process."""
-        return host_bytes(
-            self.sizes.trained_parameters,
-            self.work.n_rows,
-            self.work.history_length,
-            self.job.gate_width,
-            self.settings.export.top_k if self.settings.export.enabled else 0,
-            self.job.gpus,
-            self.job.launch,
-            sum(self.sizes.frozen_bytes.values()),
-        ) | ({"title_vectors": 4 * self.shape.width * self.work.n_items} if self.settings.objective == "title" else {})
 
 
 def plan(job: Job) -> dict[str, Any]:
     """Plan a job.
 
     Returns:
-        Plain values: ``sizes``, ``memory`` by launch and checkpointing, ``export_memory``, ``seconds``, ``speed``,
-        ``student``, ``disk_bytes``, ``host_bytes``, ``work``, ``advice`` and what was asked for.
+        Plain values: ``sizes``, ``memory`` by launch and checkpointing, ``export_memory``, ``seconds``,
+        ``tokens_per_second``, ``student``, ``disk_bytes``, ``work``, ``advice``, ``fits`` and the job.
     """
     planner = _Planner(job)
-    memory, student = planner.memory(), planner.student()
-    seconds, speed = planner.seconds()
-    chosen = memory[job.launch][_label(job.teacher.settings.gradient_checkpointing)]
-    export = planner.export_memory()
+    memory, export, student = planner.memory(), planner.export_memory(), planner.student()
+    seconds, tokens_per_second = planner.seconds()
+    checkpointing = job.teacher.settings.gradient_checkpointing
     return {
         "card": asdict(job.card),
         "gpus": job.gpus,
         "launch": job.launch,
         "utilisation": job.utilisation,
         "precision": job.teacher.precision,
-        "gradient_checkpointing": job.teacher.settings.gradient_checkpointing,
+        "gradient_checkpointing": checkpointing,
         "rows_per_micro_batch": planner.rows,
         "work": asdict(job.work),
         "sizes": asdict(planner.sizes),
         "memory": memory,
         "export_memory": _shown(export),
-        "fits": chosen["fits"] and export.fits,
+        "fits": memory[job.launch][_label(checkpointing)]["fits"] and export.fits,
         "seconds": seconds,
-        "speed": speed,
+        "tokens_per_second": tokens_per_second,
         "student": student,
-        "disk_bytes": planner.disk(student["parameters"]),
-        "host_bytes": planner.host(),
-        "advice": _advice(job, planner, memory, export, student),
+        "disk_bytes": planner.disk(),
+        "advice": _advice(planner, memory, export, student),
     }
 
 
-def _advice(job: Job, planner: _Planner, memory: dict[str, Any], export: Memory, student: dict[str, Any]) -> list[str]:
-    """What to change where something does not fit, the cheapest change first."""
-    settings, capacity, advice = job.teacher.settings, job.card.memory_bytes, list[str]()
-    on = settings.gradient_checkpointing
-    if planner.sizes.item_bytes > capacity / 2:
+def _advice(planner: _Planner, memory: dict[str, Any], export: Memory, student: dict[str, Any]) -> list[str]:
+    """What to change if something does not fit."""
+    job, advice = planner.job, list[str]()
+    if planner.sizes.item_bytes > job.card.memory_bytes / 2:
         advice.append(
-            f"The vectors of {job.work.n_items:,} titles, of which every GPU holds all, take "
-            f"{planner.sizes.item_bytes / 2**30:.0f} GiB: a language model of smaller width, or fewer items "
-            "(dataset.k_core)."
+            f"The vectors of {job.work.n_items:,} titles take {planner.sizes.item_bytes / 2**30:.0f} GiB on every GPU: "
+            "use a language model of smaller width, or fewer items (dataset.k_core)."
         )
-    elif not memory[job.launch][_label(on)]["fits"]:
-        advice += _remedies(job, planner, memory)
+    elif not memory[job.launch][_label(job.teacher.settings.gradient_checkpointing)]["fits"]:
+        advice += _remedies(planner, memory)
     if not export.fits and planner.at_rest(job.launch).fits:
         advice.append("The export does not fit: lower teacher.export.batch_tokens.")
     if not student["memory"]["fits"]:
         advice.append(
-            f"The student does not fit: the table of {job.work.n_items:,} items with its gradient and AdamW's averages "
-            "is too large; take student.item_optimizer=rowwise with student.loss.name=sampled_softmax, or lower "
-            "student.model.width."
-        )
-    if planner.rows < settings.training.micro_batch_size and job.gpus > 1:
-        advice.append(
-            f"{settings.training.batch_size} rows a step leave {planner.rows} to each of {job.gpus} GPUs at a time; a "
-            "larger teacher.training.batch_size uses them better."
+            f"The student does not fit with a table of {job.work.n_items:,} items: use student.item_optimizer=rowwise "
+            "with student.loss.name=sampled_softmax, or lower student.model.width."
         )
     return advice
 
 
-def _remedies(job: Job, planner: _Planner, memory: dict[str, Any]) -> list[str]:
+def _remedies(planner: _Planner, memory: dict[str, Any]) -> list[str]:
     """Single changes after which training fits."""
-    on = job.teacher.settings.gradient_checkpointing
+    job, on = planner.job, planner.settings.gradient_checkpointing
     chosen, found = memory[job.launch], list[str]()
     if not on and chosen[_label(True)]["fits"]:
         found.append("teacher.gradient_checkpointing=true")
     for checkpointing in (on, True):
         rows = chosen[_label(checkpointing)]["largest"]
-        if rows >= 1 and rows < planner.rows:
+        if 1 <= rows < planner.rows:
             also = " teacher.gradient_checkpointing=true" if checkpointing != on else ""
             found.append(f"teacher.training.micro_batch_size={rows}{also}")
             break
@@ -272,17 +210,14 @@ def _remedies(job: Job, planner: _Planner, memory: dict[str, Any]) -> list[str]:
         if launch != job.launch and by_checkpointing[_label(True)]["fits"]:
             found.append(f"plan.launch={launch} with teacher.gradient_checkpointing=true")
             break
-    for precision in ("int8", "int4"):
-        if job.teacher.precision in ("float32", "bfloat16") and job.launch not in DIVIDED:
+    for precision in _QUANTISED:
+        if job.teacher.precision not in _QUANTISED and job.launch not in SHARDED:
             other = _Planner(replace(job, teacher=replace(job.teacher, precision=precision)))
-            peak = other.at_rest(job.launch).with_activations(other.peak(other.rows, True))
-            if peak.fits:
+            if other.at_rest(job.launch).with_activations(other.peak(other.rows, checkpointing=True)).fits:
                 found.append(f"teacher.precision={precision} with teacher.gradient_checkpointing=true")
                 break
     if not found:
-        return [
-            "No single change makes it fit: take a larger card, more GPUs with plan.launch=fsdp2, or a smaller llm."
-        ]
+        return ["No single change makes it fit: use a larger card, more GPUs with plan.launch=fsdp2, or a smaller llm."]
     return [f"Training does not fit. Any of these makes it fit: {'; or '.join(found)}."]
 
 
