@@ -102,7 +102,7 @@ def ways(n_items: int, temperature: float, device: torch.device) -> dict[str, Ca
 
     def tiles(users: Tensor) -> dict[str, Tensor]:
         return distillation_losses(
-            model, users, batch, teacher, everyone, settings, own=lambda **known: own(users, **known)
+            model, users, batch, teacher, everyone, settings, task_loss=lambda **known: own(users, **known)
         )
 
     def step(losses: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[], object]:

@@ -1,8 +1,8 @@
 """The distillation losses of DLLM2Rec (arXiv 2405.00338, section 4), and others of the field to compare them with.
 
-Pure functions, one value per row, in nats. Where the paper and its released program (github.com/istarryn/DLLM2Rec,
-``main.py``) differ, an argument chooses, and its text says which is which. Symbols: B rows, K teacher candidates, N
-items, D width.
+Pure functions of the scores of a few items; one value per row, in nats. Where the paper and its released program
+(github.com/istarryn/DLLM2Rec, ``main.py``) differ, an argument chooses. Symbols: B rows, K teacher candidates, N items,
+D width.
 """
 
 import math
@@ -20,14 +20,13 @@ __all__ = [
     "contrastive_alignment",
     "importance_weights",
     "listwise_loss",
-    "listwise_loss_of",
     "negative_term",
     "pairwise_loss",
     "position_weights",
     "ranking_loss",
     "robust_term",
     "row_confidence_weights",
-    "stand_in_catalogue",
+    "sampled_catalogue",
 ]
 
 
@@ -64,13 +63,13 @@ def confidence_weights(distance: Tensor, floor: float = 0.0) -> Tensor:
 
 
 def row_confidence_weights(target_distance: Tensor, n_candidates: int) -> Tensor:
-    """Weigh all candidates of a row by how near the teacher came to the true item: ``w_c = exp(-distance)``.
+    """Weigh all candidates of a row by the teacher's distance to the true item: ``w_c = exp(-distance)``.
 
     This is the paper's form: one value per row, the same for each candidate, so that a sure teacher's weights are
     flatter where weights are renormalised over K, and larger where they are not.
 
     Args:
-        target_distance: From what the teacher said to the row's target, shape ``(B,)``; below 0 counts as 0.
+        target_distance: From the teacher's answer to the row's target, shape ``(B,)``; below 0 counts as 0.
         n_candidates: Candidates per row, K.
 
     Returns:
@@ -137,31 +136,28 @@ def _over_sum(weights: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1)
 
 
-def ranking_loss(student_logits: Tensor, ranking: Tensor, weights: Tensor) -> Tensor:
-    """Pull the teacher's candidates up: ``L_d = -Σ_i w_i · log σ(ŷ_i)``, the sum over the K candidates of a row.
+def ranking_loss(scores: Tensor, weights: Tensor) -> Tensor:
+    """Raise the scores of the teacher's candidates: ``L_d = -Σ_i w_i · log σ(ŷ_i)``, summed over the K candidates.
 
     Args:
-        student_logits: ŷ, shape ``(B, N)``.
-        ranking: Teacher's candidates, shape ``(B, K)``.
+        scores: Student's scores ŷ of the candidates, shape ``(B, K)``.
         weights: w, shape ``(B, K)``.
 
     Returns:
         Shape ``(B,)``, nats.
     """
-    scores = at_least_float32(student_logits.gather(1, ranking))
-    return -(weights * functional.logsigmoid(scores)).sum(dim=1)
+    return -(weights * functional.logsigmoid(at_least_float32(scores))).sum(dim=1)
 
 
-def negative_term(student_logits: Tensor, negatives: Tensor, weights: Tensor, kind: str) -> Tensor:
-    """Push one sampled negative down beside every candidate; it is the same one for all K, so their weights add up.
+def negative_term(negative_scores: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """Lower the score of one sampled negative per row, which is paired with all K candidates, so their weights add up.
 
     ``(Σ_i w_i) · n`` with n = ``-log σ(1 - ŷ⁻)`` for ``one_minus_score``, which is what the released program computes,
     or ``-log(1 - σ(ŷ⁻))`` for ``one_minus_probability``, binary cross-entropy, which it seems to mean. The paper's loss
     has no such term.
 
     Args:
-        student_logits: ŷ, shape ``(B, N)``.
-        negatives: Item ids of shape ``(B,)``, one per row.
+        negative_scores: ŷ⁻, shape ``(B,)``.
         weights: w, shape ``(B, K)``.
         kind: ``one_minus_score`` or ``one_minus_probability``.
 
@@ -170,7 +166,7 @@ def negative_term(student_logits: Tensor, negatives: Tensor, weights: Tensor, ki
     """
     if kind not in ("one_minus_score", "one_minus_probability"):
         raise ValueError(f"`kind` is {kind!r}, expected 'one_minus_score' or 'one_minus_probability'.")
-    scores = at_least_float32(student_logits.gather(1, negatives.unsqueeze(1)).squeeze(1))
+    scores = at_least_float32(negative_scores)
     inverted = 1 - scores if kind == "one_minus_score" else -scores
     return -weights.sum(dim=1) * functional.logsigmoid(inverted)
 
@@ -201,46 +197,23 @@ def robust_term(robust: Tensor, weights: Tensor, kind: str, rows: Tensor | None 
     raise ValueError(f"`kind` is {kind!r}, expected 'per_row' or 'broadcast'.")
 
 
-def listwise_loss(
-    student_logits: Tensor, ranking: Tensor, distance: Tensor, *, temperature: float = 1.0, over: str = "catalogue"
-) -> Tensor:
-    """How far the student's distribution is from the teacher's over its own top K: ``T² · KL(p ‖ q)``.
+def listwise_loss(scores: Tensor, log_total: Tensor, distance: Tensor, temperature: float = 1.0) -> Tensor:
+    """Divergence of the student's distribution from the teacher's over its own top K: ``T² · KL(p ‖ q)``.
 
     ``p_i ∝ exp(-distance_i / T)`` over the K candidates, which for negative log-probabilities is the teacher's own
-    distribution, sharpened or flattened. ``q_i ∝ exp(ŷ_i / T)`` over the same K candidates (``candidates``: ListNet,
-    Cao et al., ICML 2007, with the teacher as the judge; says nothing of how the candidates compare with other items)
-    or over all N items (``catalogue``: soft labels whose mass all lies on the K candidates). The factor T² keeps
-    gradients of one size whatever T is (Hinton et al., arXiv 1503.02531, section 2).
+    distribution, sharpened or flattened. ``q_i = exp(ŷ_i / T) / Z``, where Z is the sum over the same K candidates
+    (ListNet, Cao et al., ICML 2007, with the teacher as the judge; it says nothing of how the candidates compare with
+    other items) or over all N items (soft labels whose mass lies on the K candidates). The factor T² keeps gradients of
+    one size for any T (Hinton et al., arXiv 1503.02531, section 2).
 
     Args:
-        student_logits: ŷ, shape ``(B, N)``.
-        ranking: Teacher's candidates, shape ``(B, K)``.
-        distance: Lower means surer, shape ``(B, K)``.
+        scores: Student's scores of the candidates, scaled: ``ŷ_i / T``, shape ``(B, K)``.
+        log_total: ``log Z = log Σ_j exp(ŷ_j / T)``, shape ``(B,)``.
+        distance: The teacher's, lower means surer, shape ``(B, K)``.
         temperature: T; larger makes both distributions flatter.
-        over: ``candidates`` or ``catalogue``.
 
     Returns:
         Shape ``(B,)``, nats at T = 1; 0 where both distributions agree, which over the catalogue is a limit.
-    """
-    if over not in ("candidates", "catalogue"):
-        raise ValueError(f"`over` is {over!r}, expected 'candidates' or 'catalogue'.")
-    logits = at_least_float32(student_logits) / temperature
-    scores = logits.gather(1, ranking)
-    log_total = (scores if over == "candidates" else logits).logsumexp(dim=1)
-    return listwise_loss_of(scores, log_total, distance, temperature)
-
-
-def listwise_loss_of(scores: Tensor, log_total: Tensor, distance: Tensor, temperature: float = 1.0) -> Tensor:
-    """`listwise_loss` where the student's scores of the candidates are known, and the sum that they are part of.
-
-    Args:
-        scores: ``ŷ_i / T`` of the candidates, shape ``(B, K)``.
-        log_total: ``log Σ_j exp(ŷ_j / T)`` over all that is compared, shape ``(B,)``.
-        distance: As in `listwise_loss`.
-        temperature: T.
-
-    Returns:
-        Shape ``(B,)``.
     """
     distance = at_least_float32(distance)
     # Of differences, so that no division overflows.
@@ -249,7 +222,7 @@ def listwise_loss_of(scores: Tensor, log_total: Tensor, distance: Tensor, temper
     return temperature**2 * -(torch.special.entr(probs) + probs * log_probs).sum(dim=1)
 
 
-def stand_in_catalogue(
+def sampled_catalogue(
     candidates: Tensor,
     ranking: Tensor,
     negatives: Tensor,
@@ -257,19 +230,18 @@ def stand_in_catalogue(
     log_expected: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Scores whose softmax at a temperature has the sum of the whole catalogue's, in expectation.
+    """Scores whose sum ``Σ exp(ŷ / T)`` estimates that of the whole catalogue without bias.
 
-    The candidates are there as they are; each negative stands for all items that might have been drawn in its place,
-    ``ŷ_j - T log(n q_j)``, and counts nothing where it is a candidate (`llm2rec.student.losses.sampled_softmax`, which
-    does so for the target alone). So `listwise_loss` over these, whose candidates are the first K, estimates that
-    over the catalogue.
+    The candidates keep their scores. Each negative represents all items that could have been drawn in its place,
+    ``ŷ_j - T log(n q_j)``, and is dropped where it is a candidate. This is the log-Q correction of
+    `llm2rec.student.losses.sampled_softmax`, which does so for the target alone.
 
     Args:
         candidates: Scores of the teacher's candidates, shape ``(B, K)``.
-        ranking: Which items they are, shape ``(B, K)``.
+        ranking: Their item ids, shape ``(B, K)``.
         negatives: Scores of n items drawn with replacement, shape ``(B, n)``.
-        items: Which they are, shape ``(n,)`` or ``(B, n)``.
-        log_expected: How often each was to be expected among them, ``log(n q_j)``, of the shape of ``items``.
+        items: Their item ids, shape ``(n,)`` or ``(B, n)``.
+        log_expected: Logarithm of their expected number among the n, ``log(n q_j)``, of the shape of ``items``.
         temperature: T.
 
     Returns:
@@ -283,42 +255,36 @@ def stand_in_catalogue(
     return torch.cat([at_least_float32(candidates), others], dim=1)
 
 
-def pairwise_loss(
-    student_logits: Tensor, ranking: Tensor, kind: str, *, margin: float = 1.0, negatives: Tensor | None = None
-) -> Tensor:
-    """Order each pair of candidates as the teacher does; the mean over the pairs of a row.
+def pairwise_loss(scores: Tensor, kind: str, *, margin: float = 1.0, repeated: Tensor | None = None) -> Tensor:
+    """Order each pair of items as the teacher does; the mean over the pairs of a row.
 
-    With s the student's score of the better candidate minus that of the worse: ``-log σ(s)`` for ``ranknet`` (Burges et
+    With s the student's score of the better item minus that of the worse: ``-log σ(s)`` for ``ranknet`` (Burges et
     al., ICML 2005), ``max(0, margin - s)`` for ``margin``. Only the teacher's order counts, not its confidences.
 
     Args:
-        student_logits: ŷ, shape ``(B, N)``.
-        ranking: Teacher's candidates, best first, shape ``(B, K)``.
+        scores: Student's scores of the items, the teacher's best first, shape ``(B, K)``. A sampled negative may come
+            last; without it the loss leaves open how the candidates compare with the rest of the catalogue.
         kind: ``ranknet`` or ``margin``.
         margin: Gap that is enough for ``margin``.
-        negatives: One item per row that all candidates are to stay above, shape ``(B,)``; one that is a candidate
-            itself adds no pairs. Without it the loss leaves open how the candidates compare with the rest of the
-            catalogue.
+        repeated: Rows whose last item is one of the others, shape ``(B,)``, bool; its pairs do not count there.
 
     Returns:
         Shape ``(B,)``; nats for ``ranknet``.
     """
     if kind not in ("ranknet", "margin"):
         raise ValueError(f"`kind` is {kind!r}, expected 'ranknet' or 'margin'.")
-    ordered = ranking if negatives is None else torch.cat([ranking, negatives.unsqueeze(1)], dim=1)
-    scores = at_least_float32(student_logits.gather(1, ordered))
-    better, worse = torch.triu_indices(ordered.shape[1], ordered.shape[1], offset=1, device=scores.device)
+    scores, n_items = at_least_float32(scores), scores.shape[1]
+    better, worse = torch.triu_indices(n_items, n_items, offset=1, device=scores.device)
     gaps = scores[:, better] - scores[:, worse]  # (B, pairs)
     losses = -functional.logsigmoid(gaps) if kind == "ranknet" else functional.relu(margin - gaps)
-    if negatives is None:
+    if repeated is None:
         return losses.mean(dim=1)
-    is_candidate = (ranking == negatives.unsqueeze(1)).any(dim=1, keepdim=True)  # (B, 1)
-    counts = ~(is_candidate & (worse == ranking.shape[1]))  # (B, pairs)
+    counts = ~(repeated.unsqueeze(1) & (worse == n_items - 1))  # (B, pairs)
     return losses.where(counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
 def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Tensor:
-    """Pull projected student vectors to the teacher's.
+    """Distance of projected student vectors to the teacher's.
 
     Args:
         projected: Student's item vectors in the teacher's space, shape ``(B, d_teacher)``.
@@ -336,7 +302,7 @@ def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Ten
 
 
 def contrastive_alignment(projected: Tensor, teacher_vectors: Tensor, items: Tensor, temperature: float) -> Tensor:
-    """Tell an item's teacher vector from those of all other items (InfoNCE, van den Oord et al., arXiv 1807.03748).
+    """Contrast an item's teacher vector with those of all other items (InfoNCE, van den Oord et al., arXiv 1807.03748).
 
     ``-log( exp(cos(x, z_i) / τ) / Σ_j exp(cos(x, z_j) / τ) )``, j over the whole catalogue: unlike with the other items
     of a batch, as in contrastive distillation of images (Tian et al., arXiv 1910.10699), the value of a row depends on

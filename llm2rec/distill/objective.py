@@ -1,7 +1,7 @@
-"""What a distilled student minimises: its own task, and what the teacher wrote down (DLLM2Rec)."""
+"""Objective of a distilled student: ``L = L_task + α L_dros + λ_d L_ranking + alignment_weight · L_alignment``."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,63 +12,122 @@ from llm2rec.distill.kd_losses import (
     consistency_weights,
     importance_weights,
     listwise_loss,
-    listwise_loss_of,
     negative_term,
     pairwise_loss,
     position_weights,
     ranking_loss,
     robust_term,
     row_confidence_weights,
-    stand_in_catalogue,
+    sampled_catalogue,
 )
 from llm2rec.distill.settings import DistillSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.catalogue import catalogue_logsumexp, fits_in_a_tile, scores_of
 from llm2rec.student.datamodule import SequenceBatch
-from llm2rec.student.losses import cross_entropy, dros, sampled_bce
+from llm2rec.student.items import ItemTable
+from llm2rec.student.losses import at_least_float32, cross_entropy, dros, sampled_bce
 from llm2rec.student.task_loss import ScoredNegatives
 
-__all__ = ["candidate_weights", "distillation_losses", "objective"]
+__all__ = ["CatalogueScores", "TableScores", "candidate_weights", "distillation_losses", "objective", "order_loss"]
+
+
+@dataclass(frozen=True)
+class CatalogueScores:
+    """Scores of a batch that are all in memory.
+
+    Attributes:
+        logits: Shape ``(B, N)``.
+    """
+
+    logits: Tensor
+
+    def of(self, items: Tensor) -> Tensor:
+        """Scores of items ``(B, K)``, of that shape."""
+        return self.logits.gather(1, items)
+
+    def scaled(self, temperature: float) -> "CatalogueScores":
+        """The scores divided by T, in float32 at least."""
+        return CatalogueScores(at_least_float32(self.logits) / temperature)
+
+    def log_total(self) -> Tensor:
+        """``log Σ_j exp s_j`` over the catalogue, shape ``(B,)``."""
+        return self.logits.logsumexp(dim=1)
+
+
+@dataclass(frozen=True)
+class TableScores:
+    """Scores of a batch, computed for the items asked for; no ``(B, N)`` matrix is held.
+
+    Attributes:
+        users: User vectors, shape ``(B, D)``.
+        table: Output vectors of the items.
+        total: `log_total` of the scaled scores, shape ``(B,)``, if the ranking loss is over the catalogue.
+        temperature: What scores are divided by.
+    """
+
+    users: Tensor
+    table: ItemTable
+    total: Tensor | None = None
+    temperature: float = 1.0
+
+    def of(self, items: Tensor) -> Tensor:
+        """See `CatalogueScores.of`."""
+        if self.total is not None:  # in the precision of the sum that they are part of
+            return scores_of(self.users, self.table, items) / self.temperature
+        return at_least_float32(torch.einsum("bd,bkd->bk", self.users, self.table(items))) / self.temperature
+
+    def scaled(self, temperature: float) -> "TableScores":
+        """See `CatalogueScores.scaled`."""
+        return replace(self, temperature=temperature)
+
+    def log_total(self) -> Tensor:
+        """See `CatalogueScores.log_total`."""
+        assert self.total is not None
+        return self.total
 
 
 def distillation_losses(
     model: DistilledStudent,
     users: Tensor,
     batch: SequenceBatch,
-    told: TeacherBatch,
-    distilled: Tensor,
+    teacher_batch: TeacherBatch,
+    row_weights: Tensor,
     settings: DistillSettings,
     *,
-    own: Callable[..., dict[str, Tensor]] | None = None,
+    task_loss: Callable[..., dict[str, Tensor]] | None = None,
     negatives: Tensor | None = None,
     sampled: ScoredNegatives | None = None,
     propensity: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Losses of some rows, by name; ``loss`` is their weighted total.
+    """Losses of a batch by name; ``loss`` is their weighted total.
 
     Args:
         model: Student.
         users: Its user vectors, shape ``(B, D)``.
         batch: The rows.
-        told: What the teacher says of them.
-        distilled: Weight of each row's distillation losses, shape ``(B,)``.
+        teacher_batch: The teacher's outputs for them.
+        row_weights: Weight of each row's distillation losses, shape ``(B,)``.
         settings: Weights of the losses.
-        own: `TaskLoss` of these rows, still to be told the logits; None computes what ``settings.task_loss`` names,
-            cross-entropy where that is ``student``.
+        task_loss: `TaskLoss` of these rows, called with ``logits`` or ``log_total``; None computes the loss that
+            ``settings.task_loss`` names, cross-entropy where that is ``student``.
         negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
-        sampled: Negatives of the student's own loss; needed if ``settings.ranking.samples``.
+        sampled: Negatives of the task loss; needed if ``settings.ranking.samples``.
         propensity: Of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
 
     Returns:
-        ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` where they are asked
-        for, each of shape ``(B,)``.
+        ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` if they are part of
+        the settings, each of shape ``(B,)``.
     """
-    ranking = settings.ranking
+    ranking, table = settings.ranking, model.student.output_items
     in_tiles = ranking.over_catalogue and not fits_in_a_tile(len(users), model.student.n_items, users.device)
-    if own is not None and settings.dros.weight == 0 and (in_tiles or not ranking.needs_logits):
-        losses = objective_of_few(
-            model, users, told, distilled, ranking, own, negatives=negatives, sampled=sampled, in_tiles=in_tiles
-        )
+    if task_loss is not None and settings.dros.weight == 0 and (in_tiles or not ranking.needs_logits):
+        total = None
+        if in_tiles:  # the sum is taken once for both losses if they have the same temperature
+            total = catalogue_logsumexp(users / ranking.temperature, table.with_padding(), table.n_items)  # (B,)
+        losses = _with_task_names(task_loss(log_total=total if ranking.temperature == 1 else None))
+        if ranking.weight > 0:
+            scores = TableScores(users, table, total)
+            _add_ranking(losses, row_weights * order_loss(scores, teacher_batch, ranking, negatives, sampled), ranking)
     else:
         logits = model.score(users)  # (B, N)
         weighs = ranking.weight > 0 and ranking.loss == "weighted_bce"
@@ -76,18 +135,18 @@ def distillation_losses(
         losses = objective(
             logits,
             batch.targets,
-            told,
-            distilled,
+            teacher_batch,
+            row_weights,
             settings,
-            own=own and own(logits=logits),
+            task_losses=task_loss and task_loss(logits=logits),
             negatives=negatives,
             propensity=propensity,
-            compared=model.logits_without_dropout(*batch.inputs) if again else logits,
+            consistency_logits=model.logits_without_dropout(*batch.inputs) if again else logits,
         )
     if settings.embedding.alignment_weight > 0:
         embedding = settings.embedding
         aligned = model.alignment(batch.targets, embedding.alignment, embedding.alignment_temperature)
-        losses["loss_alignment"] = distilled * aligned
+        losses["loss_alignment"] = row_weights * aligned
         losses["loss"] = losses["loss"] + embedding.alignment_weight * losses["loss_alignment"]
     return losses
 
@@ -95,162 +154,121 @@ def distillation_losses(
 def objective(
     logits: Tensor,
     targets: Tensor,
-    told: TeacherBatch,
-    distilled: Tensor,
+    teacher_batch: TeacherBatch,
+    row_weights: Tensor,
     settings: DistillSettings,
     *,
-    own: dict[str, Tensor] | None = None,
+    task_losses: dict[str, Tensor] | None = None,
     negatives: Tensor | None = None,
     propensity: Tensor | None = None,
-    compared: Tensor | None = None,
+    consistency_logits: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What of `distillation_losses` is a function of the logits: ``L_student + α L_dros + λ_d L_ranking``.
+    """The part of `distillation_losses` that is a function of the logits: ``L_task + α L_dros + λ_d L_ranking``.
 
     Args:
         logits: Shape ``(B, N)``.
         targets: Shape ``(B,)``.
-        told: What the teacher says of the rows.
-        distilled: Weight of each row's ranking loss, shape ``(B,)``.
+        teacher_batch: The teacher's outputs for the rows.
+        row_weights: Weight of each row's ranking loss, shape ``(B,)``.
         settings: Weights and kinds of the losses.
-        own: What `TaskLoss` gave; None as in `distillation_losses`.
+        task_losses: Result of `TaskLoss`; None as in `distillation_losses`.
         negatives: As in `distillation_losses`.
         propensity: As in `distillation_losses`.
-        compared: Logits that the student's own top K is read off, shape ``(B, N)``; ``logits`` if None.
+        consistency_logits: Logits whose top K is the student's own list, shape ``(B, N)``; ``logits`` if None.
 
     Returns:
         Losses by name, ``loss`` their total, each of shape ``(B,)``.
     """
-    ranking, alpha = settings.ranking, settings.dros.weight
+    ranking, alpha, scores = settings.ranking, settings.dros.weight, CatalogueScores(logits)
     if settings.task_loss == "sampled_bce":
         assert negatives is not None
-        own = {"loss": sampled_bce(logits, targets, negatives)}
-    losses = _named(own or {"loss": cross_entropy(logits, targets)})
-    total = losses.pop("loss")
+        task_losses = {"loss": sampled_bce(logits, targets, negatives)}
+    losses = _with_task_names(task_losses or {"loss": cross_entropy(logits, targets)})
     if alpha > 0:
         assert propensity is not None
-        asked = torch.cat([targets.unsqueeze(1), *([told.ranking] if settings.robust_ranking else [])], dim=1)
-        robust = dros(logits, asked, propensity, settings.dros.beta)  # (B, 1 or 1 + K), the target's first
-        losses["loss_dros"] = robust[:, 0]
-        total = total + alpha * losses["loss_dros"]
+        candidates = [teacher_batch.ranking] if settings.robust_ranking else []
+        robust = dros(logits, torch.cat([targets.unsqueeze(1), *candidates], dim=1), propensity, settings.dros.beta)
+        losses["loss_dros"] = robust[:, 0]  # of (B, 1 or 1 + K), the target's first
+        losses["loss"] = losses["loss"] + alpha * losses["loss_dros"]
     if ranking.weight > 0 and ranking.loss != "weighted_bce":
-        losses["loss_ranking"] = distilled * order_loss(logits, told, ranking, negatives)
-        total = total + ranking.weight * losses["loss_ranking"]
+        _add_ranking(losses, row_weights * order_loss(scores, teacher_batch, ranking, negatives), ranking)
     elif ranking.weight > 0:
-        weights = candidate_weights(logits if compared is None else compared, told, ranking)  # (B, K)
-        raised = ranking_loss(logits, told.ranking, weights)  # (B,)
+        weights = candidate_weights(
+            logits if consistency_logits is None else consistency_logits, teacher_batch, ranking
+        )
+        raised = ranking_loss(scores.of(teacher_batch.ranking), weights)  # (B,)
         if ranking.negative != "none":
             assert negatives is not None
-            raised = raised + negative_term(logits, negatives, weights, ranking.negative)
+            raised = raised + negative_term(scores.of(negatives.unsqueeze(1)).squeeze(1), weights, ranking.negative)
         if settings.robust_ranking:
-            raised = raised + alpha * robust_term(robust[:, 1:], weights, settings.dros.in_ranking, distilled)
-        losses["loss_ranking"] = distilled * raised
-        total = total + ranking.weight * losses["loss_ranking"]
-    return {"loss": total, **losses}
-
-
-def objective_of_few(
-    model: DistilledStudent,
-    users: Tensor,
-    told: TeacherBatch,
-    distilled: Tensor,
-    ranking: RankingSettings,
-    own: Callable[..., dict[str, Tensor]],
-    *,
-    negatives: Tensor | None = None,
-    sampled: ScoredNegatives | None = None,
-    in_tiles: bool = False,
-) -> dict[str, Tensor]:
-    """`objective` without DROS where no row's scores of all items are held.
-
-    Args:
-        model: As in `distillation_losses`.
-        users: As there, shape ``(B, D)``.
-        told: As there.
-        distilled: As there, shape ``(B,)``.
-        ranking: Weight and kind of the ranking loss, one of `order_loss`.
-        own: As there.
-        negatives: As there.
-        sampled: As there.
-        in_tiles: Whether the ranking loss is over the catalogue, whose sum is then taken tile by tile, once for both
-            losses where they have one temperature.
-
-    Returns:
-        Losses by name, ``loss`` their total, each of shape ``(B,)``.
-    """
-    log_total = None
-    if in_tiles:
-        table = model.student.output_items
-        log_total = catalogue_logsumexp(users / ranking.temperature, table.with_padding(), table.n_items)  # (B,)
-    losses = _named(own(log_total=log_total if ranking.temperature == 1 else None))
-    if ranking.weight > 0:
-        raised = order_loss_of_few(model, users, told, ranking, negatives, sampled, log_total)
-        losses["loss_ranking"] = distilled * raised
-        losses["loss"] = losses["loss"] + ranking.weight * losses["loss_ranking"]
+            raised = raised + alpha * robust_term(robust[:, 1:], weights, settings.dros.in_ranking, row_weights)
+        _add_ranking(losses, row_weights * raised, ranking)
     return losses
 
 
-def _named(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's own losses under the names they have beside others."""
-    return {"loss": own["loss"], "loss_student": own["loss"], **own}
+def _with_task_names(task_losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Task losses with their total as ``loss_student`` too."""
+    return {"loss": task_losses["loss"], "loss_student": task_losses["loss"], **task_losses}
 
 
-def order_loss(logits: Tensor, told: TeacherBatch, settings: RankingSettings, negatives: Tensor | None) -> Tensor:
-    """The ranking losses that are not the paper's, as the settings say; returns shape ``(B,)``."""
-    if settings.loss == "listwise":
-        over = "candidates" if settings.over == "candidates" else "catalogue"  # no sample where all scores are there
-        return listwise_loss(logits, told.ranking, told.distance, temperature=settings.temperature, over=over)
-    below = negatives if settings.negative == "ranked_last" else None
-    return pairwise_loss(logits, told.ranking, settings.loss, margin=settings.margin, negatives=below)
+def _add_ranking(losses: dict[str, Tensor], loss_ranking: Tensor, settings: RankingSettings) -> None:
+    losses["loss_ranking"] = loss_ranking
+    losses["loss"] = losses["loss"] + settings.weight * loss_ranking
 
 
-def order_loss_of_few(
-    model: DistilledStudent,
-    users: Tensor,
-    told: TeacherBatch,
+def order_loss(
+    scores: CatalogueScores | TableScores,
+    teacher_batch: TeacherBatch,
     settings: RankingSettings,
-    negatives: Tensor | None,
-    sampled: ScoredNegatives | None,
-    log_total: Tensor | None = None,
+    negatives: Tensor | None = None,
+    sampled: ScoredNegatives | None = None,
 ) -> Tensor:
-    """`order_loss` without the scores of the catalogue: only candidates and negatives are scored; shape ``(B,)``.
+    """The listwise and pairwise ranking losses, which compare candidates with each other or with the catalogue.
 
-    Over the catalogue it takes ``log_total``, the logarithm of its sum at the settings' temperature, shape ``(B,)``.
+    Args:
+        scores: Student's scores.
+        teacher_batch: The teacher's outputs.
+        settings: Which loss.
+        negatives: One sampled item per row, shape ``(B,)``; needed for ``negative=ranked_last``.
+        sampled: Sample that estimates the sum over the catalogue for ``over=sampled``; without it the sum is exact.
+
+    Returns:
+        Shape ``(B,)``.
     """
-    asked = told.ranking
-    if log_total is not None:
-        scores = scores_of(users, model.student.output_items, asked) / settings.temperature
-        return listwise_loss_of(scores, log_total, told.distance, settings.temperature)
-    if settings.negative == "ranked_last":
-        assert negatives is not None
-        asked = torch.cat([asked, negatives.unsqueeze(1)], dim=1)
-    scores = torch.einsum("bd,bkd->bk", users, model.student.output_items(asked))  # (B, K), or (B, K + 1)
-    if settings.samples:
-        assert sampled is not None
-        scores = stand_in_catalogue(
-            scores, asked, sampled.scores, sampled.items, sampled.log_expected, settings.temperature
-        )
-    # The same loss of a small catalogue, in which candidate k is item k and a negative that is none comes after them.
-    places = torch.arange(told.ranking.shape[1], device=users.device).expand_as(told.ranking)
-    below = None
-    if negatives is not None:
-        hits = told.ranking == negatives.unsqueeze(1)
-        below = torch.where(hits, places, places.shape[1]).amin(dim=1)
-    return order_loss(scores, replace(told, ranking=places), settings, below)
+    ranking, temperature = teacher_batch.ranking, settings.temperature
+    if settings.loss == "listwise":
+        if settings.samples and sampled is not None:
+            estimate = sampled_catalogue(
+                scores.of(ranking), ranking, sampled.scores, sampled.items, sampled.log_expected, temperature
+            )
+            estimate = estimate / temperature  # (B, K + n), the candidates first
+            candidates, log_total = estimate[:, : ranking.shape[1]], estimate.logsumexp(dim=1)
+        else:
+            scaled = scores.scaled(temperature)
+            candidates = scaled.of(ranking)  # (B, K)
+            log_total = candidates.logsumexp(dim=1) if settings.over == "candidates" else scaled.log_total()
+        return listwise_loss(candidates, log_total, teacher_batch.distance, temperature)
+    if settings.negative != "ranked_last":
+        return pairwise_loss(scores.of(ranking), settings.loss, margin=settings.margin)
+    assert negatives is not None
+    last = negatives.unsqueeze(1)  # (B, 1)
+    ordered, repeated = scores.of(torch.cat([ranking, last], dim=1)), (ranking == last).any(dim=1)
+    return pairwise_loss(ordered, settings.loss, margin=settings.margin, repeated=repeated)
 
 
-def candidate_weights(logits: Tensor, told: TeacherBatch, settings: RankingSettings) -> Tensor:
+def candidate_weights(logits: Tensor, teacher_batch: TeacherBatch, settings: RankingSettings) -> Tensor:
     """Weigh the teacher's candidates as the settings say; returns shape ``(B, K)``."""
-    n_candidates, floor = told.ranking.shape[1], settings.weight_floor
+    n_candidates, floor = teacher_batch.ranking.shape[1], settings.weight_floor
     if settings.confidence == "per_row":
-        assert told.target_distance is not None
-        confidence = row_confidence_weights(told.target_distance, n_candidates)
+        assert teacher_batch.target_distance is not None
+        confidence = row_confidence_weights(teacher_batch.target_distance, n_candidates)
     else:
-        confidence = confidence_weights(told.distance, floor)
+        confidence = confidence_weights(teacher_batch.distance, floor)
     return importance_weights(
         position_weights(n_candidates, settings.beta).to(logits.device),
         confidence,
         consistency_weights(
-            logits, told.ranking, settings.top_k, floor=floor, normalise=settings.normalise_consistency
+            logits, teacher_batch.ranking, settings.top_k, floor=floor, normalise=settings.normalise_consistency
         ),
         gamma_position=settings.gamma_position,
         gamma_confidence=settings.gamma_confidence,

@@ -106,7 +106,7 @@ class DistillObjective:
             self.teacher.batch(rows, settings.ranking.top_k, device, targets),
             torch.from_numpy(self._row_weights[rows]).to(device),
             settings,
-            own=task_loss,
+            task_loss=task_loss,
             negatives=self._negatives(rows, micro.epoch),
             sampled=sampled,
             propensity=self._propensity,

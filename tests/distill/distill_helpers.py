@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from llm2rec.core.files import sha256_of_file
-from llm2rec.distill.data_bridge import TeacherOutputs
+from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
+from llm2rec.distill.objective import CatalogueScores, order_loss
+from llm2rec.distill.settings import RankingSettings
 
 FINGERPRINT = "f" * 64
 
@@ -39,3 +41,15 @@ def write_manifest(folder, **values):
     files = sorted(file for file in folder.iterdir() if file.name != "manifest.json")
     about = {"dataset": "toy", "sha256": {file.name: sha256_of_file(file) for file in files}, **values}
     (folder / "manifest.json").write_text(json.dumps(about))
+
+
+def listwise(logits, ranking, distance, *, temperature=1.0, over="catalogue"):
+    """The listwise loss of candidates ``(B, K)`` from the scores of all items."""
+    settings = RankingSettings(loss="listwise", temperature=temperature, over=over)
+    return order_loss(CatalogueScores(logits), TeacherBatch(ranking, distance), settings)
+
+
+def pairwise(logits, ranking, kind, *, margin=1.0, negatives=None):
+    """The pairwise losses of candidates ``(B, K)``, and of a negative that comes last, from the scores of all items."""
+    settings = RankingSettings(loss=kind, margin=margin, negative="none" if negatives is None else "ranked_last")
+    return order_loss(CatalogueScores(logits), TeacherBatch(ranking, torch.empty(0)), settings, negatives)

@@ -69,9 +69,11 @@ def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
     def mine(**given):
         return own(users, batch.targets, rows, epoch=0, step=0, **given)
 
-    few = distillation_losses(model, users, batch, told, weights, settings, own=mine, negatives=negatives)
+    few = distillation_losses(model, users, batch, told, weights, settings, task_loss=mine, negatives=negatives)
     logits = model.score(users)
-    plain = objective(logits, batch.targets, told, weights, settings, own=mine(logits=logits), negatives=negatives)
+    plain = objective(
+        logits, batch.targets, told, weights, settings, task_losses=mine(logits=logits), negatives=negatives
+    )
     assert few.keys() == plain.keys()
     for name in few:
         torch.testing.assert_close(few[name], plain[name])
@@ -91,10 +93,10 @@ def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
     def mine(**given):
         return own(users, batch.targets, rows, epoch=0, step=0, negatives=everything, **given)
 
-    few = distillation_losses(model, users, batch, told, weights, settings, own=mine, sampled=everything)
-    plain = objective(logits, batch.targets, told, weights, settings, own=mine())  # where all scores are there
+    few = distillation_losses(model, users, batch, told, weights, settings, task_loss=mine, sampled=everything)
+    plain = objective(logits, batch.targets, told, weights, settings, task_losses=mine())  # where all scores are there
     over_all = replace(settings, ranking=replace(settings.ranking, over="catalogue"))
-    whole = objective(logits, batch.targets, told, weights, over_all, own=mine())
+    whole = objective(logits, batch.targets, told, weights, over_all, task_losses=mine())
     for name in few:
         torch.testing.assert_close(few[name], whole[name])
         assert torch.equal(plain[name], whole[name])
@@ -167,7 +169,7 @@ def test_dros_needs_all_scores_and_then_there_is_no_sample():
 
     def losses(settings):
         mine = partial(own, users, batch.targets, rows, epoch=0, step=0, negatives=sampled)
-        given = {"own": mine, "sampled": sampled, "propensity": propensity}
+        given = {"task_loss": mine, "sampled": sampled, "propensity": propensity}
         return distillation_losses(model, users, batch, told, weights, settings, **given)
 
     ours = losses(settings)

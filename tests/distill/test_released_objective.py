@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from distill_helpers import listwise, pairwise
 from engine_helpers import (
     Killed,
     assert_same_weights,
@@ -28,7 +29,7 @@ from small_students import (
 )
 
 from llm2rec.core.errors import ConfigError, OutOfMemoryError
-from llm2rec.distill.kd_losses import listwise_loss, pairwise_loss, ranking_loss
+from llm2rec.distill.kd_losses import ranking_loss
 from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.selection_policy import SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings, DrosSettings, RankingSettings
@@ -133,9 +134,9 @@ def test_other_ranking_losses_take_the_papers_place_and_leave_the_rest(loss):
         settings, ranking=replace(settings.ranking, negative="ranked_last" if loss != "listwise" else "none")
     )
     expected = {
-        "listwise": lambda: listwise_loss(logits, told.ranking, told.distance),
-        "ranknet": lambda: pairwise_loss(logits, told.ranking, "ranknet", negatives=negatives),
-        "margin": lambda: pairwise_loss(logits, told.ranking, "margin", negatives=negatives),
+        "listwise": lambda: listwise(logits, told.ranking, told.distance),
+        "ranknet": lambda: pairwise(logits, told.ranking, "ranknet", negatives=negatives),
+        "margin": lambda: pairwise(logits, told.ranking, "margin", negatives=negatives),
     }[loss]()
     distilled = [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
     losses = objective_of(ranked, given, distilled)
@@ -240,7 +241,7 @@ def test_rows_that_are_not_distilled_tell_the_program_nothing(settings):
 def test_the_students_list_may_come_from_a_pass_without_dropout():
     given = rows_by_hand()
     compared = given[0].detach().flip(1)
-    losses = objective_of(code(), given, compared=compared)
+    losses = objective_of(code(), given, consistency_logits=compared)
     assert torch.equal(losses["loss_student"], objective_of(code(), given)["loss_student"])
     assert not torch.allclose(losses["loss_ranking"], objective_of(code(), given)["loss_ranking"])
 
@@ -333,5 +334,5 @@ def test_only_settings_that_need_them_ask_for_negatives():
 
 def test_the_ranking_loss_raises_the_candidates_only():
     logits = torch.zeros(1, N, requires_grad=True)
-    ranking_loss(logits, torch.tensor([[2, 7]]), torch.tensor([[0.5, 0.5]])).sum().backward()
+    ranking_loss(logits[:, [2, 7]], torch.tensor([[0.5, 0.5]])).sum().backward()
     assert (logits.grad < 0).nonzero()[:, 1].tolist() == [2, 7]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill_helpers import teacher_for
+from distill_helpers import listwise, teacher_for
 from engine_helpers import Killed, assert_same_weights, counting_rows, engine_in, killed_at, random_rows
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -19,7 +19,6 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.distill.custom_policy import policy_named
 from llm2rec.distill.data_bridge import TeacherOutputs
 from llm2rec.distill.evidence import Evidence, StudentNow
-from llm2rec.distill.kd_losses import listwise_loss
 from llm2rec.distill.selection import Selection
 from llm2rec.distill.selection_policy import (
     SelectionPolicy,
@@ -48,7 +47,7 @@ def student():
 
 
 def losses_of_rows(logits, rows, targets, told):
-    return listwise_loss(logits, told.ranking, told.distance)
+    return listwise(logits, told.ranking, told.distance)
 
 
 def now(tmp_path, teacher=TEACHER, model=None, losses=losses_of_rows, **options):
@@ -247,7 +246,7 @@ def test_meta_weights_are_products_of_gradients(tmp_path, teacher):
     for place, row in enumerate(rows):
         vectors = model.output_items.vectors().detach().clone().requires_grad_()
         told = torch.from_numpy(teacher.ranking[place : place + 1].astype(np.int64))
-        loss = listwise_loss(users[row : row + 1] @ vectors.T, told, torch.from_numpy(teacher.distance[[place]]))
+        loss = listwise(users[row : row + 1] @ vectors.T, told, torch.from_numpy(teacher.distance[[place]]))
         (gradient,) = torch.autograd.grad(loss.sum(), vectors)
         products.append((gradient * validation).sum().item())
     expected = np.zeros(M)
