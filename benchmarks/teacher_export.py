@@ -32,11 +32,11 @@ from llm2rec.data.toy import Toy
 from llm2rec.ilora import frozen_base
 from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.evaluator import rank_targets
-from llm2rec.teacher.export import rank_blocks
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.llm import locate
+from llm2rec.teacher.outputs import rank_blocks
 from llm2rec.teacher.settings import (
     AdapterSettings,
     ExportSettings,

@@ -39,7 +39,7 @@ from llm2rec.core.train.optimizer import adamw
 from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig, frozen_base
 from llm2rec.ilora.gate import LinearGate
 from llm2rec.student.losses import cross_entropy
-from llm2rec.teacher.ilora_model import pool
+from llm2rec.teacher.text_vectors import pool
 
 RANK, EXPERTS = ilora_layer.RANK, ilora_layer.HEADLINE_EXPERTS
 ALPHA = ilora_layer.SCALE * RANK

@@ -92,7 +92,7 @@ def measure(
     (history, lengths), targets = train.histories(rows), train.targets.numpy()[rows]
     candidates = CandidateSampler(train, 0, N_CANDIDATES, split="train").draw(rows)
     gates = model.gate_inputs(history, lengths)
-    answered = model.prompts.answered(history, lengths, candidates, targets, hybrid=True, padding="left")
+    answered = model.prompts.questions(history, lengths, candidates, targets, hybrid=True, padding="left")
     answered = answered.to(model.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -113,7 +113,7 @@ def measure(
     def passes() -> Tensor:
         columns = []
         for candidate in candidates.T:
-            one = model.prompts.answered(history, lengths, candidates, candidate, hybrid=True, padding="left")
+            one = model.prompts.questions(history, lengths, candidates, candidate, hybrid=True, padding="left")
             one = one.to(model.device)
             assert one.labels is not None
             with model.use_gates(gates):

@@ -30,7 +30,7 @@ from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_e
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
 from llm2rec.student.datamodule import Rows, SeenItems
-from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
+from llm2rec.teacher.outputs import log_labelling, rows_to_label, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
@@ -120,7 +120,7 @@ def main(cfg: Config, run: Run) -> None:
             )
             shutil.rmtree(run.folder / "export")
     if engine.is_main:
-        tell_labelling(run, ("export",), len(rows), n_rows)
+        log_labelling(run, ("export",), len(rows), n_rows)
     kinds = Counter(member.label for member in members)
     of = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     label = f"{settings.name} ({of}; {settings.neighbours:g} neighbours)"

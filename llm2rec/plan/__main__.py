@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -19,8 +20,8 @@ from llm2rec.plan.table import format_plan
 from llm2rec.plan.workload import EstimatedPrompts, Prompts, workload_of
 from llm2rec.stage import build, open_data, stage
 from llm2rec.student.settings import StudentSettings
+from llm2rec.teacher.factory import build_prompts
 from llm2rec.teacher.llm import load_tokenizer, readable
-from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
 logger = logging.getLogger("llm2rec.plan")
@@ -39,7 +40,7 @@ def main(cfg: Config, run: Run) -> None:
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
     with run.phase("plan"):
         config, source, sizes_from = model_config(llm, Path(cfg.paths.root), llm_dir, data.titles if data else [])
-        prompts, tokens_from = prompts_of(llm, source, data, cfg.seed, settings.characters_per_token)
+        prompts, tokens_from = prompts_of(teacher.objective, llm, source, data, cfg.seed, settings.characters_per_token)
         work = workload_of(settings, teacher, data, prompts)
         card = this_cpu() if on_cpu else CARDS[settings.card]
         utilisation = settings.utilisation or default_utilisation(settings.card, precision)
@@ -61,7 +62,7 @@ def main(cfg: Config, run: Run) -> None:
 
 
 def prompts_of(
-    llm: LLMSettings, source: str | None, data: RecData | None, seed: int, characters_per_token: float
+    objective: str, llm: LLMSettings, source: str | None, data: RecData | None, seed: int, characters_per_token: float
 ) -> tuple[Prompts | None, str]:
     """A token counter, exact if the tokenizer can be read, and a sentence that says how it counts."""
     if data is None:
@@ -73,7 +74,8 @@ def prompts_of(
         except ConfigError as error:
             logger.info("%s", error)
         else:
-            return PromptBuilder(tokenizer, data.items, llm.prompt, data.domain, seed), "tokens: by its tokenizer"
+            built = build_prompts(objective, tokenizer, data, llm.prompt, seed)
+            return cast(Prompts, built), "tokens: by its tokenizer"
     estimated = EstimatedPrompts(data.titles, llm.prompt, data.domain, characters_per_token)
     return estimated, f"tokens: {characters_per_token:g} characters each (plan.characters_per_token)"
 

@@ -20,7 +20,6 @@ from llm2rec.ilora import ILoraModel
 from llm2rec.plan.measure import ATTENTION, CPU_ATTENTION, MemoryMeter, forward_peaks, step_peaks
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import adapter_config, with_adapter
-from llm2rec.teacher.gate_source import NoGate
 from llm2rec.teacher.heads import build_head
 from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.injection import ItemProjector
@@ -161,7 +160,6 @@ class PlannedTeacher:
             pooling=shape.pooling,
             head=build_head(settings.head, vectors, bias, settings.logit_scale, items),
             exclude_history=settings.exclude_history,
-            gate_source=NoGate(),
             projector=projector,
         )
 

@@ -60,7 +60,7 @@ class Prompts(Protocol):
     def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
         """Tokens of prompts that show a history, shape ``(B,)``."""
 
-    def answered_token_counts(
+    def question_token_counts(
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
@@ -110,7 +110,7 @@ class EstimatedPrompts:
         """See `Prompts`."""
         return np.minimum(self._texts + self._shown(history, lengths), self._max_tokens)
 
-    def answered_token_counts(
+    def question_token_counts(
         self,
         history: NDArray[np.int32],
         lengths: NDArray[np.int32],
@@ -186,7 +186,7 @@ def _counted(teacher: TeacherSettings, data: RecData, prompts: Prompts) -> dict[
     if teacher.objective == "title":
         n_candidates, targets = teacher.title.n_candidates, train.targets.numpy()[rows]
         listed = generator.integers(data.n_items, size=(len(rows), n_candidates)) if n_candidates else None
-        trained = prompts.answered_token_counts(history, lengths, listed, targets)
+        trained = prompts.question_token_counts(history, lengths, listed, targets)
     return {
         "train_tokens": float(trained.mean()),
         "longest_tokens": int(trained.max()),

@@ -10,9 +10,9 @@ from llm2rec.core.hub import is_hub_id
 from llm2rec.data import RecData
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown
 from llm2rec.recommend.runs import finished_teacher
-from llm2rec.teacher.factory import load_teacher
 from llm2rec.teacher.ilora_model import EXCLUDED
 from llm2rec.teacher.interfaces import ITeacherRecommender
+from llm2rec.teacher.store import load_teacher
 
 __all__ = ["TeacherRecommender"]
 

@@ -1,4 +1,4 @@
-"""The LLM teacher: prompts, the iLoRA recommender, its training and what it writes down."""
+"""The LLM teacher: prompts, the iLoRA recommender, its training and its outputs."""
 
 import logging
 

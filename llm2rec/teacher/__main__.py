@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.teacher``: train the iLoRA teacher and write its outputs."""
+"""``accelerate launch -m llm2rec.teacher``: train the teacher and export its outputs."""
 
 import logging
 import shutil
@@ -25,13 +25,13 @@ from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.samples import Answers, log_recommendations
 from llm2rec.teacher.borrowed_student import open_recommender
 from llm2rec.teacher.card import teacher_card
-from llm2rec.teacher.export import rank_blocks
-from llm2rec.teacher.factory import build_teacher, save_teacher
+from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.llm import check_launch, locate, mixed_precision, weights_changed, weights_hash
-from llm2rec.teacher.outputs import rows_to_label, tell_labelling, write_outputs
+from llm2rec.teacher.outputs import log_labelling, rank_blocks, rows_to_label, write_outputs
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings
+from llm2rec.teacher.store import save_teacher
 from llm2rec.teacher.title.model import TitleRecommender
 from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES, TitleObjective
 from llm2rec.teacher.trainer import ItemObjective, TeacherTask, train_teacher
@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the teacher and its language model are as they were, and the outputs that bear its name its own."""
+    """Whether the teacher exists, its language model is unchanged, and the outputs of its name are its own."""
     if not (folder / "teacher").is_dir():
         return False
-    told = read_json(folder / "teacher" / "config.json")
-    if weights_changed(with_home(told["source"]), told.get("llm_weights", "")):
+    recipe = read_json(folder / "teacher" / "config.json")
+    if weights_changed(with_home(recipe["source"]), recipe.get("llm_weights", "")):
         return False
     if not cfg.teacher.export.enabled:
         return True
@@ -56,17 +56,17 @@ def _is_current(cfg: Config, folder: Path) -> bool:
 
 
 def _outputs(cfg: Config, dataset: str) -> Path:
-    """Where this teacher's outputs for a dataset lie."""
+    """Folder of this teacher's outputs for a dataset."""
     folder = from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root)
     return folder / dataset / f"{cfg.teacher.name}-{cfg.llm.name}"
 
 
 @stage("teacher", reads=("llm", "teacher", "active", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
-    """Train the teacher, store its adapter, rank the catalogue for every training row."""
+    """Train the teacher, save it, and rank the catalogue for the training rows."""
     settings, llm = build(cfg.teacher, TeacherSettings), build(cfg.llm, LLMSettings)
     check_launch(settings.precision)
-    policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation lies above the teacher
+    policy: Any = built_object(cfg.active)  # a `SelectionPolicy`; distillation imports the teacher
     data = open_data(cfg, run)
     labelled = rows_to_label(policy, run, len(data.splits["train"])) if settings.export.enabled else None
     llm_dir = from_launch_folder(cfg.paths.llm_dir, cfg.paths.root)
@@ -102,15 +102,16 @@ def main(cfg: Config, run: Run) -> None:
             seen = SeenItems(Rows.of(data, "validation")) if cfg.metrics.mask_seen else None
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
-    log_recommendations(engine, answers_of(model.eval(), data), validation, data.items)
+    log_recommendations(engine, recommendations_of(model.eval(), data), validation, data.items)
     if engine.is_main:
-        # Without the place of a trained recommender on this machine.
-        told = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
+        # Without the path of a trained recommender on this machine.
+        options = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
         training = validated_on(training_on(data, run, settings.train_rows, settings.validation_rows), model, settings)
-        about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": told})
+        about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": options})
         save_teacher(run.folder / "teacher", model.eval(), recipe, teacher_card(*about))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    label = f"{settings.name} {llm.name}{settings.label}{model.gate_source.label}"
+    gate = f" ({recommender.name} gate)" if recommender is not None and model.gate_input == "sequence" else ""
+    label = f"{settings.name} {llm.name}{settings.label}{gate}"
     parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
     run.note(label=label, parameters=parameters, trained_parameters=trained)
 
@@ -118,16 +119,16 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export_gate_inputs"):
             rows = cache.rows(train, labelled)
         with run.phase("export"):
-            write_down(model.eval(), rows, settings, engine, run, data, _outputs(cfg, data.name))
+            export_outputs(model.eval(), rows, settings, engine, run, data, _outputs(cfg, data.name))
         if engine.is_main:
-            tell_labelling(run, ("export_gate_inputs", "export"), len(rows.rows), len(train))
+            log_labelling(run, ("export_gate_inputs", "export"), len(rows.rows), len(train))
     engine.drop_checkpoints()
     if engine.is_main:
-        shutil.rmtree(kept, ignore_errors=True)  # the finished teacher holds its own
+        shutil.rmtree(kept, ignore_errors=True)  # the finished teacher has its own copy
     engine.close()
 
 
-def write_down(
+def export_outputs(
     model: LLMTeacher,
     rows: TeacherRows,
     settings: TeacherSettings,
@@ -136,7 +137,7 @@ def write_down(
     data: RecData,
     folder: Path,
 ) -> None:
-    """Rank the catalogue for the rows and write the teacher outputs to ``folder``, whose name is the teacher's."""
+    """Rank the catalogue for the rows and write the teacher outputs to ``folder``, named after the teacher."""
     blocks = rank_blocks(model, rows, engine, run.folder / "export", settings.export)
     if not engine.is_main:
         return
@@ -165,21 +166,21 @@ def write_down(
 def objective_of(
     model: LLMTeacher, train: TeacherRows, validation: TeacherRows, engine: Engine, seen: SeenItems | None
 ) -> TeacherTask:
-    """What a teacher of this kind is trained to do; ``seen`` is left out where it is validated on all items."""
+    """The objective of a teacher; ``seen`` items are excluded from a validation on the whole catalogue."""
     if isinstance(model, TitleRecommender):
         return TitleObjective(model, train, validation, engine)
-    assert isinstance(model, ItemTeacher), "there are teachers of two kinds"
+    assert isinstance(model, ItemTeacher), "teachers are of two kinds"
     return ItemObjective(model, train, validation, engine, seen=seen)
 
 
-def answers_of(model: LLMTeacher, data: RecData) -> Answers:
-    """What a teacher in evaluation mode answers, for `log_recommendations`."""
-    left = max(1, data.n_items - data.history_length)  # a search over titles finds all that it is asked for or none
+def recommendations_of(model: LLMTeacher, data: RecData) -> Answers:
+    """Recommendations of a teacher in evaluation mode, for `log_recommendations`."""
+    left = max(1, data.n_items - data.history_length)  # a search over titles raises if fewer than k items remain
     return lambda history, lengths, k: model.best_items(history, lengths, min(k, left))[0]
 
 
 def validated_on(training: Training, model: LLMTeacher, settings: TeacherSettings) -> Training:
-    """What a card says of the training, with what teachers are validated on where it is not what students are."""
+    """Training data for the model card, with the teacher's own validation candidates."""
     if isinstance(model, TitleRecommender):
         return replace(training, n_candidates=settings.title.n_candidates or UNLISTED_CANDIDATES)
     of_history = settings.exclude_history and training.left_out == "no items"
@@ -194,7 +195,7 @@ def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]
 
 
 def model_size(model: nn.Module) -> int:
-    """Parameters of the model, frozen ones included."""
+    """Number of parameters, including frozen ones."""
     return sum(full_numel(parameter) for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""A trained sequential recommender inside a teacher: its user vectors, its item vectors, and where it is kept."""
+"""A trained sequential recommender inside a teacher: its user and item vectors, and its files."""
 
 import hashlib
 import json
@@ -22,19 +22,19 @@ _FOLDER = "recommender"
 
 
 class BorrowedStudent:
-    """A finished SASRec, GRU4Rec or Caser, frozen.
+    """A trained SASRec, GRU4Rec or Caser, frozen.
 
-    It is no module of the teacher: nothing trains it, casts it or turns its dropout on.
+    It is not a submodule of the teacher, so it is not trained, cast or put into training mode with it.
 
     Args:
-        student: The student, on the device it is to run on.
-        config: What `save_student` wrote about it: ``model``, its name, and ``arguments``.
+        student: The student, on its device.
+        config: Its configuration from `save_student`: ``model``, its name, and ``arguments``.
 
     Attributes:
         name: Name of the student's model, such as ``sasrec``.
         width: Width D of its user and item vectors.
-        n_parameters: Its parameters.
-        identity: Tells it from every other student: a hash of its weights and configuration.
+        n_parameters: Number of its parameters.
+        identity: Hash of its weights and configuration.
     """
 
     def __init__(self, student: SequentialRecommender, config: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class BorrowedStudent:
 
     @torch.no_grad()
     def users(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
-        """User vectors; a history longer than the student's keeps its most recent items.
+        """User vectors, from the most recent items that the student reads.
 
         Args:
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right with N.
@@ -65,50 +65,50 @@ class BorrowedStudent:
 
     @torch.no_grad()
     def read_items(self) -> Tensor:
-        """The vectors by which it reads items, shape ``(N, D)``, float32."""
+        """Its input item vectors, shape ``(N, D)``, float32."""
         return self._student.input_items.vectors().detach().float().clone()
 
     @torch.no_grad()
     def scored_items(self) -> Tensor:
-        """The vectors by which it scores items, shape ``(N, D)``, float32; the same for tied tables."""
+        """Its output item vectors, shape ``(N, D)``, float32; equal to `read_items` for tied tables."""
         return self._student.output_items.vectors().detach().float().clone()
 
     def save(self, folder: Path) -> None:
-        """Write it into a teacher's ``folder``, so that the run it came from is needed no more."""
+        """Save it into a teacher's ``folder``, which then no longer needs the student's run."""
         save_student(folder / _FOLDER, self._student, self.name, self._config["arguments"])
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "BorrowedStudent":
-        """Load what `save` wrote into ``folder``.
+        """Load it from a teacher's ``folder``.
 
         Raises:
-            CheckpointError: If it is not there or cannot be read.
+            CheckpointError: If it is missing or cannot be read.
         """
         if not cls.is_in(folder):
             raise CheckpointError(
-                f"{folder} says that it reads a trained recommender, but {_FOLDER}/ is missing; copy the folder of a "
+                f"the teacher in {folder} reads a trained recommender, but {_FOLDER}/ is missing; copy the folder of a "
                 "teacher as a whole."
             )
         return cls.of_student(folder / _FOLDER, device)
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
-        """Whether `save` has written into ``folder``."""
+        """Whether ``folder`` has a saved recommender."""
         return (folder / _FOLDER / "config.json").is_file()
 
     @classmethod
     def of_student(cls, folder: Path, device: torch.device) -> "BorrowedStudent":
-        """Load the student that `save_student` wrote into ``folder``.
+        """Load a student saved by `save_student`.
 
         Raises:
-            CheckpointError: If there is none or it cannot be read.
+            CheckpointError: If it is missing or cannot be read.
         """
         try:
             return cls(load_student(folder).to(device), read_json(folder / "config.json"))
         except (CheckpointError, DataError) as error:
             raise CheckpointError(
                 f"the student in {folder}, which the teacher reads, cannot be loaded ({str(error).splitlines()[0]}); "
-                "put its files back, or train it again."
+                "restore its files, or train it again."
             ) from error
 
 
@@ -126,18 +126,18 @@ def _most_recent(
 def open_recommender(
     run: Path | None, kept: Path, dataset: str, fingerprint: str, device: torch.device
 ) -> BorrowedStudent | None:
-    """Open the recommender for training a teacher; for the first process first, which may write.
+    """Load the recommender for training a teacher; the first process must call this first, since it may write.
 
     Args:
         run: Finished run of a student, or None for a teacher that reads none.
-        kept: Where a copy of the student is kept, so that a resumed run reads the one it began with, whatever has
-            become of its run since.
+        kept: Folder for a copy of the student, so that a resumed run reads the same one even if the student's run has
+            changed.
         dataset: Name of the teacher's dataset.
         fingerprint: Its fingerprint.
-        device: Where to load it.
+        device: Device of the student.
 
     Raises:
-        CheckpointError: If there is no finished student of this dataset in ``run``.
+        CheckpointError: If ``run`` has no finished student of this dataset.
     """
     if run is None:
         return None
@@ -148,22 +148,22 @@ def open_recommender(
 
 
 def _check_run(folder: Path, dataset: str, fingerprint: str) -> None:
-    """Refuse what is no finished run of a student on this dataset."""
+    """Raise unless ``folder`` is a finished run of a student on this dataset."""
     if not (folder / "run.json").is_file():
         raise CheckpointError(
-            f"`teacher.recommender_run` is {str(folder)!r}, which holds no run.json; expected the folder of a finished "
+            f"`teacher.recommender_run` is {str(folder)!r}, which has no run.json; expected the folder of a finished "
             "run of student or distill. Train one with the same dataset overrides (`python -m llm2rec.student`)."
         )
     record = read_record(folder, "dataset")
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
         raise CheckpointError(
             f"`teacher.recommender_run` is {str(folder)!r}, a {record['status']} run of stage {record['stage']!r}; "
-            "expected a finished run of student or distill. Name one, or resume this run if it is a student's."
+            "expected a finished run of student or distill. Use another run, or resume this one if it is a student's."
         )
     of = record["dataset"]
     if of["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"`teacher.recommender_run` is {str(folder)!r}, trained on dataset {of['name']!r} (fingerprint "
-            f"{of['fingerprint'][:12]}), expected that of the teacher, {dataset!r} ({fingerprint[:12]}); give the same "
-            "dataset overrides as in its training, or name a run on this dataset."
+            f"{of['fingerprint'][:12]}), expected that of the teacher, {dataset!r} ({fingerprint[:12]}); use the same "
+            "dataset overrides as in its training, or a run on this dataset."
         )

@@ -1,12 +1,10 @@
-"""Gate inputs of many rows, computed once and kept on disk.
+"""Gate inputs of many rows, computed once and cached on disk.
 
-They depend on their source (the frozen language model, or a student), the prompts and the data, not on what is trained,
-so every run with the same three shares them. Blocks are written as they are finished: a killed pass goes on at the next
-block.
+They depend on their source (the frozen language model or a student), the prompts and the data, not on trained weights,
+so all runs with the same three share them. Finished blocks are kept: a killed pass resumes at the next block.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +17,9 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.ilora_model import LLMTeacher
 
-__all__ = ["GateCache", "TeacherRows", "model_identity"]
+__all__ = ["GateCache", "TeacherRows"]
 
-_VERSION = 2  # counts up when the same model, prompts and rows would give other gate inputs
-
-
-def model_identity(source: str) -> str:
-    """Tell language models apart without reading gigabytes: by names, sizes and times of their files."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".bin", ".txt"))
-    return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+_VERSION = 2  # increase when the same model, prompts and rows give other gate inputs
 
 
 @dataclass(frozen=True)
@@ -51,13 +40,13 @@ class TeacherRows:
 
 
 class GateCache:
-    """Looks gate inputs up on disk, or computes them and writes them there.
+    """Reads gate inputs from disk, or computes and stores them.
 
     Args:
         model: Unwrapped teacher.
-        identity: All that decides gate inputs besides rows and histories: model, prompt, number format.
-        engine: Divides blocks among processes.
-        folder: Where caches lie.
+        identity: `TeacherRecipe.identity`: language model, prompt and number format.
+        engine: Splits blocks among processes.
+        folder: Folder of the caches.
         block_rows: Rows per file.
         batch_tokens: Tokens per forward pass, padding included.
     """
@@ -79,11 +68,11 @@ class GateCache:
         """Add gate inputs to ``rows`` (shape ``(M,)``) of a split; a collective."""
         history, lengths = data.histories(rows)
         token_counts = self.model.token_counts(history, lengths)
-        if self.model.tuner is None:  # no gate, so nothing to compute
+        if self.model.tuner is None:  # no gate, nothing to compute
             return TeacherRows(data, rows, np.empty((len(rows), 0), np.float32), token_counts)
-        # The prompts' own identity: other titles may hide behind the same item ids.
+        # The prompts' own identity: the same item ids may have other titles.
         model = f"{self.identity}/{self.model.prompts.identity}"
-        digest = hashlib.sha256(f"{_VERSION}/{model}/{self.block_rows}{self.model.gate_source.identity}".encode())
+        digest = hashlib.sha256(f"{_VERSION}/{model}/{self.block_rows}{_source_of(self.model)}".encode())
         digest.update(history.tobytes())
         digest.update(lengths.tobytes())
         folder = self.folder / digest.hexdigest()[:16]
@@ -97,6 +86,14 @@ class GateCache:
         self.engine.wait()
         inputs = np.concatenate([np.load(file, allow_pickle=False) for file in files])
         return TeacherRows(data, rows, inputs, token_counts)
+
+
+def _source_of(model: LLMTeacher) -> str:
+    """The trained recommender that the gate reads; empty for the language model."""
+    if model.gate_input != "sequence":
+        return ""
+    assert model.recommender is not None, "the factory loads the recommender"
+    return f"/sequence/{model.recommender.identity}"
 
 
 def _compute(

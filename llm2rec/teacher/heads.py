@@ -1,4 +1,4 @@
-"""From a user vector of the language model to scores of all items."""
+"""Heads: scores of all items from the language model's user vectors."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ HEADS = ("titles", "projected", "joined", "residual")
 
 
 class ItemHead(nn.Module):
-    """Scores by titles: ``s_i = scale · cos(h, v_i) + bias_i``. Nothing of it is trained.
+    """Scores by titles: ``s_i = scale · cos(h, v_i) + bias_i``. It has no trained parameters.
 
     Args:
-        titles: What the language model makes of each item's title, shape ``(N, d)``, unit length.
+        titles: The language model's vectors of the titles, shape ``(N, d)``, unit length.
         bias: Added to each item's score, shape ``(N,)``.
         scale: Factor on the cosine, an inverse temperature.
     """
@@ -40,17 +40,17 @@ class ItemHead(nn.Module):
         return self.by_title(users.float()) + self.bias
 
     def by_title(self, users: Tensor) -> Tensor:
-        """The titles' part of the scores, shape ``(B, N)``."""
+        """Title term of the scores, shape ``(B, N)``."""
         return self.scale * users @ self.titles.T
 
     def keep_titles(self) -> None:
-        """Store the titles' vectors in checkpoints: they are refreshed in training, so nothing else gives them back."""
+        """Save the title vectors in checkpoints, since training refreshes them."""
         self.register_buffer("titles", self.titles, persistent=True)
         self.has_trained_buffers = True
 
 
 class ProjectedHead(ItemHead):
-    """Scores by titles through a trained map P: ``s_i = a · scale · cos(P h, v_i) + bias_i``; P begins as identity."""
+    """Scores by titles through a trained map P: ``s_i = a · scale · cos(P h, v_i) + bias_i``; P starts as identity."""
 
     def __init__(self, titles: Tensor, bias: Tensor, scale: float) -> None:
         super().__init__(titles, bias, scale)
@@ -67,20 +67,20 @@ class JoinedHead(ItemHead):
     """Scores by titles and by a trained recommender's item vectors.
 
     ``s_i = a · scale · cos(h, v_i) + <W h, e_i> + c_i + bias_i``, and with ``residual`` also ``b · <u, e_i>``, the
-    score that the recommender itself gives: the language model then learns what the recommender does not know. a, b, c
-    and W are trained; W and c begin at zero, a and b at one.
+    recommender's own score, so that the language model learns what the recommender misses. a, b, c and W are trained;
+    W and c start at zero, a and b at one.
 
     Args:
         titles: As in `ItemHead`.
         bias: As in `ItemHead`.
-        scale: As in `ItemHead`; zero would leave the titles out for good.
-        items: The vectors e that the recommender scores items by, shape ``(N, D)``. Not trained.
+        scale: As in `ItemHead`; zero would remove the titles permanently.
+        items: The recommender's output item vectors e, shape ``(N, D)``. Not trained.
         residual: Whether the recommender's own score is added.
 
     Attributes:
-        residual_dropout: Chance that a row of training is scored without the recommender's own score, so that the
-            language model learns to rank by itself: on training rows the recommender, which has learnt them by heart,
-            leaves little to learn.
+        residual_dropout: Probability that a training row is scored without the recommender's own score, so that the
+            language model learns to rank on its own: the recommender has been trained on these rows and leaves little
+            to learn.
     """
 
     items: Tensor
@@ -95,7 +95,7 @@ class JoinedHead(ItemHead):
         self.item_bias = nn.Parameter(torch.zeros(len(titles)))
         self.reads_recommender = residual
         self.recommender_weight = nn.Parameter(torch.ones(1)) if residual else None
-        self._spread = titles.shape[1] ** 0.5  # h has unit length; a linear map learns faster from unit mean square
+        self._spread = titles.shape[1] ** 0.5  # h has unit length; linear maps train faster on unit mean square
 
     def forward(self, users: Tensor, recommender_users: Tensor | None = None) -> Tensor:
         """See `ItemHead.forward`."""
@@ -103,17 +103,17 @@ class JoinedHead(ItemHead):
         collaborative = self.to_items(self._spread * users)  # (B, D)
         if self.recommender_weight is not None:
             assert recommender_users is not None, "a residual head needs the recommender's user vectors"
-            own = self.recommender_weight * recommender_users.float()
+            residual = self.recommender_weight * recommender_users.float()
             if self.training and self.residual_dropout > 0:
-                own = own * (torch.rand(len(own), 1, device=own.device) >= self.residual_dropout)
-            collaborative = collaborative + own
+                residual = residual * (torch.rand(len(residual), 1, device=residual.device) >= self.residual_dropout)
+            collaborative = collaborative + residual
         by_items = collaborative @ self.items.T
         return self.title_weight * self.by_title(users) + by_items + self.item_bias + self.bias
 
 
 def build_head(kind: str, titles: Tensor, bias: Tensor, scale: float, items: Tensor | None) -> ItemHead:
-    """Make the head called ``kind``, one of `HEADS`; ``items`` are what a joined one takes from the recommender."""
+    """Build a head of `HEADS`; ``items``, the recommender's output item vectors, are for joined and residual heads."""
     if kind in ("joined", "residual"):
-        assert items is not None, "the settings have seen to a recommender"
+        assert items is not None, "the settings require a recommender"
         return JoinedHead(titles, bias, scale, items, residual=kind == "residual")
     return (ProjectedHead if kind == "projected" else ItemHead)(titles, bias, scale)

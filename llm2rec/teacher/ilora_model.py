@@ -1,19 +1,19 @@
 """The iLoRA recommender: a frozen LLM, LoRA experts mixed per sequence, and scores over the whole catalogue.
 
-    h = pool(LLM with adapter, experts mixed by g; prompt)      user vector, scaled to unit length
-    g = softmax(W z),  z = pool(LLM without adapter; prompt)    gate, cached: z does not change in training;
-                       or a recommender's user vector           see `llm2rec.teacher.gate_source`
-    s = head(h)                                                 scores of all items: see `llm2rec.teacher.heads`
+    z = pool(LLM without adapter; prompt)                       gate input, of unit length: `LLMTeacher.gate_inputs`;
+        or a trained recommender's user vector                  fixed in training, so `gate_cache` stores it
+    g = softmax(W z)                                            gates: `LLMTeacher.use_gates`
+    h = pool(LLM with adapter, experts mixed by g; prompt)      user vector, of unit length: `ItemTeacher.forward`
+    s = head(h)                                                 scores of all items: `llm2rec.teacher.heads`
 
 In hybrid prompts each title is followed by the item's vector of a trained recommender, projected to the width of the
-LLM. Trained are the LoRA experts, the gate, the projector and what the head has to train.
+LLM. LoRA experts, gate, projector and the head's own parameters are trained.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,48 +22,27 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2rec.core.train.batching import batches_by_cost
-from llm2rec.core.vectors import standardised
 from llm2rec.ilora import Gate, ILoraModel, frozen_base
 from llm2rec.teacher.borrowed_student import BorrowedStudent
-from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.heads import ItemHead
 from llm2rec.teacher.injection import ItemProjector, embedded
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch
+from llm2rec.teacher.text_vectors import pool, title_vectors
 
-__all__ = ["EXCLUDED", "ItemTeacher", "LLMTeacher", "UserInputs", "pool", "title_vectors", "without_history"]
+__all__ = ["EXCLUDED", "GATE_INPUTS", "ItemTeacher", "LLMTeacher", "UserInputs", "without_history"]
 
 EXCLUDED = 1e4  # far below any score, yet finite, so that ranks and log-probabilities stay defined
-
-
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """Represent each text by one vector.
-
-    Args:
-        hidden: Last hidden states, shape ``(B, T, d)``.
-        attention_mask: Shape ``(B, T)``, padding on the right.
-        pooling: ``last`` real token, ``mean`` of real tokens, or ``cls`` (first token).
-
-    Returns:
-        Shape ``(B, d)``, float32.
-    """
-    if pooling == "cls":
-        return hidden[:, 0].float()
-    if pooling == "last":
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return hidden[rows, attention_mask.sum(dim=1) - 1].float()
-    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask).sum(dim=1).float() / mask.sum(dim=1).float()
+GATE_INPUTS = ("llm", "sequence", "none")  # "none": plain LoRA or no adapter
 
 
 def without_history(scores: Tensor, history: Tensor, keep: Tensor | None) -> Tensor:
-    """Put the items of histories out of the running.
+    """Exclude the items of histories.
 
     Args:
         scores: Logits or log-probabilities of all items, shape ``(B, N)``.
         history: Items shown, shape ``(B, L)``, int64, padded with N.
-        keep: One item a row that stays in the running all the same, shape ``(B,)``, int64; None for none.
+        keep: One item per row that is not excluded, shape ``(B,)``, int64; None for none.
 
     Returns:
         Shape ``(B, N)``.
@@ -76,14 +55,14 @@ def without_history(scores: Tensor, history: Tensor, keep: Tensor | None) -> Ten
 
 @dataclass(frozen=True)
 class UserInputs:
-    """What the model is given about some users, on its device.
+    """Inputs of the model for some users, on its device.
 
     Attributes:
         input_ids: Prompts, shape ``(B, T)``, padded on the right.
         attention_mask: Shape ``(B, T)``.
-        item_ids: Items injected, shape ``(B, T)``, N where none is; None for text alone.
+        item_ids: Items injected, shape ``(B, T)``, N where none is; None for text-only prompts.
         history: Items shown, shape ``(B, L)``, padded with N.
-        recommender_users: The trained recommender's user vectors, shape ``(B, D)``; None where no head reads them.
+        recommender_users: The trained recommender's user vectors, shape ``(B, D)``; None if the head ignores them.
     """
 
     input_ids: Tensor
@@ -94,15 +73,16 @@ class UserInputs:
 
 
 class LLMTeacher(nn.Module, ITeacherRecommender):
-    """What teachers of all objectives share: a language model, its prompts, its gates and the vectors put into it.
+    """Base class of the teachers: a language model with its prompts, gates and injected vectors.
 
     Args:
         llm: Language model, with an iLoRA or LoRA adapter or without any.
         prompts: Turns histories into tokens.
-        pooling: ``last``, ``mean`` or ``cls``.
-        gate_source: Where the gate's input comes from.
-        recommender: The trained recommender that gate, projector or head read; None where none does.
-        projector: Makes the injected vectors of hybrid prompts; None for text alone.
+        pooling: Pooling of hidden states: ``last``, ``mean`` or ``cls``.
+        exclude_history: Whether the items of a history are excluded from its ranking.
+        gate_input: Source of the gate's input, one of `GATE_INPUTS`.
+        recommender: The trained recommender that gate, projector or head read; None if unused.
+        projector: Projects the injected vectors of hybrid prompts; None for text-only prompts.
     """
 
     def __init__(
@@ -111,13 +91,14 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         prompts: PromptBuilder,
         *,
         pooling: str,
-        gate_source: GateSource,
+        exclude_history: bool,
+        gate_input: str = "none",
         recommender: BorrowedStudent | None = None,
         projector: ItemProjector | None = None,
     ) -> None:
         super().__init__()
-        self.llm, self.prompts, self.pooling = llm, prompts, pooling
-        self.gate_source, self.recommender, self.projector = gate_source, recommender, projector
+        self.llm, self.prompts, self.pooling, self.exclude_history = llm, prompts, pooling, exclude_history
+        self.gate_input, self.recommender, self.projector = gate_input, recommender, projector
 
     @property
     def is_hybrid(self) -> bool:
@@ -126,15 +107,19 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     @property
     def tuner(self) -> ILoraModel | None:
-        """The PEFT tuner, which owns the gates; None for plain LoRA and for no adapter."""
+        """The iLoRA tuner, which owns the gates; None for plain LoRA and without adapter."""
         tuner = self.llm.base_model if isinstance(self.llm, PeftModel) else None
         return tuner if isinstance(tuner, ILoraModel) else None
 
     def use_gates(self, gate_input: Tensor) -> AbstractContextManager[Tensor | None]:
-        """Hold the gates of a batch while its forward AND backward pass run; ``gate_input`` has shape ``(B, d)``.
+        """Compute the gates of a batch and hold them while its forward AND backward pass run.
 
-        The context gives them: ``(B, E)``, or ``(B, G, E)`` for G adapted layers with gates of their own; None for a
-        language model without experts.
+        Args:
+            gate_input: Shape ``(B, d)``.
+
+        Returns:
+            A context manager that yields the gates: ``(B, E)``, ``(B, G, E)`` for G layers with gates of their own, or
+            None for a language model without experts.
         """
         if self.tuner is None:
             return nullcontext()
@@ -142,7 +127,7 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     @torch.no_grad()
     def evaluation_gates(self, gate_input: Tensor) -> Tensor:
-        """Gates as evaluation has them, without noise, dropout or statistics of the batch, whatever the mode is.
+        """Gates of evaluation mode (no noise, dropout or batch statistics), whatever the current mode.
 
         Args:
             gate_input: Shape ``(B, d)``.
@@ -162,25 +147,25 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     def embeddings(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
         """Input embeddings of hybrid prompts; see `embedded`."""
-        assert self.projector is not None, "only hybrid prompts have vectors to inject"
+        assert self.projector is not None, "only hybrid prompts have injected vectors"
         table = cast(nn.Module, self.llm.get_input_embeddings())
         return embedded(table, self.projector, input_ids, item_ids, self.prompts.pad_id)
 
     def unused_projector(self, values: Tensor) -> Tensor:
-        """Add nothing to ``values``, but a path to the projector for gradients of zero.
+        """Return ``values`` with a zero-gradient path to the projector.
 
-        A text-only batch of a hybrid teacher leaves the projector out, and DDP waits for the gradient of every trained
-        parameter.
+        A text-only batch of a hybrid teacher does not use the projector, and DDP waits for the gradient of every
+        trained parameter.
         """
         if self.projector is None or not torch.is_grad_enabled():
             return values
         return values + sum(0.0 * parameter.sum() for parameter in self.projector.parameters())
 
     def frozen_vectors(self, tokens: TokenBatch) -> Tensor:
-        """Pooled states of the model without adapter, scaled to unit length: the gate inputs z of `FrozenBase`.
+        """Pooled states of the model without adapter, scaled to unit length.
 
-        Hidden states grow with the width of the model, and so does what one step of Adam does to ``W z``: with inputs
-        of unit mean square the gates of MiniLM had collapsed onto single experts after 50 steps.
+        Hidden states grow with the model's width, and so does the effect of one Adam step on ``W z``: with inputs of
+        unit mean square the gates of MiniLM had collapsed onto single experts after 50 steps.
 
         Args:
             tokens: Text-only prompts.
@@ -194,73 +179,74 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
 
     @property
     def encoder(self) -> nn.Module:
-        """The language model without its language-model head: gives last hidden states."""
+        """The language model without its language-model head, which returns last hidden states."""
         return self.llm
 
     def gate_inputs(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
-        """Inputs of the gate, shape ``(B, d)``, float32; arguments as in `ITeacherRecommender.log_probs`."""
-        return self.gate_source.vectors(self, history, lengths)
+        """Gate inputs z of a batch; they do not change while the teacher is trained.
 
-    def text_prompts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> TokenBatch:
-        """Prompts of histories without injected vectors, on the model's device; arguments as in `gate_inputs`."""
-        return self.prompts.histories(history, lengths).to(self.device)
+        They come from the frozen language model, which reads the text-only prompt, or are the user vectors of the
+        trained recommender (the paper), scaled to the same unit length.
+
+        Args:
+            history: Item ids, shape ``(B, L)``, oldest first, padded on the right with N.
+            lengths: Items per history, shape ``(B,)``, at least 1.
+
+        Returns:
+            Shape ``(B, d)``, float32, without gradient; d = 0 without experts.
+        """
+        if self.gate_input == "none":
+            return torch.empty(len(history), 0)
+        if self.gate_input == "sequence":
+            assert self.recommender is not None, "the factory loads the recommender"
+            return nn.functional.normalize(self.recommender.users(history, lengths), dim=1)
+        return self.frozen_vectors(self.prompts.histories(history, lengths).to(self.device))
 
     @property
     def device(self) -> torch.device:
-        """Where batches belong."""
+        """Device of the model's inputs."""
         return cast(nn.Module, self.llm.get_input_embeddings()).weight.device  # type: ignore[return-value]
 
     @property
     @abstractmethod
     def item_tensors(self) -> dict[str, Tensor]:
-        """What the teacher knows of the items and does not train: what ``items.safetensors`` holds."""
+        """Untrained tensors of the items, as saved in ``items.safetensors``."""
 
     def refresh_titles(self) -> None:
-        """Read the titles anew; nothing for a teacher that does not score them."""
+        """Recompute the title vectors; a no-op for a teacher that does not score them."""
 
     def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
         """Tokens of each row's prompt, shape ``(B,)``; arguments as in `ITeacherRecommender.log_probs`."""
         return self.prompts.token_counts(history, lengths, hybrid=self.is_hybrid)
 
     def ranking_token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int) -> NDArray[np.int64]:
-        """Tokens that `best_items` keeps in memory at once for each row, shape ``(B,)``; arguments as there."""
+        """Tokens per row that `best_items` holds in memory at once, shape ``(B,)``; arguments as there."""
         return self.token_counts(history, lengths)
 
 
 class ItemTeacher(LLMTeacher):
-    """A language model as a recommender over a whole catalogue: the ``item`` objective.
+    """A language model that scores the whole catalogue: the ``item`` objective.
 
     Args:
-        llm: See `LLMTeacher`, as all that is not explained here.
-        prompts: Turns histories into tokens.
-        pooling: How a text is represented.
+        llm: See `LLMTeacher`.
+        prompts: See `LLMTeacher`.
         head: Scores all items.
-        exclude_history: Whether the items of a history are out of the running.
-        gate_source: Where the gate's input comes from.
-        recommender: The trained recommender, if any.
-        projector: For hybrid prompts.
+        **common: Further arguments of `LLMTeacher`.
     """
 
     def __init__(
         self,
         llm: PreTrainedModel | PeftModel,
         prompts: PromptBuilder,
-        *,
-        pooling: str,
         head: ItemHead,
-        exclude_history: bool,
-        gate_source: GateSource,
-        recommender: BorrowedStudent | None = None,
-        projector: ItemProjector | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            llm, prompts, pooling=pooling, gate_source=gate_source, recommender=recommender, projector=projector
-        )
-        self.head, self.exclude_history = head, exclude_history
+        super().__init__(llm, prompts, **common)
+        self.head = head
 
     @property
     def item_vectors(self) -> Tensor:
-        """What the language model makes of the titles, shape ``(N, d)``."""
+        """The language model's vectors of the titles, shape ``(N, d)``."""
         return self.head.titles
 
     @property
@@ -269,12 +255,12 @@ class ItemTeacher(LLMTeacher):
         return {"vectors": self.head.titles, "bias": self.head.bias}
 
     def read(self, history: NDArray[np.int32], lengths: NDArray[np.int32], *, hybrid: bool | None = None) -> UserInputs:
-        """Put together what the model is given; arguments as in `ITeacherRecommender.log_probs`.
+        """Build the model's inputs.
 
         Args:
             history: Item ids, shape ``(B, L)``.
             lengths: Items per history, shape ``(B,)``.
-            hybrid: Whether vectors are injected; None for whatever the teacher does at its best.
+            hybrid: Whether vectors are injected; None for the teacher's default, `is_hybrid`.
         """
         tokens = self.prompts.histories(history, lengths, hybrid=self.is_hybrid if hybrid is None else hybrid)
         tokens = tokens.to(self.device)
@@ -293,15 +279,15 @@ class ItemTeacher(LLMTeacher):
         recommender_users: Tensor | None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Score all items; gates must be held (see `mixing`).
+        """Score all items; gates must be held (see `use_gates`).
 
         Args:
-            input_ids: See `UserInputs`, as all but the last.
+            input_ids: Shape ``(B, T)``; see `UserInputs` for this and the next four.
             attention_mask: Shape ``(B, T)``.
             item_ids: Shape ``(B, T)`` or None.
-            history: Items shown, shape ``(B, L)``; out of the running where `exclude_history` is set.
+            history: Items shown, shape ``(B, L)``; excluded if `exclude_history` is set.
             recommender_users: Shape ``(B, D)`` or None.
-            keep: Items that stay in the running all the same, shape ``(B,)``: the targets, in training.
+            keep: Items that are not excluded, shape ``(B,)``: the targets, in training.
 
         Returns:
             Logits of shape ``(B, N)``, float32.
@@ -312,7 +298,7 @@ class ItemTeacher(LLMTeacher):
         else:
             embeddings = self.embeddings(input_ids, item_ids)
             hidden = self.llm(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
-        has_autocast = torch.amp.is_autocast_available(hidden.device.type)  # the meta device has none
+        has_autocast = torch.amp.is_autocast_available(hidden.device.type)  # not on meta
         # Scores of thousands of items need float32.
         with torch.autocast(hidden.device.type, enabled=False) if has_autocast else nullcontext():
             users = nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=1)
@@ -323,7 +309,7 @@ class ItemTeacher(LLMTeacher):
     def best_items(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int, gate_inputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `ITeacherRecommender.best_items`. Needs evaluation mode."""
+        """See `ITeacherRecommender.best_items`; requires evaluation mode."""
         best = self._log_probs(history, lengths, gate_inputs).topk(k, dim=1)
         return best.indices, best.values
 
@@ -331,7 +317,7 @@ class ItemTeacher(LLMTeacher):
     def log_probs(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
     ) -> Tensor:
-        """Log-probabilities over the catalogue; see `ITeacherRecommender.log_probs`. Needs evaluation mode."""
+        """See `ITeacherRecommender.log_probs`; requires evaluation mode."""
         return self._log_probs(history, lengths, None, keep)
 
     def _log_probs(
@@ -347,9 +333,9 @@ class ItemTeacher(LLMTeacher):
 
     @torch.no_grad()
     def refresh_titles(self, batch_tokens: int = 8192) -> None:
-        """Let the language model of now, adapter and all, read the titles again; a function of its weights alone.
+        """Recompute the title vectors with the current adapter, in evaluation mode; a function of the weights alone.
 
-        The gate of a title is that of a history that holds this item only. Evaluation mode while it runs.
+        The gate of a title is that of a history with this item only.
         """
 
         def use_gates_of(items: NDArray[np.int64]) -> AbstractContextManager[Tensor | None]:
@@ -360,37 +346,3 @@ class ItemTeacher(LLMTeacher):
         vectors = title_vectors(self.llm, self.prompts, self.pooling, self.device, batch_tokens, use_gates_of)
         self.head.titles.copy_(vectors)
         self.train(was_training)
-
-
-def title_vectors(
-    llm: nn.Module,
-    prompts: PromptBuilder,
-    pooling: str,
-    device: torch.device,
-    batch_tokens: int = 8192,
-    mixing: Callable[[NDArray[np.int64]], AbstractContextManager[Tensor | None]] = lambda items: nullcontext(),
-) -> Tensor:
-    """What a language model in evaluation mode makes of each title.
-
-    Args:
-        llm: Language model without language-model head.
-        prompts: Holds the titles' tokens.
-        pooling: ``last``, ``mean`` or ``cls``.
-        device: Where the model is.
-        batch_tokens: Tokens per forward pass, padding included.
-        mixing: Holds the gates of some items' titles, item ids ``(B,)``; nothing for a model without adapter.
-
-    Returns:
-        Shape ``(N, d)``, float32, centred over the catalogue and of unit length, on the CPU.
-    """
-    vectors: Tensor | None = None
-    with torch.no_grad():
-        for items in batches_by_cost(prompts.title_token_counts(), batch_tokens):
-            tokens = prompts.titles(items).to(device)
-            with mixing(items):
-                hidden = llm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            pooled = pool(hidden, tokens.attention_mask, pooling).cpu()
-            vectors = pooled.new_empty(prompts.n_items, pooled.shape[1]) if vectors is None else vectors
-            vectors[torch.from_numpy(items)] = pooled
-    assert vectors is not None, "a dataset has at least one item"
-    return standardised(vectors)

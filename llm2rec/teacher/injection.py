@@ -10,11 +10,11 @@ __all__ = ["ItemProjector", "embedded"]
 class ItemProjector(nn.Module):
     """Two layers from a recommender's width to the language model's.
 
-    Both ends are scaled by constants: the vectors to unit mean square, and the output to the root mean square that the
-    model's own token embeddings have, so that an injected vector neither drowns the words beside it nor is lost.
+    Input and output are scaled by constants: the item vectors to unit mean square, the output to the root mean square
+    of the model's token embeddings, so that injected vectors and words have the same magnitude.
 
     Args:
-        items: Item vectors, shape ``(N, D)``. Neither trained nor stored with the weights.
+        items: Item vectors, shape ``(N, D)``. Neither trained nor saved with the weights.
         width: Width d of the language model.
         output_rms: Root mean square of its token embeddings.
     """
@@ -31,7 +31,7 @@ class ItemProjector(nn.Module):
         self.output_rms = output_rms
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """Project the vectors of items ``(M,)``; returns ``(M, d)``."""
+        """Projected vectors of items ``(M,)``, shape ``(M, d)``."""
         hidden = nn.functional.gelu(self.inner(self.items[item_ids]))
         projected: Tensor = self.output_rms * self.outer(hidden)
         return projected
@@ -40,14 +40,14 @@ class ItemProjector(nn.Module):
 def embedded(
     table: nn.Module, projector: ItemProjector, input_ids: Tensor, item_ids: Tensor, padding_id: int
 ) -> Tensor:
-    """Input embeddings of hybrid prompts, placed without a loop.
+    """Input embeddings of hybrid prompts.
 
     Args:
         table: The language model's token embeddings.
-        projector: Gives the injected vectors.
-        input_ids: Shape ``(B, T)``; what stands where a vector is injected is not looked up.
-        item_ids: Shape ``(B, T)``: the item injected at each position, N where there is none.
-        padding_id: Any id that the table has.
+        projector: Computes the injected vectors.
+        input_ids: Shape ``(B, T)``; ids at positions of injected vectors are not looked up.
+        item_ids: Item injected at each position, shape ``(B, T)``, N for none.
+        padding_id: Any id in the table.
 
     Returns:
         Shape ``(B, T, d)``, in the table's dtype.

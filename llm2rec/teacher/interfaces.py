@@ -1,4 +1,4 @@
-"""What a teacher has to offer, whatever it is made of."""
+"""Interface of all teachers."""
 
 from abc import ABC, abstractmethod
 
@@ -13,7 +13,7 @@ class ITeacherRecommender(ABC):
     """Ranks the whole catalogue for a history.
 
     Attributes:
-        exclude_history: Whether the items of a history are out of the running.
+        exclude_history: Whether the items of a history are excluded from its ranking.
     """
 
     exclude_history: bool
@@ -27,30 +27,29 @@ class ITeacherRecommender(ABC):
     def log_probs(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
     ) -> Tensor:
-        """Log-probabilities of each item coming next.
+        """Log-probabilities of each item being the next one.
 
         Args:
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right.
             lengths: Items per history, shape ``(B,)``, at least 1.
-            keep: One item a row that stays in the running even where the teacher leaves it out, since the history shows
-                it; shape ``(B,)``.
+            keep: One item per row that is not excluded even if it is in the history, shape ``(B,)``.
 
         Returns:
-            Shape ``(B, N)``, float32, nats. Each row's exponentials sum to 1 where the teacher chooses among items, and
-            to less where it writes titles, since it could write anything else.
+            Shape ``(B, N)``, float32, nats. Each row's exponentials sum to 1 for a teacher that scores items, and to
+            less for one that writes titles, since other texts have probability too.
         """
 
     @abstractmethod
     def best_items(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int, gate_inputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The items most likely to come next.
+        """The most probable next items.
 
         Args:
             history: As in `log_probs`.
             lengths: As in `log_probs`.
-            k: How many, at most N.
-            gate_inputs: What the gate reads, shape ``(B, d)``, where it is known already.
+            k: Number of items, at most N.
+            gate_inputs: Gate inputs, if already known, shape ``(B, d)``.
 
         Returns:
             Item ids, int64, and their log-probabilities, float32, both of shape ``(B, k)``, best first.

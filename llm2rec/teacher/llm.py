@@ -1,6 +1,7 @@
-"""Language models and their tokenizers: from a folder or the Hub, or a tiny random one made on the spot."""
+"""Load language models and tokenizers, from a folder or the Hub, or create a tiny random one."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ __all__ = [
     "locate",
     "make_tiny_random",
     "mixed_precision",
+    "model_identity",
     "readable",
     "resolve_precision",
     "weights_changed",
@@ -43,16 +45,16 @@ logger = logging.getLogger(__name__)
 
 
 def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) -> str:
-    """Find the model before anything expensive starts, or make the tiny one.
+    """Find the model before anything expensive starts, or create the tiny one.
 
     Args:
-        settings: Which model.
-        root: Folder that a relative path counts from.
-        llm_dir: Where tiny models are made.
+        settings: The model's settings.
+        root: Base folder of relative paths.
+        llm_dir: Folder for tiny models.
         titles: Item titles, for the tiny model's tokenizer.
 
     Returns:
-        A folder, or an id on the Hub whose configuration could be read.
+        A folder, or an id on the Hub whose configuration can be read.
 
     Raises:
         ConfigError: If there is no such model.
@@ -64,20 +66,20 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
     with readable(
         ConfigError,
         f"llm.path is {settings.path!r}, which is neither a folder with a model in Hugging Face's layout nor a model "
-        "that can be fetched from the Hub now",
-        "Give `llm.path=FOLDER`, or connect to the network (and log in, for gated models). Code that a model brings is "
-        "run only with `llm.trust_remote_code=true`.",
+        "that can be downloaded from the Hub now",
+        "Set `llm.path=FOLDER`, or connect to the network (and log in, for gated models). A model's own code runs only "
+        "with `llm.trust_remote_code=true`.",
     ):
         AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     return source
 
 
 def weights_hash(source: str) -> str:
-    """Tell the weights of language models apart wherever they lie, without reading gigabytes.
+    """Hash of a language model's weights, independent of their path and without reading gigabytes.
 
     Returns:
-        SHA-256 of names, sizes, and first and last MiB of the files of weights in a folder; empty where there are none,
-        as for what the Hub knows.
+        SHA-256 of names, sizes, and first and last MiB of the weight files in a folder; empty if there are none, as for
+        an id on the Hub.
     """
     digest = hashlib.sha256()
     found = sorted(file for file in Path(source).glob("*") if file.suffix in (".safetensors", ".bin"))
@@ -92,20 +94,29 @@ def weights_hash(source: str) -> str:
 
 
 def weights_changed(source: str, known: str) -> bool:
-    """Whether what lies at ``source`` is known to have other weights than those whose `weights_hash` is ``known``."""
+    """Whether the weights at ``source`` are known to differ from those with the hash ``known``."""
     return bool(known) and weights_hash(source) not in ("", known)
+
+
+def model_identity(source: str) -> str:
+    """Identity of a language model on this machine without reading gigabytes: names, sizes and times of its files."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".bin", ".txt"))
+    return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
 @contextmanager
 def readable(kind: type[Llm2RecError], problem: str, remedy: str) -> Iterator[None]:
-    """Read files that somebody else wrote, with somebody else's code: what that raises is about the files.
+    """Convert errors of third-party code that reads model files into our own.
 
-    Damaged ones make transformers, tokenizers and safetensors raise some ten different classes, one of which is
+    Damaged files make transformers, tokenizers and safetensors raise about ten different classes, one of which is
     ``Exception`` itself.
 
     Args:
-        kind: Raised instead.
-        problem: Its message; what was raised is added in brackets.
+        kind: Class of the error to raise.
+        problem: Its message; the original error is added in brackets.
         remedy: What to do.
     """
     try:
@@ -118,7 +129,7 @@ def readable(kind: type[Llm2RecError], problem: str, remedy: str) -> Iterator[No
 
 
 def load_tokenizer(source: str, settings: LLMSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a model without padding token pads with its end-of-text token (padding is masked anyway)."""
+    """Load the tokenizer; without a padding token it pads with the end-of-text token (padding is masked anyway)."""
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -126,14 +137,14 @@ def load_tokenizer(source: str, settings: LLMSettings) -> PreTrainedTokenizerBas
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Settle ``auto``: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 can be hundreds of times slower."""
+    """Resolve ``auto``: bfloat16 on a GPU, float32 on a CPU, where bfloat16 can be hundreds of times slower."""
     if precision != "auto":
         return precision
     return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def mixed_precision(precision: str) -> str:
-    """The engine's autocast for a teacher's precision: ``bf16`` on a GPU unless float32 is asked for, else ``no``."""
+    """Mixed precision of the engine: ``bf16`` on a GPU unless ``precision`` is float32, else ``no``."""
     return "bf16" if uses_gpu() and precision != "float32" else "no"
 
 
@@ -143,14 +154,14 @@ def load_model(
     """Load the model, frozen, in evaluation mode.
 
     Args:
-        source: What `locate` returned.
-        settings: Which model.
+        source: Return value of `locate`.
+        settings: The model's settings.
         precision: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (base weights quantised by bitsandbytes).
-        device: Where it belongs.
-        writes: With its language-model head, to write text; without it only hidden states are given.
+        device: Device of the model.
+        writes: Whether to load the language-model head; without it the model returns hidden states.
 
     Raises:
-        ConfigError: If the model cannot write, or this launch cannot divide it.
+        ConfigError: If the model has no causal head, or this launch cannot shard it.
     """
     check_launch(precision)
     kind: Any = AutoModelForCausalLM if writes else AutoModel
@@ -168,13 +179,13 @@ def load_model(
     if writes:
         if not _reads_forwards(model):
             raise _cannot_write(settings)
-        # Sampling (Llama 2) or a penalty for repetition (Qwen) would come along with the weights.
+        # Otherwise sampling (Llama 2) or a repetition penalty (Qwen) is loaded with the weights.
         model.generation_config = GenerationConfig()
     return cast(PreTrainedModel, model)
 
 
 def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, device: torch.device) -> Any:
-    """The weights on the device; where they are to be divided, on the host of the first process and nowhere else."""
+    """The weights on the device; if they will be sharded, only on the first process, in host memory."""
     if precision in ("int8", "int4"):
         from transformers import BitsAndBytesConfig  # needs bitsandbytes, which other precisions do without
 
@@ -184,7 +195,7 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
             if precision == "int8"
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         )
-        # Put in place while they load.
+        # Quantised weights are placed on the device while they load.
         arguments = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantized}
         return kind.from_pretrained(source, **arguments, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -195,66 +206,66 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
 
         asked = zero3_config(dtype)
         if asked["zero_optimization"]["offload_param"]["device"] == "cpu":
-            files = Path(source).glob("*.safetensors")  # none of a model on the Hub, whose size is not known yet
+            files = Path(source).glob("*.safetensors")  # empty for a Hub id, whose size is unknown yet
             check_host_memory(
                 sum(file.stat().st_size for file in files),
                 "the language model",
-                "set offload_param_device to none in the launch configuration, or take a smaller `llm`",
+                "set offload_param_device to none in the launch configuration, or use a smaller `llm`",
             )
-        _seen = HfDeepSpeedConfig(asked)  # transformers divides the weights while it lives
+        _seen = HfDeepSpeedConfig(asked)  # transformers shards the weights while it exists
         model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         gather_with_deepspeed(model, asked)
         return model
     if is_first_process():
         return kind.from_pretrained(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    # As if nothing were drawn: adapters are initialised alike everywhere.
+    # Keep the random state, so that adapters are initialised alike on all processes.
     with torch.random.fork_rng(), torch.device("meta"):
         return kind.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
 
 
 def check_launch(precision: str) -> None:
-    """Refuse number formats that this launch cannot divide, before anything is loaded.
+    """Raise for precisions that this launch cannot shard, before anything is loaded.
 
     Raises:
-        ConfigError: If quantised weights are to be divided among processes.
+        ConfigError: If quantised weights would be sharded.
     """
     if precision in ("int8", "int4") and shards_frozen_weights():
         raise ConfigError(
-            f"teacher.precision is {precision!r}, and the launch divides the language model's weights among "
-            "processes, which would part them from their scales; take teacher.precision=bfloat16, or keep a whole "
-            "copy on every GPU with accelerate_configs/multi_gpu_ddp.yaml."
+            f"teacher.precision is {precision!r}, and the launch shards the language model's weights, which would "
+            "separate them from their scales; use teacher.precision=bfloat16, or keep a full copy on every GPU with "
+            "accelerate_configs/multi_gpu_ddp.yaml."
         )
 
 
 def _cannot_write(settings: LLMSettings) -> ConfigError:
     return ConfigError(
         f"`teacher.objective=title` needs a model that writes text, and `llm` is {settings.name!r}, a model without a "
-        "causal language-model head; take a decoder such as `llm=llama2_7b`, or `teacher.objective=item`."
+        "causal language-model head; use a decoder such as `llm=llama2_7b`, or `teacher.objective=item`."
     )
 
 
 @torch.no_grad()
 def _reads_forwards(model: PreTrainedModel) -> bool:
-    """Whether a token's logits do not depend on the tokens behind it.
+    """Whether a token's logits are independent of later tokens.
 
-    transformers gives BERT and its kin a language-model head as well, newly initialised and, unless their
-    configuration says ``is_decoder``, over states that see the whole text: such a model would learn to copy the answer.
-    No attribute tells, since decoders say ``is_decoder=False`` too.
+    transformers also gives BERT and similar models a language-model head, newly initialised and, unless the
+    configuration has ``is_decoder``, on states that attend to the whole text: such a model would learn to copy the
+    answer. No attribute distinguishes them, since decoders have ``is_decoder=False`` too.
     """
     table = model.get_input_embeddings()
     ids = torch.arange(1, 7, device=table.weight.device)  # type: ignore[arg-type]
     logits = model(input_ids=torch.stack([ids, torch.cat([ids[:3], ids[3:] + 3])])).logits[:, :3].float()
-    # What is masked adds exact zeros, in any number format; the bound is for kernels that sum in another order.
+    # Masked positions add exact zeros in any dtype; the tolerance is for kernels that sum in another order.
     return bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits.std())
 
 
 def make_tiny_random(settings: TinyRandomSettings, llm_dir: Path, titles: list[str]) -> Path:
-    """Make a small random Llama and a tokenizer trained on the titles, in Hugging Face's layout, once.
+    """Create a small random Llama and a tokenizer trained on the titles, in Hugging Face's layout, once.
 
     Args:
         settings: Sizes and seed.
-        llm_dir: Where to make it; the folder's name tells sizes, seed and titles apart.
+        llm_dir: Parent folder; the model's folder name is a hash of sizes, seed and titles.
         titles: Item titles.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which language model, and how a history becomes text for it; Hydra schemas and plain values at once."""
+"""Language model configuration (Hydra structured configs): the model, and how a history becomes text."""
 
 from dataclasses import dataclass, field
 
@@ -19,14 +19,14 @@ class PromptSettings:
         prefix: Text before the titles; ``{domain}`` stands for the dataset's word for an item.
         separator: Text after each title.
         suffix: Text after the titles.
-        max_items: Most recent items shown at most; None shows the whole history.
-        max_tokens: Token budget; the oldest items are left out first, and no title is ever shown in part unless it is
-            alone. A prompt of the title task leaves room for the longest answer besides, and never leaves out or cuts
-            a candidate.
-        wording: ``plain``: prefix and suffix. ``domain``: several wordings for the dataset's kind of item in their
-            place, one chosen for each example by the seed and its history.
-        max_title_tokens: Tokens of a title at most, without separator, wherever it is shown; a longer title is cut,
-            behind a word where possible. None shows titles whole.
+        max_items: Maximum number of most recent items shown; None for the whole history.
+        max_tokens: Token budget. The oldest items are left out first, and a title is only cut if it does not fit
+            alone. A prompt of the title objective also leaves room for the longest answer, and always shows all
+            candidates in full.
+        wording: ``plain``: prefix and suffix. ``domain``: several wordings for the dataset's kind of item instead, one
+            chosen for each example by the seed and its history.
+        max_title_tokens: Maximum tokens of a title, without separator; a longer title is cut, after a word if
+            possible. None for no limit.
     """
 
     prefix: str = ""
@@ -42,18 +42,18 @@ class PromptSettings:
             raise ConfigError(f"llm.prompt.wording is {self.wording!r}, expected one of {', '.join(WORDINGS)}.")
         if self.max_title_tokens is not None and self.max_title_tokens < 8:
             raise ConfigError(
-                f"llm.prompt.max_title_tokens is {self.max_title_tokens}, expected at least 8 (a word and a number "
-                "that tells equal titles apart), or null to show titles whole."
+                f"llm.prompt.max_title_tokens is {self.max_title_tokens}, expected at least 8 (a word and the number "
+                "of a repeated title), or null for no limit."
             )
         if self.max_tokens < 8 or (self.max_items is not None and self.max_items < 1):
             raise ConfigError(
-                f"prompt: expected max_tokens >= 8 and max_items >= 1, got {self.max_tokens} and {self.max_items}."
+                f"llm.prompt: expected max_tokens >= 8 and max_items >= 1, got {self.max_tokens} and {self.max_items}."
             )
 
 
 @dataclass
 class ShapeSettings:
-    """A model's sizes, by the names of transformers' configurations; None takes the default of the model's type.
+    """Sizes of a model, named as in transformers' configurations; None for the default of the model's type.
 
     Attributes:
         model_type: Architecture, such as ``llama``.
@@ -61,11 +61,11 @@ class ShapeSettings:
         intermediate_size: Inner width of a layer's feed-forward part.
         num_hidden_layers: Layers.
         num_attention_heads: Attention heads.
-        num_key_value_heads: Heads of keys and values, where queries share them.
-        head_dim: Width of a head, where it is not ``hidden_size / num_attention_heads``.
-        vocab_size: Tokens known.
-        max_position_embeddings: Longest text.
-        tie_word_embeddings: Whether the language-model head is the table of embeddings.
+        num_key_value_heads: Heads of keys and values, for grouped-query attention.
+        head_dim: Width of a head, if it is not ``hidden_size / num_attention_heads``.
+        vocab_size: Size of the vocabulary.
+        max_position_embeddings: Maximum number of tokens of a text.
+        tie_word_embeddings: Whether the language-model head shares the embedding table.
     """
 
     model_type: str = "???"
@@ -85,12 +85,12 @@ class LLMSettings:
     """A language model from a folder in Hugging Face's layout, or from the Hub.
 
     Attributes:
-        name: Names the model in results and teacher outputs.
+        name: Name of the model in results and teacher outputs.
         path: Folder, or id on the Hub.
-        pooling: Which hidden states represent a text: the ``last`` token's, the ``mean``, or the first's (``cls``).
+        pooling: Hidden state that represents a text: the ``last`` token's, the ``mean``, or the first's (``cls``).
         prompt: How a history becomes text.
         trust_remote_code: Whether code that comes with the model may run.
-        shape: The model's sizes, for `llm2rec.plan` alone, which uses them where the model itself is not at hand.
+        shape: The model's sizes, read only by `llm2rec.plan` if the model itself is not available.
     """
 
     name: str = "???"
@@ -107,14 +107,14 @@ class LLMSettings:
 
 @dataclass
 class TinyRandomSettings(LLMSettings):
-    """A small Llama with random weights and a tokenizer trained on the titles: offline, for trying the chain.
+    """A small Llama with random weights and a tokenizer trained on the titles: offline, for trying the pipeline.
 
     Attributes:
-        path: Where it is made; filled in by the stage.
+        path: Unused; the stage creates the model.
         width: Hidden size.
         n_layers: Decoder layers.
         n_heads: Attention heads.
-        vocabulary: Tokens at most.
+        vocabulary: Maximum size of the vocabulary.
         seed: Seed of the weights.
     """
 
@@ -129,11 +129,11 @@ class TinyRandomSettings(LLMSettings):
         super().__post_init__()
         if min(self.width, self.n_layers, self.n_heads) < 1 or self.width % (2 * self.n_heads):
             raise ConfigError(
-                f"llm: expected n_layers >= 1 and n_heads >= 1, twice of which divides width, got {self.n_layers}, "
+                f"llm: expected n_layers >= 1, n_heads >= 1 and a width divisible by 2 * n_heads, got {self.n_layers}, "
                 f"{self.n_heads} and {self.width}."
             )
         if self.vocabulary < _SMALLEST_VOCABULARY or self.seed < 0:
             raise ConfigError(
-                f"llm: expected vocabulary >= {_SMALLEST_VOCABULARY} (all bytes and three marks) and seed >= 0, got "
-                f"{self.vocabulary} and {self.seed}."
+                f"llm: expected vocabulary >= {_SMALLEST_VOCABULARY} (all bytes and three special tokens) and "
+                f"seed >= 0, got {self.vocabulary} and {self.seed}."
             )

@@ -1,34 +1,88 @@
-"""Write down what the teacher knows, in DLLM2Rec's layout (DESIGN 4.3).
+"""Teacher outputs: rank the catalogue for training rows, and export the result in DLLM2Rec's layout (DESIGN 4.3).
 
 all_embeddings.pt      tensor (N, d_teacher), row = item id
 myrank_train.txt       (training rows, K) item ids, best first
 confidence_train.txt   (training rows, K), their scores
 *.npy                  memory-mapped twins of the two text files
-manifest.json          what the scores are, shapes, fingerprint, hashes
+manifest.json          kind of scores, shapes, fingerprint, hashes
 
-Where only some training rows are labelled, the tables hold a line for each of these alone, and
+If only some training rows are labelled, the tables have one line for each of these, and
 
 rows.npy               (labelled rows,) their numbers, int64, ascending
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from llm2rec.core.files import read_json, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
 from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run
+from llm2rec.core.train.batching import batches_by_cost
+from llm2rec.core.train.engine import Engine
 from llm2rec.teacher.settings import ExportSettings
 
-__all__ = ["rows_to_label", "tell_labelling", "write_outputs"]
+if TYPE_CHECKING:  # ensembles write outputs too, without PEFT and transformers
+    from llm2rec.teacher.gate_cache import TeacherRows
+    from llm2rec.teacher.ilora_model import LLMTeacher
+
+__all__ = ["log_labelling", "rank_blocks", "rows_to_label", "write_outputs"]
 
 logger = logging.getLogger(__name__)
+
+
+def rank_blocks(
+    model: LLMTeacher, rows: TeacherRows, engine: Engine, folder: Path, settings: ExportSettings
+) -> list[Path]:
+    """Rank the catalogue for every row and save the top K, block by block; a collective.
+
+    Finished blocks are kept, so a killed export resumes at the next one. Blocks are split among processes.
+
+    Args:
+        model: Unwrapped teacher, in evaluation mode.
+        rows: Rows to label, M of them.
+        engine: Splits the blocks among processes.
+        folder: Folder for the blocks.
+        settings: K and sizes.
+
+    Returns:
+        Files ``block_*.safetensors`` in row order, each with ``items`` (rows, K) int32 and ``log_probs`` (rows, K)
+        float32, best first. A teacher that ranks by distance stores negative distances under ``log_probs``.
+    """
+    size, n_rows = settings.block_rows, len(rows.rows)
+    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-n_rows // size))]
+    mine = engine.my_missing(files)
+    for number in engine.progress(mine, "export", len(mine), "block"):
+        block = slice(number * size, min((number + 1) * size, n_rows))
+        items, log_probs = _rank(model, rows, block, engine, settings)
+        with replaced_file(files[number]) as aside:
+            save_file({"items": items, "log_probs": log_probs}, aside)
+    engine.wait()
+    return files
+
+
+def _rank(
+    model: LLMTeacher, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    numbers, gate_inputs = rows.rows[block], rows.gate_inputs[block]
+    history, lengths = rows.data.histories(numbers)
+    k = min(settings.top_k, rows.data.n_items)
+    items, log_probs = np.empty((len(numbers), k), np.int32), np.empty((len(numbers), k), np.float32)
+    counts = model.ranking_token_counts(history, lengths, k)
+    with torch.inference_mode():
+        for part in batches_by_cost(counts, settings.batch_tokens):
+            gates = torch.from_numpy(gate_inputs[part]).to(engine.device)
+            best, scores = model.best_items(history[part], lengths[part], k, gates)
+            items[part], log_probs[part] = best.cpu().numpy(), scores.cpu().numpy()
+    return items, log_probs
 
 
 def write_outputs(
@@ -41,14 +95,14 @@ def write_outputs(
     by_distance: bool = False,
     labelled: NDArray[np.int64] | None = None,
 ) -> None:
-    """Put the blocks together and write the teacher outputs; for one process.
+    """Combine the blocks and write the teacher outputs; on one process.
 
     Args:
-        folder: ``data/teacher_outputs/<dataset>/<name>``; replaced as a whole.
-        blocks: What `llm2rec.teacher.export.rank_blocks` returned, or files like it.
+        folder: ``data/teacher_outputs/<dataset>/<name>``; replaced atomically.
+        blocks: Return value of `rank_blocks`, or files in the same format.
         item_vectors: Shape ``(N, d_teacher)``.
-        settings: What the confidences are.
-        about: What the manifest says besides shapes and hashes: dataset, fingerprint, teacher, commit.
+        settings: Kind of confidences.
+        about: Manifest entries besides shapes and hashes: dataset, fingerprint, teacher, commit.
         by_distance: Whether the scores are negative distances; the confidences are then distances.
         labelled: Numbers of the training rows that were ranked, ascending; None if all were.
     """
@@ -59,7 +113,7 @@ def write_outputs(
             np.save(aside / "rows.npy", labelled)
         n_rows, top_k = _write_table(aside / "myrank_train", "%d", (load_file(each)["items"] for each in blocks))
         confidences = (_as_confidence(load_file(each)["log_probs"], kind) for each in blocks)
-        _write_table(aside / "confidence_train", "%.9g", confidences)  # 9 digits give every float32 back
+        _write_table(aside / "confidence_train", "%.9g", confidences)  # 9 digits are exact for float32
         manifest = {
             "format": 1,
             "confidence": kind,
@@ -81,7 +135,7 @@ def _as_confidence(scores: NDArray[np.float32], kind: str) -> NDArray[np.float32
 
 
 def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple[int, int]:
-    """Write a table as text and as its memory-mapped twin, block by block, so that no more than one is in memory.
+    """Write a table as text and as its memory-mapped twin, holding one block in memory at a time.
 
     Returns:
         Its shape.
@@ -89,7 +143,7 @@ def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple
     n_rows, top_k = 0, 0
     with open(f"{stem}.txt", "w", encoding="latin1") as text, open(f"{stem}.npy", "wb") as twin:
         for block in blocks:
-            if not n_rows:  # the number of rows comes last; the header has room for it
+            if not n_rows:  # the number of rows is written last; the header has room for it
                 top_k, kind = block.shape[1], np.lib.format.dtype_to_descr(block.dtype)
                 about = {"descr": kind, "fortran_order": False}
                 np.lib.format.write_array_header_1_0(twin, about | {"shape": (0, top_k)})
@@ -102,41 +156,41 @@ def _write_table(stem: Path, form: str, blocks: Iterable[NDArray[Any]]) -> tuple
 
 
 def rows_to_label(policy: Any, run: Run, n_rows: int) -> NDArray[np.int64]:
-    """The training rows that a selection policy wants labelled, ascending; asked before anything is trained.
+    """Training rows that a selection policy needs labelled, ascending; computed before training.
 
-    Whoever has given a budget that bounds what is distilled and not what is labelled is told so.
+    Warns if the policy's budget limits the distilled rows but not the labelled ones.
 
     Args:
-        policy: An `llm2rec.distill.selection_policy.SelectionPolicy`; distillation lies above the teacher.
-        run: Keeps what a policy of one's own is written in.
-        n_rows: Training rows, all of which are labelled where the policy chooses among whatever is.
+        policy: An `llm2rec.distill.selection_policy.SelectionPolicy` (`Any`, since distillation imports the teacher).
+        run: Records the policy's source code.
+        n_rows: Number of training rows; all are labelled if the policy does not choose before labelling.
 
     Raises:
-        ConfigError: If the policy's answer cannot be used.
-        CheckpointError: If the run was begun with another source of the policy.
+        ConfigError: If the policy returns invalid rows.
+        CheckpointError: If the run was started with another source code of the policy.
     """
-    asked: NDArray[np.int64] | None = policy.checked_rows_to_label(n_rows)
+    rows: NDArray[np.int64] | None = policy.checked_rows_to_label(n_rows)
     run.keep(selection_source=policy.source())
-    if asked is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows and is_first_process():
+    if rows is None and 0 < (most := policy.most_chosen(n_rows)) < n_rows and is_first_process():
         logger.warning(
-            "%s distils at most %d rows and chooses them among labelled ones: all %d are labelled. `active.pool=PART` "
-            "has that part of them labelled and chosen among",
+            "%s distils at most %d rows and chooses them among labelled ones: all %d are labelled. "
+            "`active.pool=FRACTION` labels only that fraction and chooses from it",
             type(policy).__name__,
             most,
             n_rows,
         )
-    return np.arange(n_rows) if asked is None else asked
+    return np.arange(n_rows) if rows is None else rows
 
 
-def tell_labelling(run: Run, phases: Sequence[str], n_labelled: int, n_rows: int) -> None:
-    """Tell and write down what labelling took, and about how much a budget has saved; for one process.
+def log_labelling(run: Run, phases: Sequence[str], n_labelled: int, n_rows: int) -> None:
+    """Log and save the time of labelling and an estimate of the time saved by a budget; on one process.
 
-    Seconds are those of all attempts of this run. Gate inputs that an earlier run has left on disk cost none, so that
-    the saving is rather told too small.
+    Seconds include all attempts of this run. Cached gate inputs of earlier runs take no time, so the estimate of the
+    saving is a lower bound.
 
     Args:
         run: The run.
-        phases: Those of its phases that were spent on labels.
+        phases: Its phases that belong to labelling.
         n_labelled: Rows labelled.
         n_rows: Training rows.
     """
@@ -144,7 +198,7 @@ def tell_labelling(run: Run, phases: Sequence[str], n_labelled: int, n_rows: int
     spent = sum(seconds[phase] for phase in phases)
     saved = spent / n_labelled * (n_rows - n_labelled)
     if n_labelled < n_rows:
-        told = "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s"
-        logger.info(told, n_labelled, n_rows, spent, saved)
+        message = "labelled %d of %d rows in %.1f s; the others would have taken about %.1f s"
+        logger.info(message, n_labelled, n_rows, spent, saved)
     figures = {"train_rows": n_rows, "labelled": n_labelled, "seconds": spent, "seconds_saved": round(saved, 3)}
     run.write_metrics("labelling", figures)

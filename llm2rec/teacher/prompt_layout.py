@@ -1,7 +1,7 @@
-"""Prompts as rows of pieces: texts, titles, slots for injected vectors, an answer.
+"""Prompt layout: segments of text, titles, placeholders of injected vectors, and an answer.
 
-Each piece is tokenised once. The prompts of a batch are laid out as a matrix of piece numbers and put together with
-array operations; no loop runs over rows or tokens.
+Each segment is tokenised once. The prompts of a batch are a matrix of segment numbers, concatenated with array
+operations; no loop runs over rows or tokens.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from llm2rec.core.seed import derived_seed, mixed_words
 
 __all__ = ["IGNORED_LABEL", "Padding", "PromptLayout", "PromptRows", "TokenBatch", "hashed", "padded_batch"]
 
-IGNORED_LABEL = -100  # what `torch.nn.functional.cross_entropy` leaves out
+IGNORED_LABEL = -100  # ignored by `torch.nn.functional.cross_entropy`
 
 Padding = Literal["left", "right"]
 
@@ -29,10 +29,9 @@ class TokenBatch:
     Attributes:
         input_ids: Shape ``(B, T)``, int64.
         attention_mask: Shape ``(B, T)``, int64, 1 for real tokens.
-        item_ids: Shape ``(B, T)``, int64, the item whose vector is injected at a position and N where none is; None for
-            text without injected vectors.
-        labels: Shape ``(B, T)``, int64, the token itself where it belongs to the answer and -100 elsewhere; None for
-            prompts without answer.
+        item_ids: Shape ``(B, T)``, int64, the item whose vector is injected at a position, N for none; None for
+            text-only prompts.
+        labels: Shape ``(B, T)``, int64, the answer's tokens and -100 elsewhere; None for prompts without answer.
     """
 
     input_ids: Tensor
@@ -51,13 +50,13 @@ class TokenBatch:
 
 
 class PromptRows(NamedTuple):
-    """What B prompts show.
+    """Contents of B prompts.
 
     Attributes:
         history: Item ids, shape ``(B, L)``, padded on the right.
         lengths: Items per history, shape ``(B,)``.
         candidates: Items listed after the history, shape ``(B, C)``; None for prompts without candidates.
-        hybrid: Whether each title is followed by a slot for its item's vector, which takes one token.
+        hybrid: Whether each title is followed by its item's vector, at the position of one placeholder token.
     """
 
     history: NDArray[np.int32]
@@ -68,27 +67,27 @@ class PromptRows(NamedTuple):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Some pieces of every row, in reading order; all of shape ``(B, P)``.
+    """Some segments of every row, in reading order; all of shape ``(B, P)``.
 
     Attributes:
-        pieces: Piece numbers.
-        lengths: Tokens taken of each piece, 0 where the piece is left out.
+        segments: Segment numbers.
+        lengths: Tokens taken of each segment, 0 if it is left out.
         items: Item whose vector is injected, N for none.
-        answer: Whether the piece is the answer, one for all rows, shape ``(P,)``.
+        answer: Whether the segment is the answer, the same for all rows, shape ``(P,)``.
     """
 
-    pieces: NDArray[np.int64]
+    segments: NDArray[np.int64]
     lengths: NDArray[np.int64]
     items: NDArray[np.int64]
     answer: NDArray[np.bool_]
 
 
 class PromptLayout:
-    """Lays out the prompts of one task: the first text, the history, the next text and so on.
+    """Lays out the prompts of one task.
 
     A prompt is ``text, history, text`` or ``text, history, text, candidates, text``, and an answer may follow. The
-    oldest items of a history are left out first; candidates and answers are always whole. A title that is too long even
-    when it is alone is cut.
+    oldest items of a history are left out first; candidates and answers are always complete. A title that does not fit
+    even alone is cut.
 
     Args:
         titles: Tokens of each title with its separator, N of them.
@@ -96,9 +95,9 @@ class PromptLayout:
             candidates.
         answers: Tokens of each answer with its end token, N of them; empty for tasks without.
         placeholder_id: Token at the position of an injected vector.
-        pad_id: Token that pads.
-        max_tokens: Tokens of a prompt at most, the longest answer included.
-        max_items: Items of a history shown at most; None for all.
+        pad_id: Padding token.
+        max_tokens: Maximum tokens of a prompt, the longest answer included.
+        max_items: Maximum items of a history; None for all.
         seed: Seed of the choice of wordings.
     """
 
@@ -117,18 +116,18 @@ class PromptLayout:
         self.n_items, self.n_wordings, self.n_texts = len(titles), len(texts), len(texts[0])
         self.pad_id, self.max_items, self.seed = pad_id, max_items, seed
         flat_texts = [text for wording in texts for text in wording]
-        pieces = [*titles, *flat_texts, *answers, [placeholder_id]]
-        self.lengths = np.array([len(piece) for piece in pieces], np.int64)
-        self.tokens = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
+        segments = [*titles, *flat_texts, *answers, [placeholder_id]]
+        self.lengths = np.array([len(segment) for segment in segments], np.int64)
+        self.tokens = np.concatenate([np.asarray(segment, np.int64) for segment in segments])
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._first_answer = self.n_items + len(flat_texts)
-        self._slot = len(pieces) - 1
+        self._placeholder = len(segments) - 1
         self.text_tokens = self.lengths[self.n_items : self._first_answer].reshape(len(texts), -1).sum(axis=1)
         self.longest_answer = max(map(len, answers), default=0)
         self.rooms = max_tokens - self.text_tokens - self.longest_answer  # tokens left for titles, by wording
 
-    def piece(self, number: int) -> NDArray[np.int64]:
-        """Tokens of one piece; pieces 0 to N-1 are the titles."""
+    def segment(self, number: int) -> NDArray[np.int64]:
+        """Tokens of one segment; segments 0 to N-1 are the titles."""
         return self.tokens[self._starts[number] : self._starts[number] + self.lengths[number]]
 
     def wordings(self, rows: PromptRows) -> NDArray[np.int64]:
@@ -154,11 +153,11 @@ class PromptLayout:
     def batch(
         self, rows: PromptRows, answers: NDArray[np.integer] | None = None, padding: Padding = "right"
     ) -> TokenBatch:
-        """Put prompts together.
+        """Tokens of prompts.
 
         Args:
-            rows: What they show.
-            answers: Items whose answers follow, shape ``(B,)``; None for prompts alone.
+            rows: Contents of the prompts.
+            answers: Items whose answers follow, shape ``(B,)``; None for prompts without answer.
             padding: Side of the padding.
         """
         texts = self.n_items + self.wordings(rows)[:, None] * self.n_texts + np.arange(self.n_texts)
@@ -170,7 +169,7 @@ class PromptLayout:
         if answers is not None:
             parts.append(self._plain(self._first_answer + answers[:, None].astype(np.int64), answer=True))
         columns = _Columns(
-            np.concatenate([part.pieces for part in parts], axis=1),
+            np.concatenate([part.segments for part in parts], axis=1),
             np.concatenate([part.lengths for part in parts], axis=1),
             np.concatenate([part.items for part in parts], axis=1),
             np.concatenate([part.answer for part in parts]),
@@ -203,29 +202,28 @@ class PromptLayout:
     def _titles(
         self, items: NDArray[np.int64], lengths: NDArray[np.int64], kept: NDArray[np.bool_], hybrid: bool
     ) -> _Columns:
-        """Titles, each followed by its slot in hybrid prompts; all arguments have shape ``(B, K)``."""
+        """Titles, each followed by a placeholder in hybrid prompts; all arguments have shape ``(B, K)``."""
         lengths, injected = np.where(kept, lengths, 0), np.where(kept, items, self.n_items)
         nothing = np.full_like(items, self.n_items)
         if not hybrid:
             return _Columns(items, lengths, nothing, np.zeros(items.shape[1], bool))
         wide = (len(items), 2 * items.shape[1])
         return _Columns(
-            np.stack([items, np.full_like(items, self._slot)], axis=2).reshape(wide),
+            np.stack([items, np.full_like(items, self._placeholder)], axis=2).reshape(wide),
             np.stack([lengths, kept.astype(np.int64)], axis=2).reshape(wide),
             np.stack([nothing, injected], axis=2).reshape(wide),
             np.zeros(wide[1], bool),
         )
 
-    def _plain(self, pieces: NDArray[np.int64], *, answer: bool = False) -> _Columns:
-        """Pieces as they are, shape ``(B, P)``."""
-        return _Columns(
-            pieces, self.lengths[pieces], np.full_like(pieces, self.n_items), np.full(pieces.shape[1], answer)
-        )
+    def _plain(self, segments: NDArray[np.int64], *, answer: bool = False) -> _Columns:
+        """Complete segments, shape ``(B, P)``."""
+        nothing = np.full_like(segments, self.n_items)
+        return _Columns(segments, self.lengths[segments], nothing, np.full(segments.shape[1], answer))
 
     def _assemble(self, columns: _Columns, padding: Padding, *, with_items: bool, with_labels: bool) -> TokenBatch:
         lengths, per_row = columns.lengths.ravel(), columns.lengths.sum(axis=1)
         ends = np.cumsum(lengths)
-        starts = self._starts[columns.pieces.ravel()]
+        starts = self._starts[columns.segments.ravel()]
         source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)  # token numbers, prompt by prompt
         row = np.repeat(np.arange(len(per_row)), per_row)
         column = np.arange(ends[-1]) - np.repeat(np.cumsum(per_row) - per_row, per_row)
@@ -250,7 +248,7 @@ class PromptLayout:
 
 
 def hashed(history: NDArray[np.int32], lengths: NDArray[np.int32], seed: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each history, in its order, with a seed; the same whatever the padding and the other rows.
+    """A seeded 64-bit hash of each history, in its order, independent of padding and other rows.
 
     Args:
         history: Item ids, shape ``(B, L)``, padded on the right.
@@ -258,7 +256,7 @@ def hashed(history: NDArray[np.int32], lengths: NDArray[np.int32], seed: int) ->
         seed: Any integer.
 
     Returns:
-        Shape ``(B,)``, spread evenly over all values.
+        Shape ``(B,)``, uniform over all values.
     """
     places = np.arange(1, history.shape[1] + 1, dtype=np.uint64)
     keyed = (history.astype(np.uint64) << np.uint64(32)) ^ places ^ np.uint64(derived_seed("wording", seed))
@@ -267,7 +265,7 @@ def hashed(history: NDArray[np.int32], lengths: NDArray[np.int32], seed: int) ->
 
 
 def padded_batch(rows: Sequence[NDArray[np.int64]], pad_id: int) -> TokenBatch:
-    """Token sequences one below the other, padded on the right."""
+    """Stack token sequences, padded on the right."""
     lengths = np.array([len(row) for row in rows])
     ids = np.full((len(rows), lengths.max()), pad_id, np.int64)
     mask = np.arange(ids.shape[1]) < lengths[:, None]

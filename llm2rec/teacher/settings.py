@@ -1,14 +1,14 @@
-"""What the teacher can be told; Hydra schemas and plain values at once."""
+"""Teacher configuration (Hydra structured configs); `llm_settings` has that of the language model."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.core.seed import derived_seed
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.teacher.curriculum import CURRICULA
 from llm2rec.teacher.heads import HEADS
 from llm2rec.teacher.llm_settings import LLMSettings, PromptSettings, ShapeSettings, TinyRandomSettings
-from llm2rec.teacher.unread import check_unread
 
 __all__ = [
     "AdapterSettings",
@@ -19,6 +19,7 @@ __all__ = [
     "TeacherSettings",
     "TinyRandomSettings",
     "TitleSettings",
+    "is_hybrid",
 ]
 
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
@@ -28,33 +29,15 @@ TUNINGS = ("ilora", "lora", "none")
 PROMPTS = ("text", "hybrid")
 RANKINGS = ("search", "grounding")
 HIT_RULES = ("longest", "released")
+CURRICULA = ("off", "linear", "two_stage")
 
 
 @dataclass
 class AdapterSettings:
-    """The iLoRA adapter: fields of `llm2rec.ilora.ILoraConfig` by the same names, all of them handed to it.
+    """The iLoRA adapter: arguments of `llm2rec.ilora.ILoraConfig`, which documents and checks them.
 
-    Attributes:
-        r: Total rank over all experts.
-        num_experts: Experts, E.
-        alpha: Numerator of the scale.
-        dropout: Dropout on the adapter's input. A base with dropout of its own (BERT and its kin) has it on in training
-            besides, as everywhere in PEFT.
-        scaling: ``total`` (alpha/R, the paper) or ``per_expert`` (alpha/(R/E), the released program).
-        target_modules: Names of the layers to adapt, or a regular expression over their full names (to choose blocks
-            as well); None takes the defaults for the model's type.
-        exclude_modules: Names of layers to leave alone.
-        rank_pattern: Total rank of layers that differ from ``r``, by name.
-        alpha_pattern: The same for ``alpha``.
-        gate: Kind of gate network: ``linear`` (the paper), ``mlp``, ``topk``, ``topk_released``, ``noisy``,
-            ``dropout`` or ``conv``.
-        gate_per_layer: Whether every adapted layer has a gate network of its own.
-        gate_temperature: Divides the gate's logits.
-        gate_top_k: Experts kept by the top-k gates; as with the next three, None takes the kind's own default, and a
-            value is refused where the kind does not read it.
-        gate_hidden_size: Inner width of ``mlp``.
-        gate_noise: Standard deviation of the noise of ``noisy``.
-        gate_dropout: Probability of dropping a logit of ``dropout``.
+    Its types and defaults are repeated here (only ``dropout`` differs), because importing PEFT would double the start
+    time of every command. A plain LoRA reads the fields in `LORA_OPTIONS`.
     """
 
     r: int = 16
@@ -75,18 +58,21 @@ class AdapterSettings:
     gate_dropout: float | None = None
 
 
+LORA_OPTIONS = ("r", "alpha", "dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+
+
 @dataclass
 class ExportSettings:
-    """What the teacher writes down.
+    """Export of the teacher outputs.
 
     Attributes:
-        enabled: Whether anything is written down; a teacher that is only to be compared needs no outputs.
+        enabled: Whether outputs are exported; a teacher that is only evaluated needs none.
         top_k: Items per training row.
         block_rows: Rows per resumable block.
         batch_tokens: Tokens per forward pass, padding included.
-        confidence: What the confidences are: ``neg_log_prob``, ``log_prob`` or ``prob``. A teacher that ranks by
-            grounding has no probabilities: it writes distances, which the manifest says, under ``neg_log_prob``, where
-            lower means surer as well, and refuses the others.
+        confidence: Kind of confidences: ``neg_log_prob``, ``log_prob`` or ``prob``. A teacher that ranks by grounding
+            has no probabilities and accepts only ``neg_log_prob``: it exports distances (also lower is more confident)
+            and records that in the manifest.
     """
 
     enabled: bool = True
@@ -106,19 +92,18 @@ class ExportSettings:
 
 @dataclass
 class TitleSettings:
-    """The `title` objective: the language model reads a history and some candidates, and writes the answer's title.
+    """The `title` objective: the language model reads a history and candidates, and writes the next item's title.
 
     Attributes:
-        n_candidates: Candidates in a prompt, the answer among them; 0 asks without candidates. The paper has 20
+        n_candidates: Candidates in a prompt, including the answer; 0 for prompts without candidates. The paper has 20
             besides the answer, its program 19.
-        redraw_candidates: Whether each epoch of training draws new candidates, as the program does; evaluation never.
-        mean_log_prob: Whether candidates are compared by the mean log-probability of a token instead of the sum.
+        redraw_candidates: Whether training draws new candidates in each epoch, as the program does; evaluation never.
+        mean_log_prob: Whether candidates are compared by the mean log-probability per token instead of the sum.
         generation_beams: Beams of free generation; 1 is greedy.
         search_beams: Beams of the search over the catalogue's titles.
-        ranking: How the whole catalogue is ranked: ``search`` (the likeliest titles) or ``grounding`` (BIGRec: the
-            items whose vectors lie nearest to that of the generated title).
-        hit_rule: When a generated text names a candidate: ``longest`` or ``released``, see
-            `llm2rec.teacher.title.matching`.
+        ranking: How the whole catalogue is ranked: ``search`` (most probable titles) or ``grounding`` (BIGRec: the
+            items with the vectors nearest to that of the generated title).
+        hit_rule: Title matching rule, ``longest`` or ``released``; see `llm2rec.teacher.title.matching.judge`.
     """
 
     n_candidates: int = 20
@@ -143,46 +128,47 @@ class TeacherSettings:
     """How the teacher is built and trained.
 
     Attributes:
-        name: Names the teacher in results and teacher outputs.
+        name: Name of the teacher in results and teacher outputs.
         objective: ``item``: next-item classification over the whole catalogue; ``title`` (the paper): writing the
             answer's title.
-        tuning: What is trained of the language model: ``ilora``, one plain ``lora`` of the same rank, or ``none``.
+        tuning: How the language model is tuned: ``ilora``, one plain ``lora`` of the same rank, or ``none``.
         precision: ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32``, ``bfloat16``, ``int8`` or ``int4``
             (base weights quantised by bitsandbytes).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass: less memory, a third more
+            time.
         logit_scale: Factor on the cosine between user and item vectors, an inverse temperature.
-        exclude_history: Whether the items of a history are out of the running for the next one.
+        exclude_history: Whether the items of a history are excluded from its ranking.
         popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
         head: How the `item` objective scores: by ``titles``, titles through a trained map (``projected``), titles and
             the recommender's item vectors (``joined``), or these and the recommender's own score (``residual``); see
             `llm2rec.teacher.heads`.
-        residual_dropout: Chance that a training row is scored without the recommender's own score, so that the language
-            model learns to rank by itself; for ``head=residual``.
-        item_refresh_steps: Optimizer steps after which titles are read anew by the language model in training; 0 keeps
-            what it made of them without adapter.
+        residual_dropout: Probability that a training row is scored without the recommender's own score, so that the
+            language model learns to rank on its own; for ``head=residual``.
+        item_refresh_steps: Optimizer steps between recomputations of the title vectors with the adapter; 0 keeps those
+            of the language model without adapter.
         train_rows: Training rows used, chosen by the seed; None uses all.
         validation_rows: Validation rows used for early stopping, chosen by the seed; None uses all.
         recommender_run: Folder of the run of a trained student, of ``llm2rec.student`` or ``llm2rec.distill`` on the
             same dataset; for ``gate_input=sequence``, ``prompts=hybrid`` and the heads ``joined`` and ``residual``.
-        gate_input: What the gate reads: ``llm``, what the language model without adapter makes of the prompt; or
-            ``sequence`` (the paper), the user vector of the recommender.
+        gate_input: Input of the gate: ``llm``, the pooled states of the language model without adapter; or ``sequence``
+            (the paper), the user vector of the recommender.
         prompts: ``text``, or ``hybrid`` (the paper): each title is followed by the recommender's vector of the item,
             projected into the language model's input.
-        curriculum: Which optimizer steps of hybrid training show the vectors: all (``off``), ``linear``ly more, or the
-            second half (``two_stage``); see `llm2rec.teacher.curriculum`.
+        curriculum: Optimizer steps of hybrid training that use the vectors: all (``off``), ``linear``ly more, or the
+            second half (``two_stage``); see `is_hybrid`.
         gate_learning_rate_ratio: Learning rate of the gate networks as a multiple of ``training.learning_rate``. Their
-            inputs have unit length: at 1 gates hardly leave the even mixture, at 100 they collapse (see
+            inputs have unit length: at 1 gates stay near the even mixture, at 100 they collapse (see
             ``benchmarks/results/teacher_gates.json``).
         projector_learning_rate_ratio: The same for the projector of hybrid prompts.
-        head_learning_rate_ratio: The same for what the head trains.
-        gate_weight_decay: Weight decay of the gate networks; None for that of the rest.
-        projector_weight_decay: Weight decay of the projector; None for that of the rest.
-        balance_loss: Weight of the load-balance loss, which evens out how much each expert is used over a step's rows;
-            0 leaves it out.
-        adapter: The iLoRA adapter; a plain LoRA takes its rank, alpha, dropout and layers.
+        head_learning_rate_ratio: The same for the head's parameters.
+        gate_weight_decay: Weight decay of the gate networks; None for ``training.weight_decay``.
+        projector_weight_decay: Weight decay of the projector; None for ``training.weight_decay``.
+        balance_loss: Weight of the load-balance loss, which evens out the use of the experts over a step's rows; 0 for
+            none.
+        adapter: The iLoRA adapter; a plain LoRA uses its rank, alpha, dropout and layers.
         title: The `title` objective.
-        training: Length, batch and rate.
-        export: What is written down.
+        training: Epochs, batch size and learning rate.
+        export: Export of the teacher outputs.
     """
 
     name: str = "ilora"
@@ -243,21 +229,21 @@ class TeacherSettings:
             raise ConfigError(f"teacher.residual_dropout is {self.residual_dropout}, expected 0 to below 1.")
         self._check_recommender()
         self._check_confidence()
-        check_unread(self)
+        _check_unread(self)
 
     @property
     def kind(self) -> dict[str, str]:
-        """What kind of teacher it is, for a manifest to tell it from others of the same name."""
+        """The choices that define a kind of teacher, for the manifest."""
         names = ("objective", "tuning", "prompts", "head")
         kind = {name: str(getattr(self, name)) for name in names}
         return kind | ({"ranking": self.title.ranking} if self.objective == "title" else {})
 
     @property
     def label(self) -> str:
-        """What is not as usual, for a table to tell it from others of the same name."""
-        usual = ("item", "ilora", "text", "titles", "search")
-        unusual = [value for value in self.kind.values() if value not in usual and value != self.name]
-        return "".join(f" {value}" for value in unusual)
+        """Choices that differ from the defaults, for tables of results."""
+        defaults = ("item", "ilora", "text", "titles", "search")
+        changed = [value for value in self.kind.values() if value not in defaults and value != self.name]
+        return "".join(f" {value}" for value in changed)
 
     def _check_recommender(self) -> None:
         readers = {
@@ -281,20 +267,83 @@ class TeacherSettings:
         if self.ranks_by_distance and self.export.confidence != "neg_log_prob":
             raise ConfigError(
                 f"teacher.export.confidence is {self.export.confidence!r}, but teacher.title.ranking=grounding gives "
-                "distances and no probabilities; leave it out, or set teacher.title.ranking=search."
+                "distances and no probabilities; use neg_log_prob, or teacher.title.ranking=search."
             )
         if self.objective == "title" and self.export.confidence == "prob":
             raise ConfigError(
                 "teacher.export.confidence is 'prob', but the probability of a whole title can be too small for "
-                "float32; take neg_log_prob or log_prob."
+                "float32; use neg_log_prob or log_prob."
             )
 
     @property
     def ranks_by_distance(self) -> bool:
-        """Whether the catalogue is ranked by distances to a generated title, instead of by log-probabilities."""
+        """Whether the catalogue is ranked by distances to a generated title instead of log-probabilities."""
         return self.objective == "title" and self.title.ranking == "grounding"
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+
+
+def is_hybrid(curriculum: str, step: int, max_steps: int, seed: int) -> bool:
+    """Whether the batch of an optimizer step has injected vectors (LLaRA, arXiv 2312.02445, and iLoRA's program).
+
+    A pure function of its arguments, so all processes and resumed runs agree.
+
+    Args:
+        curriculum: ``off`` (always hybrid), ``linear`` (with probability ``step / max_steps``) or ``two_stage`` (text
+            only in the first half of the steps).
+        step: Global step, from 0.
+        max_steps: Steps of the whole training.
+        seed: Seed of the run.
+    """
+    if curriculum == "linear":
+        return derived_seed(seed, "curriculum", step) / 2**63 < step / max_steps
+    return curriculum == "off" or 2 * step >= max_steps
+
+
+_ADAPTER = tuple(each.name for each in fields(AdapterSettings))
+_ONLY_ILORA = (
+    *("gate_input", "gate_learning_rate_ratio", "gate_weight_decay", "balance_loss"),
+    *(f"adapter.{name}" for name in _ADAPTER if name not in LORA_OPTIONS),
+)
+# (option, its values, options that are ignored while it has one of them)
+_IGNORED: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
+    ("tuning", ("lora", "none"), _ONLY_ILORA),
+    ("tuning", ("none",), ("item_refresh_steps", *(f"adapter.{name}" for name in _ADAPTER))),
+    ("objective", ("title",), ("head", "logit_scale", "popularity_prior", "item_refresh_steps")),
+    ("objective", ("item",), tuple(f"title.{each.name}" for each in fields(TitleSettings))),
+    ("prompts", ("text",), ("curriculum", "projector_learning_rate_ratio", "projector_weight_decay")),
+    ("head", ("titles",), ("head_learning_rate_ratio",)),
+    ("head", ("titles", "projected", "joined"), ("residual_dropout",)),
+    ("title.n_candidates", (0,), ("title.redraw_candidates", "title.hit_rule")),
+    ("title.ranking", ("grounding",), ("title.search_beams",)),
+)
+
+
+def _check_unread(settings: TeacherSettings) -> None:
+    """Reject options that the chosen teacher ignores, if they differ from their defaults.
+
+    Raises:
+        ConfigError: Naming all options that one choice ignores.
+    """
+    for option, values, names in _IGNORED:
+        choice = attrgetter(option)(settings)
+        changed = {name: value for name in names if (value := attrgetter(name)(settings)) != _default(settings, name)}
+        if choice in values and changed:
+            given = " and ".join(f"teacher.{name} is {value!r}" for name, value in changed.items())
+            defaults = " and ".join(repr(_default(settings, name)) for name in changed)
+            them = "it" if len(changed) == 1 else "them"
+            raise ConfigError(
+                f"{given}, which nothing reads while teacher.{option} is {choice!r}; leave {them} at {defaults}, or "
+                f"change teacher.{option}."
+            )
+
+
+def _default(settings: TeacherSettings, name: str) -> Any:
+    """Default of an option, which may be one of a nested settings object."""
+    *parents, last = name.split(".")
+    owner = attrgetter(".".join(parents))(settings) if parents else settings
+    default = next(each for each in fields(owner) if each.name == last)
+    return default.default if default.default_factory is MISSING else default.default_factory()

@@ -17,13 +17,12 @@ from llm2rec.core.train.loop import Validation, fit
 from llm2rec.core.train.optimizer import adamw
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
-from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateMonitor, balance_losses, mean_gates
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.prompts import TokenBatch
-from llm2rec.teacher.settings import TeacherSettings
+from llm2rec.teacher.settings import TeacherSettings, is_hybrid
 
 __all__ = ["ItemObjective", "TeacherObjective", "TeacherTask", "train_teacher"]
 

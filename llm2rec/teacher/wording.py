@@ -1,7 +1,7 @@
-"""How a prompt is worded: texts around the history and the candidates, by the kind of item.
+"""Wordings of prompts: texts around the history and the candidates, by the kind of item.
 
-Every wording ends so that a title comes next. Titles are listed one after the other, each with its separator; in a
-wording, ``{history}`` and ``{candidates}`` stand for such lists and have a space or nothing on either side.
+Every wording ends where a title follows. In a wording, ``{history}`` and ``{candidates}`` stand for lists of titles,
+each title with its separator, and have a space or nothing on either side.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["Wordings", "plain_wordings", "wordings_for"]
 
 @dataclass(frozen=True)
 class Wordings:
-    """Texts around the lists of a prompt, in reading order, one tuple for each wording.
+    """Texts around the lists of a prompt, in reading order, one tuple per wording.
 
     Attributes:
         histories: Text before and after the history.
@@ -57,7 +57,7 @@ _GAMES = (
         "should try",
     ),
 )
-_MUSIC = (  # without a noun for what is listened to: titles may name artists, albums or songs
+_MUSIC = (  # without a noun for the item: titles may be artists, albums or songs
     (
         "What somebody listened to, from the earliest to the latest: {history} What they listened to after that:",
         "A listener's queue, played from the top: {history} Up next:",
@@ -91,7 +91,7 @@ _BOOKS = (
         "Having liked these books in turn: {history} and free to take any of {candidates} the same reader should try",
     ),
 )
-_NEUTRAL = (  # neither plural nor article, which cannot be made safely of an unknown word
+_NEUTRAL = (  # neither plural nor article, which unknown words may form irregularly
     (
         "Every {domain} somebody chose, from the earliest to the latest: {history} The {domain} chosen after that:",
         "One {domain} after another, this person took {history} and then",
@@ -124,8 +124,8 @@ def wordings_for(domain: str) -> Wordings:
     """The wordings for a kind of item.
 
     Args:
-        domain: The dataset's word for one item, such as `film`; letter case, white space and a plural's `s` do not
-            matter. A word that is not known is filled into neutral wordings.
+        domain: The dataset's word for one item, such as `film`; letter case, white space and a plural `s` are ignored.
+            Unknown words are inserted into neutral wordings.
     """
     word = " ".join(domain.split())
     known = word.casefold()
@@ -134,13 +134,13 @@ def wordings_for(domain: str) -> Wordings:
 
 
 def plain_wordings(prefix: str, suffix: str, domain: str, *, title_next: bool) -> Wordings:
-    """The one wording made of the settings' own texts.
+    """The single wording from the settings' prefix and suffix.
 
     Args:
         prefix: Text before the history; ``{domain}`` stands for ``domain``.
         suffix: Text at the end.
         domain: The dataset's word for one item.
-        title_next: Whether a title must come next, so that a blank suffix is replaced.
+        title_next: Whether a title follows, which replaces a blank suffix.
     """
     ending = suffix if suffix.strip() or not title_next else _PLAIN_ENDING
     history, question = (prefix, ending), (prefix, _PLAIN_CANDIDATES, ending)
@@ -151,6 +151,6 @@ def plain_wordings(prefix: str, suffix: str, domain: str, *, title_next: bool) -
 
 
 def _parts(text: str, domain: str) -> tuple[str, ...]:
-    """The texts around the lists, cut before the word is filled in, whatever it contains."""
+    """Texts around the lists, split before ``{domain}`` is replaced, since the word may contain braces."""
     parts = text.replace("{candidates}", "{history}").split("{history}")
     return tuple(part.strip().replace("{domain}", domain) for part in parts)

@@ -6,9 +6,10 @@ from llm2rec.core.files import write_json
 from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
 from llm2rec.student.store import save_student
-from llm2rec.teacher.factory import build_teacher, save_teacher
+from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.llm import make_tiny_random
 from llm2rec.teacher.settings import AdapterSettings, PromptSettings, TeacherSettings, TinyRandomSettings, TitleSettings
+from llm2rec.teacher.store import save_teacher
 
 
 def student_run(results, data, name, *, label="sasrec", seed=1, max_length=None, **changes):

@@ -20,7 +20,7 @@ from llm2rec.evaluate.scoring.teachers import FinishedTitleTeacher, title_scores
 from llm2rec.evaluate.table import write_comparison
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.negatives import CandidateSampler
-from llm2rec.teacher.title.matching import TitleHits
+from llm2rec.teacher.title.matching import TitleMatches
 from llm2rec.teacher.title.model import TitleRecommender
 
 PROTOCOL = Protocol(ks=(1, 5), mask_seen=False, candidates_seed=3)
@@ -176,7 +176,7 @@ def test_more_candidates_than_prompts_hold_are_refused(tmp_path, data):
 
 def test_a_rate_without_valid_rows_has_no_interval():
     nothing = np.zeros(4, np.bool_)
-    scores = title_scores(torch.tensor([0, 1, 0, 3]), TitleHits(nothing, nothing), (5,))
+    scores = title_scores(torch.tensor([0, 1, 0, 3]), TitleMatches(nothing, nothing), (5,))
     assert scores["metrics"][CANDIDATES_HR] == 0.5
     assert scores["metrics"][GENERATED_HR_VALID] == 0
     assert GENERATED_HR_VALID not in scores["intervals"]

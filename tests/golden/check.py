@@ -38,8 +38,7 @@ from llm2rec.distill.objective import candidate_weights, objective  # noqa: E402
 from llm2rec.distill.settings import DLLM2RecCodeSettings  # noqa: E402
 from llm2rec.ilora import ILoraConfig, ILoraLinear  # noqa: E402
 from llm2rec.ilora.gate import build_gate  # noqa: E402
-from llm2rec.teacher.title.grounding import ground  # noqa: E402
-from llm2rec.teacher.title.matching import judge  # noqa: E402
+from llm2rec.teacher.title.matching import ground, judge  # noqa: E402
 
 TOLERANCE = 1e-5
 Result = tuple[str, float | None]  # name of the case, largest relative error (None: not covered)

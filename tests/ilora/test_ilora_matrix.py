@@ -116,7 +116,7 @@ def test_rows_are_independent_in_evaluation_and_merging_is_refused(base, gate, p
     model, gate_input = adapted(base, gate, per_layer), inputs_of(base)
     other = torch.cat([gate_input[:1], -gate_input[1:]])
     together, changed = run(model, gate_input), run(model, other)
-    # 8-bit products scale whole rows of activations, each by itself
+    # 8-bit products scale whole rows of activations, each separately
     torch.testing.assert_close(together[0], changed[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[1:], changed[1:], rtol=1e-3) or gate == "topk_released"
     with pytest.raises(MergeError):

@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def packed(lengths=LENGTHS):
-    """No attention mask and no cache: then transformers tells sequences apart by their positions."""
+    """No attention mask and no cache: then transformers separates sequences by their positions."""
     ids = torch.randint(3, VOCABULARY, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(2))
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     return {"input_ids": ids, "position_ids": positions, "use_cache": False}
@@ -107,13 +107,13 @@ def test_tokens_of_no_segment_get_the_base_layer_and_give_no_gradient(gate_per_l
     model = double("llama", gate_per_layer=gate_per_layer)
     layer = layers(model)[0]
     segments = torch.tensor([[0, 0, -1, 1], [-1, -1, 2, 2]])
-    nobody = segments == -1
+    unassigned = segments == -1
     x = torch.randn(2, 4, layer.in_features, dtype=torch.float64)
     with model.base_model.use_gates(gate_inputs(3), segments=segments):
         result = layer(x)
-        assert torch.equal(result[nobody], layer.base_layer(x)[nobody])
-        assert not torch.isclose(result[~nobody], layer.base_layer(x)[~nobody]).all(dim=-1).any()
-        result[nobody].sum().backward()
+        assert torch.equal(result[unassigned], layer.base_layer(x)[unassigned])
+        assert not torch.isclose(result[~unassigned], layer.base_layer(x)[~unassigned]).all(dim=-1).any()
+        result[unassigned].sum().backward()
     trained = [p for p in layer.parameters() if p.requires_grad]
     assert len(trained) == (3 if gate_per_layer else 2)
     assert all(p.grad is None or not p.grad.any() for p in trained)

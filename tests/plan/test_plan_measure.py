@@ -9,7 +9,6 @@ from llm2rec.plan.measure import MemoryMeter, forward_peaks, step_peaks
 from llm2rec.plan.models import PlannedTeacher, TeacherShape, measured_teacher
 from llm2rec.student.losses import cross_entropy
 from llm2rec.teacher.factory import adapter_config, with_adapter
-from llm2rec.teacher.gate_source import NoGate
 from llm2rec.teacher.heads import build_head
 from llm2rec.teacher.ilora_model import ItemTeacher
 from llm2rec.teacher.settings import AdapterSettings, TeacherSettings, TitleSettings
@@ -54,7 +53,7 @@ def real_step(shape):
     mask[:, :5] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "item_ids": None}
     targets, history = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-    common = {"pooling": "last", "exclude_history": True, "gate_source": NoGate()}
+    common = {"pooling": "last", "exclude_history": True}
     vectors = torch.randn(N_ITEMS, shape.width)
     if is_title:
         model = TitleRecommender(llm, None, TitleVectors(vectors, vectors[0]), TitleSettings(), **common).train()

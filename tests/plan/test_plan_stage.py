@@ -149,8 +149,8 @@ def test_estimated_prompts_show_what_fits():
     np.testing.assert_array_equal(prompts.title_token_counts(), [4] * 20)
     wide = EstimatedPrompts(["t" * 9] * 20, PromptSettings(max_tokens=200), "game", 3.0)
     candidates, targets = np.zeros((4, 5), np.int64), np.zeros(4, np.int64)
-    listed = wide.answered_token_counts(history, lengths, candidates, targets)
-    unlisted = wide.answered_token_counts(history, lengths, None, targets)
+    listed = wide.question_token_counts(history, lengths, candidates, targets)
+    unlisted = wide.question_token_counts(history, lengths, None, targets)
     texts = len("The next game is one of these:")
     np.testing.assert_array_equal(listed - unlisted, [5 * 4 + -(-texts // 3)] * 4)
 

@@ -18,9 +18,10 @@ from llm2rec.core.files import write_json
 from llm2rec.data import Toy, prepare
 from llm2rec.student.datamodule import Rows
 from llm2rec.teacher.card import teacher_card
-from llm2rec.teacher.factory import build_teacher, save_teacher
+from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.llm import make_tiny_random
 from llm2rec.teacher.settings import AdapterSettings, PromptSettings, TeacherSettings, TinyRandomSettings
+from llm2rec.teacher.store import save_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

@@ -15,9 +15,8 @@ from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.student.losses import cross_entropy
-from llm2rec.teacher.curriculum import is_hybrid
 from llm2rec.teacher.injection import ItemProjector, embedded
-from llm2rec.teacher.settings import TeacherSettings
+from llm2rec.teacher.settings import TeacherSettings, is_hybrid
 from llm2rec.teacher.trainer import _optimizer
 
 TRAINING = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}

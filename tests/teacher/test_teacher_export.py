@@ -10,8 +10,7 @@ from safetensors.numpy import save_file as save_block
 from teacher_helpers import build, randomise, split, teacher_rows
 
 from llm2rec.distill.data_bridge import read_outputs
-from llm2rec.teacher.export import rank_blocks
-from llm2rec.teacher.outputs import write_outputs
+from llm2rec.teacher.outputs import rank_blocks, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 TOP_K = 7
@@ -103,8 +102,8 @@ def test_the_student_reads_the_same_distances_whatever_the_confidences_are(kind,
     assert np.array_equal(read.ranking, np.load(plain / "myrank_train.npy"))
     np.testing.assert_allclose(read.distance, np.load(plain / "confidence_train.npy"), rtol=1e-4, atol=1e-5)
     assert torch.equal(read.embeddings, teacher[0].item_vectors)
-    told = read.batch(np.array([5, 0]), 3)
-    assert told.ranking.tolist() == read.ranking[[5, 0], :3].tolist()
+    batch = read.batch(np.array([5, 0]), 3)
+    assert batch.ranking.tolist() == read.ranking[[5, 0], :3].tolist()
 
 
 @pytest.mark.parametrize("block_rows", [1000, 200, 7])
@@ -129,13 +128,13 @@ def test_a_killed_export_goes_on_and_writes_the_same_files(finished, teacher, en
         save_block(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm2rec.teacher.export.save_file", dies)
+        patch.setattr("llm2rec.teacher.outputs.save_file", dies)
         with pytest.raises(KeyboardInterrupt):
             export(teacher, engine, tmp_path / "killed")
     assert len(list((tmp_path / "killed" / "blocks").iterdir())) == finished
 
     again = []
-    monkeypatch.setattr("llm2rec.teacher.export.save_file", lambda t, file: (again.append(file), save_block(t, file)))
+    monkeypatch.setattr("llm2rec.teacher.outputs.save_file", lambda t, file: (again.append(file), save_block(t, file)))
     assert contents(export(teacher, engine, tmp_path / "killed")) == whole
     assert len(again) == -(-len(teacher[1].rows) // 32) - finished
 

@@ -17,10 +17,11 @@ from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.ilora import Gate, GateCollapseWarning, ILoraConfig, balance_loss, gate_health
 from llm2rec.ilora.gate import GATES
-from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
+from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache
 from llm2rec.teacher.gates import GateMonitor, balance_losses, mean_gates
 from llm2rec.teacher.settings import AdapterSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
 
 KINDS = tuple(GATES)
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0}
@@ -84,9 +85,13 @@ def test_every_gate_kind_trains_through_the_configuration(kind, per_layer, data,
 
 
 def test_settings_of_the_adapter_are_fields_of_its_configuration(data, llm_folder):
-    """All are handed over by name, so one that the adapter does not know would stop every run."""
-    names = {field.name for field in dataclasses.fields(AdapterSettings)}
-    assert names <= {field.name for field in dataclasses.fields(ILoraConfig)}
+    """`AdapterSettings` repeats names and defaults, and only the default of dropout differs."""
+    settings, config = AdapterSettings(dropout=0.0), ILoraConfig(target_modules=["q_proj"])
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, value in vars(settings).items():
+        assert name in defaults
+        if not isinstance(value, dict):
+            assert value == defaults[name], name
     chosen = {
         "alpha": 7,
         "scaling": "per_expert",

@@ -13,9 +13,9 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.store import load_student
-from llm2rec.teacher.factory import load_teacher, save_teacher
 from llm2rec.teacher.heads import HEADS, build_head
 from llm2rec.teacher.settings import TeacherSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
 
 HISTORIES = [[3, 5, 7, 11], [2], [40, 1, 30], [9, 8]]
 TRAINING = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}

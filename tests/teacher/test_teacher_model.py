@@ -19,10 +19,11 @@ from llm2rec.core.vectors import standardised
 from llm2rec.data import prepare
 from llm2rec.data.toy import Toy
 from llm2rec.student.losses import cross_entropy
-from llm2rec.teacher.factory import load_teacher, popularity_bias, save_teacher
-from llm2rec.teacher.ilora_model import pool
+from llm2rec.teacher.factory import popularity_bias
 from llm2rec.teacher.llm import locate, resolve_precision, weights_hash
 from llm2rec.teacher.settings import LLMSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
+from llm2rec.teacher.text_vectors import pool
 
 KINDS = ["llama", "bert"]
 HISTORIES = [[3, 5, 7, 11], [2], [40, 1, 30], [9, 8], [0, 47, 13, 21, 34, 6]]
@@ -255,7 +256,7 @@ def test_a_teacher_of_another_dataset_is_refused(data, llm_folder, tmp_path):
 
 def test_a_path_without_a_model_is_refused_by_name(data, tmp_path):
     for path in ("no/such-model", str(tmp_path)):
-        with pytest.raises(ConfigError, match=r"llm.path is .* neither a folder .* Give `llm.path=FOLDER`"):
+        with pytest.raises(ConfigError, match=r"llm.path is .* neither a folder .* Set `llm.path=FOLDER`"):
             locate(LLMSettings(name="x", path=path), tmp_path, tmp_path / "llm", data.titles)
 
 

@@ -38,11 +38,11 @@ def slow_prompt(tokenizer, titles, **settings):
     budget = settings["max_tokens"] - len(special) - len(before) - len(after)
     kept = []
     for age, title in enumerate(reversed(titles)):
-        piece = bare(f" {title}{SEPARATOR}")[:budget]
-        if sum(map(len, kept)) + len(piece) > budget or age == settings.get("max_items"):
+        segment = bare(f" {title}{SEPARATOR}")[:budget]
+        if sum(map(len, kept)) + len(segment) > budget or age == settings.get("max_items"):
             break
-        kept.insert(0, piece)
-    inner = before + [token for piece in kept for token in piece] + after
+        kept.insert(0, segment)
+    inner = before + [token for segment in kept for token in segment] + after
     return [special[0], *inner, *special[1:]], len(kept)
 
 
@@ -119,7 +119,7 @@ def test_titles_alone_carry_their_special_tokens(tokenizer):
 
 
 def test_prefix_and_suffix_without_room_for_titles_are_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"12 tokens leave .* raise `llm.prompt.max_tokens`"):
+    with pytest.raises(ConfigError, match=r"12, which leaves .* tokens for titles"):
         build(tokenizer, max_tokens=12, prefix="many words " * 5)
 
 

@@ -1,7 +1,6 @@
 """Mixtures, one plain LoRA, or nothing: what is trained, and that every kind of teacher is saved whole."""
 
 import json
-from dataclasses import fields
 from itertools import product
 
 import numpy as np
@@ -13,11 +12,9 @@ from teacher_helpers import CPU, build, configured, fit, padded, randomise, spli
 from transformers import AutoModel, AutoTokenizer
 
 from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.teacher import unread
-from llm2rec.teacher.factory import load_teacher, save_teacher
 from llm2rec.teacher.heads import HEADS
-from llm2rec.teacher.ilora_model import pool
-from llm2rec.teacher.settings import AdapterSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
+from llm2rec.teacher.text_vectors import pool
 
 HISTORIES = [[3, 5, 7, 11], [2], [40, 1, 30], [9, 8]]
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}
@@ -43,7 +40,7 @@ def _fresh_processes(fresh_processes):
 
 
 @pytest.fixture
-def asked(data):
+def histories(data):
     return padded(HISTORIES, data.n_items, 4)
 
 
@@ -73,7 +70,7 @@ def train(model, data, folder, **settings):
 
 @pytest.mark.parametrize(("tuning", "prompts", "head", "gate_input"), TEACHERS)
 def test_a_teacher_trains_its_parts_and_is_saved_whole(
-    tuning, prompts, head, gate_input, teacher, data, asked, tmp_path
+    tuning, prompts, head, gate_input, teacher, data, histories, tmp_path
 ):
     model, recipe = teacher(tuning, prompts, head, gate_input)
     beside = {name for name in trained(model) if not name.startswith("llm.")}
@@ -89,7 +86,7 @@ def test_a_teacher_trains_its_parts_and_is_saved_whole(
         again, recipe_again = load_teacher(tmp_path / part, data, CPU)
         assert recipe_again == recipe
         assert not trained(again)
-        assert torch.equal(again.log_probs(*asked), model.log_probs(*asked))
+        assert torch.equal(again.log_probs(*histories), model.log_probs(*histories))
         model, recipe = again, recipe_again
 
 
@@ -133,37 +130,37 @@ def test_plain_tunings_learn(tuning, prompts, teacher, data, tmp_path):
     )
 
 
-def test_a_model_with_nothing_to_train_is_told_and_left_alone(teacher, data, asked, tmp_path, caplog):
+def test_a_model_with_nothing_to_train_stays_unchanged(teacher, data, histories, tmp_path, caplog):
     model, _ = teacher("none")
-    before = model.eval().log_probs(*asked)
+    before = model.eval().log_probs(*histories)
     caplog.set_level("INFO")
     train(model.train(), data, tmp_path, tuning="none")
     assert "nothing to train: `teacher.tuning` is 'none'" in caplog.text
     assert not model.training
-    assert torch.equal(model.log_probs(*asked), before)
+    assert torch.equal(model.log_probs(*histories), before)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_without_tuning_the_language_model_answers_as_it_is(teacher, data, asked):
+def test_without_tuning_the_language_model_is_unchanged(teacher, data, histories):
     model = teacher("none", exclude_history=False)[0].eval()
-    tokens = model.prompts.histories(*asked)
+    tokens = model.prompts.histories(*histories)
     with torch.no_grad():
         hidden = model.llm(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     users = torch.nn.functional.normalize(pool(hidden, tokens.attention_mask, "mean"), dim=1)
     expected = (20.0 * users @ model.item_vectors.T).log_softmax(dim=1)
-    torch.testing.assert_close(model.log_probs(*asked), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.log_probs(*histories), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_lora_is_loaded_by_plain_peft(teacher, data, asked, tmp_path):
+def test_a_plain_lora_is_loaded_by_plain_peft(teacher, data, histories, tmp_path):
     model, recipe = teacher("lora", exclude_history=False)
     save_teacher(tmp_path / "teacher", randomise(model).eval(), recipe)
     adapter = str(tmp_path / "teacher" / "adapter")
     assert isinstance(LoraConfig.from_pretrained(adapter), LoraConfig)
     plain = PeftModel.from_pretrained(AutoModel.from_pretrained(recipe.source), adapter)
-    tokens = model.prompts.histories(*asked)
+    tokens = model.prompts.histories(*histories)
     inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
     with torch.no_grad():
         assert torch.equal(plain(**inputs).last_hidden_state, model.llm(**inputs).last_hidden_state)
@@ -248,7 +245,7 @@ def test_settings_that_cannot_work_are_refused_by_name_and_value(overrides, mess
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told", "cause"),
+    ("overrides", "given", "cause"),
     [
         ("tuning=lora balance_loss=0.5", "balance_loss is 0.5", "tuning is 'lora'"),
         (f"tuning=none gate_input=sequence {RUN}", "gate_input is 'sequence'", "tuning is 'none'"),
@@ -287,14 +284,6 @@ def test_settings_that_cannot_work_are_refused_by_name_and_value(overrides, mess
         ),
     ],
 )
-def test_options_that_nothing_reads_are_refused(overrides, told, cause):
-    with pytest.raises(ConfigError, match=f"^teacher.{told}, which nothing reads while teacher.{cause}; leave"):
+def test_options_that_the_chosen_teacher_ignores_are_refused(overrides, given, cause):
+    with pytest.raises(ConfigError, match=f"^teacher.{given}, which nothing reads while teacher.{cause}; leave"):
         configured(*(f"teacher.{each}" for each in overrides.split()))
-
-
-def test_every_option_has_a_default_that_the_rules_can_name():
-    """A rule about an option that is gone, or a new option of gates, adapters or titles that no rule knows."""
-    known = {name for _, _, names in unread._RULES for name in names}
-    for part, kind in (("adapter", AdapterSettings), ("title", TitleSettings)):
-        assert {name.split(".")[1] for name in known if name.startswith(f"{part}.")} == {f.name for f in fields(kind)}
-    unread.check_unread(TeacherSettings())

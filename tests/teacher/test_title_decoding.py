@@ -12,9 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
 from llm2rec.ilora import ILoraConfig
 from llm2rec.teacher.title import beam
-from llm2rec.teacher.title.beam import constrained_beam_search
+from llm2rec.teacher.title.beam import TitleTrie, constrained_beam_search
 from llm2rec.teacher.title.likelihood import title_log_probs
-from llm2rec.teacher.title.trie import TitleTrie
 
 END, VOCABULARY, WIDTH, EXPERTS = 0, 257, 32, 4
 TITLES = [
@@ -159,11 +158,11 @@ def test_children_of_several_nodes_are_padded_with_the_root():
 
 
 def test_titles_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(DataError, match="items 1 and 3 have titles of the same tokens"):
+    with pytest.raises(DataError, match="items 1 and 3 have the same title tokens"):
         TitleTrie([np.array(title) for title in ([5], [5, 6], [6], [5, 6])], END)
-    with pytest.raises(DataError, match=r"item 1 holds token 0.*end token is 0"):
+    with pytest.raises(DataError, match=r"item 1 has token 0.*end token is 0"):
         TitleTrie([np.array([5]), np.array([5, END, 7])], END)
-    with pytest.raises(DataError, match="item 0 holds token -100"):
+    with pytest.raises(DataError, match="item 0 has token -100"):
         TitleTrie([np.array([5, -100])], END)
     with pytest.raises(DataError, match="no titles"):
         TitleTrie([], END)
@@ -242,7 +241,7 @@ def test_a_sliding_window_is_refused_where_it_would_cut_and_exact_where_not(trie
     found = constrained_beam_search(*given, trie, beams=N, k=3)
     assert found.items.tolist() == expected.argsort(dim=1, descending=True)[:, :3].tolist()
     gates, embeds, mask = prompts_of(llm, width=40)
-    with pytest.raises(ConfigError, match="layers of this model see 48"):
+    with pytest.raises(ConfigError, match="layers of this model attend to 48"):
         title_log_probs(llm, llm.base_model.hold, gates, embeds, mask, tokens, lengths)
 
 
@@ -353,16 +352,16 @@ def test_the_search_stops_when_nothing_can_be_beaten(case, trie, monkeypatch):
 def test_the_search_refuses_what_cannot_be_found(case, trie):
     given, _ = case
     for beams, k in ((2, 3), (N + 5, N + 1), (3, 0)):
-        with pytest.raises(ConfigError, match="k <= beams"):
+        with pytest.raises(ConfigError, match=r"k <= min\(beams, items\)"):
             constrained_beam_search(*given, trie, beams=beams, k=k)
     excluded = torch.full((3, N), N)
     excluded[1, : N - 2] = torch.arange(N - 2)
-    with pytest.raises(ConfigError, match="leaves row 1 2 items"):
+    with pytest.raises(ConfigError, match="only 2 items remain for row 1"):
         constrained_beam_search(*given, trie, beams=3, k=3, excluded=excluded)
     for wrong in (torch.full((2, 4), N), torch.full((3, 4), N + 1), torch.full((3, 4), -1)):
         with pytest.raises(ConfigError, match="`excluded` must have shape"):
             constrained_beam_search(*given, trie, beams=3, k=3, excluded=wrong)
-    with pytest.raises(ConfigError, match="hold token 300, and the model knows 257"):
+    with pytest.raises(ConfigError, match="have token 300, but the model's vocabulary has 257"):
         constrained_beam_search(*given, TitleTrie([np.array([300])], END), beams=1, k=1)
 
 

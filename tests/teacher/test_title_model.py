@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, Mi
 from llm2rec.core.errors import ConfigError
 from llm2rec.recommend.names import ItemNames
 from llm2rec.recommend.teacher import TeacherRecommender
-from llm2rec.teacher.factory import _check_side_by_side, load_teacher, save_teacher
+from llm2rec.teacher.factory import _check_side_by_side
 from llm2rec.teacher.llm import load_model
 from llm2rec.teacher.settings import ExportSettings, PromptSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
 from llm2rec.teacher.title import beam
 
 
@@ -44,7 +45,7 @@ def test_the_loss_is_the_answers_mean_log_probability_on_either_padding(model, d
     shown = candidates if listed else None
     losses = []
     for padding in ("left", "right"):
-        tokens = model.prompts.answered(history, lengths, shown, targets, hybrid=model.is_hybrid, padding=padding)
+        tokens = model.prompts.questions(history, lengths, shown, targets, hybrid=model.is_hybrid, padding=padding)
         with model.hold(gates_of(model, history, lengths)):
             losses.append(model(**vars(tokens)).detach())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
@@ -60,7 +61,7 @@ def test_only_the_answers_logits_are_computed(data, llm_folder, tmp_path, monkey
     kept = []
     head = model.llm.get_base_model().lm_head
     hook = head.register_forward_hook(lambda module, inputs, output: kept.append(output.shape[1]))
-    tokens = model.prompts.answered(history, lengths, candidates, targets, padding="left")
+    tokens = model.prompts.questions(history, lengths, candidates, targets, padding="left")
     with model.hold(gates_of(model, history, lengths)):
         model(**vars(tokens))
     hook.remove()
@@ -74,7 +75,7 @@ def test_a_text_only_step_leaves_the_projector_a_gradient_of_zero(data, llm_fold
     history, lengths, candidates, targets = rows_of(data)
     for hybrid in (False, True):
         model.zero_grad()
-        tokens = model.prompts.answered(history, lengths, candidates, targets, hybrid=hybrid, padding="left")
+        tokens = model.prompts.questions(history, lengths, candidates, targets, hybrid=hybrid, padding="left")
         with model.hold(gates_of(model, history, lengths)):
             model(**vars(tokens)).sum().backward()
         moved = [float(each.grad.abs().sum()) > 0 for each in model.projector.parameters()]
@@ -241,7 +242,7 @@ def test_grounding_ranks_by_distance_to_what_is_written(data, llm_folder, tmp_pa
     seen = (history[:, :1] == targets[:, None]).any(axis=1)
     assert items[~seen, 0].tolist() == targets[~seen].tolist()
     np.testing.assert_allclose(scores[~seen, 0], 0, atol=1e-4)
-    with pytest.raises(ConfigError, match=f"`k` is {data.n_items}, and what is excluded leaves"):
+    with pytest.raises(ConfigError, match=f"`k` is {data.n_items} but only .* items remain"):
         model.best_items(history, lengths, data.n_items)
 
 
@@ -285,7 +286,10 @@ def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50), "BloomForCausalLM takes no `position_ids`"),
+        (
+            BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50),
+            "BloomForCausalLM does not; use another decoder",
+        ),
         (
             MistralConfig(
                 hidden_size=16,
@@ -296,7 +300,7 @@ def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
                 vocab_size=50,
                 sliding_window=64,
             ),
-            r"`llm.prompt.max_tokens` is 96 but layers of the model see 64 tokens",
+            r"`llm.prompt.max_tokens` is 96 but layers of the model attend to 64 tokens",
         ),
     ],
 )
@@ -335,7 +339,7 @@ def test_other_number_formats_do_all_of_it(data, llm_folder, tmp_path, precision
     assert bool(model.best_items(history, lengths, 3)[1].isfinite().all())
     titles = model.prompts.decoded(model.prompts.answer_tokens())
     torch.testing.assert_close(model.text_vectors(titles), model.item_vectors, rtol=0, atol=1e-5)
-    tokens = model.prompts.answered(history, lengths, candidates, targets, hybrid=True, padding="left")
+    tokens = model.prompts.questions(history, lengths, candidates, targets, hybrid=True, padding="left")
     with model.hold(gates_of(model, history, lengths)):
         model.train()(**vars(tokens)).sum().backward()
     assert all(bool(each.grad.isfinite().all()) for each in model.parameters() if each.requires_grad)

@@ -111,7 +111,7 @@ def test_rows_are_sorted_by_what_they_will_take(data, llm_folder, tmp_path, engi
     (history, lengths), targets = train.histories(rows), train.targets.numpy()[rows]
     drawn = CandidateSampler(train, engine.seed, 5, split="train").draw(rows)
     for redraw, shown in ((False, drawn), (True, None)):
-        tokens = model.prompts.answered(history, lengths, shown, targets)
+        tokens = model.prompts.questions(history, lengths, shown, targets)
         assert np.array_equal(counts[redraw], tokens.attention_mask.sum(dim=1))
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.teacher.prompt_layout import hashed
-from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import PromptSettings
-from llm2rec.teacher.title.titles import fold_title
+from llm2rec.teacher.title.prompts import TitlePrompts
+from llm2rec.teacher.tokenising import fold_title
 from llm2rec.teacher.wording import plain_wordings, wordings_for
 
 TITLES = [title for title in ODD_TITLES if len(title) < 100] + [
@@ -71,7 +71,7 @@ def tokenizer(request):
 
 
 def build(tokenizer, titles=TITLES, domain="game", seed=0, **prompt):
-    return PromptBuilder(
+    return TitlePrompts(
         tokenizer, item_table(titles), PromptSettings(**{"max_tokens": ROOMY, **prompt}), domain, seed=seed
     )
 
@@ -150,7 +150,7 @@ def test_answers_follow_the_same_question_and_carry_all_labels(tokenizer, with_c
     histories, candidates, targets = rows()
     arguments = (*padded(histories, N_ITEMS, 6), candidates if with_candidates else None)
     question = prompts.questions(*arguments, hybrid=hybrid)
-    answered = prompts.answered(*arguments, targets, hybrid=hybrid)
+    answered = prompts.questions(*arguments, targets, hybrid=hybrid)
     answers = [[*bare(tokenizer, f" {SHOWN[item]}"), prompts.end_id] for item in targets]
     assert [tokens.tolist() for tokens in prompts.answer_tokens()] == [bare(tokenizer, f" {title}") for title in SHOWN]
     together = zip(prompts_of(question), answers, strict=True)
@@ -161,7 +161,7 @@ def test_answers_follow_the_same_question_and_carry_all_labels(tokenizer, with_c
     assert question.labels is None
     counts = prompts.question_token_counts(*arguments, hybrid=hybrid)
     assert counts.tolist() == question.attention_mask.sum(dim=1).tolist()
-    counts = prompts.answered_token_counts(*arguments, targets, hybrid=hybrid)
+    counts = prompts.question_token_counts(*arguments, targets, hybrid=hybrid)
     assert counts.tolist() == answered.attention_mask.sum(dim=1).tolist()
 
 
@@ -170,7 +170,7 @@ def test_padding_on_either_side_holds_the_same_prompts(tokenizer, hybrid):
     prompts = build(tokenizer, wording="domain")
     histories, candidates, targets = rows()
     arguments = (*padded(histories, N_ITEMS, 6), candidates, targets)
-    left, right = (prompts.answered(*arguments, hybrid=hybrid, padding=side) for side in ("left", "right"))
+    left, right = (prompts.questions(*arguments, hybrid=hybrid, padding=side) for side in ("left", "right"))
     assert prompts_of(left) == prompts_of(right)
     assert real(left.labels, left.attention_mask) == real(right.labels, right.attention_mask)
     assert left.attention_mask[:, -1].all()
@@ -185,7 +185,7 @@ def test_a_slot_follows_each_title_of_history_and_candidates(tokenizer):
     prompts = build(tokenizer, **TEXTS)
     histories, candidates, targets = rows()
     arguments = (*padded(histories, N_ITEMS, 6), candidates, targets)
-    hybrid, plain = prompts.answered(*arguments, hybrid=True), prompts.answered(*arguments)
+    hybrid, plain = prompts.questions(*arguments, hybrid=True), prompts.questions(*arguments)
     assert torch.equal(hybrid.item_ids < N_ITEMS, hybrid.input_ids == prompts.placeholder_id)
     for row, (ids, items) in enumerate(zip(hybrid.input_ids, hybrid.item_ids, strict=True)):
         slots = (items < N_ITEMS).nonzero()[:, 0].tolist()
@@ -234,7 +234,7 @@ def test_the_oldest_items_give_way_and_the_budget_holds(name, max_tokens, max_it
             prompts.questions(*arrays, candidates, hybrid=hybrid)
         return
     recent = [history[len(history) - n :] for history, n in zip(histories, expected, strict=True)]
-    answered = prompts.answered(*arrays, candidates, targets, hybrid=hybrid)
+    answered = prompts.questions(*arrays, candidates, targets, hybrid=hybrid)
     assert answered.input_ids.shape[1] <= max_tokens
     question = prompts.questions(*arrays, candidates, hybrid=hybrid)
     without = question.attention_mask.bool()
@@ -336,7 +336,7 @@ def test_titles_that_only_the_tokenizer_takes_for_equal_are_numbered_too():
 
 def test_titles_that_the_tokenizer_cannot_tell_apart_are_refused():
     tokenizer = wordpiece_tokenizer(["abc"])  # knows neither brackets nor numbers
-    with pytest.raises(ConfigError, match="items 0 and 2 cannot be told apart"):
+    with pytest.raises(ConfigError, match="items 0 and 2 have the same title tokens"):
         build(tokenizer, ["קטן", "שלג", "אור"]).answer_tokens()
 
 
@@ -364,7 +364,7 @@ def test_long_titles_are_cut_once_and_the_same_everywhere(tokenizer, max_title_t
     cut = texts[len(TITLES)]
     assert set(cut.split()) == {"very", "long"}
     assert texts[len(TITLES) + 1].endswith(" (2)")
-    batch = prompts.answered(
+    batch = prompts.questions(
         *padded([[len(TITLES)]], len(titles), 1), np.array([[len(TITLES)]]), np.array([len(TITLES)])
     )
     parts = ["A user chose these games:", "The next game is one of these:", "The game chosen next:"]

@@ -51,7 +51,7 @@ def rows_of(data, n_rows=7, n_candidates=5):
 
 def answer_text(prompts, item):
     """An item's title as the title task shows it: perhaps shortened, and numbered if others have the same."""
-    return prompts._title_task.texts[item]
+    return prompts.titles_shown[item]
 
 
 def gates_of(model, history, lengths):

@@ -31,13 +31,14 @@ from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import RowNumbers, batches_within_cost, rank_rows
 from llm2rec.student.negatives import CandidateSampler
 from llm2rec.teacher.evaluator import rank_answers, rank_targets
-from llm2rec.teacher.factory import TeacherRecipe, load_teacher
+from llm2rec.teacher.factory import TeacherRecipe
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
-from llm2rec.teacher.title.matching import HitRule, TitleHits, judge
+from llm2rec.teacher.store import load_teacher
+from llm2rec.teacher.title.matching import MatchingRule, TitleMatches, judge
 from llm2rec.teacher.title.model import TitleRecommender
 from llm2rec.teacher.title.objective import UNLISTED_CANDIDATES
-from llm2rec.teacher.title.titles import fold_title
+from llm2rec.teacher.tokenising import fold_title
 
 __all__ = ["FinishedItemTeacher", "FinishedTitleTeacher", "gates_of_rows", "title_scores"]
 
@@ -180,11 +181,13 @@ class FinishedTitleTeacher(_FinishedTeacher):
 
     def choose_titles(self, candidates: CandidateSampler, ks: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
         """See `FinishedModel.choose_titles`."""
-        ranks, hits = self.candidate_ranks(candidates), self.hits(candidates)
-        columns = [ranks] if hits is None else [ranks, torch.from_numpy(hits.valid), torch.from_numpy(hits.correct)]
-        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, hits, ks)
+        ranks, matches = self.candidate_ranks(candidates), self.matches(candidates)
+        columns = (
+            [ranks] if matches is None else [ranks, torch.from_numpy(matches.valid), torch.from_numpy(matches.correct)]
+        )
+        return torch.stack([each.long() for each in columns], dim=1), title_scores(ranks, matches, ks)
 
-    def hits(self, candidates: CandidateSampler) -> TitleHits | None:
+    def matches(self, candidates: CandidateSampler) -> TitleMatches | None:
         """Match generated titles with the candidates that prompts list; None if prompts list none; a collective.
 
         Texts and titles are compared as the tokenizer decodes them, ignoring case and runs of white space.
@@ -209,22 +212,22 @@ class FinishedTitleTeacher(_FinishedTeacher):
         if len(mine):
             shown = [[titles[item] for item in row] for row in drawn.tolist()]
             answers = [titles[item] for item in rows.data.targets.numpy()[mine].tolist()]
-            hits = judge(texts, shown, answers, cast(HitRule, model.settings.hit_rule))
-            judged = torch.from_numpy(np.stack([hits.valid, hits.correct], axis=1))
+            matches = judge(texts, shown, answers, cast(MatchingRule, model.settings.hit_rule))
+            judged = torch.from_numpy(np.stack([matches.valid, matches.correct], axis=1))
         judged = self._engine.gather_rows(judged.int(), len(rows.rows)).bool()
-        return TitleHits(judged[:, 0].numpy(), judged[:, 1].numpy())
+        return TitleMatches(judged[:, 0].numpy(), judged[:, 1].numpy())
 
     def recommend(self, k: int) -> None:
         """See `FinishedModel.recommend`; includes computing the gate inputs, as for a new user."""
         self._best(np.zeros(1, np.int64), k, None, None)
 
 
-def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> dict[str, Any]:
+def title_scores(ranks: Tensor, matches: TitleMatches | None, ks: Sequence[int]) -> dict[str, Any]:
     """Metrics of title teachers by name, and their 95 % bootstrap intervals over rows.
 
     Args:
         ranks: 0-based ranks of the answers among their candidates, shape ``(M,)``.
-        hits: Matches of the generated titles, if any.
+        matches: Matches of the generated titles, if any.
         ks: Cut-offs.
 
     Returns:
@@ -236,9 +239,9 @@ def title_scores(ranks: Tensor, hits: TitleHits | None, ks: Sequence[int]) -> di
     values = {CANDIDATES_HR: (ranks == 0).double().numpy(), "candidates_mrr": 1 / (ranks.double().numpy() + 1)}
     values |= {f"candidates_ndcg@{k}": np.where(ranks.numpy() < k, gains, 0.0) for k in ks if k > 1}
     intervals = {name: bootstrap_interval(each) for name, each in values.items()}
-    if hits is not None:
-        metrics |= {_GENERATED[name]: value for name, value in hits.metrics.items()}
-        intervals |= {_GENERATED[name]: ends for name, ends in hits.intervals().items()}
+    if matches is not None:
+        metrics |= {_GENERATED[name]: value for name, value in matches.metrics.items()}
+        intervals |= {_GENERATED[name]: ends for name, ends in matches.intervals().items()}
     return {"metrics": metrics, "intervals": intervals}
 
 

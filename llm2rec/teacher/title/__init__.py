@@ -1,1 +1,1 @@
-"""The `title` objective: a language model that answers with the title of the next item."""
+"""The `title` objective: a language model that generates the title of the next item."""

@@ -1,25 +1,30 @@
-"""Beam search over the titles of a catalogue: full ranking from a `title` teacher."""
+"""Beam search over the catalogue's titles, constrained by a prefix tree: full ranking from a `title` teacher."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm2rec.core.errors import ConfigError, NonFiniteError
+from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
 from llm2rec.teacher.title.likelihood import Hold, prefill
-from llm2rec.teacher.title.trie import TitleTrie
 
-__all__ = ["Found", "constrained_beam_search"]
+__all__ = ["Found", "TitleTrie", "constrained_beam_search"]
 
-_NEVER = float("-inf")  # score of a place that holds no beam, or no item
+_NEVER = float("-inf")  # score of an empty beam or item slot
 
 
 class Found(NamedTuple):
-    """The K most probable items that the search met, best first.
+    """The K most probable items found, best first.
 
     Attributes:
         items: Item ids, shape ``(B, K)``, int64.
-        log_probs: Of their titles and end tokens, shape ``(B, K)``, float32, in nats.
+        log_probs: Log-probabilities of their titles and end tokens, shape ``(B, K)``, float32, in nats.
     """
 
     items: Tensor
@@ -27,12 +32,12 @@ class Found(NamedTuple):
 
 
 class _Beams(NamedTuple):
-    """Titles that are being written, R over all rows of the batch, rows in order."""
+    """Unfinished titles, R over all rows of the batch, rows in order."""
 
     rows: Tensor  # (R,), row of the batch
-    nodes: Tensor  # (R,), where in the trie
+    nodes: Tensor  # (R,), nodes of the trie
     scores: Tensor  # (R,), float32
-    parents: Tensor  # (R,), the beam each continues, as numbered one token before
+    parents: Tensor  # (R,), index of the beam each continues, one token before
 
 
 @torch.no_grad()
@@ -48,35 +53,34 @@ def constrained_beam_search(
     k: int,
     excluded: Tensor | None = None,
 ) -> Found:
-    """Write titles token by token, only such as the catalogue has, and keep the most probable ones.
+    """Decode titles of the catalogue token by token, and keep the most probable ones.
 
-    Log-probabilities are the model's own, over its whole vocabulary and not renormalised over the tokens that the
-    trie allows, so they equal `title_log_probs` of the same titles. Neither are they divided by the length.
+    Log-probabilities are taken over the whole vocabulary, not renormalised over the tokens of the trie and not divided
+    by the length, so they equal `title_log_probs` of the same titles.
 
-    ``beams`` beams run besides the items that are finished, and every beam leads to an item that may be returned, no
-    two to the same one. With ``beams >= k`` the search therefore always returns k items: what is cut off leaves
-    ``beams`` running. They are the k best of all where ``beams`` is large enough that nothing is cut off, as it is
-    with ``beams`` of at least N. A row is done when no beam could still beat its k-th item (log-probabilities only
-    fall), and its beams leave the batch.
+    ``beams`` beams run besides the finished items, and each leads to a returnable item, no two to the same one. With
+    ``beams >= k`` the search therefore always returns k items. They are the k best of all if nothing is pruned, which
+    ``beams >= N`` guarantees. A row is done when no beam can beat its k-th item (log-probabilities only fall), and its
+    beams leave the batch.
 
     Args:
         llm: Causal language model of transformers, bare or in a PeftModel, in evaluation mode.
-        hold: Makes the adapter use gates; called once per token.
-        gates: Shape ``(B, E)`` or ``(B, G, E)``, or None where there are none.
+        hold: Holds the gates for the adapter; called once per token.
+        gates: Shape ``(B, E)`` or ``(B, G, E)``, or None without experts.
         inputs_embeds: Prompts, shape ``(B, T, d)``.
         attention_mask: Shape ``(B, T)``, padding on the LEFT.
         trie: The catalogue's titles.
-        beams: Beams that run per row; up to ``B * beams`` rows of T tokens are cached.
+        beams: Beams per row; up to ``B * beams`` rows of T tokens are cached.
         k: Items to return, at most ``beams``.
-        excluded: Items not to return, such as those of the history, shape ``(B, L)``, padded with N.
+        excluded: Items to exclude, such as those of the history, shape ``(B, L)``, padded with N.
 
     Returns:
         Items and their log-probabilities, shape ``(B, k)``.
 
     Raises:
-        ConfigError: If ``k`` or ``beams`` is out of range, the shapes do not fit, or the trie holds tokens that the
-            model lacks.
-        NonFiniteError: If an item came out with a log-probability that is not finite.
+        ConfigError: If ``k`` or ``beams`` is out of range, the shapes do not fit, or the trie has tokens outside the
+            model's vocabulary.
+        NonFiniteError: If a log-probability is not finite.
     """
     device, n_rows = inputs_embeds.device, len(inputs_embeds)
     trie = trie.to(device)
@@ -93,19 +97,19 @@ def constrained_beam_search(
         n_tokens = n_tokens + 1
         running, found = _advance(trie, running, logits, found, places, beams)
     if not bool(found.log_probs.isfinite().all()):
-        raise NonFiniteError("a title came out with a log-probability that is not finite; check the model's weights.")
+        raise NonFiniteError("the log-probability of a title is not finite; check the model's weights.")
     return found
 
 
 def _nothing_written(n_rows: int, k: int, device: torch.device) -> tuple[_Beams, Found]:
-    """One beam a row, at the root, and k empty places for what will be found."""
+    """One beam per row, at the root, and k empty slots for found items."""
     rows = torch.arange(n_rows, device=device)
     found = Found(rows.new_full((n_rows, k), -1), torch.full((n_rows, k), _NEVER, device=device))
     return _Beams(rows, torch.zeros_like(rows), torch.zeros(n_rows, device=device), rows), found
 
 
 def _follow(cache: Any, parents: Tensor, n_before: int) -> None:
-    """Let the rows of the cache follow the beams; where none was cut off or split there is nothing to move."""
+    """Reorder the cache by the beams, unless none was pruned or split."""
     if len(parents) != n_before or not bool((parents.diff() == 1).all()):
         cache.reorder_cache(parents)
 
@@ -120,7 +124,7 @@ def _read(
     mask: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Let the model read the last token of every beam; next logits of shape ``(R, V)``."""
+    """Run the model on the last token of every beam; next-token logits of shape ``(R, V)``."""
     with hold(None if gates is None else gates[running.rows]):
         output = llm(
             input_ids=trie.token[running.nodes].unsqueeze(1),
@@ -136,18 +140,18 @@ def _read(
 def _advance(
     trie: TitleTrie, running: _Beams, logits: Tensor, found: Found, places: Tensor | None, beams: int
 ) -> tuple[_Beams, Found]:
-    """Give every beam its children, put those that are items among the found, and keep the best of the others.
+    """Expand every beam, add finished items to the found ones, and keep the best unfinished beams.
 
     Args:
         trie: The catalogue.
         running: R beams.
-        logits: Of what follows them, shape ``(R, V)``.
-        found: What was found so far, k per row.
+        logits: Their next-token logits, shape ``(R, V)``.
+        found: Items found so far, k per row.
         places: See `_excluded_places`.
         beams: Beams to keep per row.
 
     Returns:
-        The beams one token later, and what is found now.
+        The beams one token later, and the items found so far.
     """
     children = trie.children(running.nodes)  # (R, W)
     logits = logits.float()
@@ -166,7 +170,7 @@ def _advance(
     total, nodes = spread.flatten(1), nodes.flatten(1)
     items = trie.item[nodes]
     found = _merge(found, items, total.masked_fill(items < 0, _NEVER))
-    # What cannot beat the k-th item any more is given up; while there are fewer than k, nothing is.
+    # Prune what cannot beat the k-th item; with fewer than k items, nothing is pruned.
     inner = total.masked_fill((items >= 0) | (total <= found.log_probs[:, -1:]), _NEVER)
     kept = inner.topk(min(beams, inner.shape[1]), dim=1).indices.sort(dim=1).values  # in the order of their parents
     alive = inner.gather(1, kept) > _NEVER
@@ -176,7 +180,7 @@ def _advance(
 
 
 def _merge(found: Found, items: Tensor, scores: Tensor) -> Found:
-    """The k best of what was found and of more items ``(B, n)``."""
+    """The k best of the found items and new ones ``(B, n)``."""
     scores, best = torch.cat([found.log_probs, scores], dim=1).topk(found.items.shape[1], dim=1)
     return Found(torch.cat([found.items, items], dim=1).gather(1, best), scores)
 
@@ -198,20 +202,17 @@ def _is_barred(trie: TitleTrie, nodes: Tensor, rows: Tensor, places: Tensor | No
 
 
 def _excluded_places(trie: TitleTrie, excluded: Tensor | None, n_rows: int, beams: int, k: int) -> Tensor | None:
-    """Where the excluded items are among the sorted titles; refuse what leaves fewer than k items.
+    """Positions of the excluded items among the sorted titles.
 
     Returns:
-        Shape ``(B, L)``, int64, rising, each once, padded with N; None where nothing is excluded.
+        Shape ``(B, L)``, int64, ascending, each once, padded with N; None if nothing is excluded.
 
     Raises:
-        ConfigError: If ``k``, ``beams`` or ``excluded`` does not fit.
+        ConfigError: If ``k``, ``beams`` or ``excluded`` does not fit, or fewer than k items remain for a row.
     """
     n_items = trie.n_items
     if not 1 <= k <= min(beams, n_items):
-        raise ConfigError(
-            f"`k` is {k} with `beams` {beams} and {n_items} items; expected 1 <= k <= beams and k <= items; raise "
-            "`beams` or lower `k`."
-        )
+        raise ConfigError(f"`k` is {k} with beams={beams} and {n_items} items; expected 1 <= k <= min(beams, items).")
     if excluded is None:
         return None
     if excluded.ndim != 2 or len(excluded) != n_rows or excluded.min() < 0 or excluded.max() > n_items:
@@ -225,14 +226,170 @@ def _excluded_places(trie: TitleTrie, excluded: Tensor | None, n_rows: int, beam
     n_left = n_items - (places < n_items).sum(dim=1)
     if bool((n_left < k).any()):
         row = int((n_left < k).int().argmax())
-        raise ConfigError(f"`k` is {k}, and what is excluded leaves row {row} {int(n_left[row])} items; lower `k`.")
+        left = int(n_left[row])
+        raise ConfigError(f"`k` is {k} but only {left} items remain for row {row} after exclusions; use k <= {left}.")
     return places
 
 
 def _check_vocabulary(trie: TitleTrie, n_tokens: int) -> None:
-    """Refuse titles in tokens that the model does not know."""
+    """Raise if titles have tokens outside the model's vocabulary."""
     if n_tokens < trie.n_tokens:
         raise ConfigError(
-            f"the titles hold token {trie.n_tokens - 1}, and the model knows {n_tokens} tokens; build the trie with "
-            "the model's own tokenizer."
+            f"the titles have token {trie.n_tokens - 1}, but the model's vocabulary has {n_tokens} tokens; build the "
+            "trie with the model's own tokenizer."
+        )
+
+
+class TitleTrie:
+    """Prefix tree of N titles, with one leaf per title.
+
+    Nodes are numbered level by level from the root, 0, and within a level by parent, then token. The children of a
+    node are therefore contiguous, and so are the items below a node once they are sorted by their tokens.
+
+    Args:
+        titles: Token ids of each title, row = item id, without end token.
+        end_id: Token appended to each title, so that no title is a prefix of another.
+
+    Attributes:
+        token: Token leading to each node, shape ``(M,)``, int64; -1 for the root.
+        first_child: First child of each node, shape ``(M,)``, int64.
+        n_children: Number of its children, shape ``(M,)``, int64; 0 for a leaf.
+        item: Item that ends at each node, shape ``(M,)``, int64; -1 inside the tree.
+        first_item: Position of its first item in the sorted order, shape ``(M,)``, int64.
+        n_below: Number of items at or below it, shape ``(M,)``, int64.
+        place: Each item's position in the sorted order, shape ``(N + 1,)``, int64; N (padding) is at N.
+        n_tokens: One more than the largest token id.
+
+    Raises:
+        DataError: If there are no titles, two have the same tokens, or one has the end token or a negative id.
+    """
+
+    token: Tensor
+    first_child: Tensor
+    n_children: Tensor
+    item: Tensor
+    first_item: Tensor
+    n_below: Tensor
+    place: Tensor
+
+    def __init__(self, titles: Sequence[NDArray[np.integer]], end_id: int) -> None:
+        if len(titles) == 0:
+            raise DataError("there are no titles for the trie; expected one per item of the catalogue.")
+        lengths = np.array([len(title) for title in titles], np.int64) + 1
+        tokens = np.concatenate([part for title in titles for part in (title, [end_id])]).astype(np.int64)
+        starts = lengths.cumsum() - lengths
+        _check_tokens(tokens, starts, lengths, end_id)
+        self.n_items, self.n_tokens = len(titles), int(tokens.max()) + 1
+        levels = _levels(tokens, starts, lengths, self.n_tokens)
+        for name, values in _arrays(levels, len(titles)).items():
+            setattr(self, name, torch.from_numpy(values))
+
+    def to(self, device: torch.device) -> TitleTrie:
+        """Copy to a device."""
+        moved = copy(self)
+        moved.__dict__.update(
+            {name: value.to(device) for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        )
+        return moved
+
+    def children(self, nodes: Tensor) -> Tensor:
+        """Child nodes.
+
+        Args:
+            nodes: Shape ``(R,)``.
+
+        Returns:
+            Children in the order of their tokens, padded on the right with 0, the root; shape ``(R, W)``, W the largest
+            number of children.
+        """
+        counts = self.n_children[nodes].unsqueeze(1)
+        slots = torch.arange(int(counts.max()), device=nodes.device)
+        return torch.where(slots < counts, self.first_child[nodes].unsqueeze(1) + slots, 0)
+
+
+_Level = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def _levels(
+    tokens: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64], n_tokens: int
+) -> list[_Level]:
+    """Levels of depth 1, 2, ..., with equal prefixes merged.
+
+    Returns:
+        Per depth: the nodes' parents, tokens and item counts; and the items that end there, with their nodes.
+
+    Raises:
+        DataError: If two titles are equal.
+    """
+    items, node = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)  # unfinished titles and their nodes
+    levels, n_nodes, depth = [], 1, 0
+    while len(items):
+        # (parent, token) as one number: the tokens of all titles times the vocabulary fit into int64.
+        keys, found, counts = np.unique(
+            node * n_tokens + tokens[starts[items] + depth], return_inverse=True, return_counts=True
+        )
+        node = n_nodes + found
+        ends = lengths[items] == depth + 1
+        _check_distinct(items[ends], node[ends])
+        levels.append((keys // n_tokens, keys % n_tokens, counts, items[ends], node[ends]))
+        items, node = items[~ends], node[~ends]
+        n_nodes, depth = n_nodes + len(keys), depth + 1
+    return levels
+
+
+def _arrays(levels: Sequence[_Level], n_items: int) -> dict[str, NDArray[np.int64]]:
+    """Attributes of `TitleTrie`, from its levels."""
+    parent = np.concatenate([[-1], *(level[0] for level in levels)])
+    n_below = np.concatenate([[n_items], *(level[2] for level in levels)])
+    n_nodes = len(parent)
+    n_children = np.bincount(parent[1:], minlength=n_nodes)
+    first_child = 1 + n_children.cumsum() - n_children
+    item = np.full(n_nodes, -1, np.int64)
+    first_item = np.zeros(n_nodes, np.int64)
+    # Items before a node on its level, minus those before its first sibling.
+    before = n_below.cumsum() - n_below
+    begin = 1
+    for parents, _, _, ended, leaves in levels:
+        here = slice(begin, begin + len(parents))
+        first_item[here] = first_item[parents] + before[here] - before[first_child[parents]]
+        item[leaves] = ended
+        begin += len(parents)
+    place = np.full(n_items + 1, n_items, np.int64)
+    leaves = np.flatnonzero(item >= 0)
+    place[item[leaves]] = first_item[leaves]
+    return {
+        "token": np.concatenate([[-1], *(level[1] for level in levels)]),
+        "first_child": first_child,
+        "n_children": n_children,
+        "item": item,
+        "first_item": first_item,
+        "n_below": n_below,
+        "place": place,
+    }
+
+
+def _check_tokens(
+    tokens: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64], end_id: int
+) -> None:
+    """Raise for tokens that cannot be inside a title."""
+    wrong = (tokens < 0) | (tokens == end_id)
+    wrong[starts + lengths - 1] = end_id < 0
+    if wrong.any():
+        position = int(wrong.argmax())
+        item = int(np.searchsorted(starts, position, side="right")) - 1
+        raise DataError(
+            f"the title of item {item} has token {tokens[position]}, and the end token is {end_id}; expected ids from "
+            "0 without the end token, which the trie appends. Tokenise titles without special tokens."
+        )
+
+
+def _check_distinct(items: NDArray[np.int64], leaves: NDArray[np.int64]) -> None:
+    """Raise if two titles end at one node."""
+    order = np.argsort(leaves, kind="stable")
+    same = np.flatnonzero(leaves[order][1:] == leaves[order][:-1])
+    if len(same):
+        first, second = items[order][same[0] : same[0] + 2]
+        raise DataError(
+            f"items {first} and {second} have the same title tokens; make the titles unique, for example by adding the "
+            "item id to titles that occur twice."
         )

@@ -1,4 +1,4 @@
-"""How probable given titles are as the answer to a prompt: a `title` teacher's scores, which are always valid."""
+"""Log-probabilities of given titles as answers to a prompt: the scores of a `title` teacher."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,12 +12,12 @@ from llm2rec.core.errors import ConfigError
 
 __all__ = ["Hold", "Prefix", "check_attention", "prefill", "title_log_probs"]
 
-# Makes the adapter mix its experts by these gates, one row per row of the forward passes inside; None: no gates.
+# Holds these gates for the adapter, one row per row of the forward passes inside; None: no gates.
 Hold = Callable[[Tensor | None], AbstractContextManager[Any]]
 
 
 class Prefix(NamedTuple):
-    """Prompts that were read.
+    """Prompts after the forward pass.
 
     Attributes:
         logits: Of the token that follows each prompt, shape ``(B, V)``.
@@ -31,7 +31,7 @@ class Prefix(NamedTuple):
 
 
 def prefill(llm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor) -> Prefix:
-    """Read prompts, for what follows them to be scored; gates must be held.
+    """Run the model on prompts, to score their continuations; gates must be held.
 
     Args:
         llm: Causal language model of transformers, bare or in a PeftModel.
@@ -75,23 +75,23 @@ def title_log_probs(
     mean: bool = False,
     max_rows: int = 256,
 ) -> Tensor:
-    """Log-probabilities of C continuations of each prompt: sums of the log-probabilities of their tokens.
+    """Log-probabilities of C continuations of each prompt, summed over their tokens.
 
-    A prompt is read once. Its continuations then run as ONE row, side by side, each of which sees the prompt and
-    itself (an attention mask of four dimensions): neither the prompt's keys and values nor its gates are repeated.
-    At 300 tokens of prompt, repeating them for 20 candidates would take 3 GB per prompt with a Llama 2 of 7B in bf16.
+    Each prompt is processed once. Its continuations then run as ONE row, side by side, each attending to the prompt and
+    itself (a 4-D attention mask): neither the prompt's keys and values nor its gates are repeated. With 300 prompt
+    tokens, repeating them for 20 candidates would take 3 GB per prompt with a Llama 2 of 7B in bf16.
 
     Args:
         llm: Causal language model of transformers, bare or in a PeftModel, in evaluation mode, with ``eager`` or
             ``sdpa`` attention.
-        hold: Makes the adapter use gates.
-        gates: Shape ``(B, E)`` or ``(B, G, E)``, or None where there are none.
+        hold: Holds the gates for the adapter.
+        gates: Shape ``(B, E)`` or ``(B, G, E)``, or None without experts.
         inputs_embeds: Prompts, shape ``(B, T, d)``.
         attention_mask: Shape ``(B, T)``, padding on the LEFT.
         continuations: Tokens, end token included, shape ``(B, C, t)``, int64, padded on the right with any token.
         lengths: Tokens of each continuation, shape ``(B, C)``, from 1 to t.
         mean: Divide each sum by its number of tokens.
-        max_rows: Continuations run at once, at least one per prompt; bounds the memory that their logits take.
+        max_rows: Continuations per forward pass, at least one per prompt; bounds the memory of their logits.
 
     Returns:
         Shape ``(B, C)``, float32, in nats, without gradient.
@@ -123,9 +123,9 @@ def _first_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 def _rest_log_probs(
     llm: nn.Module, prefix: Prefix, attention_mask: Tensor, continuations: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Sums over all tokens of continuations ``(B, C, t)`` but the first, shape ``(B, C)``."""
+    """Sums over all tokens of continuations ``(B, C, t)`` except the first, shape ``(B, C)``."""
     n_rows, n_titles = lengths.shape
-    n_read = int(lengths.max()) - 1  # the last token is predicted and not read
+    n_read = int(lengths.max()) - 1  # the last token is only predicted
     if n_read == 0:
         return torch.zeros(n_rows, n_titles, device=continuations.device)
     steps = torch.arange(n_read, device=continuations.device)
@@ -144,11 +144,11 @@ def _rest_log_probs(
 
 
 def _side_by_side(attention_mask: Tensor, n_titles: int, n_read: int, dtype: torch.dtype) -> Tensor:
-    """What each continuation's tokens see: the prompt, and what is in front of them in their own continuation.
+    """Attention mask of the continuations: each token attends to the prompt and to its own continuation so far.
 
     Returns:
-        To be added to attention scores, shape ``(B, 1, C * n, T + C * n)``. Padding sees itself, so that no row of the
-        softmax is empty.
+        Added to attention scores, shape ``(B, 1, C * n, T + C * n)``. Padding attends to itself, so no softmax row is
+        empty.
     """
     n_rows, n_new = len(attention_mask), n_titles * n_read
     tokens = torch.arange(n_new, device=attention_mask.device)
@@ -161,9 +161,9 @@ def _side_by_side(attention_mask: Tensor, n_titles: int, n_read: int, dtype: tor
 
 
 def _branch(cache: Any) -> Any:
-    """A cache that grows without changing the one it grows from; layers replace their tensors and never write to them.
+    """A cache that grows without changing the original: layers replace their tensors and never write to them.
 
-    (``crop`` would undo the growth as well, but not past a sliding window.)
+    (``crop`` would undo the growth too, but not past a sliding window.)
     """
     branch = copy(cache)
     branch.layers = [copy(layer) for layer in cache.layers]
@@ -182,29 +182,29 @@ def _check_continuations(continuations: Tensor, lengths: Tensor, n_rows: int, ma
             f"{lengths.flatten()[:8].tolist()}; count each title's tokens and its end token."
         )
     if max_rows < 1:
-        raise ConfigError(f"`max_rows` is {max_rows}, expected at least 1 continuation at once.")
+        raise ConfigError(f"`max_rows` is {max_rows}, expected at least 1.")
 
 
 def check_attention(llm: nn.Module) -> None:
-    """Refuse attention that would silently not read a mask of four dimensions."""
+    """Raise for attention implementations that silently ignore a 4-D mask."""
     kind = getattr(getattr(llm, "config", None), "_attn_implementation", "eager")
     if kind not in ("eager", "sdpa"):
         raise ConfigError(
-            f"continuations run side by side under attention 'eager' or 'sdpa', and this model has {kind!r}; load it "
+            f"continuations run side by side with attention 'eager' or 'sdpa', and this model has {kind!r}; load it "
             "with attn_implementation='sdpa'."
         )
 
 
 def _check_cache(cache: Any, n_tokens: int) -> None:
-    """Refuse models that remember more, or less, than keys and values of every token."""
+    """Raise for models whose cache is not the keys and values of every token."""
     for layer in cache.layers:
         if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
             raise ConfigError(
                 f"this model's cache has layers of type {type(layer).__name__}, where continuations cannot run side by "
-                "side; expected a model whose layers all have plain attention."
+                "side; use a model with plain attention in all layers."
             )
         if layer.is_sliding and n_tokens > layer.sliding_window:
             raise ConfigError(
-                f"prompt and title take {n_tokens} tokens, and layers of this model see {layer.sliding_window}; "
-                "shorten the prompt."
+                f"prompt and title take {n_tokens} tokens, but layers of this model attend to {layer.sliding_window}; "
+                "shorten the prompt (`llm.prompt.max_tokens`)."
             )

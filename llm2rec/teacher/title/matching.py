@@ -1,23 +1,25 @@
-"""Judges the titles that a language model wrote: HR@1 of a `title` teacher that generates freely."""
+"""Title matching: from generated texts to items, by the candidate named in a text or by the nearest title vector."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from llm2rec.core.errors import ConfigError, DataError
+from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
 from llm2rec.core.statistics import bootstrap_interval
 
-__all__ = ["HitRule", "TitleHits", "judge"]
+__all__ = ["Grounded", "MatchingRule", "TitleMatches", "ground", "judge"]
 
-HitRule = Literal["longest", "released"]
+MatchingRule = Literal["longest", "released"]
 
 
 @dataclass(frozen=True)
-class TitleHits:
-    """What was made of M generated texts.
+class TitleMatches:
+    """Candidates named in M generated texts.
 
     Attributes:
         valid: Whether exactly one candidate was named, shape ``(M,)``, bool.
@@ -29,11 +31,11 @@ class TitleHits:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The rates.
+        """Rates by name.
 
-        ``hr@1``: correct rows over ALL rows. ``hr@1_valid``: correct rows over the valid ones, which is what the
-        released iLoRA program prints as its hit ratio; it leaves out the rows on which the model failed. It is 0 where
-        no row is valid. ``valid_ratio``: valid rows over all rows.
+        ``hr@1``: correct rows over ALL rows. ``hr@1_valid``: correct rows over the valid ones, which the released
+        iLoRA program prints as its hit ratio; it ignores rows on which the model failed, and is 0 if no row is
+        valid. ``valid_ratio``: valid rows over all rows.
         """
         n_rows, n_valid, n_correct = len(self.valid), int(self.valid.sum()), int(self.correct.sum())
         return {
@@ -46,11 +48,11 @@ class TitleHits:
         """95% bootstrap intervals of the rates, rows drawn with replacement.
 
         Args:
-            seed: Of the samples.
+            seed: Seed of the samples.
 
         Returns:
-            Lower and upper end by the names of `metrics`, but for ``hr@1_valid`` where no row is valid. That one draws
-            its numerator and denominator from the same rows, for the number of valid rows is random too.
+            Lower and upper end by the names of `metrics`, without ``hr@1_valid`` if no row is valid. Its numerator and
+            denominator are drawn from the same rows, since the number of valid rows is random too.
         """
         valid, correct = self.valid.astype(np.float64), self.correct.astype(np.float64)
         ends = {"hr@1": bootstrap_interval(correct, seed=seed), "valid_ratio": bootstrap_interval(valid, seed=seed)}
@@ -63,39 +65,39 @@ def judge(
     generated: Sequence[str],
     candidates: Sequence[Sequence[str]],
     answers: Sequence[str],
-    rule: HitRule = "longest",
-) -> TitleHits:
-    """Find out which candidate each generated text names.
+    rule: MatchingRule = "longest",
+) -> TitleMatches:
+    """Find the candidate that each generated text names.
 
-    A candidate is looked for as a substring, in lower case and without white space at its ends. The two rules differ
-    where one candidate's title is part of another's ("Heat" and "Heat 2"):
+    Candidates are matched as substrings, in lower case and stripped. The two rules differ if one candidate's title is
+    part of another's ("Heat" and "Heat 2"):
 
-    - ``released``: as in the released program, a row is valid when exactly one element of the candidates occurs in the
-      text. The text "Heat 2" then names both, so that the longer title can never be hit, nor any title that is listed
-      twice. An answer that is not among its candidates is missed, and an empty title occurs in every text.
-    - ``longest``: an occurrence that lies inside that of a longer candidate does not count, and a title listed twice
-      is one title. "Heat 2" names the second film, "Heat, or Heat 2" both. An answer that is not among its candidates
-      is an error, and an empty title is never found.
+    - ``released``: as in the released program, a row is valid if exactly one element of the candidates occurs in the
+      text. The text "Heat 2" names both, so the longer title can never be correct, nor any title listed twice. An
+      answer outside its candidates is never correct, and an empty title occurs in every text.
+    - ``longest``: an occurrence inside that of a longer candidate does not count, and a title listed twice is one
+      title. "Heat 2" names the second film, "Heat, or Heat 2" both. An answer outside its candidates is an error, and
+      an empty title never matches.
 
     Args:
         generated: Texts, M of them.
-        candidates: Titles to choose from, M lists.
-        answers: The right titles, M of them.
+        candidates: Candidate titles, M lists.
+        answers: Correct titles, M of them.
         rule: ``longest`` or ``released``.
 
     Returns:
-        What was valid, and what correct.
+        Valid and correct rows.
 
     Raises:
         ConfigError: If there is no such rule.
-        DataError: If there are no rows, not as many of each, or (``longest``) an answer is not among its candidates.
+        DataError: If the lists are empty or differ in length, or (``longest``) an answer is not among its candidates.
     """
     if rule not in ("longest", "released"):
-        raise ConfigError(f"`rule` is {rule!r}, expected 'longest' or 'released'; name one of them.")
+        raise ConfigError(f"`rule` is {rule!r}, expected 'longest' or 'released'.")
     if not (len(generated) == len(candidates) == len(answers) > 0):
         raise DataError(
             f"{len(generated)} generated texts, {len(candidates)} lists of candidates and {len(answers)} answers; "
-            "expected as many of each, at least one; give a row of each per example."
+            "expected the same number of each, at least one."
         )
     valid, correct = np.zeros(len(answers), np.bool_), np.zeros(len(answers), np.bool_)
     for row, (text, titles, answer) in enumerate(zip(generated, candidates, answers, strict=True)):
@@ -103,13 +105,13 @@ def judge(
         if rule == "longest" and right not in folded:
             raise DataError(
                 f"row {row}: the answer {answer!r} is not among its {len(titles)} candidates, so it could never be "
-                "hit; put it among them."
+                "correct; add it to them."
             )
         occurring = [title for title in folded if title in written]
         named = occurring if rule == "released" else _longest(written, set(occurring) - {""})
         valid[row] = len(named) == 1
         correct[row] = named == [right]
-    return TitleHits(valid, correct)
+    return TitleMatches(valid, correct)
 
 
 def _fold(text: str) -> str:
@@ -117,8 +119,8 @@ def _fold(text: str) -> str:
 
 
 def _longest(text: str, occurring: Collection[str]) -> list[str]:
-    """Those of the titles that occur outside the occurrences of longer ones."""
-    covered: list[tuple[int, int]] = []  # occurrences of the titles so far, all of them longer
+    """Titles that occur outside the occurrences of longer ones."""
+    covered: list[tuple[int, int]] = []  # occurrences of longer titles
     named = []
     for title in sorted(occurring, key=len, reverse=True):
         free = [
@@ -126,15 +128,89 @@ def _longest(text: str, occurring: Collection[str]) -> list[str]:
             for begin in _starts(text, title)
             if not any(low <= begin and begin + len(title) <= high for low, high in covered)
         ]
-        # What lies inside an occurrence that does not count lies inside the longer one around it as well.
+        # Anything inside an occurrence that does not count is also inside the longer one around it.
         covered += free
         named += [title] if free else []
     return named
 
 
 def _starts(text: str, title: str) -> Iterator[int]:
-    """Where a title begins in a text, overlapping occurrences included."""
+    """Start positions of a title in a text, including overlapping occurrences."""
     begin = text.find(title)
     while begin >= 0:
         yield begin
         begin = text.find(title, begin + 1)
+
+
+class Grounded(NamedTuple):
+    """The items nearest to B vectors, nearest first.
+
+    Attributes:
+        items: Item ids, shape ``(B, K)``, int64.
+        distances: Their L2 distances, shape ``(B, K)``, float32, rising.
+    """
+
+    items: Tensor
+    distances: Tensor
+
+
+@torch.no_grad()
+def ground(predictions: Tensor, item_vectors: Tensor, k: int, block_items: int = 65536) -> Grounded:
+    """Grounding (BIGRec, arXiv 2308.08434): the items nearest to each vector by L2 distance, ties by lower id.
+
+    Items are processed in blocks, without a ``(B, N)`` matrix. The result does not depend on the block size.
+
+    Args:
+        predictions: Vectors of generated texts, shape ``(B, d)``.
+        item_vectors: Vectors of the items' titles, shape ``(N, d)``, on any device; blocks are moved to the device
+            of the predictions.
+        k: Number of items.
+        block_items: Items per block.
+
+    Returns:
+        Items and distances of shape ``(B, k)``, on the device of the predictions.
+
+    Raises:
+        ConfigError: If the shapes do not fit, or ``k`` or ``block_items`` is out of range.
+        NonFiniteError: If a vector is not finite.
+    """
+    _check_grounding(predictions, item_vectors, k, block_items)
+    predictions = predictions.float()
+    nearest = torch.empty(len(predictions), 0, dtype=torch.int64, device=predictions.device)
+    for start in range(0, len(item_vectors), block_items):
+        block = item_vectors[start : start + block_items].to(predictions.device, torch.float32)
+        _check_finite(block)
+        keys = torch.cat([nearest, _keys(predictions, block, start)], dim=1)
+        nearest = keys.topk(min(k, keys.shape[1]), largest=False).values
+    return Grounded(nearest & 0xFFFFFFFF, (nearest >> 32).int().view(torch.float32))
+
+
+def _keys(predictions: Tensor, block: Tensor, start: int) -> Tensor:
+    """Distance and item id packed into one integer, shape ``(B, n)``, so that one top-k orders by both.
+
+    Non-negative floats sort like the integers of the same bits. Distances are computed from differences: by a matrix
+    product, three times as fast on a CPU, equal item vectors could get different distances, and a vector equal to an
+    item's would be at a distance of about 1e-3.
+    """
+    distances = torch.cdist(predictions, block, compute_mode="donot_use_mm_for_euclid_dist")
+    ids = torch.arange(start, start + len(block), device=block.device)
+    return (distances.view(torch.int32).long() << 32) | ids
+
+
+def _check_grounding(predictions: Tensor, item_vectors: Tensor, k: int, block_items: int) -> None:
+    if predictions.ndim != 2 or item_vectors.ndim != 2 or predictions.shape[1] != item_vectors.shape[1]:
+        raise ConfigError(
+            f"predictions of shape {tuple(predictions.shape)} and item vectors of shape {tuple(item_vectors.shape)}; "
+            "expected (B, d) and (N, d) of one width, from the same model."
+        )
+    if not 1 <= k <= len(item_vectors) or block_items < 1:
+        raise ConfigError(
+            f"`k` is {k} and `block_items` is {block_items}; expected 1 <= k <= {len(item_vectors)} (the items) and "
+            "block_items >= 1."
+        )
+    _check_finite(predictions)
+
+
+def _check_finite(vectors: Tensor) -> None:
+    if not bool(vectors.isfinite().all()):
+        raise NonFiniteError("a predicted or an item vector is not finite; check the model's weights.")

@@ -1,9 +1,9 @@
-"""The `title` teacher (the iLoRA paper): a language model that answers with the title of the next item.
+"""The `title` teacher (the iLoRA paper): a language model that generates the title of the next item.
 
 It is trained on the answer's log-probability after a prompt with history and candidates, hybrid or text. Candidates are
 compared by the log-probabilities of their titles, which is always valid, or by free generation, which is valid if it
 names one candidate. The whole catalogue is ranked by a search over its titles (`llm2rec.teacher.title.beam`), or by
-what lies nearest to the generated title (`llm2rec.teacher.title.grounding`).
+what lies nearest to the generated title (`llm2rec.teacher.title.matching`).
 """
 
 from collections.abc import Iterator
@@ -20,54 +20,42 @@ from transformers import PreTrainedModel
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.ilora import frozen_base
-from llm2rec.teacher.borrowed_student import BorrowedStudent
-from llm2rec.teacher.gate_source import GateSource
 from llm2rec.teacher.ilora_model import LLMTeacher, without_history
-from llm2rec.teacher.injection import ItemProjector
 from llm2rec.teacher.prompt_layout import IGNORED_LABEL
-from llm2rec.teacher.prompts import PromptBuilder, TokenBatch
+from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors, read_texts
-from llm2rec.teacher.title.beam import constrained_beam_search
-from llm2rec.teacher.title.grounding import ground
+from llm2rec.teacher.title.beam import TitleTrie, constrained_beam_search
 from llm2rec.teacher.title.likelihood import title_log_probs
-from llm2rec.teacher.title.trie import TitleTrie
+from llm2rec.teacher.title.matching import ground
+from llm2rec.teacher.title.prompts import TitlePrompts
 
 __all__ = ["TitleRecommender"]
 
 
 class TitleRecommender(LLMTeacher):
-    """A language model that writes the next item's title.
+    """A language model that writes the next item's title: the ``title`` objective.
 
     Args:
-        llm: Causal language model; see `LLMTeacher`, as all that is not explained here.
+        llm: Causal language model; see `LLMTeacher`.
         prompts: Turns histories, candidates and answers into tokens.
-        titles: What the language model without adapter makes of the titles; not trained.
-        settings: How titles are asked for, and searched.
-        pooling: How a text is represented, for gate inputs.
-        exclude_history: Whether the items of a history are out of the running over the whole catalogue.
-        gate_source: Where the gate's input comes from.
-        recommender: The trained recommender, if any.
-        projector: For hybrid prompts.
+        titles: Vectors of the titles by the language model without adapter; not trained.
+        settings: Candidates, generation and search.
+        **common: Further arguments of `LLMTeacher`.
     """
+
+    prompts: TitlePrompts
 
     def __init__(
         self,
         llm: PreTrainedModel | PeftModel,
-        prompts: PromptBuilder,
+        prompts: TitlePrompts,
         titles: TitleVectors,
         settings: TitleSettings,
-        *,
-        pooling: str,
-        exclude_history: bool,
-        gate_source: GateSource,
-        recommender: BorrowedStudent | None = None,
-        projector: ItemProjector | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            llm, prompts, pooling=pooling, gate_source=gate_source, recommender=recommender, projector=projector
-        )
-        self.titles, self.settings, self.exclude_history = titles, settings, exclude_history
+        super().__init__(llm, prompts, **common)
+        self.titles, self.settings = titles, settings
 
     @property
     def encoder(self) -> nn.Module:
@@ -77,7 +65,7 @@ class TitleRecommender(LLMTeacher):
 
     @property
     def item_vectors(self) -> Tensor:
-        """What the language model makes of the titles, shape ``(N, d)``, on the CPU: only grounding reads them."""
+        """The language model's vectors of the titles, shape ``(N, d)``, on the CPU: only grounding reads them."""
         return self.titles.vectors
 
     @property
@@ -87,11 +75,11 @@ class TitleRecommender(LLMTeacher):
 
     @property
     def lists_candidates(self) -> bool:
-        """Whether prompts list candidates; those that rank the whole catalogue never do."""
+        """Whether prompts list candidates; prompts for ranking the whole catalogue never do."""
         return self.settings.n_candidates > 0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, item_ids: Tensor | None, labels: Tensor) -> Tensor:
-        """Negative log-probability of the answers; gates must be held (see `mixing`).
+        """Negative log-probability of the answers; gates must be held (see `use_gates`).
 
         Args:
             input_ids: Prompts with answers, shape ``(B, T)``, padded on either side.
@@ -100,11 +88,11 @@ class TitleRecommender(LLMTeacher):
             labels: The answers' tokens, shape ``(B, T)``, -100 elsewhere.
 
         Returns:
-            Mean over the tokens of each answer, its end token among them, shape ``(B,)``, float32, nats.
+            Mean over each answer's tokens, including its end token, shape ``(B,)``, float32, nats.
         """
         inputs = self._model_inputs(TokenBatch(input_ids, attention_mask, item_ids))
         answer = labels != IGNORED_LABEL
-        # A vocabulary's worth of logits a token is what takes memory: keep them from the first answer's start only.
+        # Logits over the vocabulary dominate memory: keep them only from the first answer's start on.
         n_kept = labels.shape[1] - int(answer.any(dim=0).nonzero()[0]) + 1
         logits = self.llm(**inputs, logits_to_keep=n_kept, use_cache=False).logits[:, :-1]  # (B, n_kept - 1, V)
         if item_ids is None:
@@ -117,7 +105,7 @@ class TitleRecommender(LLMTeacher):
         return sums / answer.sum(dim=1)
 
     def _model_inputs(self, tokens: TokenBatch) -> dict[str, Tensor]:
-        """What the language model reads: ids, or embeddings where vectors are injected."""
+        """Arguments of the language model: ids, or embeddings if vectors are injected."""
         positions = (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {"attention_mask": tokens.attention_mask, "position_ids": positions}
         if tokens.item_ids is None:
@@ -125,7 +113,7 @@ class TitleRecommender(LLMTeacher):
         return inputs | {"inputs_embeds": self.embeddings(tokens.input_ids, tokens.item_ids)}
 
     def hold(self, gates: Tensor | None) -> AbstractContextManager[None]:
-        """Mix the experts by gates that are known, shape ``(B, E)`` or ``(B, G, E)``; None without experts."""
+        """Hold gates of shape ``(B, E)`` or ``(B, G, E)``; None without experts."""
         if self.tuner is None or gates is None:
             return nullcontext()
         return cast(AbstractContextManager[None], self.tuner.hold(gates))
@@ -140,13 +128,13 @@ class TitleRecommender(LLMTeacher):
     def ranking_token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int) -> NDArray[np.int64]:
         """See `LLMTeacher.ranking_token_counts`.
 
-        Those of a row's prompt, which lists no candidates, times the beams that each hold the prompt's keys and values.
+        Tokens of a row's prompt, without candidates, times the beams, each of which holds the prompt's keys and values.
         """
         beams = self._search_beams(k) if self.settings.ranking == "search" else self.settings.generation_beams
         return beams * self.prompts.question_token_counts(history, lengths, None, hybrid=self.is_hybrid)
 
     def _search_beams(self, k: int) -> int:
-        """Beams that run per row to find k titles."""
+        """Beams per row to find k titles."""
         return max(self.settings.search_beams, k)
 
     @torch.no_grad()
@@ -159,15 +147,15 @@ class TitleRecommender(LLMTeacher):
         answers: NDArray[np.int64] | None = None,
         mean: bool | None = None,
     ) -> Tensor:
-        """Log-probabilities of candidates' titles, end tokens included; the prompt is read once per row.
+        """Log-probabilities of the candidates' titles, end tokens included.
 
         Args:
             history: As in `ITeacherRecommender.log_probs`.
             lengths: As in `ITeacherRecommender.log_probs`.
             candidates: Items the prompt lists, shape ``(B, C)``, or None.
-            gate_inputs: What the gate reads, where it is known already.
+            gate_inputs: Gate inputs, if already known, shape ``(B, d)``.
             answers: Items whose titles are scored, shape ``(B, A)``; None for the candidates.
-            mean: Whether to take the mean over a title's tokens instead of the sum; None for what the settings say.
+            mean: Whether to average over a title's tokens instead of summing; None for ``settings.mean_log_prob``.
 
         Returns:
             Shape ``(B, C)`` or ``(B, A)``, float32, nats.
@@ -189,7 +177,7 @@ class TitleRecommender(LLMTeacher):
     def log_probs(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], keep: NDArray[np.int32] | None = None
     ) -> Tensor:
-        """See `ITeacherRecommender.log_probs`: scores every title of the catalogue, which is exact and slow."""
+        """See `ITeacherRecommender.log_probs`; scores every title of the catalogue, which is exact but slow."""
         items = np.tile(np.arange(self.prompts.n_items), (len(history), 1))
         scores = self.candidate_log_probs(history, lengths, None, None, items, mean=False)
         if not self.exclude_history:
@@ -199,7 +187,7 @@ class TitleRecommender(LLMTeacher):
 
     @torch.no_grad()
     def left_out(self, history: NDArray[np.int32], keep: NDArray[np.int32] | None = None) -> NDArray[np.int64]:
-        """What `exclude_history` leaves out of the running, as in `best_items`; shape ``(B, L)``, padded with N."""
+        """Items excluded by `exclude_history`, shape ``(B, L)``, padded with N; arguments as in `best_items`."""
         if not self.exclude_history:
             return np.empty((len(history), 0), np.int64)
         items = history.astype(np.int64)
@@ -215,21 +203,21 @@ class TitleRecommender(LLMTeacher):
         excluded: NDArray[np.int64] | None = None,
         keep: NDArray[np.int32] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The items whose titles are likeliest, or nearest to what is written; the prompt lists no candidates.
+        """The items with the most probable titles, or nearest to the generated one; the prompt lists no candidates.
 
         Args:
             history: As in `ITeacherRecommender.best_items`, as are the next three.
             lengths: Shape ``(B,)``.
-            k: How many items, at most as many as no row leaves out.
+            k: Number of items, at most the number that remains for each row.
             gate_inputs: Shape ``(B, d)``.
-            excluded: Items to leave out besides those that `exclude_history` does, shape ``(B, S)``, padded with N.
-            keep: One item a row that `exclude_history` leaves in the running, shape ``(B,)``; None for none.
+            excluded: Items to exclude besides those of `exclude_history`, shape ``(B, S)``, padded with N.
+            keep: One item per row that `exclude_history` does not exclude, shape ``(B,)``; None for none.
 
         Returns:
             Item ids and log-probabilities, ``(B, k)`` each, best first; for ``ranking=grounding`` negative distances.
 
         Raises:
-            ConfigError: If a row leaves fewer than k items.
+            ConfigError: If fewer than k items remain for a row.
         """
         items = np.concatenate([self.left_out(history, keep), *([] if excluded is None else [excluded])], axis=1)
         barred = torch.from_numpy(items).to(self.device) if items.shape[1] else None
@@ -255,7 +243,7 @@ class TitleRecommender(LLMTeacher):
         gate_inputs: Tensor | None,
         barred: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The items nearest to what the language model without adapter makes of the generated title."""
+        """The items nearest to the generated title, by vectors of the language model without adapter."""
         predictions = self.text_vectors(self.generate(history, lengths, None, gate_inputs))
         n_barred = 0 if barred is None else barred.shape[1]
         found = ground(predictions, self.item_vectors, min(k + n_barred, self.prompts.n_items))
@@ -264,16 +252,18 @@ class TitleRecommender(LLMTeacher):
         left_out = _is_among(found.items, barred)
         if bool(((~left_out).sum(dim=1) < k).any()):
             n_left = int((~left_out).sum(dim=1).min())
-            raise ConfigError(f"`k` is {k}, and what is excluded leaves {n_left} items to some row; lower `k`.")
-        order = left_out.int().argsort(dim=1, stable=True)[:, :k]  # the others first, still nearest first
+            raise ConfigError(
+                f"`k` is {k} but only {n_left} items remain for one row after exclusions; use k <= {n_left}."
+            )
+        order = left_out.int().argsort(dim=1, stable=True)[:, :k]  # stable: nearest first
         return found.items.gather(1, order), -found.distances.gather(1, order)
 
     @torch.no_grad()
     def text_vectors(self, texts: list[str]) -> Tensor:
-        """Vectors of texts as `item_vectors` are of titles, shape ``(B, d)``, on the model's device."""
+        """Vectors of texts on the scale of `item_vectors`, shape ``(B, d)``, on the model's device."""
         with self._without_adapter():
             raw = read_texts(self.encoder, self.prompts, texts, self.pooling, self.device)
-        return self.titles.scaled(raw)
+        return self.titles.scaled(raw.to(self.device))
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -294,20 +284,20 @@ class TitleRecommender(LLMTeacher):
         candidates: NDArray[np.int64] | None,
         gate_inputs: Tensor | None = None,
     ) -> list[str]:
-        """Write freely, greedily or with beams, until the end token or the length of the longest title.
+        """Generate titles, greedily or with beams, until the end token or the length of the longest title.
 
         Args:
             history: As in `ITeacherRecommender.log_probs`.
             lengths: As in `ITeacherRecommender.log_probs`.
             candidates: Items the prompt lists, shape ``(B, C)``, or None.
-            gate_inputs: What the gate reads, where it is known already.
+            gate_inputs: Gate inputs, if already known, shape ``(B, d)``.
 
         Returns:
-            One text a row, in the form of `PromptBuilder.decoded`.
+            One text per row, in the form of `TitlePrompts.decoded`.
         """
         embeds, mask = self._prompts(history, lengths, candidates)
         with self.hold(self._gates(history, lengths, gate_inputs)):
-            written = cast(Any, self.llm).generate(
+            generated = cast(Any, self.llm).generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 max_new_tokens=self._answers[0].shape[1],
@@ -316,12 +306,12 @@ class TitleRecommender(LLMTeacher):
                 eos_token_id=self.prompts.end_id,
                 pad_token_id=self.prompts.pad_id,
             )
-        return self.prompts.decoded(written)
+        return self.prompts.decoded(generated)
 
     def _prompts(
         self, history: NDArray[np.int32], lengths: NDArray[np.int32], candidates: NDArray[np.int64] | None
     ) -> tuple[Tensor, Tensor]:
-        """Prompts as embeddings ``(B, T, d)`` and mask ``(B, T)``, padded on the left."""
+        """Embeddings ``(B, T, d)`` and attention mask ``(B, T)`` of prompts, padded on the left."""
         tokens = self.prompts.questions(history, lengths, candidates, hybrid=self.is_hybrid, padding="left")
         tokens = tokens.to(self.device)
         if tokens.item_ids is not None:
@@ -334,7 +324,7 @@ class TitleRecommender(LLMTeacher):
 
     @cached_property
     def _answers(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens of all titles with their end tokens, padded, shape ``(N, t)``, and how many, shape ``(N,)``."""
+        """Tokens of all titles with end tokens, padded, shape ``(N, t)``, and their numbers, shape ``(N,)``."""
         titles = [np.append(tokens, self.prompts.end_id) for tokens in self.prompts.answer_tokens()]
         n_tokens = np.array([len(title) for title in titles])
         padded = np.full((len(titles), n_tokens.max()), self.prompts.pad_id, np.int64)

@@ -63,7 +63,7 @@ class TitleObjective:
 
     def _answered(self, rows: NDArray[np.int64], *, hybrid: bool, epoch: int) -> TokenBatch:
         data = self.train.data
-        return self.model.prompts.answered(
+        return self.model.prompts.questions(
             *data.histories(rows),
             self._candidates(rows, epoch),
             data.targets.numpy()[rows],
@@ -88,4 +88,4 @@ class TitleObjective:
         history, lengths = train.data.histories(train.rows)
         shown = None if self.model.settings.redraw_candidates else self._candidates(train.rows, 0)
         targets = train.data.targets.numpy()[train.rows]
-        return self.model.prompts.answered_token_counts(history, lengths, shown, targets, hybrid=self.model.is_hybrid)
+        return self.model.prompts.question_token_counts(history, lengths, shown, targets, hybrid=self.model.is_hybrid)

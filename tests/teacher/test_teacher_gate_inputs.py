@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,11 @@ from llm2rec.ilora.gate import GATES
 from llm2rec.student.datamodule import Rows
 from llm2rec.student.store import load_student
 from llm2rec.teacher.borrowed_student import BorrowedStudent
-from llm2rec.teacher.export import rank_blocks
-from llm2rec.teacher.factory import build_teacher, load_teacher, save_teacher
+from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache
-from llm2rec.teacher.gate_source import FrozenBase, StudentVectors, gate_source_of
+from llm2rec.teacher.outputs import rank_blocks
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings
+from llm2rec.teacher.store import load_teacher, save_teacher
 
 TRAINING = {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2}
 STUDENTS = [("sasrec", 64, 10), ("gru4rec", 20, 10), ("caser", 16, 10), ("sasrec", 8, 3), ("gru4rec", 20, 3)]
@@ -87,12 +88,11 @@ def test_a_rows_gate_input_ignores_other_rows_padding_and_the_mode(recommender, 
     model, _ = teacher_of(llm_folder, data, recommender)
     histories = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9]]
     history, lengths = padded(histories, data.n_items, 9)
-    source = StudentVectors(recommender)
-    together = source.vectors(model.train(), history, lengths)
+    together = model.train().gate_inputs(history, lengths)
     assert torch.pdist(together).min() > 0.01
-    assert torch.equal(together, source.vectors(randomise(model).eval(), history, lengths))
+    assert torch.equal(together, randomise(model).eval().gate_inputs(history, lengths))
     for row, items in enumerate(histories):
-        alone = source.vectors(model, *padded([items], data.n_items, len(items)))
+        alone = model.gate_inputs(*padded([items], data.n_items, len(items)))
         torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
 
 
@@ -123,10 +123,6 @@ def test_the_cache_tells_students_and_the_language_model_apart(data, llm_folder,
     monkeypatch.setattr(again, "users", lambda *_: pytest.fail("computed again"))
     model, recipe = teacher_of(llm_folder, data, again, gate="mlp")
     assert np.array_equal(cached(model, recipe, engine, tmp_path / "cache", rows, numbers).gate_inputs, found[0])
-
-
-def test_the_language_models_own_caches_are_named_as_before():
-    assert (FrozenBase().identity, FrozenBase().label, FrozenBase().width) == ("", "", None)
 
 
 # ---- training, saving, loading, export -------------------------------------------------------------------------------
@@ -160,7 +156,7 @@ def test_every_kind_of_gate_trains_on_it_and_is_loaded_without_the_students_run(
     again, recipe_again = load_teacher(moved_to, data, CPU)
     assert recipe_again == recipe
     assert recipe.gate_input == "sequence"
-    assert again.gate_source.identity == model.gate_source.identity
+    assert again.recommender.identity == model.recommender.identity
     rows = split(data, "validation")
     asked = rows.histories()
     assert torch.equal(again.log_probs(*asked), model.log_probs(*asked))
@@ -179,7 +175,7 @@ def test_other_gates_give_other_users_other_answers(recommender, data, llm_folde
     model = randomise(teacher_of(llm_folder, data, recommender)[0]).eval()
     asked = padded([[3, 1, 4]], data.n_items, 3)
     first = model.log_probs(*asked)
-    model.gate_source.vectors = lambda *_: torch.nn.functional.one_hot(torch.tensor([5]), 64).float()
+    model.gate_inputs = lambda *_: torch.nn.functional.one_hot(torch.tensor([5]), 64).float()
     assert (model.log_probs(*asked) - first).abs().max() > 1e-3
 
 
@@ -224,7 +220,7 @@ def test_a_teacher_of_another_version_is_refused_by_what_its_recipe_lacks(data, 
     stored = json.loads((tmp_path / "teacher" / "config.json").read_text())
     assert stored.pop("gate_input") == "llm"
     write_json(tmp_path / "teacher" / "config.json", stored)
-    with pytest.raises(CheckpointError, match=r"written by another version .*gate_input.*train the teacher again"):
+    with pytest.raises(CheckpointError, match=r"written by another version .*gate_input.*train again"):
         load_teacher(tmp_path / "teacher", data, CPU)
 
 
@@ -256,11 +252,11 @@ def test_settings_that_do_not_agree_are_refused(overrides, message):
 def test_settings_and_recommender_must_agree(data, llm_folder, recommender):
     llm, path = llm_of("llama", llm_folder, data)
     reading = TeacherSettings(gate_input="sequence", recommender_run="result/x")
-    for settings, given, told in (
+    for settings, given, message in (
         (reading, None, "'result/x' but the `recommender` given is None"),
         (TeacherSettings(), recommender, "None but the `recommender` given is 'sasrec'"),
     ):
-        with pytest.raises(ConfigError, match=f"`teacher.recommender_run` is {told}"):
+        with pytest.raises(ConfigError, match=f"`teacher.recommender_run` is {message}"):
             build_teacher(llm, path, settings, data, split(data).targets.numpy(), CPU, given)
 
 
@@ -268,7 +264,7 @@ def test_settings_and_recommender_must_agree(data, llm_folder, recommender):
     ("record", "message"),
     [
         ({"stage": "teacher"}, r"a finished run of stage 'teacher'; expected a finished run of student or distill"),
-        ({"status": "running"}, r"a running run of stage 'student'.*resume this run"),
+        ({"status": "running"}, r"a running run of stage 'student'.*resume this one"),
         (
             {"dataset": {"name": "games", "fingerprint": "f" * 64}},
             r"trained on dataset 'games' \(fingerprint ffffffffffff\), expected .* 'toy' .*same dataset overrides",
@@ -286,7 +282,7 @@ def test_a_distilled_student_is_as_good(data, tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(data, tmp_path):
-    with pytest.raises(CheckpointError, match=r"recommender_run` is '.*nowhere', which holds no run.json.*m llm2rec"):
+    with pytest.raises(CheckpointError, match=r"recommender_run` is '.*nowhere', which has no run.json.*m llm2rec"):
         recommender_of(tmp_path / "nowhere", data, tmp_path / "kept")
 
 
@@ -303,5 +299,10 @@ def test_a_teacher_without_its_student_is_refused(recommender, data, llm_folder,
     shutil.rmtree(tmp_path / "teacher" / "recommender")
     with pytest.raises(CheckpointError, match=r"lacks recommender/config\.json; copy the folder again, as a whole"):
         load_teacher(tmp_path / "teacher", data, CPU)
-    with pytest.raises(CheckpointError, match=r"reads 'palm', expected llm, none, or sequence"):
-        gate_source_of("palm", None)
+
+
+def test_a_teacher_with_an_unknown_gate_input_is_refused(recommender, data, llm_folder, tmp_path):
+    model, recipe = teacher_of(llm_folder, data, recommender)
+    save_teacher(tmp_path / "teacher", model, replace(recipe, gate_input="palm"))
+    with pytest.raises(CheckpointError, match=r"reads 'palm', expected llm, sequence, none"):
+        load_teacher(tmp_path / "teacher", data, CPU)

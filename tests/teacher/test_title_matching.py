@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from llm2rec.core.errors import ConfigError, DataError, NonFiniteError
-from llm2rec.teacher.title import grounding
-from llm2rec.teacher.title.grounding import ground
-from llm2rec.teacher.title.matching import TitleHits, judge
+from llm2rec.teacher.title import matching
+from llm2rec.teacher.title.matching import TitleMatches, ground, judge
 
 TITLES = ["Heat", "Heat 2", "Solaris ", "Amélie", "The Heat 2 Story"]
 
@@ -30,9 +29,9 @@ TITLES = ["Heat", "Heat 2", "Solaris ", "Amélie", "The Heat 2 Story"]
 @pytest.mark.parametrize("rule", ["released", "longest"])
 def test_what_a_text_names(text, released, longest, rule):
     named = released if rule == "released" else longest
-    hits = judge([text] * len(TITLES), [TITLES] * len(TITLES), TITLES, rule=rule)
-    assert hits.correct.tolist() == [title == named for title in TITLES]
-    assert hits.valid.all() == (named is not None)
+    matches = judge([text] * len(TITLES), [TITLES] * len(TITLES), TITLES, rule=rule)
+    assert matches.correct.tolist() == [title == named for title in TITLES]
+    assert matches.valid.all() == (named is not None)
 
 
 def test_a_title_listed_twice_is_one_title_but_for_the_released_rule():
@@ -48,10 +47,10 @@ def test_an_empty_title_is_never_found_but_for_the_released_rule():
 
 
 def test_the_metrics_name_their_denominators():
-    hits = TitleHits(np.array([1, 1, 1, 0, 0], bool), np.array([1, 1, 0, 0, 0], bool))
-    assert hits.metrics == {"hr@1": 2 / 5, "hr@1_valid": 2 / 3, "valid_ratio": 3 / 5}
+    matches = TitleMatches(np.array([1, 1, 1, 0, 0], bool), np.array([1, 1, 0, 0, 0], bool))
+    assert matches.metrics == {"hr@1": 2 / 5, "hr@1_valid": 2 / 3, "valid_ratio": 3 / 5}
     nothing = np.zeros(2, bool)
-    assert TitleHits(nothing, nothing).metrics == {"hr@1": 0, "hr@1_valid": 0, "valid_ratio": 0}
+    assert TitleMatches(nothing, nothing).metrics == {"hr@1": 0, "hr@1_valid": 0, "valid_ratio": 0}
 
 
 def test_rows_that_cannot_be_judged_are_refused():
@@ -71,17 +70,17 @@ def test_intervals_draw_both_parts_of_a_ratio_from_the_same_rows():
     valid = generator.random(300) < 0.4
     correct = valid & (generator.random(300) < 0.7)
     drawn = generator.integers(300, size=(4000, 300))
-    hits, answered = correct[drawn].sum(1), valid[drawn].sum(1)
-    ours = TitleHits(valid, correct).intervals()
-    for name, ratios in (("hr@1", hits / 300), ("valid_ratio", answered / 300), ("hr@1_valid", hits / answered)):
+    matches, answered = correct[drawn].sum(1), valid[drawn].sum(1)
+    ours = TitleMatches(valid, correct).intervals()
+    for name, ratios in (("hr@1", matches / 300), ("valid_ratio", answered / 300), ("hr@1_valid", matches / answered)):
         np.testing.assert_allclose(ours[name], np.quantile(ratios, [0.025, 0.975]), atol=0.015)
-    apart = np.quantile(hits / answered[::-1], [0.025, 0.975])
+    apart = np.quantile(matches / answered[::-1], [0.025, 0.975])
     assert np.abs(apart - ours["hr@1_valid"]).max() > 0.03, "the tolerance above would not see the mistake"
 
 
 def test_without_valid_rows_their_rate_has_no_interval():
     nothing = np.zeros(4, bool)
-    assert TitleHits(nothing, nothing).intervals() == {"hr@1": (0, 0), "valid_ratio": (0, 0)}
+    assert TitleMatches(nothing, nothing).intervals() == {"hr@1": (0, 0), "valid_ratio": (0, 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,12 +104,12 @@ def test_blocks_give_the_first_of_all_with_ties_to_the_lower_id(block_items, dty
 def test_blocks_keep_memory_down(monkeypatch):
     widest = 0
 
-    def keys(predictions, block, start, make=grounding._keys):
+    def keys(predictions, block, start, make=matching._keys):
         nonlocal widest
         widest = max(widest, len(block))
         return make(predictions, block, start)
 
-    monkeypatch.setattr(grounding, "_keys", keys)
+    monkeypatch.setattr(matching, "_keys", keys)
     ground(torch.randn(2, 3), torch.randn(100, 3), k=5, block_items=16)
     assert widest == 16
 
@@ -119,7 +118,7 @@ def test_vectors_that_cannot_be_compared_are_refused():
     with pytest.raises(ConfigError, match=r"\(2, 3\) and item vectors of shape \(9, 4\)"):
         ground(torch.zeros(2, 3), torch.zeros(9, 4), k=1)
     for k in (0, 10):
-        with pytest.raises(ConfigError, match="from 1 to 9"):
+        with pytest.raises(ConfigError, match="1 <= k <= 9"):
             ground(torch.zeros(2, 3), torch.zeros(9, 3), k=k)
     for predictions, items in ((torch.nan, 0.0), (0.0, torch.nan), (0.0, torch.inf)):
         vectors = torch.zeros(9, 3)
