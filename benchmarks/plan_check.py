@@ -51,7 +51,7 @@ from llm2rec.teacher.settings import (
     TitleSettings,
 )
 from llm2rec.teacher.title.objective import TitleObjective
-from llm2rec.teacher.trainer import ItemObjective, Objective
+from llm2rec.teacher.trainer import ItemObjective, TeacherTask
 
 CASES: dict[str, dict[str, Any]] = {
     "ilora": {},
@@ -150,7 +150,7 @@ class RealStep:
         rows: Positions in the objective's rows, shape ``(B,)``.
     """
 
-    def __init__(self, model: LLMTeacher, objective: Objective, gate_inputs: Tensor, rows: NDArray[np.int64]) -> None:
+    def __init__(self, model: LLMTeacher, objective: TeacherTask, gate_inputs: Tensor, rows: NDArray[np.int64]) -> None:
         self.model, self.objective, self.gate_inputs, self.rows = model, objective, gate_inputs, rows
         self._held = ExitStack()
 

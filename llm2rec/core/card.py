@@ -12,14 +12,14 @@ from llm2rec.core.git_info import git_state, library_versions
 __all__ = ["CARD", "PLACE", "Training", "best_validation", "model_card"]
 
 CARD = "README.md"
-"""Its file; the one file of a model's folder that people are meant to edit."""
+"""File name; the one file of a model's folder that people edit."""
 PLACE = "FOLDER"
-"""What the example loads, until the card is put on the Hub and has an id."""
+"""Placeholder in the example for the model's folder; `llm2rec.share` replaces it with the Hub id."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a model was trained on, and how it validated.
+    """Training data and validation metrics of a model.
 
     Attributes:
         dataset: Name of the dataset.
@@ -29,9 +29,9 @@ class Training:
         n_rows: Training rows.
         n_validation: Validation rows.
         seed: Seed of the run.
-        left_out: What was left out of the validation rankings: "items seen before", "items of the history", "no items".
-        metrics: Validation metrics of the weights that were kept; empty for a model that was not validated.
-        n_candidates: How many items targets were ranked among; 0 for the whole catalogue.
+        left_out: Items excluded from the validation rankings: "items seen before", "items of the history", "no items".
+        metrics: Validation metrics of the kept weights; empty if the model was not validated.
+        n_candidates: Number of candidates that targets were ranked among; 0 for the whole catalogue.
     """
 
     dataset: str
@@ -55,8 +55,10 @@ def best_validation(run_folder: Path) -> dict[str, float]:
     file = run_folder / "metrics" / "validation.json"
     if not file.is_file():
         return {}
-    told = read_object(file, "best_step", "history")
-    best: dict[str, float] = next((entry for entry in told["history"] if entry["step"] == told["best_step"]), {})
+    validation = read_object(file, "best_step", "history")
+    best: dict[str, float] = next(
+        (entry for entry in validation["history"] if entry["step"] == validation["best_step"]), {}
+    )
     return {name.removeprefix("val/"): value for name, value in best.items() if name.startswith("val/")}
 
 
@@ -70,17 +72,17 @@ def model_card(
     settings: Mapping[str, Any],
     base_model: str | None = None,
 ) -> str:
-    """Write a card. Home folders and what looks like a secret are taken out of it.
+    """Write a card, without home folders and anything that looks like a secret.
 
     Args:
-        title: Its heading, and the model's name in the front matter.
+        title: Heading, and the model's name in the front matter.
         lead: What the model is and does.
-        tags: Of the front matter, besides ``llm2rec`` and ``recommendation``.
-        example: Python that loads the model and asks it something; loads from `PLACE`.
-        limits: What it cannot be used for, a sentence each.
-        training: What it was trained on.
-        settings: Options it was trained with, plain values without paths.
-        base_model: Id of the model it adapts, if that is on the Hub.
+        tags: Front-matter tags in addition to ``llm2rec`` and ``recommendation``.
+        example: Python code that loads the model from `PLACE` and uses it.
+        limits: Limitations, a sentence each.
+        training: Training data and validation metrics.
+        settings: Training options, plain values without paths.
+        base_model: Hub id of the base model, if it has one.
     """
     state = git_state()
     commit = f"commit `{state['commit']}`{' with local changes' if state['dirty'] else ''}" if state["commit"] else ""
@@ -134,7 +136,7 @@ llm2rec{f", {commit}" if commit else ""}; seed {training.seed}; {versions}.
 
 
 def _front_matter(title: str, tags: Sequence[str], training: Training, base_model: str | None) -> str:
-    from huggingface_hub import EvalResult, ModelCardData  # half a second to import, which reading needs not
+    from huggingface_hub import EvalResult, ModelCardData  # imported here: it takes half a second
 
     results = [
         EvalResult(

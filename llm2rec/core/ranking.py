@@ -1,7 +1,7 @@
-"""Ranks and best items over a catalogue of any size, a tile of scores at a time.
+"""Ranks and top-k items over a catalogue of any size, one tile of scores at a time.
 
 A score is the inner product of a user's and an item's vector: the sum in float64 of the exact products, rounded to
-float32, so that it is one number whoever computes it. A matrix product in float32 is far faster, and right but for its
+float32, the same number on every path. A matrix product in float32 is far faster, and right but for its
 last bits, which depend on the shapes that are multiplied. So tiles are scored by matrix products, and what lies too
 near a threshold for their rounding to decide is scored again, exactly. Results depend neither on the size of the tiles
 nor on the rows that share a batch, and items with equal vectors have equal scores.
@@ -35,7 +35,7 @@ _LONGEST = 1e18  # of vectors: no product of two may come near the largest float
 
 
 class Catalogue:
-    """The vectors of all items, made ready once for any number of rankings.
+    """The vectors of all items, prepared once for any number of rankings.
 
     Args:
         vectors: Shape ``(N, D)``, on the device to compute on; not copied if they are in float32.
@@ -53,12 +53,12 @@ class Catalogue:
 
 
 def pair_scores(users: Tensor, catalogue: Catalogue, pairs: Pairs) -> Tensor:
-    """Score some rows on some items: the definition that every result of this module keeps to.
+    """Score pairs of rows and items: the definition of a score for this module.
 
     Args:
         users: User vectors of shape ``(B, D)``, float32.
         catalogue: The items.
-        pairs: Which row is to be scored on which item, P pairs.
+        pairs: P pairs of row and item.
 
     Returns:
         Scores of shape ``(P,)``, float32.
@@ -140,7 +140,7 @@ def top_k_in_blocks(
     values = users.new_full((len(users), k), -torch.inf)
     items = torch.full((len(users), k), -1, device=users.device)
     groups = -(-len(users) // _ROWS)
-    for number, out in enumerate(_divided(seen, None if seen is None else seen[0] // _ROWS, groups)):
+    for number, out in enumerate(_split_pairs(seen, None if seen is None else seen[0] // _ROWS, groups)):
         part = slice(number * _ROWS, (number + 1) * _ROWS)
         out = None if out is None else (out[0] - part.start, out[1])
         for tile in _tiles(users[part], norms[part], catalogue, out, tile_scores):
@@ -193,7 +193,7 @@ def _tiles(
     scores = users.new_empty(n_rows, n_columns)
     starts = range(0, n_items, n_columns)
     number = None if left_out is None else left_out[1] // n_columns
-    for start, out in zip(starts, _divided(left_out, number, len(starts)), strict=True):
+    for start, out in zip(starts, _split_pairs(left_out, number, len(starts)), strict=True):
         vectors = catalogue.vectors[start : start + n_columns]
         longest = catalogue.norms[start : start + n_columns].max()
         torch.mm(users, vectors.T, out=scores[:, : len(vectors)])
@@ -211,8 +211,8 @@ def _tile_width(n_rows: int, n_items: int, tile_scores: int) -> int:
     return max(1, -(-n_items // (n_tiles * _CHUNK))) * _CHUNK
 
 
-def _divided(pairs: Pairs | None, part: Tensor | None, n_parts: int) -> Sequence[Pairs | None]:
-    """Divide pairs by the numbers of the parts that they belong to, shape ``(P,)``."""
+def _split_pairs(pairs: Pairs | None, part: Tensor | None, n_parts: int) -> Sequence[Pairs | None]:
+    """Split pairs by their part numbers, shape ``(P,)``."""
     if pairs is None or part is None or n_parts <= 1:
         return [pairs] * n_parts
     order = (part.short() if n_parts < 2**15 else part).argsort()  # short numbers are sorted several times as fast

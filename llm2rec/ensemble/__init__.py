@@ -1,4 +1,4 @@
-"""A teacher without a language model: trained students and item neighbours, asked together.
+"""A teacher without a language model: an ensemble of trained students and item neighbours.
 
-It writes what `llm2rec.teacher` writes, for `llm2rec.distill` to read, and is judged as other teachers are.
+It exports the same teacher outputs as `llm2rec.teacher` and is evaluated like other teachers.
 """

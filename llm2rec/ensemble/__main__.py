@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.ensemble``: a teacher of finished students and item neighbours, without any LLM.
+"""``accelerate launch -m llm2rec.ensemble``: a teacher of finished students and item neighbours, without an LLM.
 
 Its outputs are those of `llm2rec.teacher`: ``llm2rec.distill distill=listwise distill.teacher_outputs=...`` reads them.
 """
@@ -34,7 +34,7 @@ from llm2rec.teacher.outputs import log_labelling, rows_to_label, write_outputs
 from llm2rec.teacher.settings import ExportSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
-_LEAST = 1e-12  # what a probability of 0 is written as
+_LEAST = 1e-12  # exported instead of a probability of 0
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ def _outputs(cfg: Config) -> Path:
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the ensemble is still there, of the same members, and its outputs are those that it wrote."""
+    """Whether the ensemble exists with the same members, and the exported outputs are its own."""
     if built_object(cfg.active).source() != read_record(folder).get("selection_source"):
         return False
     if not ((folder / "ensemble").is_dir() and (manifest := _outputs(cfg) / "manifest.json").is_file()):
         return False
-    told = read_json(manifest)
+    outputs = read_json(manifest)
     members = list(_named(cfg.runs, Path(cfg.paths.root)).values())  # a sweep may have more finished jobs by now
-    return told.get("run") == folder.name and [each["run"] for each in told.get("members", [])] == members
+    return outputs.get("run") == folder.name and [each["run"] for each in outputs.get("members", [])] == members
 
 
 @stage("ensemble", reads=("ensemble", "active", "runs", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
-    """Rank the catalogue for the training rows that are to be labelled, and say how well it ranks on validation."""
+    """Validate the ensemble, and export its rankings for the training rows to label."""
     settings = build(cfg.ensemble, EnsembleSettings)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
     data = open_data(cfg, run)
@@ -94,8 +94,8 @@ def main(cfg: Config, run: Run) -> None:
     history = [{"step": 0, **reached}]
     run.write_metrics("validation", {"select_on": cfg.metrics.select_on, "best_step": 0, "history": history})
     if engine.is_main:
-        told = cfg.metrics.select_on
-        logger.info("%s on validation: %.4f", told, reached[f"val/{told}"])
+        metric = cfg.metrics.select_on
+        logger.info("%s on validation: %.4f", metric, reached[f"val/{metric}"])
     with run.phase("export"):
         blocks = rank_training_rows(ensemble, data, rows, engine, run.folder / "export", settings)
         if engine.is_main:
@@ -131,26 +131,26 @@ def main(cfg: Config, run: Run) -> None:
 def rank_training_rows(
     ensemble: Ensemble,
     data: RecData,
-    asked: NDArray[np.int64],
+    labelled: NDArray[np.int64],
     engine: Engine,
     folder: Path,
     settings: EnsembleSettings,
 ) -> list[Path]:
-    """Rank the catalogue for the training rows ``asked`` and keep the top K, block by block; a collective.
+    """Rank the catalogue for the training rows ``labelled`` and keep the top K, block by block; a collective.
 
     Returns:
-        What `llm2rec.teacher.outputs.write_outputs` takes; finished blocks are kept, so that a killed run goes on.
+        What `llm2rec.teacher.outputs.write_outputs` takes; finished blocks are kept for resuming.
     """
     size, at_once = settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
     rows = Rows.of(data, "train", ensemble.max_length)
-    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(asked) // size))]
+    files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(labelled) // size))]
     mine = engine.my_missing(files)
     for number in engine.progress(mine, "export", len(mine), "block"):
-        numbers = asked[number * size : (number + 1) * size]
+        numbers = labelled[number * size : (number + 1) * size]
         probabilities, items = [], []
         for part in np.array_split(numbers, -(-len(numbers) // at_once)):
-            told = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
-            best = told.topk(min(settings.top_k, data.n_items), dim=1)
+            probs = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
+            best = probs.topk(min(settings.top_k, data.n_items), dim=1)
             probabilities.append(best.values.cpu())
             items.append(best.indices.to("cpu", torch.int32))
         log_probs = torch.cat(probabilities).clamp(min=_LEAST).log()
@@ -161,10 +161,10 @@ def rank_training_rows(
 
 
 def _named(runs: object, root: Path) -> dict[Path, str]:
-    """Folders and names of the students that were named; a sweep's folder stands for its finished jobs.
+    """Folders and names of the given students; a sweep's folder stands for its finished jobs.
 
     Raises:
-        ConfigError: If none were named, or one twice.
+        ConfigError: If `runs` is empty, or holds a student twice.
     """
     if isinstance(runs, str) or not isinstance(runs, Sequence) or not runs:
         raise ConfigError(
@@ -175,11 +175,11 @@ def _named(runs: object, root: Path) -> dict[Path, str]:
     for folder in (from_launch_folder(str(each), root).resolve() for each in runs):
         jobs = jobs_of(folder) if is_sweep(folder) else []
         for job in (job for job in jobs if not job.is_finished and is_first_process()):
-            logger.warning("%s is not finished and stays out of the ensemble", job.name)
+            logger.warning("%s is not finished and is left out of the ensemble", job.name)
         alone = f"{folder.parent.name}/{folder.name}" if is_sweep(folder.parent) else folder.name
         named = {job.folder: job.name for job in jobs if job.is_finished} or {folder: alone}
         if again := next((name for place, name in named.items() if place in found), None):
-            raise ConfigError(f"`runs` names {again} twice, which would give that student the weight of two.")
+            raise ConfigError(f"`runs` names {again} twice; give every student once.")
         found |= named
     return found
 
@@ -188,22 +188,22 @@ def _member(folder: Path, name: str, data: RecData) -> Member:
     """A member of the ensemble.
 
     Raises:
-        CheckpointError: If the folder is no finished run of a student on this dataset.
+        CheckpointError: If the folder is not a finished run of a student on this dataset.
     """
     if not (folder / "run.json").is_file():
         raise CheckpointError(
-            f"{folder} is no run folder and no sweep's (it holds no run.json); give `runs=[result/result_...]`."
+            f"{folder} is not the folder of a run or sweep (it has no run.json); give `runs=[result/result_...]`."
         )
     record = read_record(folder)
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
         raise CheckpointError(
-            f"{name} is a {record['status']} run of stage {record['stage']!r}; an ensemble is made of finished runs of "
-            "student and distill."
+            f"{name} is a {record['status']} run of stage {record['stage']!r}; expected a finished run of student "
+            "or distill."
         )
     if read_record(folder, "dataset")["dataset"]["fingerprint"] != data.fingerprint:
         raise CheckpointError(
-            f"{name} was trained on dataset {record['dataset']['name']!r}, which is not this {data.name!r} "
-            f"({data.fingerprint[:12]}); give the same dataset overrides as in training."
+            f"{name} was trained on dataset {record['dataset']['name']!r}, not on this {data.name!r} "
+            f"({data.fingerprint[:12]}); use the same dataset overrides as in training."
         )
     return Member(folder, name, str(record["label"]), record.get("seed"))
 

@@ -1,4 +1,4 @@
-"""The ensemble itself: a distribution over the catalogue that trained students and item neighbours share."""
+"""The ensemble model: a mixture of the distributions of trained students and item neighbours."""
 
 import shutil
 from collections.abc import Sequence
@@ -24,18 +24,17 @@ __all__ = ["Ensemble", "ensemble_of", "load_ensemble", "rank_targets", "save_ens
 
 
 class Ensemble:
-    """Averages what its members think, and gives item neighbours a part of it.
+    """Averages the distributions of its members, and mixes in item neighbours with a weight.
 
-    Members know the targets of the rows that they were trained on; neighbours are asked without the pairs of a row's
-    own user. So they are as unsure of training rows as of others, which a student that learns from both profits from.
-    Items that a user has had before keep their places: some are had again, and what is left out of a ranking is for
-    whoever ranks to say.
+    Members have seen the targets of the rows that they were trained on; neighbours score a training row without the
+    pairs of its own user, so they are as uncertain there as on other rows. Seen items are not masked: the caller does
+    that.
 
     Args:
         members: Trained students, which read histories of one length.
-        neighbours: What was counted; None if ``share`` is 0.
-        share: Part of the distribution that the neighbours have, 0 to 1.
-        device: Where the members are.
+        neighbours: Item neighbours; None if ``share`` is 0.
+        share: Weight of the neighbours, 0 to 1.
+        device: Device of the members.
 
     Raises:
         ConfigError: If there are no members, or their histories differ in length.
@@ -62,46 +61,46 @@ class Ensemble:
 
     @property
     def n_parameters(self) -> int:
-        """What answering needs: the members' weights, and the pairs of items that were counted."""
+        """Parameters for serving: the members' weights, and the counted pairs of items."""
         weights = sum(each.numel() for member in self.members for each in member.weights_to_serve().values())
         return weights + (self.neighbours.n_pairs if self.neighbours else 0)
 
     @property
     def rows_at_once(self) -> int:
-        """Rows whose distributions over the catalogue are 256 MiB; some five such tables are held at once."""
+        """Largest batch: distributions of 256 MiB, of which about five are held at once."""
         return max(1, 2**26 // self.members[0].n_items)
 
     @torch.inference_mode()
     def probabilities(self, batch: SequenceBatch, users: NDArray[np.int64] | None = None) -> Tensor:
-        """Tell what comes next.
+        """Distribution of the next item.
 
         Args:
-            batch: Some rows, a sequence each, on the ensemble's device.
-            users: Whose rows they are, shape ``(B,)``, if they are training rows; see `Neighbours.scores`.
+            batch: Rows on the ensemble's device.
+            users: Users of the rows, shape ``(B,)``, if they are training rows; see `Neighbours.scores`.
 
         Returns:
-            Shape ``(B, N)``, float32; rows sum to 1. Where no neighbour of the history is known, members have it all.
+            Shape ``(B, N)``, float32; rows sum to 1. Rows without known neighbours are the members' alone.
         """
-        told = torch.zeros(())
+        probs = torch.zeros(())
         for member in self.members:
-            told = told + member.score(member(*batch.inputs)).float().softmax(dim=1) / len(self.members)
+            probs = probs + member.score(member(*batch.inputs)).float().softmax(dim=1) / len(self.members)
         if self.neighbours is None:
-            return told
-        known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users)).to(told.device)
-        # Not by the sum of `known`, 1 up to rounding: with a share of 1, members would speak in its last digit.
+            return probs
+        known = sharpened(self.neighbours.scores(batch.history, batch.lengths, users)).to(probs.device)
+        # Not by the sum of `known`, 1 up to rounding: with a share of 1, rounding would let the members in.
         of_members = torch.where((known > 0).any(dim=1, keepdim=True), 1 - self.share, 1.0)  # (B, 1)
-        return of_members * told + self.share * known
+        return of_members * probs + self.share * known
 
 
 def rank_targets(
     ensemble: Ensemble, rows: Rows, engine: Engine, *, seen: SeenItems | None = None, batch_rows: int = 512
 ) -> Tensor:
-    """Rank the targets of rows that were not counted, divided among processes; no row is dropped.
+    """Rank the targets of validation or test rows; a collective.
 
     Args:
-        ensemble: What ranks them.
+        ensemble: The ensemble.
         rows: Rows of validation or test, M of them.
-        engine: Divides the rows and gathers the ranks.
+        engine: Splits the rows among processes and gathers the ranks.
         seen: Items to leave out of each row's ranking; None ranks all items.
         batch_rows: Rows scored at once, at most.
 
@@ -119,12 +118,12 @@ def rank_targets(
 
 
 def save_ensemble(folder: Path, members: Sequence[Path], share: float) -> None:
-    """Write an ensemble so that `load_ensemble` needs nothing but the dataset besides.
+    """Save an ensemble; `load_ensemble` needs it and the dataset.
 
     Args:
         folder: Usually ``<run>/ensemble``.
         members: Folders of students, as `llm2rec.student.store.save_student` writes them.
-        share: Part of the neighbours.
+        share: Weight of the neighbours.
     """
     with replaced_folder(folder) as aside:
         names = [f"member_{number}" for number in range(len(members))]
@@ -134,21 +133,21 @@ def save_ensemble(folder: Path, members: Sequence[Path], share: float) -> None:
 
 
 def load_ensemble(folder: Path, data: RecData, device: torch.device | str = "cpu") -> Ensemble:
-    """Load an ensemble and count again what its neighbours know.
+    """Load an ensemble; neighbours are counted again.
 
     Args:
         folder: Usually ``<run>/ensemble``.
-        data: The dataset that it is of.
-        device: Where the members are to be.
+        data: Its dataset.
+        device: Device of the members.
 
     Raises:
         CheckpointError: If the folder holds no ensemble, or a member cannot be read.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no ensemble (no config.json); name a finished run of llm2rec.ensemble.")
+        raise CheckpointError(f"{folder} holds no ensemble (no config.json); give a finished run of llm2rec.ensemble.")
     try:
-        told = read_object(folder / "config.json", "members", "neighbours")
-        members, share = [str(name) for name in told["members"]], float(told["neighbours"])
+        config = read_object(folder / "config.json", "members", "neighbours")
+        members, share = [str(name) for name in config["members"]], float(config["neighbours"])
     except (DataError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds a damaged ensemble: {error}") from error
     return ensemble_of([load_student(folder / name) for name in members], data, share, device)
@@ -157,6 +156,6 @@ def load_ensemble(folder: Path, data: RecData, device: torch.device | str = "cpu
 def ensemble_of(
     members: Sequence[SequentialRecommender], data: RecData, share: float, device: torch.device | str = "cpu"
 ) -> Ensemble:
-    """An ensemble of students and of what the training split counts; arguments as of `Ensemble`."""
+    """An ensemble of students and the neighbours of the training split; arguments as of `Ensemble`."""
     neighbours = Neighbours(training_sequences(data), data.n_items) if share > 0 else None
     return Ensemble(members, neighbours, share, device)

@@ -1,12 +1,11 @@
-"""Item neighbours: what followed what, counted; the simplest recommender that knows other users, and hard to beat.
+"""Item neighbours: counts of which item followed which, a simple and strong baseline.
 
 The score of item x after a history is a sum over the history, ``Σ_j 0.6^j · near(h_j, x)`` with j = 0 for the most
 recent item, and ``near(a, x)`` counts how often x came up to five steps after a (a weight of 0.7 a step, half of that
-for x before a), over ``sqrt((c_a + 100)(c_x + 100))`` with the counts c of both: nearness that few observations speak
-for is kept small. It is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and
-cosine, and the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The numbers were chosen on
-validation rows of Amazon games, where this alone is as good as a tuned SASRec (NDCG@20 .0861 and .0869); elsewhere they
-are untuned.
+for x before a), over ``sqrt((c_a + 100)(c_x + 100))`` with the counts c of both: pairs with few observations stay
+small. It is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and cosine, and
+the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The numbers were chosen on validation rows of
+Amazon games, where this alone is as good as a tuned SASRec (NDCG@20 .0861 and .0869); elsewhere they are untuned.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ __all__ = ["Neighbours", "sharpened", "training_sequences"]
 
 STEPS, DECAY, BACKWARDS, FORGETTING, SHRINKAGE = 5, 0.7, 0.5, 0.6, 100.0
 SHARPNESS = 1.5
-_ROUNDING = 1e-12  # what taking a user's own counts out again may leave of nothing, in float64
+_ROUNDING = 1e-12  # rounding left after subtracting a user's own counts, in float64
 
 
 class Neighbours:

@@ -1,4 +1,4 @@
-"""Answers of finished runs: the best items for a history, in ids and titles; exports for other programs."""
+"""Recommendations of finished runs in ids and titles, and exports for other programs."""
 
 from llm2rec.recommend.names import Recommendation
 from llm2rec.recommend.recommender import Recommender

@@ -1,4 +1,4 @@
-"""``python -m llm2rec.recommend``: answer histories with a finished student, or export it for other programs."""
+"""``python -m llm2rec.recommend``: recommend items with a finished student, or export it."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ logger = logging.getLogger("llm2rec.recommend")
 
 @question("recommend")
 def main(cfg: Any) -> None:
-    """Load the student and do what was asked."""
+    """Load a student, and recommend or export."""
     settings = build(cfg, RecommendSettings)
     settings.check()
     # The recommender checks these words.
@@ -37,12 +37,12 @@ def main(cfg: Any) -> None:
         output = Path(settings.output)
         with replaced_file(output) as aside, open(aside, "w", encoding="utf-8") as file:
             n_answered = answer_lines(recommender, Path(settings.histories), file, settings.k, **choices)
-        logger.info("%d histories answered, see %s", n_answered, output)
+        logger.info("wrote recommendations for %d histories to %s", n_answered, output)
     elif settings.export is not None:
         folder, formats = Path(settings.export), tuple(settings.formats)
         options: dict[str, Any] = {"k": settings.k, "mask_seen": settings.mask_seen, "formats": formats}
         export_student(recommender.model, recommender.names, folder, **options)
-        logger.info("written: %s", ", ".join(str(folder / EXPORTED[name]) for name in formats))
+        logger.info("wrote %s", ", ".join(str(folder / EXPORTED[name]) for name in formats))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A student as one file that other programs run: padded histories in, the best items out."""
+"""Export a student as one file for other programs: padded histories in, top-k items out."""
 
 import logging
 import warnings
@@ -76,7 +76,7 @@ _DYNAMIC = {"history": {0: torch.export.Dim("batch", min=1)}, "lengths": {0: tor
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence what exporters say of their own workings: deprecations inside torch, folded constants, torchvision."""
+    """Silence warnings from inside the exporters: deprecations in torch, folded constants, torchvision."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -154,7 +154,7 @@ def export_student(
     if not formats or set(formats) - writers.keys():
         raise ConfigError(f"`formats` is {list(formats)}, expected some of {', '.join(writers)}.")
     if folder.exists() and not (folder / "export.json").is_file():
-        raise ConfigError(f"`export` is {str(folder)!r}, which is there and no earlier export; name a new folder.")
+        raise ConfigError(f"`export` is {str(folder)!r}, which exists and is not an earlier export; give a new folder.")
     module = BestItems(model, k, mask_seen)
     about: dict[str, Any] = {
         "inputs": {

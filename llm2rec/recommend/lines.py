@@ -1,4 +1,4 @@
-"""Histories and answers as JSON lines, and one answer as a table."""
+"""Histories and recommendations as JSON lines, and recommendations as a table."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from llm2rec.recommend.recommender import Recommendation, Recommender
 
 __all__ = ["answer_lines", "format_table"]
 
-_LINES = 1024  # answered at once
+_LINES = 1024  # per batch
 
 
 def answer_lines(
     recommender: Recommender, file: Path, output: TextIO, k: int, *, by: By, unknown: Unknown, mask_seen: bool
 ) -> int:
-    """Answer a file of histories line by line; neither histories nor answers are all in memory at once.
+    """Recommend for a file of histories, batch by batch, so that memory does not grow with the file.
 
     Args:
-        recommender: Answers.
+        recommender: The recommender.
         file: One JSON value a line: a list of ids or titles, or an object with such a list under ``history``.
-        output: Gets one JSON object a line, in the same order: the object of the question (if it was one) with
+        output: Receives one JSON object a line, in the same order: the input object (if it was one) with
             ``recommendations``, a list of objects with ``item_id``, ``title`` and ``score``.
         k: How many items.
         by: See `Recommender.recommend`, as for the rest.
@@ -30,17 +30,17 @@ def answer_lines(
         mask_seen: As above.
 
     Returns:
-        How many were answered.
+        Number of histories.
 
     Raises:
-        DataError: If there is no such file, or a line is no history that can be answered; file and line are named.
+        DataError: If the file does not exist, or a line is not a valid history; names file and line.
     """
     n_answered = 0
     for questions in _blocks(file):
         histories = []
         for number, question in questions:
             try:
-                # Found here and once more below, so that errors can name the line.
+                # Looked up here too, so that errors can name the line.
                 recommender.names.items(question["history"], by, unknown)
             except DataError as error:
                 raise type(error)(f"{file}, line {number}: {error}") from error
@@ -56,7 +56,9 @@ def answer_lines(
 def _blocks(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """Questions with their line numbers, some lines at a time; empty lines are passed over."""
     if not file.is_file():
-        raise DataError(f"`histories` is {str(file)!r}, which is no file; give one with a JSON list or object a line.")
+        raise DataError(
+            f"`histories` is {str(file)!r}, which is not a file; give one with a JSON list or object a line."
+        )
     block = []
     with open(file, "rb") as lines:
         for number, raw in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""What users call items: raw ids and titles, and the numbers that a model knows them by."""
+"""Raw ids and titles of items, and their item ids in a model."""
 
 import difflib
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One item of an answer.
+    """A recommended item.
 
     Attributes:
         item_id: Its id, as in the raw data.
         title: Its title.
-        score: Of a student the inner product of user and item vector, comparable within one answer only; of a teacher
+        score: Of a student the inner product of user and item vector, comparable within one list only; of a teacher
             the log-probability, in nats. Larger is better.
     """
 
@@ -52,12 +52,12 @@ class ItemNames:
         return len(self.raw_ids)
 
     def table(self) -> pa.Table:
-        """The table that the names were made of."""
+        """The names as a table."""
         return pa.table({"raw_id": self.raw_ids, "title": self.titles})
 
     @cached_property
     def _by_title(self) -> dict[str, list[int]]:
-        """Made when a title is first asked for; most callers ask by id."""
+        """Built at the first lookup by title."""
         items: dict[str, list[int]] = {}
         for item, title in enumerate(self.titles):
             items.setdefault(title, []).append(item)
@@ -88,7 +88,7 @@ class ItemNames:
         if isinstance(history, str) or not all(isinstance(name, str) for name in history):
             raise DataError(f"a history is a list of {by}s, each a string; got {history!r}.")
         if not history:
-            raise DataError("the history is empty; give at least one item, or answer with what is popular.")
+            raise DataError("the history is empty; give at least one item, or recommend popular items.")
         found = [self._item(name, by) for name in history]
         if unknown == "error" and None in found:
             raise UnknownItemError(self._about(history[found.index(None)], by))
@@ -116,7 +116,7 @@ class ItemNames:
         return found
 
     def check_k(self, k: int) -> None:
-        """Refuse to look for no items, or for more than there are.
+        """Check ``k``.
 
         Raises:
             ConfigError: If ``k`` is not between 1 and the size of the catalogue.
@@ -130,22 +130,22 @@ class ItemNames:
         items = self._by_title.get(name, [])
         if len(items) > 1:
             ids = ", ".join(repr(self.raw_ids[item]) for item in items[:_SHOWN])
-            raise UnknownItemError(f"{len(items)} items have the title {name!r}: {ids}; name them by id.")
+            raise UnknownItemError(f"{len(items)} items have the title {name!r}: {ids}; use ids.")
         return items[0] if items else None
 
     def _about(self, name: str, by: By) -> str:
-        """What is wrong with a name that no item has."""
-        remedy = "Give another, or leave unknown items out (`unknown=drop`)."
+        """Error message for an unknown name."""
+        remedy = "Correct it, or leave unknown items out (`unknown=drop`)."
         if by == "id":
-            hint = " It is a title: ask with `by=title`." if name in self._by_title else ""
+            hint = " It is a title: use `by=title`." if name in self._by_title else ""
             return f"the model knows no item with id {name!r}, which was not in the training data.{hint} {remedy}"
         if name in self._by_raw_id:
-            return f"no item has the title {name!r}, which is an id: ask with `by=id`."
+            return f"no item has the title {name!r}, which is an id: use `by=id`."
         close = " or ".join(repr(title) for title in self._close_titles(name))
-        return f"no item has the title {name!r}{f'; do you mean {close}?' if close else '.'} {remedy}"
+        return f"no item has the title {name!r}{f'; did you mean {close}?' if close else '.'} {remedy}"
 
     def _close_titles(self, title: str) -> list[str]:
-        """Titles most like one, whatever the case; in large catalogues among those of a similar length."""
+        """Most similar titles, ignoring case; in large catalogues among those of similar length."""
         distance = np.abs(self._title_lengths - len(title))
         n_compared = min(_COMPARED, len(distance))
         nearest = np.argpartition(distance, n_compared - 1)[:n_compared]
@@ -154,7 +154,7 @@ class ItemNames:
 
 
 def check_choice(name: str, value: str, kind: object) -> None:
-    """Refuse a value that is none of a ``Literal``'s.
+    """Check that a value is one of a ``Literal``'s.
 
     Raises:
         ConfigError: If it is not.

@@ -1,4 +1,4 @@
-"""Answer histories with the items of a finished student."""
+"""Recommend items with a finished student."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +21,21 @@ _BATCH_ROWS = 512
 
 
 class Recommender:
-    """A student that answers in ids and titles. Vectors of items are computed once, here.
+    """A student that recommends in ids and titles. Item vectors are computed once, in the constructor.
 
     Args:
         model: The student, in evaluation mode, on the device to compute on.
         names: Ids and titles of its items.
-        search: What finds the best items; all are scored by default.
+        search: Item search; exact by default.
 
     Raises:
-        CheckpointError: If names and model do not have the same number of items.
+        CheckpointError: If names and model differ in the number of items.
     """
 
     def __init__(self, model: SequentialRecommender, names: ItemNames, search: ItemSearch | None = None) -> None:
         if len(names) != model.n_items:
             raise CheckpointError(
-                f"the student knows {model.n_items} items, but {len(names)} are named; copy its folder as a whole."
+                f"the student knows {model.n_items} items, but items.arrow names {len(names)}; copy the whole folder."
             )
         self.model, self.names = model, names
         self._device = next(model.parameters()).device
@@ -62,7 +62,7 @@ class Recommender:
             index: File to keep the index in: read if it is there, else built and written. None builds it each time.
 
         Returns:
-            The recommender, ready to answer.
+            The recommender.
 
         Raises:
             CheckpointError: If the folder holds no finished student with the names of its items.
@@ -71,7 +71,7 @@ class Recommender:
         """
         check_choice("search", search, SearchKind)
         if index is not None and search == "exact":
-            raise ConfigError(f"`index` is {str(index)!r}, but an exact search reads none; ask for `search=hnsw`.")
+            raise ConfigError(f"`index` is {str(index)!r}, but an exact search uses none; set `search=hnsw`.")
         folder = finished_student(run_folder, revision)
         names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
         if search == "exact":

@@ -1,4 +1,4 @@
-"""Runs that can answer, and models that have left theirs."""
+"""Folders of finished students and teachers, in their run or copied from it."""
 
 from pathlib import Path
 
@@ -34,13 +34,13 @@ def _finished(folder: Path, part: str, *stages: str) -> Path:
         return folder
     if not (folder / "run.json").is_file():
         raise CheckpointError(
-            f"{folder} is no run folder (it holds no run.json); name one, such as result/result_..., the folder of a "
+            f"{folder} is not a run folder (it has no run.json); give one, such as result/result_..., the folder of a "
             f"{part}, or an id on the Hugging Face Hub."
         )
     record = read_record(folder)
     if record["stage"] not in stages or record["status"] != "finished":
         raise CheckpointError(
-            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of "
-            f"{' and '.join(stages)} can answer."
+            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; expected a finished run "
+            f"of {' or '.join(stages)}."
         )
     return folder / part

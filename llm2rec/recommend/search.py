@@ -1,4 +1,4 @@
-"""Finding the best items for users' vectors: exactly, or nearly so and faster, by an index."""
+"""Search for the top-k items of user vectors: exact, or approximate and faster with an index."""
 
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +16,7 @@ SearchKind = Literal["exact", "hnsw"]
 
 
 class ItemSearch(Protocol):
-    """What a `Recommender` finds items with."""
+    """Item search of a `Recommender`."""
 
     def top_k(self, users: Tensor, k: int, seen: Pairs | None) -> tuple[Tensor, Tensor]:
         """Scores and item ids, ``(B, k)``, best first; see `core.ranking.top_k_in_blocks`."""
@@ -59,7 +59,7 @@ class HnswSearch:
         if size != vectors.shape or not torch.equal(torch.from_numpy(index.reconstruct_n(0, size[0])), vectors):
             raise CheckpointError(
                 f"the index holds {size[0]} vectors of width {size[1]} that are not those of this model's "
-                f"{len(catalogue)} items; remove the file and let it be built again."
+                f"{len(catalogue)} items; delete the file to rebuild it."
             )
         self._catalogue, self._index, self._ef_search = catalogue, index, ef_search
 

@@ -1,4 +1,4 @@
-"""What `llm2rec.recommend` can be told; a Hydra schema and plain values at once."""
+"""Recommend configuration (Hydra structured config)."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ __all__ = ["RecommendSettings"]
 
 @dataclass
 class RecommendSettings:
-    """Which student answers what; one of ``history``, ``histories`` and ``export`` is given.
+    """Student and request; exactly one of ``history``, ``histories`` and ``export`` is set.
 
     Attributes:
         run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, or an id on the Hugging Face Hub.
@@ -21,7 +21,7 @@ class RecommendSettings:
         formats: Formats of the export; see `llm2rec.recommend.export`.
         k: Items to recommend.
         by: What histories consist of: ``id`` or ``title``.
-        unknown: What becomes of items that the model was not trained on: ``error`` or ``drop``.
+        unknown: Items that the model was not trained on: ``error`` or ``drop``.
         mask_seen: Whether items of the history are left out of the answer.
         search: ``exact`` or ``hnsw``.
         index: File to keep the index of ``hnsw`` in.
@@ -42,15 +42,15 @@ class RecommendSettings:
     index: str | None = None
 
     def check(self) -> None:
-        """Refuse a command that asks for nothing, or for several things at once.
+        """Reject a command with none or several of the three requests.
 
         Raises:
             ConfigError: If it does.
         """
-        asked = [name for name in ("history", "histories", "export") if getattr(self, name) is not None]
-        if len(asked) != 1:
+        given = [name for name in ("history", "histories", "export") if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ConfigError(
-                f"{' and '.join(f'`{name}`' for name in asked) or 'nothing'} is given, expected one of "
+                f"{' and '.join(f'`{name}`' for name in given) or 'nothing'} is given, expected one of "
                 "`'history=[...]'`, `histories=FILE` and `export=FOLDER`."
             )
         if self.output is not None and self.histories is None:

@@ -1,4 +1,4 @@
-"""Answer histories with the items that a finished teacher holds to be next."""
+"""Recommend items with a finished teacher."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ __all__ = ["TeacherRecommender"]
 
 
 class TeacherRecommender:
-    """A teacher that answers in ids and titles, in the words of `Recommender`, a language model's pass per history.
+    """A teacher that recommends in ids and titles, like `Recommender`; one language-model pass per history.
 
     Args:
         model: The teacher, in evaluation mode.
@@ -47,7 +47,7 @@ class TeacherRecommender:
             device: Where to compute.
 
         Returns:
-            The recommender, ready to answer.
+            The recommender.
 
         Raises:
             CheckpointError: If the folder holds no finished teacher, its language model is no longer there, or a

@@ -1,1 +1,1 @@
-"""Finished students and teachers on the Hugging Face Hub."""
+"""Uploads finished students and teachers to the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""``python -m llm2rec.share``: put a finished student or teacher on the Hugging Face Hub."""
+"""``python -m llm2rec.share``: upload a finished student or teacher to the Hugging Face Hub."""
 
 import sys
 from typing import Any
@@ -10,10 +10,11 @@ from llm2rec.stage import build, question
 
 @question("share")
 def main(cfg: Any) -> None:
-    """Put it there and tell where."""
-    asked = build(cfg, ShareSettings)
-    address = push(asked.run, asked.repo, private=asked.private, base_model=asked.base_model, message=asked.message)
-    sys.stdout.write(address + "\n")
+    """Upload a model and print the URL of the commit."""
+    settings = build(cfg, ShareSettings)
+    options: dict[str, Any] = {"private": settings.private, "base_model": settings.base_model}
+    url = push(settings.run, settings.repo, message=settings.message, **options)
+    sys.stdout.write(url + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put a finished student or teacher on the Hugging Face Hub."""
+"""Upload a finished student or teacher to the Hugging Face Hub."""
 
 import logging
 import tempfile
@@ -29,26 +29,26 @@ def push(
     base_model: str | None = None,
     message: str = "Add a model trained with llm2rec",
 ) -> str:
-    """Put a finished student or teacher on the Hugging Face Hub, from where all that loads one reads it by its id.
+    """Upload a finished student or teacher to the Hugging Face Hub, where it can be loaded by its id.
 
-    Whoever is logged in there (``hf auth login``, or ``HF_TOKEN``) puts it. Only weights as safetensors, JSON, text,
-    the items' names and tokenizer files go there; a folder that holds a pickle is refused. Its card is told the id.
+    Needs a login (``hf auth login``, or ``HF_TOKEN``). Uploads safetensors weights, JSON, text, the items' names and
+    tokenizer files; a folder that holds a pickle is rejected. The model card gets the id.
 
     Args:
-        folder: Of a finished run of `llm2rec.student`, `llm2rec.distill` or `llm2rec.teacher`, or the student's or
-            teacher's folder in it.
-        repo: Id on the Hub, ``user/name``; made if it is not there.
+        folder: Folder of a finished run of `llm2rec.student`, `llm2rec.distill` or `llm2rec.teacher`, or the student's
+            or teacher's folder in it.
+        repo: Hub id, ``user/name``; created if it does not exist.
         private: Whether a new repository is private.
-        base_model: Id on the Hub of a teacher's language model, where the teacher read it from a folder.
-        message: Of the commit.
+        base_model: Hub id of a teacher's language model, if the teacher read it from a folder.
+        message: Commit message.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
         CheckpointError: If there is no finished student or teacher, files of it have changed, or one is a pickle.
-        HubError: If the Hub cannot be reached or refuses, nobody is logged in, or it is not known where others find
-            the language model.
+        HubError: If the Hub is unreachable or rejects the upload, there is no login, or the language model has no
+            Hub id.
     """
     kind, model = _model_folder(Path(folder))
     files = _shared_files(model)
@@ -72,7 +72,7 @@ def push(
 
 
 def _model_folder(folder: Path) -> tuple[Literal["student", "teacher"], Path]:
-    """What a folder holds, and the model's own folder.
+    """The kind of model in a folder, and the model's own folder.
 
     Raises:
         CheckpointError: If it holds neither student nor teacher, or their run is not finished.
@@ -113,15 +113,15 @@ def _shared_files(model: Path) -> dict[str, Path]:
             continue
         if _may_run_code(file):
             raise CheckpointError(
-                f"{file} is a pickle, or can hold one, and would run code on the machine of whoever loads it; take it "
-                "out of the folder (weights belong in safetensors)."
+                f"{file} is a pickle, or can hold one, and would run code where it is loaded; remove it from the "
+                "folder (weights belong in safetensors)."
             )
         if file.suffix in SHARED:
             found[name.as_posix()] = file
         else:
             left.append(name.as_posix())
     if left:
-        logger.warning("left out, as only %s are shared: %s", " ".join(SHARED), ", ".join(left))
+        logger.warning("not uploaded (only %s are): %s", " ".join(SHARED), ", ".join(left))
     return found
 
 
@@ -138,7 +138,7 @@ def _may_run_code(file: Path) -> bool:
 
 
 def _rewrite(staged: Path, kind: str, repo: str, base_model: str | None) -> None:
-    """Take this machine out of the copies of a model's texts, and write their hashes anew."""
+    """Remove local paths from the copies of a model's texts, and rewrite their hashes."""
     editable: tuple[str, ...] = (CARD,)
     if kind == "teacher":
         _name_language_model(staged, base_model)
@@ -151,7 +151,7 @@ def _rewrite(staged: Path, kind: str, repo: str, base_model: str | None) -> None
 
 
 def _name_language_model(staged: Path, base_model: str | None) -> None:
-    """Say by an id where a teacher's language model is.
+    """Replace the source of a teacher's language model by its Hub id.
 
     Raises:
         HubError: If it was read from a folder and no id is given, or what is given is no id.
@@ -160,8 +160,8 @@ def _name_language_model(staged: Path, base_model: str | None) -> None:
     source = base_model or config["source"]
     if not is_hub_name(source) or (base_model is None and Path(with_home(source)).is_dir()):
         raise HubError(
-            f"the teacher's language model is {source!r}, which nobody else can load; say what it is called on the "
-            "Hub: `base_model=organisation/name`."
+            f"the teacher's language model is {source!r}, which others cannot load; give its Hub id with "
+            "`base_model=organisation/name`."
         )
     (staged / _CONFIG).unlink()
     write_json(staged / _CONFIG, config | {"source": source})
@@ -172,8 +172,8 @@ def _name_language_model(staged: Path, base_model: str | None) -> None:
 
 
 def _adapting(text: str, base_model: str) -> str:
-    """A card that says in its front matter what it adapts."""
-    from huggingface_hub import ModelCard  # half a second to import
+    """A card whose front matter names the base model."""
+    from huggingface_hub import ModelCard  # imported here: it takes half a second
 
     card = ModelCard(text)
     card.data["base_model"], card.data["base_model_relation"] = base_model, "adapter"
@@ -181,6 +181,6 @@ def _adapting(text: str, base_model: str) -> str:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Put a text in the place of a link, and leave what it pointed to alone."""
+    """Replace a link by a file with this text; the link's target is not changed."""
     file.unlink()
     file.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `llm2rec.share` can be told; a Hydra schema and plain values at once."""
+"""Share configuration (Hydra structured config)."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ __all__ = ["ShareSettings"]
 
 @dataclass
 class ShareSettings:
-    """What is put on the Hugging Face Hub; there is no option for a token, which would be written down.
+    """What to upload. There is no option for a token, which would end up in logs.
 
     Attributes:
         run: Folder of a finished run, or of the student or teacher in it.
-        repo: Id on the Hub, ``user/name``.
+        repo: Hub id, ``user/name``.
         private: Whether a new repository is private.
-        base_model: Id on the Hub of a teacher's language model, where it was read from a folder.
-        message: Of the commit.
+        base_model: Hub id of a teacher's language model, if the teacher read it from a folder.
+        message: Commit message.
     """
 
     run: str = "???"

@@ -12,13 +12,13 @@ __all__ = ["student_card", "training_on"]
 
 
 def training_on(data: RecData, run: Run, n_rows: int | None = None, n_validation: int | None = None) -> Training:
-    """What a card says of the training of a run, at its end.
+    """The training section of a card, at the end of a run.
 
     Args:
         data: The dataset.
-        run: The run, which has validated what it was to validate.
-        n_rows: Training rows; None is all there are.
-        n_validation: Validation rows; None is all there are.
+        run: The run, after its last validation.
+        n_rows: Training rows; None for all.
+        n_validation: Validation rows; None for all.
     """
     rows, validation = (len(data.splits[split]) for split in ("train", "validation"))
     return Training(
@@ -47,10 +47,10 @@ def student_card(
     Args:
         name: Its name in `MODELS`.
         raw_ids: Ids of some items of its catalogue, for the example.
-        max_length: Items of a history that it reads.
-        training: What it was trained on.
-        settings: Options it was trained with, without paths.
-        teacher: Name of the teacher it was distilled from, if any.
+        max_length: Longest history that it reads, in items.
+        training: Training data and validation metrics.
+        settings: Training options, without paths.
+        teacher: Name of its teacher, if it was distilled.
     """
     named = MODELS[name].__name__
     distilled = f", distilled from the teacher `{teacher}` with DLLM2Rec (arXiv 2405.00338)" if teacher else ""

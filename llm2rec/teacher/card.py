@@ -22,18 +22,18 @@ def teacher_card(
 
     Args:
         llm: Name of the language model among this project's.
-        source: Folder or Hub id of the language model; a folder is not told.
+        source: Folder or Hub id of the language model; a folder is not written to the card.
         tuning: ``ilora``, ``lora`` or ``none``.
         objective: ``item`` or ``title``.
-        training: What it was trained on.
-        settings: Options it was trained with, without paths.
+        training: Training data and validation metrics.
+        settings: Training options, without paths.
     """
     base_model = source if is_hub_name(source) else None
-    told = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{llm}`"
+    model = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{llm}`"
     task = "scores the whole catalogue" if objective == "item" else "picks an item and writes its title"
     return model_card(
         title=f"{llm} as a recommender for {training.dataset}",
-        lead=f"A language model as a recommender: {told} with {_TUNINGS[tuning]}, trained with llm2rec on "
+        lead=f"A language model as a recommender: {model} with {_TUNINGS[tuning]}, trained with llm2rec on "
         f"`{training.dataset}`. It reads the titles of a history and {task}. Here are the adapter and what else was "
         "trained; the language model itself is not.",
         tags=["sequential-recommendation", "peft", *([tuning] if tuning != "none" else []), f"{objective}-objective"],

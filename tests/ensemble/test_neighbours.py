@@ -54,7 +54,7 @@ def test_neighbours_agree_with_loops():
     assert scores[2].tolist() == [0] * N, "nobody has had item 8"
 
 
-def test_what_users_told_themselves_is_not_told_to_them():
+def test_own_pairs_of_a_user_are_left_out():
     histories, users = [], []
     for user in (4, 0, 1):
         histories += [SEQUENCES[user][: place + 1].tolist() for place in range(len(SEQUENCES[user]))]
@@ -70,7 +70,7 @@ def test_what_users_told_themselves_is_not_told_to_them():
 
 
 @pytest.mark.parametrize("times", [1, 2, 7])
-def test_nothing_remains_of_what_only_the_user_told(times):
+def test_nothing_remains_of_pairs_of_one_user_alone(times):
     """Made a distribution, the least rest would be a certainty, and often the row's own target."""
     alone = np.tile(np.random.default_rng(0).permutation(60), times)
     sequences = [np.array([60, 61]), alone]

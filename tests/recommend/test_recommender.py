@@ -107,22 +107,22 @@ def test_unknown_titles_come_with_those_most_like_them(recommender, data):
     with pytest.raises(UnknownItemError) as told:
         recommender.recommend_one([title.upper() + "!"], by="title")
     assert repr(title) in str(told.value)
-    with pytest.raises(UnknownItemError, match=r"no item has the title 'qqqqqqqq'\. Give another"):
+    with pytest.raises(UnknownItemError, match="no item has the title 'qqqqqqqq'"):
         recommender.recommend_one(["qqqqqqqq"], by="title")
 
 
-def test_ids_and_titles_that_are_mixed_up_are_told(recommender, data):
+def test_mixed_up_ids_and_titles_are_reported(recommender, data):
     row = data.items[3]
-    with pytest.raises(UnknownItemError, match="It is a title: ask with `by=title`"):
+    with pytest.raises(UnknownItemError, match="`by=title`"):
         recommender.recommend_one([row["title"]])
-    with pytest.raises(UnknownItemError, match="which is an id: ask with `by=id`"):
+    with pytest.raises(UnknownItemError, match="`by=id`"):
         recommender.recommend_one([row["raw_id"]], by="title")
 
 
 def test_a_title_of_several_items_is_refused_even_where_unknown_ones_are_dropped():
     names = ItemNames(pa.table({"raw_id": ["a", "b", "c"], "title": ["It", "Heat", "It"]}))
     assert names.items(["Heat"], by="title") == [1]
-    with pytest.raises(UnknownItemError, match="2 items have the title 'It': 'a', 'c'; name them by id"):
+    with pytest.raises(UnknownItemError, match="2 items have the title 'It': 'a', 'c'"):
         names.items(["Heat", "It"], by="title", unknown="drop")
 
 
@@ -130,7 +130,7 @@ def test_in_large_catalogues_titles_of_a_similar_length_are_compared(monkeypatch
     monkeypatch.setattr("llm2rec.recommend.names._COMPARED", 3)
     titles = ["Alien", "Alien 3", "The Alien Who Came From Far Away", "Aliens", "Up"]
     names = ItemNames(pa.table({"raw_id": list("abcde"), "title": titles}))
-    with pytest.raises(UnknownItemError, match="do you mean 'Aliens' or 'Alien 3' or 'Alien'"):
+    with pytest.raises(UnknownItemError, match="did you mean 'Aliens' or 'Alien 3' or 'Alien'"):
         names.items(["aliens "], by="title")
 
 
@@ -160,7 +160,7 @@ def copied(trained, folder, **changes):
 
 
 def test_folders_that_cannot_answer_are_refused(trained, tmp_path):
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         Recommender.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="is a running run of stage 'student'"):
         Recommender.load(copied(trained, tmp_path / "a", status="running"))
@@ -178,13 +178,13 @@ def test_folders_that_cannot_answer_are_refused(trained, tmp_path):
             Recommender.load(damaged)
     with pytest.raises(ConfigError, match="`search` is 'fast', expected one of exact, hnsw"):
         Recommender.load(trained, search="fast")
-    with pytest.raises(ConfigError, match="an exact search reads none"):
+    with pytest.raises(ConfigError, match="search=hnsw"):
         Recommender.load(trained, index=tmp_path / "i")
 
 
 def test_names_of_another_catalogue_are_refused(recommender):
     model = build_model("sasrec", n_items=3, width=4)
-    with pytest.raises(CheckpointError, match="the student knows 3 items, but 120 are named"):
+    with pytest.raises(CheckpointError, match=r"3 items, .* 120"):
         Recommender(model.eval(), recommender.names)
 
 
