@@ -151,7 +151,6 @@ def test_other_files_are_left_out_and_named(hub, make_run, caplog):
     (run / "student" / ".hidden.json").write_text("{}")
     llm2rec.push(run, "ann/shop-sasrec")
     assert "plot.png" in caplog.text
-    assert "plot.png" in caplog.text
     assert not {"plot.png", ".hidden.json"} & hub.files("ann/shop-sasrec").keys()
 
 
