@@ -135,7 +135,7 @@ def test_a_model_with_nothing_to_train_stays_unchanged(teacher, data, histories,
     before = model.eval().log_probs(*histories)
     caplog.set_level("INFO")
     train(model.train(), data, tmp_path, tuning="none")
-    assert "nothing to train: `teacher.tuning` is 'none'" in caplog.text
+    assert "no trainable parameters: `teacher.tuning` is 'none'" in caplog.text
     assert not model.training
     assert torch.equal(model.log_probs(*histories), before)
     assert not (tmp_path / "checkpoints").exists()

@@ -319,9 +319,7 @@ def test_a_confidence_that_there_is_not_is_refused():
 
 def test_an_export_that_could_not_find_its_items_is_refused_before_training(data, llm_folder):
     left = data.n_items - data.history_length
-    message = (
-        f"`teacher.export.top_k` is {left + 1}, but a row may leave {left} of the catalogue's {data.n_items} items"
-    )
+    message = f"`teacher.export.top_k` is {left + 1}, but only {left} of {data.n_items} items may remain"
     with pytest.raises(ConfigError, match=message):
         build("llama", llm_folder, data, prompt=PROMPT, objective="title", export=ExportSettings(top_k=left + 1))
 
