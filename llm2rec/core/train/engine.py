@@ -314,10 +314,11 @@ class Engine:
     def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
         """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on SIGTERM; a collective.
 
-        One process may have got the signal before the others: all of them end at the same step.
+        One process may have received the signal before the others: all of them end at the same step.
         """
-        asked = torch.tensor(int(self._termination.is_asked), device=self.device)
-        self._is_ending = bool(asked if self.n_processes == 1 else self.sum_tensor(asked))
+        self._is_ending = self._termination.is_asked
+        if self.n_processes > 1:
+            self._is_ending = bool(self.sum_tensor(torch.tensor(int(self._is_ending), device=self.device)))
         return self._is_ending or self.training.checkpoint_is_due(steps_done, n_rows)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ class TrainingSettings:
         epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
         batch_size: Rows per optimizer step, over all processes and micro-batches. Where rows come several at a time
             (`student.examples=sequences`) these stay together, and the number is met on average.
-        micro_batch_size: Rows per process and forward pass at most; smaller needs less memory, same numbers. A GPU that
-            runs out of memory gets less by itself.
+        micro_batch_size: Rows per process and forward pass at most; a smaller one needs less memory and gives the same
+            results. It is halved when a GPU runs out of memory.
         learning_rate: Peak learning rate.
         min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.
         warmup_ratio: Part of all steps in which the learning rate rises linearly to its peak.

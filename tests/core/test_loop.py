@@ -1,0 +1,103 @@
+"""The training loop: equal to the textbook's, one host read per step, resumed where it was killed."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from engine_helpers import Killed, RowsObjective, assert_same_weights, engine_in, killed_at
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm2rec.core.train.loop import fit, train_step
+from llm2rec.core.train.optimizer import adamw
+
+N_ROWS, EPOCHS = 30, 3
+SETTINGS = {"epochs": EPOCHS, "batch_size": 8, "learning_rate": 0.05, "max_grad_norm": 0.5}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+INPUTS = torch.randn(N_ROWS, 5, generator=torch.Generator().manual_seed(1)).double()
+TARGETS = torch.arange(N_ROWS) % 3
+
+
+def losses(model, rows, step):
+    return {"loss": nn.functional.cross_entropy(model(INPUTS[rows]), TARGETS[rows], reduction="none")}
+
+
+def trained(folder, kind=None, **settings):
+    """Weights after `fit`, and the run's validation history."""
+    model, arguments = network(), {} if kind is None else {"kind": kind}
+    engine = engine_in(folder, **arguments, **{**SETTINGS, **settings})
+    objective = RowsObjective(N_ROWS, losses, validate=lambda step: {"ndcg@10": float(step)})
+    fit(model, objective, engine, adamw(model, 0.05, 0.0), description="test")
+    return model, json.loads((folder / "metrics" / "validation.json").read_text())
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 3])
+def test_it_trains_as_the_textbook_loop_does(tmp_path, micro_batch_size):
+    model, written = trained(tmp_path, micro_batch_size=micro_batch_size)
+    expected, engine = network(), engine_in(tmp_path / "order", **SETTINGS)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.05, weight_decay=0.0)
+    means, rows = [], 0
+    for step in engine.steps(RowsObjective(N_ROWS, losses).units):
+        loss = nn.functional.cross_entropy(expected(INPUTS[step.units]), TARGETS[step.units])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+        optimizer.step()
+        means.append((step.epoch, loss.item() * len(step.units)))
+        rows += len(step.units)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    logged = [entry["train/loss"] for entry in written["history"]]
+    by_epoch = [sum(loss for number, loss in means if number == epoch) / N_ROWS for epoch in range(EPOCHS)]
+    assert logged == pytest.approx(by_epoch, rel=1e-9)
+    assert (rows, written["best_step"]) == (EPOCHS * N_ROWS, 12)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole, written = trained(tmp_path / "whole", checkpoint_every_steps=1)
+    with pytest.raises(Killed):
+        trained(tmp_path / "killed", killed_at(6), checkpoint_every_steps=1)
+    resumed, again = trained(tmp_path / "killed", checkpoint_every_steps=1)
+    assert_same_weights(whole.state_dict(), resumed.state_dict())
+    assert written == again
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers and sizes read from tensors."""
+
+    READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().split(".")[0]
+        if name in self.READS:
+            self.counts[name] += 1
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 1])
+def test_a_step_reads_numbers_from_the_device_once(tmp_path, micro_batch_size):
+    """`Tensor.tolist` of the step's three numbers, whatever the number of micro-batches."""
+    model = network()
+    engine = engine_in(tmp_path, micro_batch_size=micro_batch_size, **SETTINGS)
+    objective = RowsObjective(N_ROWS, losses)
+    wrapped, optimizer = engine.prepare(model, adamw(model, 0.05, 0.0))
+    steps = engine.steps(objective.units)
+    train_step(wrapped, objective, engine, optimizer, next(steps), 12)
+    lists, read = [], torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch, HostReads() as reads:
+        patch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(len(tensor)) or read(tensor))
+        train_step(wrapped, objective, engine, optimizer, next(steps), 12)
+    steps.close()
+    assert not reads.counts
+    assert lists == [3]
