@@ -1,4 +1,4 @@
-"""The settings that every training loop shares."""
+"""Training configuration that all stages share."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ __all__ = ["TrainingSettings"]
 
 @dataclass
 class TrainingSettings:
-    """How long and how fast to train; a Hydra schema and a plain value at once.
+    """Training configuration (Hydra structured config).
 
     Attributes:
         epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
-        batch_size: Rows per optimizer step, over all processes and micro-batches. Where rows come several at a time
-            (`student.examples=sequences`) these stay together, and the number is met on average.
+        batch_size: Rows per optimizer step, over all processes and micro-batches. With
+            `student.examples=sequences` the rows of a sequence stay together, and the number is met on average.
         micro_batch_size: Rows per process and forward pass at most; a smaller one needs less memory and gives the same
             results. It is halved when a GPU runs out of memory.
         learning_rate: Peak learning rate.
@@ -25,10 +25,10 @@ class TrainingSettings:
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
         patience: Evaluations without improvement after which training stops.
         evaluate_every_steps: Optimizer steps between evaluations; 0 means once an epoch.
-        checkpoint_every_steps: Optimizer steps between checkpoints, besides the one after each evaluation; 0 for none.
-        keep_checkpoints: Checkpoints kept during the run, the newest ones; the best weights are kept besides.
-        nonfinite: What a loss or gradient that is not finite does: ``stop`` the run, or ``skip`` the step.
-        max_skipped: Steps skipped in the whole run after which the next one stops it all the same.
+        checkpoint_every_steps: Optimizer steps between checkpoints, in addition to one after each evaluation; 0 for none.
+        keep_checkpoints: Newest checkpoints to keep during the run, in addition to the best weights.
+        nonfinite: What to do about a loss or gradient that is not finite: ``stop`` the run, or ``skip`` the step.
+        max_skipped: Steps that may be skipped in the whole run; the next one stops it.
         spike_ratio: Loss and gradient norm above this multiple of their recent median are logged; 0 logs none.
     """
 
@@ -50,7 +50,7 @@ class TrainingSettings:
     spike_ratio: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot train, all at once."""
+        """Check all values and report every problem at once."""
         one_of("training settings: `nonfinite`", self.nonfinite, "stop", "skip")
         problems = [
             f"`{name}` is {getattr(self, name)}, expected {expected}"
