@@ -25,7 +25,7 @@ class TrainingSettings:
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
         patience: Evaluations without improvement after which training stops.
         evaluate_every_steps: Optimizer steps between evaluations; 0 means once an epoch.
-        checkpoint_every_steps: Optimizer steps between checkpoints, in addition to one after each evaluation; 0 for none.
+        checkpoint_every_steps: Optimizer steps between checkpoints, besides one after each evaluation; 0 for none.
         keep_checkpoints: Newest checkpoints to keep during the run, in addition to the best weights.
         nonfinite: What to do about a loss or gradient that is not finite: ``stop`` the run, or ``skip`` the step.
         max_skipped: Steps that may be skipped in the whole run; the next one stops it.
