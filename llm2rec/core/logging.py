@@ -86,8 +86,10 @@ def _logged(iterable: Iterable[Item], description: str, total: int, unit: str, i
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``0:09 min``, ``12:30 min`` or ``3:05 h``."""
+    """A time in words: ``9 s``, ``12:30 min`` or ``3:05 h``."""
     whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02} min"
     minutes = round(seconds / 60)

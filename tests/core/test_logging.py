@@ -57,7 +57,7 @@ def test_all_items_come_in_order(shown, monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(8.7, "0:09 min"), (750, "12:30 min"), (3599.4, "59:59 min"), (3599.6, "1:00 h"), (11100, "3:05 h")],
+    [(8.7, "9 s"), (750, "12:30 min"), (3599.4, "59:59 min"), (3599.6, "1:00 h"), (11100, "3:05 h")],
 )
 def test_durations_are_written_for_people(seconds, text):
     assert duration(seconds) == text
