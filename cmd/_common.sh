@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the scripts in this folder share. Sourced, never run.
+# Functions of the scripts in this folder. Sourced, never run.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=env_shell/_lib.sh
 . "$root/env_shell/_lib.sh"
-# Datasets and results lie in the checkout, wherever the script is called from.
+# Datasets and results are in the checkout, wherever the script is called from.
 cd "$root" || exit 1
 
-# Print the help of the calling script if the first argument asks for it. Only the first: --help further back is Hydra's.
+# Print the help of the calling script if the first argument is --help; any later --help goes to Hydra.
 help_if_asked() {
   case "${1:-}" in -h | --help) print_help "$0" && exit 0 ;; esac
 }
@@ -29,9 +29,9 @@ launch() {
   [ -f "$config" ] ||
     die "ACCELERATE_CONFIG is '${ACCELERATE_CONFIG:-}'; expected a file or one of: $(cd accelerate_configs && echo *.yaml | sed 's/\.yaml//g')"
   if [[ "$(basename "$config")" == cpu* ]]; then
-    # The launcher of several processes takes "no GPU" from here alone.
+    # With several processes, Accelerate reads "no GPU" only from this variable.
     export ACCELERATE_USE_CPU=true
-    # Else Accelerate asks for the number of physical cores, which some containers do not know.
+    # Otherwise Accelerate asks for the number of physical cores, which some containers do not report.
     if [ "$(basename "$config")" = cpu.yaml ]; then
       export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$root/.venv/bin/python" -c 'import os; print(os.cpu_count() or 1)')}"
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the small recommender with what the teacher wrote down (stage llm2rec.distill).
+# Distil the teacher into the student (stage llm2rec.distill).
 #
 #   bash cmd/run_distill_dllm2rec.sh [hydra overrides]
 #   bash cmd/run_distill_dllm2rec.sh dataset=toy student=sasrec distill=dllm2rec seed=1

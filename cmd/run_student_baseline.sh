@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the small recommender on the interactions alone (stage llm2rec.student).
+# Train the student on the interactions alone, the baseline (stage llm2rec.student).
 #
 #   bash cmd/run_student_baseline.sh [hydra overrides]
 #   bash cmd/run_student_baseline.sh dataset=toy student=gru4rec seed=1

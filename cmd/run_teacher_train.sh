@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the iLoRA teacher and write its outputs for the student (stage llm2rec.teacher).
+# Train the iLoRA teacher and export its outputs for distillation (stage llm2rec.teacher).
 #
 #   bash cmd/run_teacher_train.sh [hydra overrides]
 #   bash cmd/run_teacher_train.sh dataset=toy llm=tiny_random seed=1

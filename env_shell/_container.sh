@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # the scripts that source this use its variables
-# What the two container scripts agree on. Sourced, never run.
+# Functions of the two container scripts. Sourced, never run.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=env_shell/_lib.sh
@@ -17,15 +17,15 @@ container="${LLM2REC_CONTAINER:-llm2rec-experiment}"
 
 need_docker() {
   command -v docker >/dev/null 2>&1 || die "docker is not on PATH. Install Docker (and, for GPUs, NVIDIA's Container Toolkit)"
-  docker info >/dev/null 2>&1 || die "the Docker engine does not answer: is it running, and may $(id -un) use it?"
+  docker info >/dev/null 2>&1 || die "the Docker engine does not respond: is it running, and may $(id -un) use it?"
 }
 
-# running, exited, created, paused, ... or nothing when there is no such container
+# running, exited, created, paused, ... or nothing if there is no such container
 container_state() {
   docker container inspect --format '{{.State.Status}}' "$container" 2>/dev/null || true
 }
 
-# Print -it on a terminal, -i else: docker refuses a terminal that is not there.
+# Print -it on a terminal, otherwise -i: docker fails if there is no terminal.
 terminal_option() {
   if [ -t 0 ] && [ -t 1 ]; then echo -it; else echo -i; fi
 }

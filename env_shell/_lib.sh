@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Helpers that every script of the project shares. Sourced, never run.
+# Functions of all scripts of the project. Sourced, never run.
 
 # Print the comment header of the script $1, which is its help text.
 print_help() {
@@ -13,7 +13,7 @@ die() {
   exit 1
 }
 
-# The driver must answer: nvidia-smi alone is also found on machines whose GPU is gone.
+# The driver must respond: nvidia-smi also exists on machines whose GPU was removed.
 has_nvidia_gpu() {
   command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1
 }

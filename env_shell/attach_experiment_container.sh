@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Open another shell in the experiment container, or run a command in it. Starts the container again if it has stopped.
+# Open another shell in the experiment container, or run a command in it. Starts a stopped container.
 #
 #   bash env_shell/attach_experiment_container.sh [command ...]
 #

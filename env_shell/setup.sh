@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Make .venv, the environment that every script here uses: exactly the versions in poetry.lock.
+# Create .venv, the environment of all scripts, with exactly the versions in poetry.lock.
 #
 #   bash env_shell/setup.sh [--no-dev] [--help]
 #
-# It needs Python 3.11 or newer and nothing else. Call it again at any time: it does nothing when all is
-# as it should be, installs what the lock has gained, and starts over what was interrupted.
+# Needs only Python 3.11 or newer. It may be run again at any time: it does nothing if .venv is up to date, installs
+# new packages of the lock, and starts again after an interruption.
 #
-#   --no-dev                 leave out the tools for development (pytest, ruff, mypy, linters)
-#   PYTHON=python3.12        the Python to build on (default: the first suitable one on PATH)
-#   LLM2REC_TORCH=cpu|cuda   which build of torch (default: cuda where an NVIDIA GPU answers, else cpu)
-#   LLM2REC_TORCH=base       the torch that this Python has already, in our container; cuda if it is not the locked one
+#   --no-dev                 without the development tools (pytest, ruff, mypy, linters)
+#   PYTHON=python3.12        the Python to use (default: the first suitable one on PATH)
+#   LLM2REC_TORCH=cpu|cuda   which build of torch (default: cuda with an NVIDIA GPU, else cpu)
+#   LLM2REC_TORCH=base       the torch of this Python, as in our container; cuda if it is not the locked version
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -39,17 +39,17 @@ python="$venv/bin/python"
 stamp="$venv/.llm2rec-ready"
 unfinished="$venv/.llm2rec-unfinished"
 
-# What the environment was built from, and with which Python.
+# Hash of the files that the environment was built from, and the version of Python.
 fingerprint() {
   { cat poetry.lock pyproject.toml env_shell/setup.sh env_shell/locked_requirements.py && echo "$variant"; } |
     "$python" -c 'import hashlib, sys; print(sys.version.split()[0], hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' 2>/dev/null
 }
 
-# An environment with the development tools serves those who can do without them.
+# An environment with the development tools also serves --no-dev.
 moved=""
 if [ -f "$stamp" ] && [ ! -e "$unfinished" ]; then
   { read -r ready && read -r place; } <"$stamp" || place=""
-  # The programs in a copied or moved environment still start the Python of the old place.
+  # The programs in a copied or moved environment still start the Python of the old path.
   if [ "$place" != "$root" ]; then
     moved=yes
   elif now="$(fingerprint)" && { [ "$ready" = "$now all" ] || [ "$ready" = "$now ${dev_option:-all}" ]; }; then
@@ -73,27 +73,27 @@ find_python() {
 }
 
 if [ -e "$unfinished" ] || [ -n "$moved" ] || ! "$python" -c '' 2>/dev/null; then
-  # --clear below would empty the environment that it leads to, which others may use at this moment.
+  # --clear below would empty the environment that the link points to.
   if [ -L "$venv" ]; then
-    die ".venv is a link to $(readlink "$venv"), not an environment of $root: remove the link (rm .venv) and call this again"
+    die ".venv is a link to $(readlink "$venv"), not an environment of $root: remove the link (rm .venv) and run this again"
   fi
   base="$(find_python)"
   "$base" -c 'import venv, ensurepip' 2>/dev/null ||
     die "$base has no venv module. On Debian and Ubuntu: apt-get install python3-venv"
-  say "Making .venv with $("$base" --version) ($base)"
-  # --clear empties the folder and keeps it: in a container it is a mount.
+  say "Creating .venv with $("$base" --version) ($base)"
+  # --clear empties the folder but keeps it, since it is a mount in a container.
   options=(--clear)
   if [ "$variant" = base ]; then options+=(--system-site-packages); fi
-  "$base" -m venv "${options[@]}" "$venv" || die "could not make $venv"
-  # pip takes a package that a killed run left half copied for installed, so until the end nothing here is trusted.
+  "$base" -m venv "${options[@]}" "$venv" || die "could not create $venv"
+  # pip regards a half-copied package of a killed run as installed, so the environment counts as unfinished until the end.
   : >"$unfinished"
 elif [ -f "$stamp" ]; then
   : >"$unfinished"
 fi
-# Else the environment was made by others (Poetry, say): add what is missing and clear nothing.
+# Otherwise the environment was created by another tool, such as Poetry: add missing packages and clear nothing.
 rm -f "$stamp"
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
-  die ".venv has no pip: remove $venv and call this again"
+  die ".venv has no pip: remove $venv and run this again"
 
 # --- The packages ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ trap 'rm -rf "$work"' EXIT
 locked() { "$python" env_shell/locked_requirements.py "$@"; }
 pip() { "$python" -m pip --disable-pip-version-check -qq --no-input "$@"; } # -qq: errors only
 
-# After an orderly failure pip has put things back, so the next call may go on from here.
+# After a regular failure pip has restored its state, so the next call can continue.
 give_up() {
   rm -f "$unfinished"
   die "$@"
@@ -115,20 +115,20 @@ install_cpu_torch() {
   version="$(locked torch-version)"
   case "$(installed_torch)" in "$version" | "$version+"*) return 0 ;; esac
   say "Installing torch $version, the build for machines without a GPU"
-  # Where pip has been told of a place with this build, it is the quickest way.
+  # The quickest way, if an index of pip has this build.
   if pip install --no-deps "torch==$version+cpu" 2>"$work/torch.log"; then return 0; fi
-  # The default package index has only the CUDA build. uv knows where PyTorch keeps the others.
+  # The default package index has only the CUDA build; uv knows the index of the others.
   "$python" -m venv "$work/uv"
   "$work/uv/bin/python" -m pip --disable-pip-version-check -qq install "uv>=0.7" ||
     give_up "could not install uv, which fetches the CPU build of torch (see above)"
   "$work/uv/bin/uv" pip install --quiet --python "$python" --no-deps --torch-backend cpu "torch==$version" || {
     cat "$work/torch.log" >&2
-    give_up "could not install the CPU build of torch $version; pip's answer and uv's are above. LLM2REC_TORCH=cuda takes the CUDA build instead (several GB)"
+    give_up "could not install the CPU build of torch $version; see the messages of pip and uv above. LLM2REC_TORCH=cuda installs the CUDA build instead (several GB)"
   }
 }
 
 SECONDS=0
-chosen="$variant" # of the fingerprint, which must be the same at the next call
+chosen="$variant" # part of the fingerprint, which must be the same at the next call
 if [ "$variant" = base ]; then
   case "$(installed_torch)" in
     *+cpu | '') found="no torch with CUDA" ;;
@@ -136,26 +136,26 @@ if [ "$variant" = base ]; then
     *) found="torch $(installed_torch)" ;;
   esac
   if [ -n "$found" ]; then
-    say "This Python has $found, expected $(locked torch-version) as in poetry.lock; taking that from the package index"
+    say "This Python has $found, expected $(locked torch-version) as in poetry.lock; installing it from the package index"
     variant=cuda
   fi
 fi
 if [ "$variant" = cpu ]; then
   install_cpu_torch
 elif [ "$variant" = cuda ] && [[ "$(installed_torch)" == *+cpu ]]; then
-  pip uninstall --yes torch # to pip it is the locked version
+  pip uninstall --yes torch # pip regards it as the locked version
 fi
 # shellcheck disable=SC2086  # empty or one word
 locked list --variant "$variant" $dev_option >"$work/requirements.txt"
 say "Installing $(grep -c '==' "$work/requirements.txt") locked packages"
-# --no-deps: the lock is the whole list, and pip's own resolving would bring the CUDA build of torch.
+# --no-deps: the lock is complete, and pip's resolver would install the CUDA build of torch.
 pip install --no-deps --use-pep517 --require-hashes -r "$work/requirements.txt" ||
-  give_up "pip could not install the locked packages (see above). Call this again to go on"
+  give_up "pip could not install the locked packages (see above). Run this again to continue"
 say "Installing llm2rec itself, editable"
 pip install --no-deps -e . || give_up "pip could not install the project (see above)"
 
 # shellcheck disable=SC2086
-locked check --variant "$variant" $dev_option >&2 || die ".venv differs from poetry.lock as said above; remove $venv and call this again"
+locked check --variant "$variant" $dev_option >&2 || die ".venv differs from poetry.lock (see above); remove $venv and run this again"
 rm -f "$unfinished"
 variant="$chosen"
 printf '%s\n' "$(fingerprint) ${dev_option:-all}" "$root" >"$stamp"

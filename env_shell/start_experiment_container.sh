@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Start the experiment container, with this checkout at /workspace, or join it when it is there already.
+# Start the experiment container, with this checkout at /workspace, or join it if it exists.
 #
 #   bash env_shell/start_experiment_container.sh                            a shell
 #   bash env_shell/start_experiment_container.sh bash cmd/quickstart.sh     one command
 #
-# Builds the image if it is missing: that for GPUs where the host has NVIDIA ones, which are handed over, and that
-# without otherwise. You are yourself inside: what is written to the checkout belongs to you. The container's .venv and caches lie in LLM2REC_CONTAINER_STATE, apart from
-# the host's own .venv. The container goes when the first command ends; the state stays.
+# Builds the image if it is missing: with GPU support if the host has an NVIDIA GPU, which the container then uses. The
+# container runs as your user, so that files in the checkout belong to you. Its .venv and caches are in
+# LLM2REC_CONTAINER_STATE, separate from the .venv of the host. The container is removed when the first command ends; the
+# state is kept.
 #
-#   LLM2REC_DEVICE            gpu or cpu (default: what the host has)
+#   LLM2REC_DEVICE            gpu or cpu (default: as the host)
 #   LLM2REC_IMAGE             name of the image (default: llm2rec:gpu or llm2rec:cpu)
 #   LLM2REC_CONTAINER         name of the container (default: llm2rec-experiment)
 #   LLM2REC_CONTAINER_STATE   default: ~/.cache/llm2rec-container
 #   LLM2REC_DATA              a folder with data or models to mount read-only at the same path
-#   HF_TOKEN, HF_HUB_OFFLINE  handed on if set
+#   HF_TOKEN, HF_HUB_OFFLINE  passed on if set
 set -euo pipefail
 # shellcheck source=env_shell/_container.sh
 . "$(dirname "${BASH_SOURCE[0]}")/_container.sh"
@@ -32,8 +33,8 @@ if ! docker image inspect "$image" >/dev/null 2>&1; then
 fi
 
 state="${LLM2REC_CONTAINER_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/llm2rec-container}"
-# Made here: what docker makes for a mount belongs to root.
-venv="$state/venv-$device" # neither torch nor CUDA of the one would serve in the other
+# Created here, since docker creates mounts as root.
+venv="$state/venv-$device" # the two need different builds of torch
 mkdir -p "$state/home" "$venv" "$root/.venv"
 
 options=(
@@ -47,7 +48,7 @@ options=(
   --volume "$state/home:/home/experiment"
   --volume "$venv:/workspace/.venv"
   --workdir /workspace
-  # Data loaders hand batches over through shared memory, of which docker gives 64 MB.
+  # Data loaders pass batches through shared memory, which docker limits to 64 MB.
   --ipc host
   --env HF_TOKEN
   --env HF_HUB_OFFLINE
@@ -59,5 +60,5 @@ if [ -n "${LLM2REC_DATA:-}" ]; then
 fi
 
 if [ "$#" -eq 0 ]; then set -- bash; fi
-# .venv first, so that both a shell and a command find it ready. It says what it does, and nothing when all is there.
+# Set up .venv first, for a shell and a command alike; silent if it is up to date.
 docker run "${options[@]}" "$image" bash -c 'bash env_shell/setup.sh && exec "$@"' setup "$@"

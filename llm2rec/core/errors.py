@@ -1,7 +1,7 @@
-"""The errors this library raises on purpose.
+"""Errors of this library.
 
-Every message says what is wrong, what came, what was expected and what to do. Each class also inherits the builtin
-that a caller who knows nothing of us would catch.
+Every message names the problem, the value, the expected value and the remedy. Each class also inherits a builtin
+exception, for callers that catch those.
 """
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class Llm2RecError(Exception):
-    """Root of all errors of this library."""
+    """Base class of all errors of this library."""
 
 
 class ConfigError(Llm2RecError, ValueError):
@@ -41,7 +41,7 @@ class TeacherOutputsError(Llm2RecError, ValueError):
 
 
 class CheckpointError(Llm2RecError, RuntimeError):
-    """A run folder that cannot be resumed or loaded as asked."""
+    """A run folder that cannot be resumed or loaded."""
 
 
 class NonFiniteError(Llm2RecError, FloatingPointError):
@@ -49,26 +49,26 @@ class NonFiniteError(Llm2RecError, FloatingPointError):
 
 
 class OutOfMemoryError(Llm2RecError, MemoryError):
-    """A training step that does not fit into the GPU's memory, however it is divided."""
+    """A training step that does not fit into the GPU's memory even with micro-batches of one row."""
 
 
 class StorageError(Llm2RecError, OSError):
-    """A file that cannot be written: the disk is full, or the folder may not be written to."""
+    """A file that cannot be written: the disk is full, or permission is missing."""
 
 
 class HubError(Llm2RecError, ConnectionError):
-    """A model on the Hugging Face Hub that cannot be found, fetched or put there."""
+    """A model that cannot be downloaded from, or uploaded to, the Hugging Face Hub."""
 
 
 class Interrupted(Llm2RecError, RuntimeError):
-    """A training that was asked to end (SIGTERM) and has written a checkpoint to go on from."""
+    """Training ended by SIGTERM, after a checkpoint to resume from."""
 
 
 def one_of(name: str, value: str, *allowed: str) -> None:
-    """Refuse a setting that is not one of the allowed values.
+    """Check that an option has one of the allowed values.
 
     Raises:
-        ConfigError: Naming the setting, its value and what was expected.
+        ConfigError: Naming the option, its value and the allowed ones.
     """
     if value not in allowed:
         *others, last = map(repr, allowed)

@@ -1,4 +1,4 @@
-"""Files that are never seen half-written: write aside, flush to disk, rename."""
+"""Atomic writes (temporary file, flush, rename), JSON, hashes, and records without secrets."""
 
 import errno
 import hashlib
@@ -46,15 +46,15 @@ _REFUSALS = (
 )  # fmt: skip
 
 _NO_REASON = r"inline_container|PytorchStreamWriter failed|\d+ requested and \d+ written"
-"""How torch and NumPy tell of a write that failed, without saying why."""
+"""Messages of torch and NumPy for a failed write, which do not name the reason."""
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Tell in one form that ``path`` cannot be written, whatever the library says that writes it.
+    """Turn errors of any library that writes ``path`` into one kind.
 
     Raises:
-        StorageError: Instead of an error of a full disk, a quota, or a folder that may not be written to.
+        StorageError: Instead of errors of a full disk, a quota or a missing permission.
     """
     try:
         yield
@@ -64,16 +64,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         if (reason := _refusal(error)) is None:
             raise
         raise StorageError(
-            f"{path} could not be written ({reason}); nothing that was there before has changed. Make room, or make "
-            "the folder writable, and give the same command again, with `resume=` the run's folder where it has one."
+            f"{path} could not be written ({reason}); existing files are unchanged. Free space, or make "
+            "the folder writable, and run the same command again, with `resume=` the run's folder if it has one."
         ) from error
 
 
 def _refusal(error: Exception) -> str | None:
-    """What the system has refused, or None if the error is of another kind."""
+    """Why the system did not write, or None if the error is of another kind."""
     number = error.errno if isinstance(error, OSError) else None
-    if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
-        number = int(told[1])
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(found[1])
     if number is not None:
         return os.strerror(number) if number in _REFUSALS else None
     return "the disk may be full" if re.search(_NO_REASON, str(error)) else None
@@ -89,9 +89,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
             yield aside
             _flush(aside)
             os.replace(aside, path)
-            _flush(path.parent)  # the new name, too, before anything that relies on it happens
+            _flush(path.parent)  # the new name too, before anything relies on it
         finally:
-            with suppress(OSError):  # a read-only folder: the error that brought us here tells more
+            with suppress(OSError):  # a read-only folder: keep the original error
                 aside.unlink(missing_ok=True)
 
 
@@ -106,7 +106,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             yield aside
-            aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; results are for everybody in the group
+            aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; results follow the umask
             flush_folder(aside)
             _put_in_place(aside, path)
         finally:
@@ -125,18 +125,18 @@ def _put_in_place(aside: Path, path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have a folder and all it holds on disk, before it gets the name that others read."""
+    """Flush a folder and everything in it to disk, before it is renamed."""
     for path in folder.rglob("*"):
         _flush(path)
     _flush(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers of `replaced_file` and `replaced_folder` that were killed have left in a folder.
+    """Remove temporary files of killed writers (`replaced_file`, `replaced_folder`) from a folder.
 
-    Only for folders in which nobody else is writing.
+    Only for folders that no other process writes to.
     """
-    for path in sorted(folder.rglob(".*")):  # parents before what they hold
+    for path in sorted(folder.rglob(".*")):  # parents before their contents
         if path.suffix in (".partial", ".old"):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -159,7 +159,7 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
-    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused, since JSON has neither."""
+    """Write ``value`` as indented JSON, atomically. NaN and infinity raise, since JSON has neither."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     with replaced_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -183,9 +183,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); put it back as it was written.") from error
-    except (ValueError, RecursionError) as error:  # the latter: thousands of brackets within brackets
-        raise DataError(f"{path} is not JSON ({error}); put it back as it was written.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore the original file.") from error
+    except (ValueError, RecursionError) as error:  # the latter: thousands of nested brackets
+        raise DataError(f"{path} is not JSON ({error}); restore the original file.") from error
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
@@ -200,9 +200,9 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}, expected an object; put it back as it was written.")
+        raise DataError(f"{path} holds a {type(value).__name__}, expected an object; restore the original file.")
     if missing := [key for key in keys if key not in value]:
-        raise DataError(f"{path} lacks {', '.join(map(repr, missing))}; put it back as it was written.")
+        raise DataError(f"{path} lacks {', '.join(map(repr, missing))}; restore the original file.")
     return value
 
 
@@ -213,11 +213,11 @@ def sha256_of_file(path: Path) -> str:
 
 
 def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:
-    """Write hashes of all files of a folder into its ``manifest.json``, by which `check_hashes` knows them again.
+    """Write hashes of all files of a folder into its ``manifest.json``, for `check_hashes`.
 
     Args:
-        folder: The folder, complete but for this file.
-        editable: Files that may be changed by hand later.
+        folder: The folder, complete except for this file.
+        editable: Files to leave out, since they may be edited later.
     """
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     write_json(
@@ -226,7 +226,7 @@ def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:
 
 
 def check_hashes(folder: Path) -> None:
-    """Compare the files of a folder with what `write_hashes` wrote there; folders of earlier versions have nothing.
+    """Compare the files of a folder with what `write_hashes` wrote there; folders of earlier versions have no hashes.
 
     Raises:
         DataError: If a file is missing or has changed, or the hashes themselves are damaged.
@@ -235,22 +235,22 @@ def check_hashes(folder: Path) -> None:
         return
     for name, expected in read_object(folder / _HASHES, "sha256")["sha256"].items():
         if not (folder / name).is_file():
-            raise DataError(f"{folder} lacks {name}; copy the folder again, as a whole.")
+            raise DataError(f"{folder} lacks {name}; copy the whole folder again.")
         if sha256_of_file(folder / name) != expected:
             raise DataError(
                 f"{folder / name} has changed since it was written (its hash is not that in {_HASHES}); copy the "
-                "folder again, as a whole."
+                "whole folder again."
             )
 
 
 def without_secrets(value: Any) -> Any:
-    """Write the home folder as ``~`` and mask what looks like a secret, in text or in plain values of any depth.
+    """Replace the home folder by ``~`` and mask secrets, in text or in nested plain values.
 
     Args:
         value: Text, numbers, lists and dictionaries.
 
     Returns:
-        The same with other texts.
+        A masked copy.
     """
     if isinstance(value, str):
         return _masked(value)
@@ -265,7 +265,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def with_home(path: str) -> str:
-    """Write ``~`` at the beginning of a path, as `without_secrets` left it, as the home folder of now."""
+    """Expand the ``~`` of `without_secrets` at the start of a path."""
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
@@ -274,7 +274,7 @@ def _masked(text: str) -> str:
         text = secret.sub(_MASK, text)
     try:
         home = str(Path.home())
-    except RuntimeError:  # a user without a home, as in a container
+    except RuntimeError:  # a user without a home folder, as in a container
         return text
-    # Whole names only: /home/ann is not the beginning of /home/anna. And "/" is nobody's secret.
+    # Whole names only: /home/ann must not match /home/anna. A home of "/" is not replaced.
     return text if len(home) < 2 else re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", text)

@@ -1,4 +1,4 @@
-"""Which code made a result: commit, dirty state, library versions."""
+"""The code that made a result: commit, uncommitted changes, library versions."""
 
 import platform
 import subprocess
@@ -32,7 +32,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers; missing ones are left out."""
+    """Versions of Python and of the libraries that affect results; missing ones are left out."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

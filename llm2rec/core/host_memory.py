@@ -1,4 +1,4 @@
-"""How much memory the host has left, so that what cannot fit is refused instead of killed."""
+"""Free memory of the host, so that a run that cannot fit fails early instead of being killed."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def available_bytes() -> int | None:
-    """Bytes that this machine, or the container this process is in, has left; None where that cannot be told."""
+    """Free bytes of this machine, or of the container of this process; None if unknown."""
     try:
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -26,7 +26,7 @@ def available_bytes() -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """Bytes of the host's memory that this process holds; None where that cannot be told."""
+    """Bytes of host memory that this process holds; None if unknown."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -34,18 +34,18 @@ def resident_bytes() -> int | None:
 
 
 def check_host_memory(needed: int, what: str, remedy: str) -> None:
-    """Refuse what does not fit.
+    """Check that an allocation fits into the memory of the host.
 
     Args:
         needed: Bytes, over all processes of this machine.
-        what: What they are for.
+        what: Name of the allocation.
         remedy: What to do instead.
 
     Raises:
-        ConfigError: If the host has less left.
+        ConfigError: If less is free.
     """
     available = available_bytes()
     if available is not None and needed > available:
         raise ConfigError(
-            f"{what} on the host takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are left there; {remedy}."
+            f"{what} on the host needs {needed / 1e9:.1f} GB, but only {available / 1e9:.1f} GB are free; {remedy}."
         )

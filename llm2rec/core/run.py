@@ -1,4 +1,4 @@
-"""The folder of one run and what it holds (DESIGN 4.2)."""
+"""Run folders: the record of a run, its metrics and phases; and the folders of sweeps (DESIGN 4.2)."""
 
 import datetime
 import time
@@ -15,8 +15,8 @@ from llm2rec.core.processes import is_first_process
 
 __all__ = ["Job", "Run", "changed_settings", "is_sweep", "jobs_of", "read_record"]
 
-_OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # settings that change none
-_SWEEP = "multirun.yaml"  # Hydra's mark of a sweep's folder
+_OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # options that change no result
+_SWEEP = "multirun.yaml"  # written by Hydra into the folder of a sweep
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` holds."""
+        """Contents of ``run.json``."""
         return read_record(self.folder)
 
     def note(self, **values: Any) -> None:
@@ -86,16 +86,16 @@ class Run:
             write_json(self.folder / "run.json", {**self.record, **values})
 
     def keep(self, **values: Any) -> None:
-        """Note what has to be the same wherever the run is resumed.
+        """Record values that must be the same when the run is resumed.
 
         Raises:
-            CheckpointError: If one is another than when the run began.
+            CheckpointError: If one differs from when the run started.
         """
         kept = self.record
         if changed := [name for name, value in values.items() if kept.get(name, value) != value]:
             raise CheckpointError(
-                f"{self.folder.name} was started with another value of `{'`, `'.join(changed)}` (kept in run.json); "
-                "put back what was there then, or start a new run."
+                f"{self.folder.name} was started with another value of `{'`, `'.join(changed)}` (see run.json); "
+                "restore it, or start a new run."
             )
         self.note(**values)
 
@@ -111,7 +111,7 @@ class Run:
         try:
             yield
         except BaseException:
-            with suppress(StorageError):  # most likely what has brought us here
+            with suppress(StorageError):  # probably the error being handled
                 self._add_seconds(name, start)
             raise
         self._add_seconds(name, start)
@@ -124,11 +124,11 @@ class Run:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What of a configuration has changed that may change a result, each with what it was and is, for a message."""
+    """Changed options that may change a result, each with its old and new value, for a message."""
     return [
         f"{key} (was {was!r}, now {now!r})"
         for key, was, now in _differences(old, new)
-        # How work is divided changes no result, and may have to change where a GPU turns out to be too small.
+        # The micro-batch size changes no result, and has to change after a GPU ran out of memory.
         if not (key.startswith(_OF_NO_RESULT) or key.endswith(".micro_batch_size"))
     ]
 
@@ -138,10 +138,10 @@ def read_record(folder: Path, *keys: str) -> dict[str, Any]:
 
     Args:
         folder: The run's folder.
-        keys: What it must hold besides stage and status; a ``dataset`` has a name and a fingerprint.
+        keys: Required keys in addition to stage and status; a ``dataset`` has a name and a fingerprint.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If it is missing or damaged.
     """
     file = folder / "run.json"
     try:
@@ -150,12 +150,12 @@ def read_record(folder: Path, *keys: str) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
     dataset = record.get("dataset", {})
     if not isinstance(dataset, dict) or ("dataset" in keys and not {"name", "fingerprint"} <= dataset.keys()):
-        raise CheckpointError(f"{file} says {dataset!r} of its `dataset`, expected a name and a fingerprint.")
+        raise CheckpointError(f"`dataset` in {file} is {dataset!r}, expected a name and a fingerprint.")
     return record
 
 
 def _clean_hydra(folder: Path) -> None:
-    """Take home folder and secrets out of what Hydra has written before any code of ours ran."""
+    """Remove home folder and secrets from the files that Hydra wrote before our code ran."""
     for file in [*(folder / ".hydra").glob("*.yaml"), *folder.parent.glob("multirun.yaml")]:
         text = file.read_text(encoding="utf-8")
         if (cleaned := without_secrets(text)) != text:
@@ -177,8 +177,8 @@ class Job:
 
     Attributes:
         folder: Its run folder, ``<sweep>/<number>``.
-        options: Its overrides by their keys, without the seed.
-        is_finished: Whether there is something to evaluate.
+        options: Its overrides by key, without the seed.
+        is_finished: Whether it can be evaluated.
     """
 
     folder: Path
@@ -187,26 +187,24 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Sweep and number."""
+        """Name of the sweep and number of the job."""
         return f"{self.folder.parent.name}/{self.folder.name}"
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep, and of no run."""
+    """Whether a folder belongs to a sweep and not to a single run."""
     return not (folder / "run.json").is_file() and (folder / _SWEEP).is_file()
 
 
 def jobs_of(folder: Path) -> list[Job]:
-    """The jobs of a sweep in the order they were run.
+    """The jobs of a sweep in the order they ran.
 
     Raises:
         CheckpointError: If none of them is finished.
     """
     jobs = [_job(each) for each in folder.iterdir() if each.name.isdecimal() and each.is_dir()]
     if not any(job.is_finished for job in jobs):
-        raise CheckpointError(
-            f"no job of the sweep {folder} is finished; its {len(jobs)} jobs tell why in their log.txt."
-        )
+        raise CheckpointError(f"no job of the sweep {folder} is finished; see log.txt of its {len(jobs)} jobs.")
     return sorted(jobs, key=lambda job: (len(job.folder.name), job.folder.name))  # 2 before 10
 
 

@@ -1,4 +1,4 @@
-"""Raw interactions in, one canonical dataset of items, sequences, splits and examples out. Knows no model."""
+"""Datasets: raw interactions in, items, sequences, splits and examples in one form out. Independent of any model."""
 
 from llm2rec.data.agreement import TitleAgreement, title_agreement
 from llm2rec.data.amazon import AmazonReviews
@@ -33,4 +33,4 @@ SCHEMAS: dict[str, type[DatasetSpec]] = {
     "movielens": MovieLens100K,
     "toy": Toy,
 }
-"""What each file in `conf/dataset` may say, by file name."""
+"""Schema of each file in `conf/dataset`, by file name."""

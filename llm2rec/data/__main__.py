@@ -1,4 +1,4 @@
-"""``python -m llm2rec.data``: prepare a dataset and tell what it looks like."""
+"""``python -m llm2rec.data``: prepare a dataset and print its statistics."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Interactions on disk, in buckets of users that fit into memory one at a time."""
+"""Interactions on disk, in buckets of users of which one at a time fits into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 __all__ = ["ROW", "Buckets", "Rows", "partitioned"]
 
 ROW = np.dtype([("user", "<i4"), ("item", "<i4"), ("time", "<i8")])
-"""One interaction, by the numbers of its user and item."""
+"""One interaction: indices of its user and item, and its timestamp."""
 
 Rows = npt.NDArray[np.void]
 
@@ -22,12 +22,12 @@ _ROWS_PER_BLOCK = 1 << 18
 
 @dataclass
 class Buckets:
-    """Interactions, all of a user's in one bucket and buckets in the order of their users.
+    """Interactions in buckets; all of one user are in the same bucket, and buckets are in the order of their users.
 
-    A bucket holds about `ROWS_PER_BUCKET` interactions, or the one user who has more.
+    A bucket holds about `ROWS_PER_BUCKET` interactions, or one user with more.
 
     Attributes:
-        files: One a bucket.
+        files: One per bucket.
         n_users: Users, numbered from 0.
         n_items: Items, numbered from 0.
     """
@@ -38,15 +38,15 @@ class Buckets:
 
     def __iter__(self) -> Iterator[Rows]:
         for file in self.files:
-            yield np.fromfile(file, ROW)  # read, not mapped: what was read can be forgotten
+            yield np.fromfile(file, ROW)  # read, not mapped: its memory is freed
 
     def change(self, function: Callable[[Rows], Rows]) -> None:
-        """Replace every bucket by what a function makes of it."""
+        """Replace every bucket by a function of it."""
         for file in self.files:
             function(np.fromfile(file, ROW)).tofile(file)
 
     def counts(self, kept: Callable[[Rows], npt.NDArray[np.bool_]]) -> tuple[npt.NDArray[np.int64], ...]:
-        """Interactions of each user, ``(U,)``, and of each item, ``(N,)``, among those that are kept."""
+        """Interactions of each user, ``(U,)``, and of each item, ``(N,)``, among those that ``kept`` selects."""
         of_users, of_items = np.zeros(self.n_users, np.int64), np.zeros(self.n_items, np.int64)
         for rows in self:
             rows = rows[kept(rows)]
@@ -59,13 +59,13 @@ class Buckets:
 
 
 def partitioned(file: Path, of_users: npt.NDArray[np.int64], n_items: int, folder: Path) -> Buckets:
-    """Divide interactions among buckets; those of a bucket keep their order.
+    """Split interactions into buckets; within a bucket they keep their order.
 
     Args:
         file: Interactions, as `ROW`.
         of_users: Interactions of each user, ``(U,)``.
         n_items: Number of items.
-        folder: Where buckets are written.
+        folder: Folder of the buckets.
     """
     bucket_of = (np.cumsum(of_users) - of_users) // ROWS_PER_BUCKET  # ascending
     numbers = np.unique(bucket_of)

@@ -1,4 +1,4 @@
-"""Reading files that users hand in: existence, compression, hashes and lines with their numbers."""
+"""Read files of users: existence, compression, hashes, and lines with their numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def shorten(text: object, limit: int = 120) -> str:
 
 
 def existing_file(path: str | Path, option: str) -> Path:
-    """Return the path of a file that is there.
+    """Check that a file exists.
 
     Args:
-        path: Where the user says it is.
-        option: The setting that named it, for the message.
+        path: The path that the user gave.
+        option: The option that holds it, for the message.
 
     Raises:
         DataError: If there is no such file.
@@ -41,7 +41,7 @@ def existing_file(path: str | Path, option: str) -> Path:
 
 
 def data_suffix(path: Path) -> str:
-    """Return what a file's name says of its format: the last suffix, without a trailing `.gz`, in lower case."""
+    """Return the suffix that decides the format of a file: the last one before a trailing `.gz`, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -70,7 +70,7 @@ def numbered_lines(path: Path, encoding: str = "utf-8", remedy: str = "") -> Ite
     Args:
         path: The file.
         encoding: Of its text.
-        remedy: What to do if its text is in another; to save it in this one if not given.
+        remedy: What to do if the text has another encoding; by default, to save it in this one.
 
     Raises:
         DataError: If the file is not text in this encoding, or its compression is broken.
@@ -84,7 +84,7 @@ def decoded_lines(
 ) -> Iterator[tuple[int, str]]:
     """Yield the non-blank lines of an open binary file with their numbers from 1; `path` is for messages.
 
-    Compression is told by the content, not the name: published files are renamed often enough.
+    Compression is recognised by the content, not the name, since published files are often renamed.
 
     Raises:
         DataError: If the content is not text in this encoding, or its compression is broken.
@@ -113,7 +113,7 @@ def decoded_lines(
 
 
 def _lines(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
-    """Lines of a binary file, where the end of a line is more than one byte too (UTF-16)."""
+    """Lines of a binary file, also in encodings whose line end takes more than one byte (UTF-16)."""
     end = "\n".encode(encoding)
     if end == b"\n":
         yield from stream

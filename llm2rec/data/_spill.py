@@ -1,4 +1,4 @@
-"""Tables that are written once and read again part by part, so that none has to fit into memory."""
+"""Tables that are written once and read part by part, so that they need not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Spill", "read_batches"]
 
 
 class Spill:
-    """A table in parts: in a file, or in memory where there is no place for one.
+    """A table in parts, in a file or in memory.
 
     Args:
-        file: Where to keep it; None keeps it in memory.
+        file: The file; None keeps the table in memory.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -34,7 +34,7 @@ class Spill:
         self._writer.write_table(part)
 
     def close(self) -> None:
-        """Say that no more parts come."""
+        """Finish writing."""
         if self._writer is not None and self._sink is not None:
             self._writer.close()
             self._sink.close()
@@ -49,6 +49,6 @@ class Spill:
 
 
 def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of a stream file; read, not mapped, so that what was read can be forgotten."""
+    """Yield the record batches of a stream file; read, not mapped, so that their memory is freed."""
     with pa.OSFile(str(file), "rb") as source, pa.ipc.open_stream(source) as reader:
         yield from reader

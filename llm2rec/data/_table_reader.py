@@ -1,6 +1,6 @@
-"""Columns out of csv, tsv, parquet and JSON-lines files, with the line of every row for error messages.
+"""Read columns of csv, tsv, parquet and JSON-lines files, with the line of every row for error messages.
 
-Files are read once, from front to back, a part at a time.
+Files are read once, in parts.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["Column", "Table", "read_table"]
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 
-# The csv module's own limit of 128 KiB a field would refuse long descriptions.
+# The csv module's default limit of 128 KiB per field is too small for long descriptions.
 _FIELD_LIMIT_CHARS = 1 << 27
 _ROWS_PER_PART = 1 << 14
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column asked for.
+    """A column to read.
 
     Attributes:
-        name: What the file calls it.
-        option: The setting that names it, for messages.
-        nullable: Whether a row may lack it.
+        name: Its name in the file.
+        option: The option that holds this name, for messages.
+        nullable: Whether values may be missing.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Table:
         names: The file's column name by our name.
         place: Words for where a row (from 0) is in the file, such as `a.csv, line 3`.
         parts: Yields the columns by our name, some rows at a time; may be called again. Text for csv and tsv, the
-            file's own types otherwise, the same in all parts.
+            types of the file otherwise, the same in all parts.
     """
 
     path: Path
@@ -74,12 +74,12 @@ class Table:
 
 
 def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = None, encoding: str = "utf-8") -> Table:
-    """Read columns of a file whose format its suffix tells.
+    """Read columns of a file; its suffix decides the format.
 
     Args:
         path: The file.
         wanted: Columns by our name for them.
-        work: A folder for what does not fit into memory; None keeps all there.
+        work: A folder for data that does not fit into memory; None keeps all in memory.
         encoding: Of text; parquet has its own.
 
     Returns:
@@ -116,8 +116,8 @@ def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str])
 def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, spill: Spill, encoding: str) -> Table:
     """Read with the csv module in its strict mode.
 
-    Arrow reads several times faster, but an unclosed quote makes it swallow the rows up to the next quote without a
-    word; and whoever prepares data waits for this once.
+    Arrow reads several times faster, but after an unclosed quote it silently swallows the rows up to the next quote;
+    and data is prepared only once.
     """
     rows = _rows(path, delimiter, encoding)
     header = next(rows, (0, []))[1]
@@ -148,7 +148,7 @@ def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, sp
 
 
 def _line_of_row(path: Path, delimiter: str, encoding: str, row: int) -> str:
-    """Say where a row is; read again, because quoted values may span lines and this is only for errors."""
+    """Where a row is, for error messages; reads the file again, because quoted values may span lines."""
     for at, (number, _) in enumerate(_rows(path, delimiter, encoding)):
         if at == row + 1:  # the header is the row before the first
             return f"{path}, line {number}"
@@ -156,7 +156,7 @@ def _line_of_row(path: Path, delimiter: str, encoding: str, row: int) -> str:
 
 
 def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of each row's last line, and its fields; blank lines are passed over.
+    """Yield the number of each row's last line, and its fields; blank lines are skipped.
 
     Raises:
         DataError: If quotes are wrong, the file is not text in this encoding, or its compression is broken.
@@ -172,13 +172,13 @@ def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list
                 if fields:
                     yield last, fields
     except UnicodeDecodeError:
-        # The text layer decodes whole blocks; line by line, the bad line is found and named.
+        # The text layer decodes whole blocks; reading line by line finds the bad line.
         for _ in _lines(path, encoding):
             pass
         raise
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {last + 1}: the row that begins here cannot be read ({error}). Correct its double quotes: "
+            f"{path}, line {last + 1}: the row that starts here cannot be read ({error}). Correct its double quotes: "
             'a value with quotes is written "like ""this""".'
         ) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -198,7 +198,7 @@ def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill, enc
 
     def plain(value: Any, ours: str) -> str | None:
         kinds[ours].add(type(value))
-        return None if value is None else str(value)  # of a float, what reads back as the same float
+        return None if value is None else str(value)  # of a float, the text that parses to the same float
 
     records = _records(path, wanted, encoding)
     while taken := list(itertools.islice(records, _ROWS_PER_PART)):
@@ -206,7 +206,7 @@ def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill, enc
         spill.append(pa.table({ours: pa.array(each, pa.large_string()) for ours, each in columns.items()}))
     spill.close()
     if not any(kinds.values()):
-        raise DataError(f"{path} is empty; expected one JSON object a line.")
+        raise DataError(f"{path} is empty; expected one JSON object per line.")
 
     def parts() -> Iterator[dict[str, pd.Series]]:
         for part in spill.parts():
@@ -224,7 +224,7 @@ def _records(path: Path, wanted: Mapping[str, Column], encoding: str) -> Iterato
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # the latter: thousands of brackets within brackets
             raise DataError(
-                f"{path}, line {number}: {shorten(line)} is not JSON ({error}); expected one object a line."
+                f"{path}, line {number}: {shorten(line)} is not JSON ({error}); expected one object per line."
             ) from error
         if not isinstance(record, dict):
             raise DataError(f'{path}, line {number}: {shorten(line)} is not an object such as {{"user_id": ...}}.')
@@ -251,13 +251,13 @@ def _check_value(value: Any, column: Column, where: str) -> None:
 
 
 def _line_of_record(path: Path, encoding: str, row: int) -> str:
-    """Say where a row is; read again, since this is only for errors."""
+    """Where a row is, for error messages; reads the file again."""
     number, _ = next(itertools.islice(_lines(path, encoding), row, None))
     return f"{path}, line {number}"
 
 
 def _typed(values: pd.Series, kinds: set[type]) -> pd.Series:
-    """Text where any value of the column is text, so that 7 and "007" stay themselves; numbers otherwise."""
+    """Text where any value of the column is text, so that 7 and "007" stay distinct; numbers otherwise."""
     if str in kinds:
         return values
     numbers = kinds - {type(None)}
@@ -269,7 +269,7 @@ def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
     _require_columns(path, wanted, file.schema_arrow.names)
     for column in wanted.values():
         if not column.nullable:
-            _refuse_holes(path, column)
+            _check_no_nulls(path, column)
 
     def parts() -> Iterator[dict[str, pd.Series]]:
         first = file.schema_arrow.empty_table().select([column.name for column in wanted.values()])
@@ -301,7 +301,7 @@ def _parquet_parts(path: Path, names: list[str]) -> Iterator[pa.Table]:
         raise _no_parquet(path, error) from error
 
 
-def _refuse_holes(path: Path, column: Column) -> None:
+def _check_no_nulls(path: Path, column: Column) -> None:
     n_rows = n_empty = first = 0
     for part in _parquet_parts(path, [column.name]):
         values = part[column.name]
@@ -310,8 +310,7 @@ def _refuse_holes(path: Path, column: Column) -> None:
         n_empty, n_rows = n_empty + values.null_count, n_rows + len(values)
     if n_empty:
         raise DataError(
-            f"{path}, row {first + 1}: `{column.name}` is empty ({n_empty} rows are like that). Fill or remove such "
-            "rows."
+            f"{path}, row {first + 1}: `{column.name}` is empty ({n_empty} rows in all). Fill or remove these rows."
         )
 
 

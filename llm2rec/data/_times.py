@@ -1,4 +1,4 @@
-"""Times of every kind as integers, in parts of a column that is only known as a whole."""
+"""Timestamps of every kind as integers; the kind of a column is known after reading all of it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from llm2rec.core.errors import DataError
 from llm2rec.data._files import shorten
 from llm2rec.data._table_reader import Table
 
-__all__ = ["Refused", "read_times"]
+__all__ = ["InvalidRows", "read_times"]
 
 Times = Callable[[pd.Series], npt.NDArray[np.int64]]
 
 _LARGEST_SECONDS = 9e12
 
 
-class Refused:
-    """Rows of a column that cannot be taken, counted part by part.
+class InvalidRows:
+    """Invalid rows of a column, counted part by part.
 
     Args:
         table: The table.
         column: The column, by our name.
-        expected: What a row should hold.
+        expected: A description of valid rows.
     """
 
     def __init__(self, table: Table, column: str, expected: str) -> None:
@@ -33,18 +33,18 @@ class Refused:
         self._n_rows = self.n_bad = self._first = 0
 
     def add(self, bad: npt.NDArray[np.bool_]) -> None:
-        """Count the next part, whose bad rows are marked."""
+        """Count the invalid rows of the next part."""
         if not self.n_bad and bad.any():
             self._first = self._n_rows + int(bad.argmax())
         self._n_rows, self.n_bad = self._n_rows + len(bad), self.n_bad + int(bad.sum())
 
     @property
     def is_all(self) -> bool:
-        """Whether no row can be taken."""
+        """Whether all rows are invalid."""
         return self.n_bad == self._n_rows
 
-    def tell(self) -> None:
-        """Raise for the first row marked bad, if any.
+    def check(self) -> None:
+        """Raise for the first invalid row, if there is one.
 
         Raises:
             DataError: Naming file, line, column and value.
@@ -59,19 +59,19 @@ class Refused:
         raise DataError(
             f"{self._table.place(self._first)}: column `{self._table.names[self._column]}` holds "
             f"{shorten(part[self._column].iloc[row])}, expected {self._expected} ({self.n_bad} of {self._n_rows} rows "
-            "are like that). Correct or remove such rows."
+            "are invalid). Correct or remove these rows."
         )
 
 
 def read_times(table: Table) -> Times:
-    """Find out what kind of times a column `timestamp` holds, and check all of them.
+    """Detect the kind of timestamps that a column holds, and check all of them.
 
     Returns:
-        What turns a part of the column into int64: integers stay as they are, decimal seconds and dates become
+        A function that converts a part of the column to int64: integers stay, decimal seconds and dates become
         microseconds.
 
     Raises:
-        DataError: If a row holds no time, or one of another kind than the others.
+        DataError: If a row holds no timestamp, or one of another kind than the others.
     """
     first = next((part["timestamp"] for part in table.parts()), pd.Series(dtype="int64"))  # a header alone has no part
     if pd.api.types.is_datetime64_any_dtype(first):
@@ -81,10 +81,10 @@ def read_times(table: Table) -> Times:
     is_text = pd.api.types.is_string_dtype(first) or first.dtype == object
     if is_text and all(_integers(part["timestamp"]) is not None for part in table.parts()):
         return lambda values: values.astype("str").to_numpy(dtype=object).astype(np.int64)
-    finite = Refused(table, "timestamp", "a number like the others, or an ISO 8601 date in every row")
-    numeric = Refused(table, "timestamp", "")
-    exact = Refused(table, "timestamp", "a number below 2^53, or integers without a point")
-    small = Refused(table, "timestamp", "seconds, at most 9e12")
+    finite = InvalidRows(table, "timestamp", "a number like the others, or an ISO 8601 date in every row")
+    numeric = InvalidRows(table, "timestamp", "")
+    exact = InvalidRows(table, "timestamp", "a number below 2^53, or integers without a point")
+    small = InvalidRows(table, "timestamp", "seconds, at most 9e12")
     are_whole = True
     for part in table.parts():
         numbers = _decimals(part["timestamp"])
@@ -96,8 +96,8 @@ def read_times(table: Table) -> Times:
     # A date like 2020-01-01 is no number, so a column of dates has none; one stray date among numbers is an error.
     if numeric.is_all and pd.api.types.is_string_dtype(first):
         return _checked_dates(table, lambda values: pd.to_datetime(values, errors="coerce", utc=True, format="ISO8601"))
-    finite.tell()
-    (exact if are_whole else small).tell()
+    finite.check()
+    (exact if are_whole else small).check()
     if are_whole:
         return lambda values: _decimals(values).astype(np.int64)
     return lambda values: np.round(_decimals(values) * 1e6).astype(np.int64)
@@ -115,8 +115,8 @@ def _decimals(values: pd.Series) -> npt.NDArray[np.float64]:
 
 
 def _checked_dates(table: Table, parse: Callable[[pd.Series], pd.Series]) -> Times:
-    refused = Refused(table, "timestamp", "an ISO 8601 date such as 2024-05-31T12:30:00 or a number")
+    invalid = InvalidRows(table, "timestamp", "an ISO 8601 date such as 2024-05-31T12:30:00 or a number")
     for part in table.parts():
-        refused.add(parse(part["timestamp"]).isna().to_numpy())
-    refused.tell()
+        invalid.add(parse(part["timestamp"]).isna().to_numpy())
+    invalid.check()
     return lambda values: parse(values).dt.tz_convert(None).to_numpy(dtype="datetime64[us]").astype(np.int64)

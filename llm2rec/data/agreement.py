@@ -1,4 +1,4 @@
-"""Do the titles belong to the items? What follows what has to show in the words."""
+"""Do the titles belong to the items? If so, titles of items that follow each other are more alike than by chance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llm2rec.data.recdata import RecData
 __all__ = ["TitleAgreement", "title_agreement"]
 
 _USERS, _PAIRS_OF_A_USER = 4000, 20
-_ENOUGH = 2000  # pairs; MovieLens, whose users hardly keep to words, is told from chance by 500
+_ENOUGH = 2000  # pairs; MovieLens, with a weak signal, differs from chance with 500
 _SURE = 5.0  # standard errors; pairs of one user are not independent
 
 
 @dataclass(frozen=True)
 class TitleAgreement:
-    """How alike titles are that follow each other, and titles put together by chance.
+    """Similarity of titles that follow each other, and of titles paired by chance.
 
     Attributes:
-        pairs: Pairs of items looked at that follow each other and have different titles.
-        following: Mean likeness of their titles, 0 to 1: the cosine of their letter triples, weighed by rarity.
-        by_chance: The same of the same titles in other pairs.
+        pairs: Number of pairs of items that follow each other and have different titles.
+        following: Mean similarity of their titles, 0 to 1: the cosine of their letter trigrams, weighted by rarity.
+        by_chance: The same for the same titles in other pairs.
         errors: The difference in standard errors.
     """
 
@@ -34,13 +34,13 @@ class TitleAgreement:
     errors: float
 
     def doubt(self) -> str | None:
-        """A sentence where titles tell nothing of what follows what; None where they do, and where pairs are few."""
+        """A warning if titles do not predict the next item; None if they do, or if there are too few pairs."""
         if self.pairs < _ENOUGH or self.errors >= _SURE:
             return None
         return (
-            f"titles of items that follow each other are no more alike than any two ({self.following:.4f} and "
+            f"titles of items that follow each other are no more similar than random pairs ({self.following:.4f} and "
             f"{self.by_chance:.4f}, {self.errors:+.1f} standard errors over {self.pairs:,} pairs): do the titles "
-            "belong to these item ids? As they are, no teacher that reads them can know what comes next"
+            "belong to these item ids? A teacher that reads them cannot predict the next item"
         )
 
 
@@ -58,8 +58,8 @@ def title_agreement(data: RecData) -> TitleAgreement:
     for sequence in data.sequences.select(users)["items"]:
         places = np.unique(np.linspace(0, len(sequence) - 2, min(_PAIRS_OF_A_USER, len(sequence) - 1)).astype(int))
         pairs += [(sequence[place], sequence[place + 1]) for place in places]
-    asked = sorted({item for pair in pairs for item in pair})
-    titles = dict(zip(asked, data.items.select(asked)["title"], strict=True))
+    items = sorted({item for pair in pairs for item in pair})
+    titles = dict(zip(items, data.items.select(items)["title"], strict=True))
     vectors = _vectors(titles)
     half = len(pairs) // 2
     shifted = [(first, pairs[number - half][1]) for number, (first, _) in enumerate(pairs)]
@@ -76,7 +76,7 @@ def title_agreement(data: RecData) -> TitleAgreement:
 
 
 def _vectors(titles: dict[int, str]) -> dict[int, dict[str, float]]:
-    """Letter triples of each title with their weights, of length 1. Triples know no language, and need no spaces."""
+    """Letter trigrams of each title with weights of unit norm; they work for any language, with or without spaces."""
     # In order of appearance: a set's order differs between processes, and with it the last digit of the sums.
     triples = {
         item: dict.fromkeys(text[i : i + 3] for i in range(max(1, len(text) - 2)))

@@ -31,7 +31,7 @@ _REVIEW = pa.schema(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Keys of one generation of review files."""
+    """Keys of one version of the review files."""
 
     years: str
     user: str
@@ -55,7 +55,7 @@ _SCRIPT_IN_TITLE = "getTime("
 class AmazonReviews(DatasetSpec):
     """Reviews as implicit interactions, with the products' titles.
 
-    Both files are JSON lines, gzipped or plain; the layout is told by the keys of the first row. Timestamps are
+    Both files are JSON lines, gzipped or plain; the keys of the first row decide the layout. Timestamps are
     kept as published: seconds in 2014 and 2018, milliseconds in 2023. Titles have HTML entities decoded and white
     space normalised. Repeated metadata rows are counted and the first title is kept.
 
@@ -96,8 +96,8 @@ class AmazonReviews(DatasetSpec):
                 f"{metadata} names none of the {len(reviewed)} products reviewed in {reviews} (the first is "
                 f"{next(iter(reviewed))!r}); give the metadata of the same category and year: dataset.metadata=FILE"
             )
-        untold = [item for item in reviewed if item not in titles]
-        titles.update(dict.fromkeys(untold, ""))
+        untitled = [item for item in reviewed if item not in titles]
+        titles.update(dict.fromkeys(untitled, ""))
         items = pd.DataFrame(
             {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}
         )
@@ -166,7 +166,7 @@ def _checked_reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
             ) from error
         yield user, item, timestamp, rating
     if layout is None:
-        raise DataError(f"{path} is empty; expected one review a line.")
+        raise DataError(f"{path} is empty; expected one review per line.")
 
 
 def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str], int]:

@@ -1,4 +1,4 @@
-"""Columns of prepared tables, read number by number where they lie."""
+"""Columns of prepared tables, indexed without loading them."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,20 +12,20 @@ __all__ = ["MappedNumbers", "Numbers", "column_numbers", "list_lengths"]
 
 
 class Numbers(Protocol):
-    """Numbers that are found by their positions: an array, or a column that stays on disk."""
+    """Numbers indexed by position: an array, or a column that stays on disk."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of values."""
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
-        """Those at some positions, in the form of ``index``."""
+        """Values at some positions, in the shape of ``index``."""
 
 
 class MappedNumbers:
-    """The numbers of a column in Arrow stream files; those of lists follow on each other.
+    """The numbers of a column in Arrow stream files; lists are concatenated.
 
-    Files are mapped into memory: what is asked for is read, and the system forgets it again when it needs the room. A
-    file holds a column in many blocks, one for each part that was written, so that a number is found in two steps.
+    Files are memory-mapped. A file holds a column in many blocks, one per part that was written, so that a lookup takes
+    two steps.
 
     Args:
         files: The files of a table, in their order.
@@ -41,7 +41,7 @@ class MappedNumbers:
             for batch in pa.ipc.open_stream(content):
                 block = _flat(batch.column(column)).to_numpy()
                 kind = block.dtype
-                place = (block.ctypes.data - content.address) // kind.itemsize  # in numbers, from the file's beginning
+                place = (block.ctypes.data - content.address) // kind.itemsize  # in numbers, from the start of the file
                 starts.append(n)
                 shifts.append(place - n)
                 owners.append(number)
@@ -69,11 +69,11 @@ def column_numbers(dataset: Dataset, column: str) -> Numbers:
     """A column of numbers, or of lists of numbers, one list after the other.
 
     Args:
-        dataset: A table; one in files stays there, of others, and of rows chosen from one, the column is copied.
+        dataset: A table; a table in files stays there, while the column of others, and of selected rows, is copied.
         column: Its name.
     """
     files = [each["filename"] for each in dataset.cache_files]
-    if files and dataset._indices is None:  # nothing public says whether rows have been chosen
+    if files and dataset._indices is None:  # no public attribute says whether rows were selected
         mapped = MappedNumbers(files, column)
         chunks = _chunks(dataset, column)
         if len(mapped) == sum(len(_flat(chunk)) for chunk in chunks):

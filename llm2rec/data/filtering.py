@@ -1,7 +1,7 @@
 """From raw tables to numbered, ordered sequences: titles, thresholds, duplicates, k-core, short users.
 
-Interactions go from file to file, so that memory grows with users and items, and not with their interactions: each
-filter needs no more than counts, and duplicates and order are a user's own affair.
+Interactions go from file to file, so that memory grows with users and items, not with interactions: filters need only
+counts, and duplicates and order are found user by user.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sequences:
         titles: Title of each item, ``(N,)``.
         lengths: Interactions of each user, ``(U,)``.
         buckets: Interactions, user after user, oldest first, by the numbers of ``user_ids`` and ``item_ids``.
-        counts: What each filter took away, by name.
+        counts: Interactions, users and items that each filter removed, by name.
     """
 
     user_ids: npt.NDArray[np.object_]
@@ -46,28 +46,28 @@ class Sequences:
 
     @property
     def n_interactions(self) -> int:
-        """All interactions that are left."""
+        """Interactions after all filters."""
         return int(self.lengths.sum())
 
 
 def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences:
-    """Apply the filters of `spec` and number what is left.
+    """Apply the filters of `spec` and number the remaining users and items.
 
     The order is: titles, rating threshold, exact duplicates (same user, item and timestamp; the first stays),
-    then k-core and short users together until neither takes anything away. Interactions are sorted by user, time
-    and original row, so that equal timestamps keep the order of the source. Items nobody interacts with any more
-    are left out of the catalogue.
+    then k-core and short users together until neither removes anything. Interactions are sorted by user, time
+    and original row, so that equal timestamps keep the order of the source. Items without interactions are
+    left out of the catalogue.
 
     Args:
         raw: Tables as the source yields them.
         spec: The settings.
-        work: A folder for interactions on their way; what is returned reads from there.
+        work: A folder for intermediate files; the returned sequences read from there.
 
     Returns:
-        The sequences, with the counts of everything taken away.
+        The sequences, with counts of everything removed.
 
     Raises:
-        DataError: If an item id is there twice, an interaction names an unknown item, a title is missing, or
+        DataError: If an item id occurs twice, an interaction names an unknown item, a title is missing, or
             nothing is left.
         ConfigError: If there is a rating threshold and the source has no ratings.
     """
@@ -101,7 +101,7 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
 
 
 class _Numbering:
-    """Numbers users and items of interactions as they come, and takes away what title or rating rule out.
+    """Numbers users and items part by part, and drops interactions by title and rating.
 
     Args:
         raw: What the source yields.
@@ -109,8 +109,8 @@ class _Numbering:
         titles: Titles of the items, ``(N,)``; empty ones are to be dropped.
 
     Attributes:
-        counts: What was taken away, by name.
-        of_users: Interactions of each user that stay, and zeros behind.
+        counts: Removed interactions and items, by name.
+        of_users: Remaining interactions of each user, padded with zeros.
     """
 
     def __init__(self, raw: RawParts, spec: DatasetSpec, titles: npt.NDArray[np.object_]) -> None:
@@ -126,7 +126,7 @@ class _Numbering:
             self.counts["rows_below_min_rating"] = 0
 
     def rows(self) -> Iterator[Rows]:
-        """Yield what stays, part by part.
+        """Yield the remaining interactions, part by part.
 
         Raises:
             DataError: At the end, if interactions name unknown items.
@@ -144,7 +144,7 @@ class _Numbering:
             rows["user"], rows["item"], rows["time"] = user[keep], item[keep], part["timestamp"].to_numpy()[keep]
             self._count(rows["user"])
             yield rows
-        self._tell_unknown()
+        self._check_unknown()
 
     def _kept(self, part: pd.DataFrame, item: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         keep = self._has_title[item]
@@ -169,18 +169,18 @@ class _Numbering:
         np.add.at(self.of_users, users, 1)
 
     def user_ids(self) -> npt.NDArray[np.object_]:
-        """Raw ids of all users that came, in the order of their numbers."""
+        """Raw ids of all users, in the order of their numbers."""
         ids = np.empty(len(self._users), dtype=object)
         ids[:] = list(self._users)
         return ids
 
-    def _tell_unknown(self) -> None:
+    def _check_unknown(self) -> None:
         if self._unknown:
             named = ", ".join(shorten(each) for each in list(self._unknown)[:_SHOWN])
             raise DataError(
                 f"{self._n_unknown} interactions name {len(self._unknown)} items that are not among the "
                 f"{len(self._items)} items ({named}{', ...' * (len(self._unknown) > _SHOWN)}). Add these items with "
-                "their titles, or take the interactions out; ids are compared as text, so '7' and '007' differ."
+                "their titles, or remove the interactions; ids are compared as text, so '7' and '007' differ."
             )
 
 
@@ -189,7 +189,7 @@ def _n_rows(buckets: Buckets) -> int:
 
 
 def _finish(buckets: Buckets, kept_users: npt.NDArray[np.bool_], kept_items: npt.NDArray[np.bool_]) -> None:
-    """Leave what is kept in the buckets, under its final numbers and in its final order."""
+    """Drop removed users and items from the buckets, renumber and sort."""
     user_number, item_number = np.cumsum(kept_users) - 1, np.cumsum(kept_items) - 1
 
     def finished(rows: Rows) -> Rows:
@@ -207,12 +207,12 @@ def check_titles(items: pd.DataFrame, spec: DatasetSpec) -> npt.NDArray[np.objec
     """Return a title for each item, ``(N,)``; empty only where the item is to be dropped.
 
     Raises:
-        DataError: If an item id is there twice, or a title is missing that must not be.
+        DataError: If an item id occurs twice, or a required title is missing.
     """
     repeated = items["item_id"][items["item_id"].duplicated()]
     if len(repeated):
         raise DataError(
-            f"dataset `{spec.name}`: item id {repeated.iloc[0]!r} is there more than once ({len(repeated)} repeats "
+            f"dataset `{spec.name}`: item id {repeated.iloc[0]!r} occurs more than once ({len(repeated)} repeats "
             "in all); item ids must be unique. Keep one title for each id."
         )
     titles = items["title"].to_numpy(dtype=object)
@@ -231,7 +231,7 @@ def check_titles(items: pd.DataFrame, spec: DatasetSpec) -> npt.NDArray[np.objec
 
 
 def _more(values: object) -> str:
-    """Continue a list of examples that was cut."""
+    """The end of a list of examples that was cut."""
     n_values = int(values.sum()) if isinstance(values, np.ndarray) else len(values)  # type: ignore[arg-type]
     return ", ..." if n_values > _SHOWN else ""
 
@@ -240,7 +240,7 @@ def _ratings(interactions: pd.DataFrame) -> npt.NDArray[np.float64]:
     if "rating" not in interactions:
         raise ConfigError(
             "`dataset.min_rating` is set but the interactions have no ratings; name the column "
-            "(dataset.rating_column=...) or take the threshold away (dataset.min_rating=null)."
+            "(dataset.rating_column=...) or remove the threshold (dataset.min_rating=null)."
         )
     return interactions["rating"].to_numpy(dtype=np.float64)
 
@@ -248,13 +248,13 @@ def _ratings(interactions: pd.DataFrame) -> npt.NDArray[np.float64]:
 def _dense_enough(
     buckets: Buckets, spec: DatasetSpec, counts: dict[str, int]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Take away users and items below the k-core, and users too short to split, until nothing changes.
+    """Remove users and items below the k-core, and users too short to split, until nothing changes.
 
-    Dropping a short user can push an item below the core and the other way round, hence one loop for both. A user or
-    an item that is dropped is so with all its interactions: two switches say which ones are left.
+    Removing a short user can push an item below the core and vice versa, hence one loop for both. A user or an item is
+    removed with all its interactions, so that two masks describe what is left.
 
     Returns:
-        Interactions left of each user, ``(U,)``, and of each item, ``(N,)``.
+        Remaining interactions of each user, ``(U,)``, and of each item, ``(N,)``.
     """
     users, items = np.ones(buckets.n_users, bool), np.ones(buckets.n_items, bool)
     before_core = before_short = n_users_short = 0
@@ -289,7 +289,7 @@ def _dense_enough(
 
 
 def _between(counts: npt.NDArray[np.int64], least: int) -> npt.NDArray[np.bool_]:
-    """What has some interactions, but too few."""
+    """Mask of counts above 0 and below ``least``."""
     return (counts > 0) & (counts < least)
 
 
@@ -306,7 +306,7 @@ def _nothing_left(spec: DatasetSpec, counts: dict[str, int]) -> str:
         if counts.get(key)
     )
     return (
-        f"dataset `{spec.name}`: no interaction is left of {counts['raw_interactions']:,} ({lost or 'none came in'}). "
+        f"dataset `{spec.name}`: no interaction is left of {counts['raw_interactions']:,} ({lost or 'none at all'}). "
         f"A user needs at least {spec.min_interactions} interactions (dataset.min_interactions); give more data, or "
         "lower dataset.k_core or dataset.min_rating."
     )

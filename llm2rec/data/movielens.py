@@ -1,4 +1,4 @@
-"""MovieLens 100K in GroupLens' own layout: a folder, a zip, or a download."""
+"""MovieLens 100K in GroupLens' layout: a folder, a zip, or a download."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MovieLens100K(DatasetSpec):
     md5: str = side_field(ML_100K_MD5)
 
     def obtain(self, raw_cache_dir: Path | None) -> MovieLens100K:
-        """Return a spec with `raw_dir` set, downloading the zip into `raw_cache_dir` where it is needed.
+        """Return a spec with `raw_dir` set, after downloading the zip into `raw_cache_dir` if needed.
 
         Raises:
             DataError: If there is no `raw_dir` and the zip cannot be downloaded, or its checksum is wrong.
@@ -68,7 +68,7 @@ class MovieLens100K(DatasetSpec):
         if self.raw_dir is not None:
             return self
         if raw_cache_dir is None:
-            raise DataError(f"MovieLens 100K is not here and there is no folder to download it to. {self._remedy()}")
+            raise DataError(f"MovieLens 100K was not found, and there is no folder to download it to. {self._remedy()}")
         target = Path(raw_cache_dir) / "ml-100k.zip"
         if not target.exists():
             if not self.download:
@@ -80,7 +80,7 @@ class MovieLens100K(DatasetSpec):
         """Return the two files, or the zip that holds them.
 
         Raises:
-            DataError: If they are not there.
+            DataError: If they do not exist.
         """
         if self.raw_dir is None:
             raise DataError(f"MovieLens 100K has no `dataset.raw_dir` and has not been downloaded. {self._remedy()}")
@@ -111,7 +111,7 @@ class MovieLens100K(DatasetSpec):
         )
 
     def _download(self, target: Path) -> None:
-        """Fetch the zip, check it, and only then give it its name."""
+        """Download the zip to a temporary file, check it, and rename it."""
         _log.info("downloading %s", self.url)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".ml-100k-", suffix=".part")
@@ -139,7 +139,7 @@ class MovieLens100K(DatasetSpec):
 
 @contextmanager
 def _opened(files: list[Path]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open interactions and items, from two files or straight out of one zip; nothing is ever unpacked."""
+    """Open interactions and items, from two files or straight out of one zip; nothing is unpacked."""
     if len(files) == 2:
         with files[0].open("rb") as interactions, files[1].open("rb") as items:
             yield interactions, items
@@ -147,12 +147,12 @@ def _opened(files: list[Path]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     path = files[0]
     try:
         with zipfile.ZipFile(path) as archive:
-            _refuse_escaping_members(archive, path)
+            _check_members(archive, path)
             yield (
                 io.BytesIO(archive.read(_member(archive, _INTERACTIONS, path))),
                 io.BytesIO(archive.read(_member(archive, _ITEMS, path))),
             )
-    # The latter come from damage inside, and from encryption and compressions that zipfile does not know.
+    # Most of these come from damaged members, encryption, and compressions that zipfile does not support.
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, UnicodeDecodeError, struct.error, zlib.error) as error:
         raise DataError(
             f"{path} is not a readable zip ({error}). Give GroupLens' ml-100k.zip or the folder it unpacks to: "
@@ -160,8 +160,8 @@ def _opened(files: list[Path]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         ) from error
 
 
-def _refuse_escaping_members(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse a zip made to write outside its folder, although we only read: whoever made it meant harm."""
+def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
+    """Reject a zip with paths outside its folder: we only read, but such a file is malicious."""
     for member in archive.infolist():
         name = member.orig_filename
         parts = PurePosixPath(name.replace("\\", "/"))
@@ -170,7 +170,7 @@ def _refuse_escaping_members(archive: zipfile.ZipFile, path: Path) -> None:
         if escapes or is_link:
             kind = "is a symbolic link" if is_link else "points outside the archive's own folder"
             raise DataError(
-                f"{path}: member {shorten(name)} {kind}; the archive is refused. Use GroupLens' own ml-100k.zip."
+                f"{path}: member {shorten(name)} {kind}; the archive is rejected. Use GroupLens' own ml-100k.zip."
             )
 
 
@@ -230,7 +230,7 @@ def _read_items(stream: IO[bytes], path: Path) -> pd.DataFrame:
                 "'|'. Correct the line or use GroupLens' own file."
             )
         if fields[0] in titles:
-            raise DataError(f"{where}, line {number}: item {fields[0]!r} is there twice; keep one line for each id.")
+            raise DataError(f"{where}, line {number}: item {fields[0]!r} occurs twice; keep one line for each id.")
         titles[fields[0]] = " ".join(fields[1].split())
     return pd.DataFrame(
         {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}

@@ -1,4 +1,4 @@
-"""Raw files in, one canonical dataset out; made once, found again by content."""
+"""Prepare a dataset from raw files; done once, and found again by content."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(spec: DatasetSpec, processed_dir: Path, raw_cache_dir: Path | None = None) -> RecData:
-    """Prepare a dataset, or load it where the same content has been prepared before.
+    """Prepare a dataset, or load it if the same content was prepared before.
 
-    The folder is `<name>-<key>`, the key a hash of settings, raw content and format version. It is written aside
-    and renamed when complete: a run killed half-way leaves only a hidden folder that nothing reads, and of two
-    runs at the same time one wins.
+    The folder is `<name>-<key>`, the key a hash of settings, raw content and format version. It is written under
+    a temporary name and renamed when complete: a killed run leaves only a hidden folder that nothing reads, and of
+    two runs at the same time one wins.
 
-    Interactions go from file to file, in a hidden folder beside: memory grows with users and items, and with the
-    interactions of the one user who has most, but not with all of them.
+    Interactions go from file to file in that hidden folder: memory grows with users, items, and the interactions of
+    the largest user, but not with all interactions.
 
     Args:
-        spec: What to prepare.
-        processed_dir: Where prepared datasets lie.
-        raw_cache_dir: Where downloads are kept; None forbids downloading.
+        spec: The dataset.
+        processed_dir: Folder of prepared datasets.
+        raw_cache_dir: Folder of downloads; None forbids downloading.
 
     Returns:
         The dataset, memory-mapped.
@@ -68,7 +68,7 @@ def prepare(spec: DatasetSpec, processed_dir: Path, raw_cache_dir: Path | None =
 
 
 def _write(folder: Path, spec: DatasetSpec, settings: Mapping[str, Any], key: str) -> None:
-    """Write the whole folder aside and move it into its place."""
+    """Write the folder under a temporary name and rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -90,14 +90,14 @@ def _write_all(folder: Path, spec: DatasetSpec, settings: Mapping[str, Any], key
         write_items(folder, sequences, key)
         write_users(folder, sequences, spans, spec.history_length, spec.num_proc, key)
     counts = {name: SplitCounts(len(sequences.item_ids), spec.history_length) for name in SPLIT_NAMES}
-    told = {
+    hashed = {
         name: hash_table(folder / name, features, counts[name].add if name in counts else None)
         for name, features in FEATURES.items()
     }
     shutil.rmtree(work)
     _write_json(folder / "statistics.json", compute_statistics(sequences, counts, {**sequences.counts, **split_counts}))
     files = {str(file.relative_to(folder)): sha256_of_file(file) for file in sorted(folder.glob("*/*.arrow"))}
-    hashes, sizes = ({name: each[which] for name, each in told.items()} for which in (0, 1))
+    hashes, sizes = ({name: each[which] for name, each in hashed.items()} for which in (0, 1))
     covered = {"items": hashes["items"], "settings": settings, **{name: hashes[name] for name in SPLIT_NAMES}}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -116,9 +116,9 @@ def _move_into_place(aside: Path, folder: Path) -> None:
     try:
         os.rename(aside, folder)
     except OSError as error:
-        # Another process finished first; the key says that its content is ours.
+        # Another process finished first; the same key means the same content.
         if not (folder / "manifest.json").is_file():
-            raise DataError(f"{folder} could not be written ({error}); make room for it or remove it.") from error
+            raise DataError(f"{folder} could not be written ({error}); free space or remove it.") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `datasets` from drawing a bar for each of its small steps."""
+    """Disable the progress bars of `datasets`."""
     was_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:

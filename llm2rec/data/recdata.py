@@ -1,4 +1,4 @@
-"""A prepared dataset on disk: the canonical form every later stage reads."""
+"""A prepared dataset on disk, as every later stage reads it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""Counts up when the same raw files and settings would give other content or another layout."""
+"""Raised when the same raw files and settings give other content or another layout."""
 
 ITEM_FEATURES = Features({"item_id": Value("int32"), "raw_id": Value("string"), "title": Value("string")})
 SEQUENCE_FEATURES = Features(
@@ -49,12 +49,12 @@ class RecData:
     """A prepared dataset; the tables are memory-mapped.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         items: `item_id` (0 to N-1, equal to the row), `raw_id`, `title`.
-        sequences: `user_index`, `user_id`, `items`, `timestamps`; one row a user, oldest first.
+        sequences: `user_index`, `user_id`, `items`, `timestamps`; one row per user, oldest first.
         splits: `train`, `validation` and `test`, with the columns of `EXAMPLE_FEATURES`. Row r of `train` has
-            `example_id` r; validation and test ids go on from there.
-        fingerprint: sha256 over items, examples and settings; what teacher outputs are checked against.
+            `example_id` r; validation and test ids continue from there.
+        fingerprint: sha256 over items, examples and settings; teacher outputs are checked against it.
         manifest: Fingerprint, settings, sizes, hashes and versions, as saved.
         statistics: Counts and distributions, as saved; `format_statistics` prints them.
     """
@@ -93,7 +93,7 @@ class RecData:
         return list(self.items["title"])
 
     def verify(self) -> None:
-        """Read everything again and compare it with the hashes in the manifest.
+        """Read all tables and compare them with the hashes in the manifest.
 
         Raises:
             DataError: If a table is not what was written.
@@ -111,7 +111,7 @@ def load(folder: Path) -> RecData:
     """Load a prepared dataset.
 
     Args:
-        folder: What `prepare` wrote.
+        folder: Folder written by `prepare`.
 
     Returns:
         The dataset, memory-mapped.
@@ -166,7 +166,7 @@ class ContentHash:
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
-        # Lengths and values apart: otherwise ["ab", "c"] and ["a", "bc"] would be equal, or chunk borders would show.
+        # Lengths and values are hashed apart, so that ["ab", "c"] differs from ["a", "bc"] and chunks do not count.
         self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in schema.names}
 
     def update(self, part: pa.RecordBatch | pa.Table) -> None:
@@ -184,7 +184,7 @@ class ContentHash:
                     values.update(_little(chunk.to_numpy(), "<i8"))
 
     def hexdigest(self) -> str:
-        """The sha256 of all that was added."""
+        """The sha256 of all rows so far."""
         whole = hashlib.sha256()
         for name, (lengths, values) in self._columns.items():
             kind = self._schema.field(name).type
@@ -205,7 +205,7 @@ def content_hash(dataset: Dataset) -> str:
 
 
 def _text_bytes(chunk: pa.StringArray) -> memoryview:
-    """The UTF-8 of all texts, one behind the other."""
+    """The UTF-8 of all texts, concatenated."""
     _, offsets, content = chunk.buffers()
     if content is None or not len(chunk):
         return memoryview(b"")

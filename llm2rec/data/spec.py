@@ -1,4 +1,4 @@
-"""What a dataset is made from: the settings every source shares, and the raw tables every source yields."""
+"""Settings that every dataset shares, and the raw tables that every source yields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2rec.data._files import digest_of_files
 __all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "path_field"]
 
 MISSING = "???"
-"""What OmegaConf calls a required value that has not been given."""
+"""OmegaConf's mark of a required value that is missing."""
 
 SPLITS = ("leave_one_out", "global_time")
 MISSING_TITLE_POLICIES = ("error", "drop", "id")
@@ -34,20 +34,20 @@ def path_field(default: str | None = MISSING) -> Any:
 
 
 def side_field(default: Any) -> Any:
-    """Declare a field that says how the work is done and cannot change its result: not part of `settings`."""
+    """Declare a field that cannot change the result: not part of `settings`."""
     return field(default=default, metadata={_NOT_CONTENT: True})
 
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source yields, before any filter.
+    """Tables of a source, before any filter.
 
     Attributes:
-        interactions: One row an interaction, in the order of the source: `user_id` and `item_id` (str), `timestamp`
+        interactions: One row per interaction, in the order of the source: `user_id` and `item_id` (str), `timestamp`
             (int64, any unit, larger is later) and, where the source has them, `rating` (float64).
-        items: One row an item, ids unique: `item_id` (str) and `title` (str, empty where the source has none).
+        items: One row per item, ids unique: `item_id` (str) and `title` (str, empty where the source has none).
             Its order is the order of the item indices.
-        notes: Counts of what the source left out, by name; they go into the statistics.
+        notes: Counts of rows that the source left out, by name; they go into the statistics.
     """
 
     interactions: pd.DataFrame
@@ -114,7 +114,7 @@ class DatasetSpec:
             raise ConfigError(f"dataset `{self.name}` cannot be built: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
-        """What is wrong with the values, one clause each; sources add their own."""
+        """Problems with the values, one clause each; sources add their own."""
         problems = [
             f"`dataset.{each.name}` is not set: give `dataset.{each.name}=...`"
             for each in dataclasses.fields(self)
@@ -151,7 +151,7 @@ class DatasetSpec:
         """Return a copy whose relative paths start at `base`.
 
         Args:
-            base: The folder the user typed the command in; Hydra has changed the working folder since.
+            base: The folder of the launch; Hydra has changed the working folder since.
         """
         changes: dict[str, Any] = {}
         for each in dataclasses.fields(self):
@@ -193,11 +193,11 @@ class DatasetSpec:
         raise NotImplementedError
 
     def raw_digest(self) -> str:
-        """Return a hash of the raw content, by which prepared data is found again."""
+        """Return a hash of the raw content, part of the key of prepared data."""
         return digest_of_files(self.raw_files())
 
     def read(self) -> RawData:
-        """Read the raw files. A source has this method of its own, or `read_parts`.
+        """Read the raw files. A source implements this method or `read_parts`.
 
         Raises:
             DataError: If a file is missing or malformed; the message names file and line.
@@ -206,10 +206,10 @@ class DatasetSpec:
         return RawData(pd.concat(parts.interactions(), ignore_index=True), parts.items, parts.notes)
 
     def read_parts(self, work: Path | None = None) -> RawParts:
-        """Read the raw files, interactions in parts; sources whose files may be larger than memory have their own.
+        """Read the raw files, interactions in parts; implemented by sources whose files may be larger than memory.
 
         Args:
-            work: An empty folder for what does not fit into memory; None keeps all there.
+            work: An empty folder for data that does not fit into memory; None keeps all in memory.
 
         Raises:
             DataError: If a file is missing or malformed; the message names file and line.

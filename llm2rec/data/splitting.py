@@ -1,7 +1,7 @@
 """Which interactions are targets of which split, and the examples made from them.
 
 Within one user's sequence the targets of a split are one run of positions, because sequences are ordered in time.
-So a split is three numbers a user: first target, one past the last, and the id of the first example.
+So a split is three numbers per user: first target, one past the last, and the id of the first example.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Span:
 
 
 def target_spans(sequences: Sequences, spec: DatasetSpec) -> tuple[dict[str, Span], dict[str, int]]:
-    """Decide which positions are targets of which split.
+    """Assign positions to splits as targets.
 
     `leave_one_out`: each user's last interaction tests, the one before validates, positions 1 to n-3 train.
 
@@ -64,9 +64,9 @@ def target_spans(sequences: Sequences, spec: DatasetSpec) -> tuple[dict[str, Spa
     those at or after the (1 - test) quantile test, everything before trains. Interactions with exactly the
     timestamp of a cut fall on its later side, so no training target is as late as the first validation target.
     Items first seen after the cut stay in the catalogue, and are counted as cold targets in the statistics. An
-    interaction that is the first of its user is never a target, for want of a history: users whose first
+    interaction that is the first of its user is never a target, since it has no history: users whose first
     interaction lies after the cut are counted as `users_new_after_cut`. Histories of validation and test targets
-    may hold interactions from after the cut, as they would in service.
+    may hold interactions from after the cut, as they would in production.
 
     Example ids count all train rows first, then validation, then test, each in order of user and position.
 
@@ -120,9 +120,9 @@ def _n_before(cut: int, sequences: Sequences) -> npt.NDArray[np.int64]:
 
 
 def _time_at(place: int, sequences: Sequences) -> int:
-    """Return the timestamp that would stand at a place, from 0, if all were sorted.
+    """Return the timestamp at a rank, from 0, of all sorted timestamps.
 
-    They are never all in memory: each pass over them counts into bins, and the next one looks into one bin only.
+    They are never all in memory: each pass counts them in bins, and the next one looks into one bin only.
     """
     ends = [(int(rows["time"].min()), int(rows["time"].max())) for rows in sequences.buckets if len(rows)]
     low, high = min(first for first, _ in ends), max(last for _, last in ends)
@@ -131,7 +131,7 @@ def _time_at(place: int, sequences: Sequences) -> int:
         counts = np.zeros(_BINS, np.int64)
         for rows in sequences.buckets:
             inside = rows["time"][(rows["time"] >= low) & (rows["time"] <= high)]
-            # Differences of 64-bit times may need 64 bits and no sign; unsigned words wrap around to them.
+            # Differences of int64 timestamps may exceed int64; unsigned arithmetic wraps around to the right value.
             bins = (inside.astype(np.uint64) - np.array(low).astype(np.uint64)) // np.uint64(width)
             counts += np.bincount(bins.astype(np.int64), minlength=_BINS)
         before = np.cumsum(counts) - counts
@@ -146,15 +146,15 @@ def build_examples(batch: pa.Table, history_length: int) -> pa.Table:
 
     Args:
         batch: Columns `user_index`, `user_id`, `items`, `timestamps`, and the span's `first`, `stop` and
-            `first_example`; one row a user.
+            `first_example`; one row per user.
         history_length: Most items a history holds, L.
 
     Returns:
-        One row an example, with the columns of `EXAMPLE_FEATURES`; histories oldest first.
+        One row per example, with the columns of `EXAMPLE_FEATURES`; histories oldest first.
     """
     columns = {name: batch[name].combine_chunks() for name in batch.column_names}
     lists = columns["items"]
-    items = lists.flatten().to_numpy()  # [M]: all users' items, one after the other
+    items = lists.flatten().to_numpy()  # [M]: all users' items, concatenated
     timestamps = columns["timestamps"].flatten().to_numpy()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     first, stop = (columns[name].to_numpy().astype(np.int64) for name in ("first", "stop"))

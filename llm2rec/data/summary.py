@@ -1,4 +1,4 @@
-"""Numbers that describe a prepared dataset, and how they are printed."""
+"""Statistics of a prepared dataset, and warnings about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm2rec.data.splitting import SPLIT_NAMES
 
 __all__ = ["SplitCounts", "compute_statistics", "doubts", "format_statistics"]
 
-_SHORT = 5  # interactions of the median user, below which order has little to say
+_SHORT = 5  # interactions of the median user, below which order carries little information
 _COLD = 0.01  # share of test targets
 _ROUGH = 0.02  # half the width of the 95 % interval of an HR@10 of .1, a fifth of it
 
@@ -47,9 +47,9 @@ def compute_statistics(
     """Describe a dataset.
 
     Args:
-        sequences: What the filters left.
+        sequences: Interactions after all filters.
         splits: Counts of the examples by split.
-        counts: What the filters and the split took away, by name.
+        counts: Counts of removed data, by name.
 
     Returns:
         JSON values: sizes, `density` (interactions over users times items), `sequence_length` and
@@ -74,10 +74,10 @@ def compute_statistics(
 
 
 def format_statistics(statistics: Mapping[str, Any]) -> str:
-    """Lay statistics out as a small table; what is zero in the removals is left out.
+    """Format statistics as a small table, without removals that are zero.
 
     Args:
-        statistics: What `compute_statistics` returned.
+        statistics: Result of `compute_statistics`.
 
     Returns:
         Lines without a trailing newline.
@@ -106,41 +106,41 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
 
 
 def doubts(statistics: Mapping[str, Any]) -> list[str]:
-    """What speaks against a dataset, or against trusting what is measured on it.
+    """Warnings about a dataset, and about metrics measured on it.
 
     Args:
-        statistics: What `compute_statistics` returned.
+        statistics: Result of `compute_statistics`.
 
     Returns:
-        A sentence each; none where nothing does.
+        One sentence per warning.
     """
-    told = []
+    found = []
     length, shown, n_test = statistics["sequence_length"], statistics["history_length"], statistics["rows"]["test"]
     if length["median"] < _SHORT:
-        told.append(
-            f"half of the users have {length['median']:g} interactions or fewer: sequences say little, and a model of "
-            "them can learn little more than what is popular"
+        found.append(
+            f"half of the users have {length['median']:g} interactions or fewer: a sequential model "
+            "can learn little more than popularity"
         )
     if length["median"] > shown["max"] + 1:  # the target is no history
-        told.append(
+        found.append(
             f"most histories are cut at {shown['max']} items: a longer `dataset.history_length` shows models more"
         )
     cold = statistics["cold_targets"]["test"]
     if n_test and cold > _COLD * n_test:
-        told.append(
-            f"{cold / n_test:.1%} of the test rows ask for items that training never shows: no student finds them, "
-            "only a teacher that reads titles can"
+        found.append(
+            f"{cold / n_test:.1%} of the test targets are items without training interactions: no student can "
+            "recommend them, only a teacher that reads titles can"
         )
     if n_test and (half := 1.96 * (0.1 * 0.9 / n_test) ** 0.5) > _ROUGH:
-        told.append(
-            f"with {n_test:,} test rows an HR@10 of 10 % is known to ± {100 * half:.1f} points: small gains cannot be "
-            "told from chance"
+        found.append(
+            f"with {n_test:,} test rows an HR@10 of 10 % is known to ± {100 * half:.1f} points: small gains are "
+            "within noise"
         )
-    return told
+    return found
 
 
 def _summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Describe lengths, of which there are ``counts[l]`` of length l."""
+    """Summarise lengths, of which ``counts[l]`` have length l."""
     n_values, reached = int(counts.sum()), np.cumsum(counts)
     middle = [int(np.searchsorted(reached, place, side="right")) for place in ((n_values - 1) // 2, n_values // 2)]
     there = np.flatnonzero(counts)

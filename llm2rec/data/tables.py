@@ -13,7 +13,7 @@ import pandas as pd
 from llm2rec.core.errors import DataError
 from llm2rec.data._files import existing_file
 from llm2rec.data._table_reader import Column, Table, read_table
-from llm2rec.data._times import Refused, read_times
+from llm2rec.data._times import InvalidRows, read_times
 from llm2rec.data.spec import DatasetSpec, RawParts, path_field
 
 __all__ = ["CsvTables"]
@@ -23,7 +23,7 @@ __all__ = ["CsvTables"]
 class CsvTables(DatasetSpec):
     """A table of interactions and a table of items.
 
-    The format is told by the suffix: `.csv`, `.tsv`, `.parquet`, `.jsonl` (or `.ndjson`); all but parquet may end
+    The suffix decides the format: `.csv`, `.tsv`, `.parquet`, `.jsonl` (or `.ndjson`); all but parquet may end
     in `.gz`. Ids are text and kept exactly (`007` stays `007`). Timestamps are integers of any unit, decimal
     numbers (taken as seconds and kept to the microsecond) or ISO 8601 dates (kept to the microsecond; without a
     zone they are UTC). Titles have their white space normalised.
@@ -93,10 +93,10 @@ class CsvTables(DatasetSpec):
         _check_ids(table, "item_id")
         times = read_times(table)
         if "rating" in wanted:
-            refused = Refused(table, "rating", "a number")
+            invalid = InvalidRows(table, "rating", "a number")
             for part in table.parts():
-                refused.add(~np.isfinite(_numbers(part["rating"])))
-            refused.tell()
+                invalid.add(~np.isfinite(_numbers(part["rating"])))
+            invalid.check()
 
         def parts() -> Iterator[pd.DataFrame]:
             for part in table.parts():
@@ -125,7 +125,7 @@ class CsvTables(DatasetSpec):
             row = int(np.flatnonzero(repeated)[0])
             first = int(np.flatnonzero((ids == ids.iloc[row]).to_numpy())[0])
             raise DataError(
-                f"{table.place(row)}: item id {ids.iloc[row]!r} is there already ({table.place(first)}); item ids "
+                f"{table.place(row)}: item id {ids.iloc[row]!r} occurs before ({table.place(first)}); item ids "
                 "must be unique. Keep one row for each id."
             )
         titles = [" ".join(str(title).split()) for title in columns["title"].fillna("")]
@@ -140,7 +140,7 @@ class CsvTables(DatasetSpec):
 
 
 def _check_ids(table: Table, column: str) -> None:
-    refused = Refused(table, column, "an id")
+    invalid = InvalidRows(table, column, "an id")
     for part in table.parts():
         ids = part[column]
         if not (pd.api.types.is_string_dtype(ids) or pd.api.types.is_integer_dtype(ids)):
@@ -148,8 +148,8 @@ def _check_ids(table: Table, column: str) -> None:
                 f"{table.path}: column `{table.names[column]}` holds {ids.dtype} values, expected text or integers "
                 "(decimal ids come from missing values). Save the ids as text."
             )
-        refused.add(ids.isna().to_numpy() | (ids.astype("str").str.strip() == "").to_numpy(dtype=bool))
-    refused.tell()
+        invalid.add(ids.isna().to_numpy() | (ids.astype("str").str.strip() == "").to_numpy(dtype=bool))
+    invalid.check()
 
 
 def _numbers(values: pd.Series) -> npt.NDArray[np.float64]:

@@ -1,9 +1,9 @@
-"""A generated dataset whose titles tell at once what item ids tell only after many interactions.
+"""A generated dataset whose titles carry at once what item ids show only after many interactions.
 
 Titles are made of words, `Crystal Harbor Racing 3`: a world, a place, a genre and a volume. Every series (world, place
-and genre) has the same number of volumes; every world has several series. Users mostly go on with another volume of
-the same series, or stay in its world. So the words of the last titles are words of the next one, while each item is
-rare: a model of ids sees any one transition hardly ever and has to find the groups first.
+and genre) has the same number of volumes; every world has several series. Users mostly continue with another volume
+of the same series, or stay in its world. So the words of the last titles are words of the next one, while each item is
+rare: a model of ids hardly ever sees the same transition twice and has to find the groups first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Toy(DatasetSpec):
         same_series_probability: Chance that the next item is another volume of the present series, while there is
             one the user has not had.
         same_world_probability: Chance that it is any item of the same world; what remains is any item at all.
-        seed: Everything is a function of it.
+        seed: Seed of the generator.
     """
 
     _target_: str = "llm2rec.data.toy.Toy"
@@ -110,7 +110,7 @@ class Toy(DatasetSpec):
         """Generate interactions and titles; `timestamp` counts each user's interactions."""
         rng = np.random.default_rng(self.seed)
         titles, world_of_series = self._titles(rng)
-        # Numbered in an order that tells nothing: neighbours in the catalogue are not neighbours in taste.
+        # Numbered at random, so that neighbouring ids carry no information.
         item_ids = np.array([f"t{number:05d}" for number in rng.permutation(self.n_items)])
         lengths = rng.integers(self.min_length, self.max_length + 1, self.n_users)
         visits = np.concatenate([self._walk(rng, int(length), world_of_series) for length in lengths])

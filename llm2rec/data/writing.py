@@ -1,4 +1,4 @@
-"""Prepared tables on disk in the form of `datasets`, written and read again part by part."""
+"""Write and read prepared tables in the format of `datasets`, part by part."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def write_items(folder: Path, sequences: Sequences, key: str) -> None:
 def write_users(
     folder: Path, sequences: Sequences, spans: dict[str, Span], history_length: int, n_processes: int, key: str
 ) -> None:
-    """Write the table of sequences and those of examples, each of both in several files.
+    """Write the tables of sequences and examples, each in several files.
 
     The files are the same for any number of processes.
 
     Args:
-        folder: Where the tables belong, each in a folder of its name.
+        folder: Parent of the folders of the tables.
         sequences: The users' interactions.
         spans: The targets of each split.
         history_length: Most items a history holds, L.
-        n_processes: How many processes write.
-        key: Tells this dataset from others.
+        n_processes: Number of processes that write.
+        key: Key of this dataset.
     """
     n_shards = min(_MOST_SHARDS, sum(file.stat().st_size > 0 for file in sequences.buckets.files))
     files = {
@@ -89,7 +89,7 @@ class _Bucket:
     spans: dict[str, npt.NDArray[np.int64]]
 
     def users(self, split: str | None = None) -> Iterator[pa.Table]:
-        """Yield users with their sequences, and with their targets of a split; some at a time."""
+        """Yield users with their sequences and their targets of a split, in parts."""
         rows = np.fromfile(self.file, ROW)
         columns = {} if split is None else dict(zip(_SPAN, self.spans[split], strict=True))
         ends = np.concatenate(([0], np.cumsum(self.lengths)))
@@ -128,7 +128,7 @@ def _write_shard(shard: _Shard) -> None:
 def _shards(
     n_shards: int, files: dict[str, list[Path]], sequences: Sequences, spans: dict[str, Span], history_length: int
 ) -> Iterator[_Shard]:
-    """Yield what is to be written, about as many buckets into every shard."""
+    """Yield shards of about the same number of buckets."""
     buckets = list(_buckets(sequences, spans))
     for number in range(n_shards):
         share = slice(number * len(buckets) // n_shards, (number + 1) * len(buckets) // n_shards)
@@ -150,7 +150,7 @@ def _buckets(sequences: Sequences, spans: dict[str, Span]) -> Iterator[_Bucket]:
 
 
 def _prepare_folder(folder: Path, features: Features, n_files: int, fingerprint: str) -> list[Path]:
-    """Let `datasets` write what it needs to know about a table, and say which files will hold its rows."""
+    """Let `datasets` write the metadata of a table, and return the files that will hold its rows."""
     empty = Dataset(features.arrow_schema.empty_table(), fingerprint=fingerprint)
     empty.save_to_disk(str(folder))
     for file in folder.glob("*.arrow"):
@@ -172,12 +172,12 @@ def _write(file: Path, features: Features, parts: Iterable[pa.Table]) -> None:
 def hash_table(
     folder: Path, features: Features, see: Callable[[pa.RecordBatch], None] | None = None
 ) -> tuple[str, int]:
-    """Read a table that was written, part by part.
+    """Read a written table part by part.
 
     Args:
         folder: Its folder.
         features: Its columns.
-        see: Gets every part.
+        see: Called with every part.
 
     Returns:
         The hash of its content, and its number of rows.

@@ -15,7 +15,15 @@ from pyarrow import feather
 from safetensors.torch import save_file
 
 from llm2rec.core.errors import CheckpointError, StorageError
-from llm2rec.core.files import read_json, remove_leftovers, replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.files import (
+    read_json,
+    remove_leftovers,
+    replaced_file,
+    replaced_folder,
+    sha256_of_file,
+    without_secrets,
+    write_json,
+)
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
 from llm2rec.core.run import Run
 
@@ -98,7 +106,7 @@ def little_room():
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
-def test_a_full_disk_is_told_plainly_and_keeps_what_was_there(tmp_path, little_room, writer, replaced):
+def test_a_full_disk_raises_a_storage_error_and_keeps_what_was_there(tmp_path, little_room, writer, replaced):
     path = tmp_path / "it"
     with replaced(path) as aside:
         (aside if replaced is replaced_file else aside / "file").write_text("old")
@@ -133,17 +141,17 @@ def read_only():
 
 @pytest.mark.parametrize("write", [write_json, lambda path, _: replaced_folder(path).__enter__()])
 @pytest.mark.parametrize("name", ["kept", "new", "deep/new"])
-def test_a_folder_that_may_not_be_written_to_is_told_plainly(read_only, write, name):
-    with pytest.raises(StorageError, match=r"could not be written \(Permission denied\); nothing .* make the folder"):
+def test_a_folder_that_may_not_be_written_to_raises_a_storage_error(read_only, write, name):
+    with pytest.raises(StorageError, match=r"could not be written \(Permission denied\); existing .* make the folder"):
         write(read_only / name, {})
     assert [(file.name, file.read_text()) for file in read_only.iterdir()] == [("kept", "old")]
 
 
 def test_errors_of_another_kind_stay_what_they_are(tmp_path):
     for error in (FileNotFoundError(2, "No such file"), RuntimeError("shapes differ")):
-        with pytest.raises(type(error)) as told, replaced_file(tmp_path / "a"):
+        with pytest.raises(type(error)) as raised, replaced_file(tmp_path / "a"):
             raise error
-        assert told.value is error
+        assert raised.value is error
 
 
 def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -328,3 +336,58 @@ def test_seconds_add_up_over_phases_and_errors(tmp_path):
     seconds = read_json(tmp_path / "metrics" / "time.json")
     assert 100 <= seconds["train"] < 101
     assert seconds["other"] < 1
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ann_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/ann/runs/x", "~/runs/x"),
+        ("/home/ann", "~"),
+        ("a: /home/ann/x\nb: '/home/ann'", "a: ~/x\nb: '~'"),
+        ("/home/anna/x", "/home/anna/x"),
+        ("/mnt/home/ann/x", "/mnt/home/ann/x"),
+        ("hf_ABCDEFGHIJKLMNOP", "***"),
+        ("with hf_ABCDEFGHIJKLMNOP.", "with ***."),
+        ("https://ann:pass@example.org/a", "https://***@example.org/a"),
+        ("https://example.org/a:b@c", "https://example.org/a:b@c"),
+        ("hf_dataset", "hf_dataset"),
+        (
+            {"hf_token": "anything", "max_tokens": 5, "n": [1, "/home/ann"]},
+            {"hf_token": "***", "max_tokens": 5, "n": [1, "~"]},
+        ),
+        ({"separator_token": ""}, {"separator_token": ""}),
+        (None, None),
+    ],
+)
+@pytest.mark.usefixtures("ann_at_home")
+def test_secrets_and_the_home_folder_are_masked(value, expected):
+    assert without_secrets(value) == expected
+
+
+def test_a_root_without_home_is_no_prefix(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    assert without_secrets("/data/x") == "/data/x"
+
+
+@pytest.mark.usefixtures("ann_at_home")
+def test_records_of_a_run_hold_no_secrets_and_it_can_be_resumed(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- dataset.url=https://ann:pass@host/ml.zip\n- a=/home/ann/b\n")
+    config = {"seed": 1, "paths": {"root": "/home/ann/project"}, "dataset": {"url": "https://ann:pass@host/ml.zip"}}
+    Run.start(tmp_path, "student", config)
+    written = {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert written.keys() == {"config.json", "run.json", "overrides.yaml"}
+    assert not [name for name, text in written.items() if "ann" in text]
+    assert written["overrides.yaml"] == "- dataset.url=https://***@host/ml.zip\n- a=~/b\n"
+    assert json.loads(written["config.json"])["paths"]["root"] == "~/project"
+    Run.start(tmp_path, "student", config)
+    with pytest.raises(CheckpointError, match=r"dataset\.url"):
+        Run.start(tmp_path, "student", {**config, "dataset": {"url": "https://other/ml.zip"}})

@@ -104,7 +104,7 @@ def test_a_parameter_is_counted_whole():
 def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
     assert available_bytes() > 0
     check_host_memory(1, "nothing", "")
-    with pytest.raises(ConfigError, match=r"weights on the host takes 1000000000.0 GB, and \S+ GB are .*; buy more"):
+    with pytest.raises(ConfigError, match=r"weights on the host needs 1000000000.0 GB, but only .*; buy more"):
         check_host_memory(10**18, "weights", "buy more")
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   3 kB\n")
     monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")

@@ -1,4 +1,4 @@
-"""Titles that belong to their items are told from titles that do not."""
+"""Titles that belong to their items are recognised."""
 
 import os
 import random
@@ -51,7 +51,7 @@ def test_titles_of_what_follows_are_alike_until_they_are_mixed_up(tmp_path, kind
 def test_the_last_digit_is_the_same_in_every_process(tmp_path):
     folder = prepare(Toy(), tmp_path).folder
     program = "import sys; from llm2rec.data import load, title_agreement; print(title_agreement(load(sys.argv[1])))"
-    told = [
+    found = [
         subprocess.run(
             [sys.executable, "-c", program, str(folder)],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -61,8 +61,8 @@ def test_the_last_digit_is_the_same_in_every_process(tmp_path):
         ).stdout
         for seed in "123"
     ]
-    assert told[0].startswith("TitleAgreement(pairs=")
-    assert told == told[:1] * 3
+    assert found[0].startswith("TitleAgreement(pairs=")
+    assert found == found[:1] * 3
 
 
 def test_few_pairs_and_toys_leave_no_doubt(tmp_path):
@@ -77,6 +77,6 @@ def test_few_pairs_and_toys_leave_no_doubt(tmp_path):
 
 
 @pytest.mark.parametrize("titles", [["the same"] * 120, ["a", "b"] * 60])
-def test_titles_that_tell_nothing_at_all_break_nothing(tmp_path, titles):
-    told = title_agreement(dataset(tmp_path / "d", titles, sequences_of_kinds()))
-    assert told.following == told.by_chance == 0 or told.doubt() is not None
+def test_titles_without_information_do_not_crash(tmp_path, titles):
+    found = title_agreement(dataset(tmp_path / "d", titles, sequences_of_kinds()))
+    assert found.following == found.by_chance == 0 or found.doubt() is not None

@@ -107,5 +107,5 @@ def test_missing_and_empty_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"`dataset\.reviews` does not exist"):
         AmazonReviews(reviews=str(tmp_path / "none"), metadata=paths["metadata"]).read()
     (tmp_path / "empty").write_text("")
-    with pytest.raises(DataError, match="is empty; expected one review a line"):
+    with pytest.raises(DataError, match="is empty; expected one review per line"):
         AmazonReviews(reviews=str(tmp_path / "empty"), metadata=paths["metadata"]).read()

@@ -49,7 +49,7 @@ def test_malformed_movie_and_duplicate_movie_name_file_and_line(tmp_path):
     with pytest.raises(DataError, match=r"u\.item, line 2: '2' is not a movie"):
         MovieLens100K(raw_dir=str(tmp_path)).read()
     movielens_folder(tmp_path, items=["1|One (1991)|x", "1|Again|x"])
-    with pytest.raises(DataError, match=r"u\.item, line 2: item '1' is there twice"):
+    with pytest.raises(DataError, match=r"u\.item, line 2: item '1' occurs twice"):
         MovieLens100K(raw_dir=str(tmp_path)).read()
 
 

@@ -138,7 +138,7 @@ def test_rating_threshold_keeps_what_is_rated_enough(tmp_path):
 def test_duplicate_item_id_is_refused():
     raw = InMemory(rows=[("a", item, t) for t, item in enumerate("wxyz")]).read()
     doubled = RawData(raw.interactions, pd.concat([raw.items, raw.items.tail(1)], ignore_index=True))
-    with pytest.raises(DataError, match="item id 'z' is there more than once"):
+    with pytest.raises(DataError, match="item id 'z' occurs more than once"):
         check_titles(doubled.items, InMemory())
 
 
@@ -349,18 +349,18 @@ def statistics_of(median=9, longest=10, n_test=5000, cold=0):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "warning"),
     [
         ({}, None),
         ({"cold": 50, "median": 11}, None),
         ({"median": 4.5}, "half of the users have 4.5 interactions or fewer"),
         ({"median": 12}, "most histories are cut at 10 items"),
-        ({"cold": 51}, "1.0% of the test rows ask for items that training never shows"),
+        ({"cold": 51}, "1.0% of the test targets are items without training interactions"),
         ({"n_test": 400}, r"with 400 test rows an HR@10 of 10 % is known to ± 2\.9 points"),
         ({"n_test": 0}, None),
     ],
 )
-def test_doubts_about_a_dataset_are_told(changes, told):
+def test_warnings_about_a_dataset(changes, warning):
     found = doubts(statistics_of(**changes))
-    assert len(found) == (told is not None)
-    assert told is None or re.match(told, found[0])
+    assert len(found) == (warning is not None)
+    assert warning is None or re.match(warning, found[0])

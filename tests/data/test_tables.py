@@ -90,8 +90,8 @@ def test_parquet_dates_are_timestamps(tmp_path):
         ("u,i1,nan", r"interactions\.csv, line 4: column `timestamp` holds 'nan'"),
         (",i1,4", r"interactions\.csv, line 4: column `user_id` holds '', expected an id"),
         ("u,  ,4", r"interactions\.csv, line 4: column `item_id` holds"),
-        ('u,"i1,4', r"interactions\.csv, line 4: the row that begins here cannot be read"),
-        ('u,"i1,4\nu,"i2",5', r"interactions\.csv, line 4: the row that begins here cannot be read"),
+        ('u,"i1,4', r"interactions\.csv, line 4: the row that starts here cannot be read"),
+        ('u,"i1,4\nu,"i2",5', r"interactions\.csv, line 4: the row that starts here cannot be read"),
         ("u,i\udcff,4", r"interactions\.csv, line 4: not utf-8 text"),
     ],
 )
@@ -106,7 +106,7 @@ def test_malformed_row_names_file_and_line(tmp_path, row, message):
 def test_line_numbers_count_quoted_breaks_and_blank_lines(tmp_path):
     paths = csv_pair(tmp_path)
     (tmp_path / "items.csv").write_text('item_id,title\ni1,"two\nlines"\n\ni2,x\ni1,again\n')
-    with pytest.raises(DataError, match=r"items\.csv, line 6: item id 'i1' is there already \(.*items\.csv, line 3\)"):
+    with pytest.raises(DataError, match=r"items\.csv, line 6: item id 'i1' occurs before \(.*items\.csv, line 3\)"):
         CsvTables(**paths).read()
 
 

@@ -82,5 +82,5 @@ def test_the_table_has_mean_spread_and_unfinished_jobs(sweep, tmp_path):
 def test_a_sweep_without_a_finished_job_raises(sweep):
     for file in sweep.glob("*/run.json"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"no job of the sweep .* is finished; its 12 jobs tell why"):
+    with pytest.raises(CheckpointError, match=r"no job of the sweep .* is finished; see log.txt of its 12 jobs"):
         jobs_of(sweep)

@@ -57,7 +57,7 @@ DATA = (
     Try("timestamp beyond 64 bits", "data", CSV, "'99999999999999999999'", row("a,i1,99999999999999999999")),
     Try("rating is infinite", "data", (*CSV, "dataset.rating_column=timestamp"), "'inf'", row("a,i1,inf")),
     Try("unknown item", "data", CSV, "'i77'", row("a,i77,3")),
-    Try("item id twice", "data", CSV, "'i1' is there already",
+    Try("item id twice", "data", CSV, "'i1' occurs before",
         text("items.csv", "item_id,title\ni1,One\ni2,Two\ni1,Again\n")),
     Try("item without title", "data", CSV, "items.csv, line 3", text("items.csv", "item_id,title\ni1,One\ni2,\n")),
     Try("not UTF-8", "data", CSV, "items.csv, line 2", raw("items.csv", b"item_id,title\ni1,caf\xe9\n")),

@@ -91,7 +91,7 @@ def test_nothing_to_attach_to_is_said(docker: Checkout) -> None:
 def test_silent_engine_is_said(docker: Checkout) -> None:
     run = docker.run(START, ENGINE_STATUS="1")
     assert run.returncode == 1
-    assert "Docker engine does not answer" in run.stderr
+    assert "Docker engine does not respond" in run.stderr
     assert docker.calls("docker (build|run)") == []
 
 

@@ -297,7 +297,7 @@ def test_a_teacher_without_its_student_is_refused(recommender, data, llm_folder,
     model, recipe = teacher_of(llm_folder, data, recommender)
     save_teacher(tmp_path / "teacher", model, recipe)
     shutil.rmtree(tmp_path / "teacher" / "recommender")
-    with pytest.raises(CheckpointError, match=r"lacks recommender/config\.json; copy the folder again, as a whole"):
+    with pytest.raises(CheckpointError, match=r"lacks recommender/config\.json; copy the whole folder again"):
         load_teacher(tmp_path / "teacher", data, CPU)
 
 
