@@ -258,9 +258,8 @@ def _choices(*, _root_: DictConfig) -> str:
     """The files of each group of `conf/` that a command reads, and the one chosen, for ``--help``."""
     chosen = {group: name for group, name in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
     files = {group: sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")) for group in chosen}
-    return "\n".join(
-        f"  {group}={chosen[group]}: {', '.join(names)}" for group, names in sorted(files.items()) if len(names) > 1
-    )
+    lines = [f"  {group}={chosen[group]}: {', '.join(names)}\n" for group, names in sorted(files.items()) if names[1:]]
+    return "".join(["== Choices (group=choice; the default is shown after =) ==\n", *lines]) if lines else ""
 
 
 def build(node: Any, kind: type[Settings]) -> Settings:
