@@ -97,7 +97,7 @@ def test_a_stage_logs_its_folder_first_and_last_and_little_between(chain):
         assert lines[0] == f"{stage}: {shown}"
         assert re.fullmatch(rf"{stage}: done in [\d:]+ (s|min), see {shown}", lines[-2])
         assert lines[-1].startswith(f"{stage}: next: python -m llm2rec.")
-        chatter = [line for line in done[stage].stderr.splitlines() if "arning" in line or "Traceback" in line]
+        chatter = [line for line in done[stage].stderr.splitlines() if re.search("[Ww]arning|Traceback", line)]
         assert chatter == []
 
 
