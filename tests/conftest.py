@@ -35,7 +35,7 @@ INTEGRATION = (
     *("ilora/test_ilora_compile.py", "ilora/test_ilora_fold.py", "ilora/test_ilora_generation.py"),
     *("ilora/test_ilora_matrix.py", "ilora/test_ilora_registration.py"),
     *("recommend/test_export.py", "recommend/test_teacher_answers.py"),
-    *("student/test_own_loss.py", "student/test_segments.py", "student/test_student_stage.py"),
+    *("student/test_task_loss.py", "student/test_segments.py", "student/test_student_stage.py"),
     *("student/test_train_baseline.py", "teacher/test_hybrid_teacher.py", "teacher/test_teacher_gate_inputs.py"),
     *("teacher/test_teacher_gates.py", "teacher/test_teacher_heads.py", "teacher/test_teacher_training.py"),
     *("teacher/test_teacher_tunings.py", "teacher/test_title_model.py", "teacher/test_title_objective.py"),

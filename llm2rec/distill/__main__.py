@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.distill``: train a student on its own task and on the teacher's outputs."""
+"""``accelerate launch -m llm2rec.distill``: train a student on its task and on the teacher's outputs."""
 
 import logging
 from dataclasses import asdict
@@ -112,10 +112,12 @@ def distilled_student(
 
 def card_of(run: Run, data: RecData, student: str, max_length: int, items: pa.Table, teacher: str) -> str:
     """The model card of a run's student."""
-    told = {name: run.config[name] for name in ("student", "distill", "active")}
-    told["distill"] = {k: v for k, v in told["distill"].items() if k != "teacher_outputs"}  # a place on this machine
+    settings = {name: run.config[name] for name in ("student", "distill", "active")}
+    settings["distill"] = {
+        k: v for k, v in settings["distill"].items() if k != "teacher_outputs"
+    }  # a place on this machine
     examples = items["raw_id"][:3].to_pylist()
-    return student_card(student, examples, max_length, training_on(data, run), told, teacher=teacher)
+    return student_card(student, examples, max_length, training_on(data, run), settings, teacher=teacher)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ EMBEDDINGS, RANKING, CONFIDENCE, ROWS = "all_embeddings.pt", "myrank_train", "co
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """What the teacher says of some training rows.
+    """The teacher's outputs for some training rows.
 
     Attributes:
         ranking: Item ids, best first, shape ``(B, K)``, int64.
         distance: Lower means surer, shape ``(B, K)``, float32.
         target_distance: The same of each row's target, shape ``(B,)``, float32; that of the last stored item where the
-            target is not among those stored. None unless it was asked for.
+            target is not among those stored. None unless ``targets`` was given.
     """
 
     ranking: Tensor
@@ -64,9 +64,8 @@ class TeacherOutputs:
         embeddings: Item vectors, shape ``(N, d_teacher)``, float32.
         ranking: Item ids, best first, shape ``(M, K)``, int32; memory-mapped where the twin file is there.
         distance: Lower means surer, shape ``(M, K)``, float32.
-        manifest: What the manifest says; empty without one.
-        labelled: Training rows that ``ranking`` and ``distance`` are about, one per line of theirs, ascending; None
-            where they are about all rows.
+        manifest: Content of the manifest; empty without one.
+        labelled: Training rows of the lines of ``ranking`` and ``distance``, ascending; None if they cover all rows.
     """
 
     embeddings: Tensor
@@ -88,19 +87,19 @@ class TeacherOutputs:
     ) -> TeacherBatch:
         """Gather the best ``top_k`` candidates of ``rows``, and the distances of ``targets``; both ``(B,)``.
 
-        Of a row that is not labelled, what is said of another one is given: such rows must have no weight.
+        An unlabelled row gets the outputs of another one: such rows must have no weight.
         """
         if self.labelled is not None:
             rows = np.searchsorted(self.labelled, rows).clip(max=len(self.labelled) - 1)
-        told = TeacherBatch(
+        batch = TeacherBatch(
             torch.from_numpy(self.ranking[rows, :top_k].astype(np.int64)).to(device),
             torch.from_numpy(np.ascontiguousarray(self.distance[rows, :top_k])).to(device),
         )
         if targets is None:
-            return told
+            return batch
         is_target = self.ranking[rows] == targets[:, None]  # (B, all stored)
         place = np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
-        return replace(told, target_distance=torch.from_numpy(self.distance[rows, place]).to(device))
+        return replace(batch, target_distance=torch.from_numpy(self.distance[rows, place]).to(device))
 
 
 def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, top_k: int) -> TeacherOutputs:
@@ -167,7 +166,7 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
 
 
 def outputs_hash(folder: Path) -> str:
-    """What tells a teacher's outputs from others: the SHA-256 of their manifest, which holds those of all files.
+    """Identity of a teacher's outputs: the SHA-256 of their manifest, which holds those of all files.
 
     Where there is no manifest, that of the hashes of the files that are read.
     """

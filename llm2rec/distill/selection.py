@@ -1,9 +1,11 @@
-"""Ask a selection policy, check its answer, and keep it for a run that is resumed."""
+"""Run selection policies: build custom ones, check their weights, keep these for a resumed run."""
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,27 +14,27 @@ from llm2rec.core.errors import ConfigError, TeacherOutputsError
 from llm2rec.core.files import replaced_file
 from llm2rec.core.processes import agree, is_first_process
 from llm2rec.distill.data_bridge import TeacherOutputs
-from llm2rec.distill.evidence import Evidence, StudentNow
+from llm2rec.distill.selection_evidence import Evidence, StudentNow
 from llm2rec.distill.selection_policy import SelectionPolicy
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "policy_named"]
 
 logger = logging.getLogger(__name__)
 
 
 class Selection:
-    """The weights of the rows, epoch by epoch.
+    """Weights of the rows for each epoch.
 
-    Weights that were read off the student cannot be found again when a run is resumed in the middle of an epoch, since
-    the student has moved on; they are written into the run folder until the training ends.
+    Weights that depend on the student cannot be recomputed when a run is resumed in the middle of an epoch, because the
+    student has changed since; they stay in the run folder until the training ends.
 
     Args:
-        policy: Whom to ask.
+        policy: The selection policy.
         n_rows: Training rows, M.
-        teacher: What the policy may look at.
-        student: Gives the student as it is at the start of an epoch.
-        folder: Where weights are kept; no other run's.
-        needs_labels: Whether what is distilled is read off the teacher's files row by row; item vectors are not.
+        teacher: The teacher's outputs.
+        student: Returns the student at the start of an epoch.
+        folder: Where weights are kept, in the run folder.
+        needs_labels: Whether distillation reads the teacher's outputs row by row; item vectors alone need no labels.
 
     Raises:
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
@@ -53,9 +55,9 @@ class Selection:
         self._student, self._rows = student, teacher.rows_labelled(n_rows)
         self._needs_labels = needs_labels
         self._epoch, self._weights = -1, np.empty(0, np.float32)
-        self._told: tuple[int, int, float] | None = None
-        asked = policy.checked_rows_to_label(n_rows)
-        missing = np.empty(0, np.int64) if asked is None else np.setdiff1d(asked, self._rows)
+        self._logged: tuple[int, int, float] | None = None
+        required = policy.checked_rows_to_label(n_rows)
+        missing = np.empty(0, np.int64) if required is None else np.setdiff1d(required, self._rows)
         if len(missing) and needs_labels:
             raise TeacherOutputsError(
                 f"{type(policy).__name__} distils rows that the teacher has not labelled: {len(missing)} of them, the "
@@ -63,7 +65,7 @@ class Selection:
                 "budget that the teacher was run with (`selection` in manifest.json), or a policy that chooses among "
                 "the labelled rows, or label these too with `python -m llm2rec.teacher`."
             )
-        if asked is None and (most := policy.most_chosen(n_rows)) > len(self._rows):
+        if required is None and (most := policy.most_chosen(n_rows)) > len(self._rows):
             raise ConfigError(
                 f"the largest budget of any epoch is {most} rows, but the teacher has labelled {len(self._rows)} of "
                 f"{n_rows}; lower `active.budget` and `active.final_budget`, or label more."
@@ -79,20 +81,20 @@ class Selection:
         if decided != self._epoch:
             file = self._folder / f"epoch_{decided:06d}.npy"
             kept = agree(file.is_file() if is_first_process() else None)
-            self._weights = np.load(file, allow_pickle=False) if kept else self._asked(decided, file)
+            self._weights = np.load(file, allow_pickle=False) if kept else self._computed(decided, file)
             self._epoch = decided
-            told = int((self._weights > 0).sum()), self._n_rows, float(self._weights.sum()) / self._n_rows
-            if told != self._told:
-                logger.info("epoch %d: distilling %d of %d rows, mean weight %.3f", decided, *told)
-                self._told = told
+            counts = int((self._weights > 0).sum()), self._n_rows, float(self._weights.sum()) / self._n_rows
+            if counts != self._logged:
+                logger.info("epoch %d: distilling %d of %d rows, mean weight %.3f", decided, *counts)
+                self._logged = counts
         return self._weights
 
     def close(self) -> None:
-        """Forget what was kept; for a training that has ended."""
+        """Delete the kept weights at the end of the training."""
         if is_first_process():
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _asked(self, epoch: int, file: Path) -> NDArray[np.float32]:
+    def _computed(self, epoch: int, file: Path) -> NDArray[np.float32]:
         student = self._student(epoch)
         weights = self._policy.weights(Evidence(self._n_rows, epoch, self._rows, self._teacher, student))
         self._check(np.asarray(weights), epoch)
@@ -117,3 +119,29 @@ class Selection:
                 f"{name} gave a weight to row {int(np.argmax(unlabelled))}, which the teacher has not labelled; choose "
                 "among `evidence.rows`."
             )
+
+
+def policy_named(policy: str, arguments: Mapping[str, Any]) -> SelectionPolicy:
+    """Build a custom policy: ``active=custom active.policy=module.Class``.
+
+    Args:
+        policy: Its class, as ``module.Class`` of a module that Python can import from the launch folder.
+        arguments: Of its constructor, by name.
+
+    Raises:
+        ConfigError: If there is no such class, it is no policy, or the arguments are not its own.
+    """
+    module, _, name = policy.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"active.policy is {policy!r}, which cannot be imported ({error}); expected `module.Class` of a module in "
+            "the folder of the launch or on PYTHONPATH."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, SelectionPolicy)):
+        raise ConfigError(f"active.policy is {policy!r}, which is no subclass of {SelectionPolicy.__module__}.")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"active.policy {policy!r} cannot be built from {dict(arguments)}: {error}.") from error

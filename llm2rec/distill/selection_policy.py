@@ -1,6 +1,6 @@
 """Which training rows are distilled, and with what weight.
 
-A policy answers at the start of an epoch, for all rows at once; the trainer multiplies each row's distillation losses
+A policy returns weights for all rows at the start of an epoch; the trainer multiplies each row's distillation losses
 by its weight. The row's own task is always trained. A new policy is one class in any file that Python can import,
 chosen with ``active=custom active.policy=module.Class``; nothing else has to know of it.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import sha256_of_file
 from llm2rec.core.metrics import target_ranks
-from llm2rec.distill.evidence import Evidence, ScoredRows
 from llm2rec.distill.kd_losses import consistency_weights
+from llm2rec.distill.selection_evidence import Evidence, ScoredRows
 
 __all__ = [
     "SelectionPolicy",
@@ -69,16 +69,16 @@ class SelectionPolicy(ABC):
         Raises:
             ConfigError: If the answer is no list of row numbers, ascending.
         """
-        asked = self.rows_to_label(n_rows)
-        if asked is None:
+        labelled = self.rows_to_label(n_rows)
+        if labelled is None:
             return None
-        rows = np.asarray(asked)
+        rows = np.asarray(labelled)
         wrong = rows.ndim != 1 or rows.size == 0 or not np.issubdtype(rows.dtype, np.integer)
         if wrong or rows[0] < 0 or rows[-1] >= n_rows or (np.diff(rows) <= 0).any():
-            told = np.array2string(rows, threshold=8, edgeitems=3)
+            shown = np.array2string(rows, threshold=8, edgeitems=3)
             raise ConfigError(
-                f"{type(self).__name__}.rows_to_label gave {told}, expected some of the row numbers 0 to {n_rows - 1}, "
-                "each once and ascending."
+                f"{type(self).__name__}.rows_to_label gave {shown}, expected row numbers from 0 to {n_rows - 1}, each "
+                "once and ascending."
             )
         return rows.astype(np.int64)
 
@@ -280,7 +280,7 @@ class _ByTheTeacher(_Choosing):
 
 
 class SelectionPolicyConfidence(_ByTheTeacher):
-    """Distils the rows that the teacher is surest of: what it says there is most likely right."""
+    """Distils the rows that the teacher is surest of, where its outputs are most likely right."""
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the rows of least uncertainty 1 and the others 0."""
@@ -288,7 +288,7 @@ class SelectionPolicyConfidence(_ByTheTeacher):
 
 
 class SelectionPolicyUncertainty(_ByTheTeacher):
-    """Distils the rows that the teacher is least sure of: there it says more than which item is the target."""
+    """Distils the rows that the teacher is least sure of, where its outputs say more than which item is the target."""
 
     def weights(self, evidence: Evidence) -> NDArray[np.float32]:
         """Weigh the rows of most uncertainty 1 and the others 0."""
@@ -351,13 +351,13 @@ class SelectionPolicyDisagreement(_Choosing, _Refreshed):
     def disagreement(self, scored: ScoredRows) -> Tensor:
         """How far the student is from the teacher, shape ``(B,)``."""
         if self.measure == "rank":
-            return target_ranks(scored.logits, scored.told.ranking[:, 0])
-        if (stored := scored.told.ranking.shape[1]) < self.top_k:
+            return target_ranks(scored.logits, scored.teacher_batch.ranking[:, 0])
+        if (stored := scored.teacher_batch.ranking.shape[1]) < self.top_k:
             raise ConfigError(
                 f"active.top_k is {self.top_k}, but the teacher's files hold {stored} candidates per row; lower it, or "
                 "export more with `teacher.export.top_k` or `ensemble.top_k`."
             )
-        shared = consistency_weights(scored.logits, scored.told.ranking[:, : self.top_k], self.top_k)
+        shared = consistency_weights(scored.logits, scored.teacher_batch.ranking[:, : self.top_k], self.top_k)
         return 1 - shared.mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""What distillation can be told; Hydra schemas and plain values at once.
+"""Distillation configuration (Hydra structured configs).
 
 Defaults are DLLM2Rec as its paper describes it (arXiv 2405.00338); `DLLM2RecCodeSettings` is what its released program
 (github.com/istarryn/DLLM2Rec) computes. They differ in named settings only.
@@ -113,7 +113,7 @@ class RankingSettings:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the loss is about the scores of all items, not of candidates and negatives only."""
+        """Whether the loss reads the scores of all items, not only of candidates and negatives."""
         return self.over_catalogue or (self.weight > 0 and self.loss == "weighted_bce")
 
     @property
@@ -123,15 +123,15 @@ class RankingSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether the catalogue is estimated from the student's own negatives."""
+        """Whether the sum over the catalogue is estimated from the negatives of the task loss."""
         return self.weight > 0 and self.loss == "listwise" and self.over == "sampled"
 
 
 @dataclass
 class DrosSettings(student.DrosSettings):
-    """DROS of the recipe, instead of the student's own.
+    """DROS of the recipe, instead of that of the task loss.
 
-    Its weight, α, is that of the DROS losses beside the student's own loss and inside the ranking loss alike.
+    Its weight, α, applies to the DROS losses beside the task loss and inside the ranking loss.
 
     Attributes:
         in_ranking: DROS of the teacher's candidates inside the ranking loss: ``none`` (paper), ``per_row``, or
@@ -157,7 +157,7 @@ class EmbeddingSettings:
             with plain ones instead. One side alone keeps two tables with a ``fusion_scale`` of 0 too.
         alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out. Items
             are pulled as often as they are the target of a distilled row: one that training never asks for is not.
-        alignment: ``mse``, ``cosine``, or ``contrastive``: telling an item's teacher vector from all others.
+        alignment: ``mse``, ``cosine``, or ``contrastive``: an item's teacher vector against all others (InfoNCE).
         alignment_sides: Whether vectors that items are read with are pulled (``input``), those that they are scored
             with (``output``), or ``both`` (the mean of both losses). With one table for both sides there is but one.
         alignment_temperature: Of ``contrastive``, whose cosines lie within -1 to 1; smaller looks at the most similar
@@ -204,7 +204,7 @@ class DistillSettings:
     Attributes:
         name: Name of the recipe.
         teacher_outputs: Folder of the teacher's outputs.
-        task_loss: The student's own task: ``student``, as `student.loss` says, so that a distilled student and its
+        task_loss: ``student``: as `student.loss` says, so that a distilled student and its
             baseline differ in nothing else; or what the recipe fixes: ``cross_entropy`` over the catalogue, or
             ``sampled_bce`` (program): binary cross-entropy of the target and one sampled negative.
         dros: Robust losses.
@@ -229,19 +229,19 @@ class DistillSettings:
 
     @property
     def teaches(self) -> bool:
-        """Whether anything at all is taken from the teacher."""
+        """Whether the student learns anything from the teacher."""
         embedding = self.embedding
         vectors = embedding.fusion_scale != 0 or embedding.alignment_weight > 0 or embedding.initialise != "none"
         return self.ranking.weight > 0 or vectors
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether any loss counts for a row as much as a selection policy says."""
+        """Whether any loss is multiplied by the weights of a selection policy."""
         return self.ranking.weight > 0 or self.embedding.alignment_weight > 0
 
     @property
     def needs_negatives(self) -> bool:
-        """Whether any loss is about a sampled negative."""
+        """Whether any loss reads a sampled negative."""
         return self.task_loss == "sampled_bce" or (self.ranking.weight > 0 and self.ranking.negative != "none")
 
     @property

@@ -16,10 +16,10 @@ class DistilledStudent(nn.Module):
     """A student whose item vectors are tied to the teacher's: by their start, by fusion, by alignment, or several.
 
     Args:
-        student: Freshly initialised student; its item tables are replaced where fusion is asked for.
+        student: Freshly initialised student; fusion replaces its item tables.
         teacher_vectors: Shape ``(N, d_teacher)``.
         fusion_scale: Weight of the projected teacher vectors in the item vectors; 0 leaves the tables alone.
-        align: Whether alignment losses will be asked for.
+        align: Whether alignment losses will be computed.
         fusion_sides: ``both`` fuses the vectors that items are read and scored with; ``input`` only the former,
             ``output`` only the latter, and these two need a student that keeps them apart.
         alignment_sides: ``input``, ``output`` or ``both``; all but ``input`` need a student that keeps them apart.

@@ -15,9 +15,9 @@ from llm2rec.core.train.batching import MicroBatch, OptimizerStep, TrainingUnits
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.loop import Validation, fit
 from llm2rec.distill.data_bridge import TeacherBatch, TeacherOutputs
-from llm2rec.distill.evidence import StudentNow
 from llm2rec.distill.objective import distillation_losses, objective
 from llm2rec.distill.selection import Selection
+from llm2rec.distill.selection_evidence import StudentNow
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll
 from llm2rec.distill.settings import DistillSettings
 from llm2rec.distill.student import DistilledStudent
@@ -122,7 +122,7 @@ class DistillObjective:
         return Validation(ranking_metrics(ranks))
 
     def ranking_losses(
-        self, epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch
+        self, epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, teacher_batch: TeacherBatch
     ) -> Tensor:
         """The ranking losses of some rows, ``(B,)``, for policies that weigh rows by them."""
         settings = self.settings
@@ -134,7 +134,7 @@ class DistillObjective:
         losses = objective(
             logits,
             targets,
-            told.first(settings.ranking.top_k),
+            teacher_batch.first(settings.ranking.top_k),
             torch.ones(len(logits), device=logits.device),
             settings,
             negatives=self._negatives(rows, epoch),

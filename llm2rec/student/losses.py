@@ -1,4 +1,4 @@
-"""Losses of the student's own task. Each returns one value per row, in nats; the trainer takes the mean."""
+"""Task losses of students. Each returns one value per row, in nats; the trainer takes the mean."""
 
 from typing import Any
 
@@ -147,7 +147,7 @@ def dros(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tens
     """
     scores = at_least_float32(logits)
     strength = propensity.to(scores) / beta  # (N,)
-    rest = _Rest.apply(scores, items, strength)  # (B, 1): items not asked about
+    rest = _Rest.apply(scores, items, strength)  # (B, 1): all items but those of ``items``
     asked, own = strength[items], scores.gather(1, items)  # (B, K)
     as_target = asked * (own - 1).square()  # (B, K)
     as_other = (asked * own.square()).unsqueeze(1)  # (B, 1, K)

@@ -1,8 +1,8 @@
 """Sequential recommenders: a history of item ids in, one vector per user out.
 
 Histories are padded on the right. SASRec and GRU4Rec are causal, so the vector at the last real item has seen all real
-items and no padding; no attention mask is needed. It also is what they would answer had the history ended at any
-earlier item, so that one pass can answer many rows. Caser moves the items to the right itself and leaves padding out.
+items and no padding; no attention mask is needed. The vector at any earlier item is that of the history ending there,
+so one pass predicts many rows. Caser moves the items to the right and leaves padding out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -331,13 +331,13 @@ class Caser(SequentialRecommender):
         return items, (self.max_length - lengths).clamp(min=0)
 
     @staticmethod
-    def _strongest(answers: Tensor, n_padding: Tensor) -> Tensor:
-        """Pool answers to all windows ``(B, n_horizontal, W)`` over those without padding, or the last one."""
-        n_windows = answers.shape[2]
+    def _strongest(responses: Tensor, n_padding: Tensor) -> Tensor:
+        """Pool responses to all windows ``(B, n_horizontal, W)`` over those without padding, or the last one."""
+        n_windows = responses.shape[2]
         first = n_padding.clamp(max=n_windows - 1)  # where the first window to count begins
-        ignored = torch.arange(n_windows, device=answers.device) < first.unsqueeze(1)  # (B, W)
+        ignored = torch.arange(n_windows, device=responses.device) < first.unsqueeze(1)  # (B, W)
         # A ReLU of the largest is the largest ReLU.
-        return answers.masked_fill(ignored.unsqueeze(1), -torch.inf).amax(dim=2).relu()
+        return responses.masked_fill(ignored.unsqueeze(1), -torch.inf).amax(dim=2).relu()
 
 
 def _at_least_1(**sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer of a student: AdamW, with row-wise state for huge item tables where asked for."""
+"""The optimizer of a student: AdamW, optionally with row-wise state for huge item tables."""
 
 import torch
 from torch import nn

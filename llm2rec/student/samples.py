@@ -38,7 +38,7 @@ def log_recommendations(engine: Engine, answers: Answers, rows: Rows, items: Dat
 
 
 def student_answers(model: SequentialRecommender) -> Answers:
-    """What a student in evaluation mode answers, for `log_recommendations`."""
+    """Best items of a student in evaluation mode, for `log_recommendations`."""
     return partial(_best_items, model)
 
 

@@ -1,4 +1,4 @@
-"""What a student can be told; Hydra schemas and plain values at once."""
+"""Student configuration (Hydra structured configs)."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,7 +44,7 @@ class SASRecSettings(ModelSettings):
     Attributes:
         n_blocks: Transformer blocks.
         n_heads: Attention heads.
-        positions: Whether they are counted from the most ``recent`` item or from the ``oldest``.
+        positions: ``recent``: positions count from the most recent item; ``oldest``: from the first one read.
     """
 
     n_blocks: int = 1
@@ -86,7 +86,7 @@ class DrosSettings:
     """Distributionally robust optimisation (DROS, SIGIR 2023); formula in `llm2rec.student.losses.dros`.
 
     Attributes:
-        weight: Weight of the DROS loss beside the student's own loss; 0 leaves it out.
+        weight: Weight of the DROS loss beside the task loss; 0 disables it.
         beta: Robust radius.
         propensity_power: Exponent on the popularity of items, which weighs them; 0 weighs all alike.
     """
@@ -113,9 +113,9 @@ _LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class LossSettings:
-    """The student's own task; formulas in `llm2rec.student.losses`.
+    """The task loss; formulas in `llm2rec.student.losses`.
 
-    What is null takes the default of its loss, named below, and a loss refuses what it does not read.
+    Options that are null take the default of the loss, named below. Options that the loss does not read are rejected.
 
     Attributes:
         name: ``cross_entropy`` over the whole catalogue, computed in blocks where it is large; or against sampled
@@ -139,7 +139,7 @@ class LossSettings:
     dros: DrosSettings = field(default_factory=DrosSettings)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, and options that the chosen loss would not read."""
+        """Reject options that are out of range or that the chosen loss ignores."""
         one_of("student.loss.name", self.name, *_LOSS_DEFAULTS)
         for option in ("n_negatives", "sharing", "proposal", "calibration"):
             readers = [name for name, defaults in _LOSS_DEFAULTS.items() if option in defaults]
@@ -156,24 +156,24 @@ class LossSettings:
         one_of("student.loss.proposal", self.proposal or "uniform", "uniform", "popularity")
 
     def completed(self) -> "LossSettings":
-        """The same with the defaults of its loss in the place of null."""
+        """Fill null options with the defaults of the loss."""
         defaults = _LOSS_DEFAULTS[self.name]
         return replace(self, **{option: value for option, value in defaults.items() if getattr(self, option) is None})
 
 
 @dataclass
 class StudentSettings:
-    """A student and its training; the schema ``base_student`` of students with no arguments of their own.
+    """A student and its training; the schema ``base_student`` is for students without extra arguments.
 
     Attributes:
         name: Name in `llm2rec.student.models.MODELS`.
         model: Arguments of the model.
         training: Length, batch and rate; distillation uses the same.
         examples: What a forward pass reads for the training rows: ``windows`` (each row's own history) or
-            ``sequences`` (pieces of users' sequences, each answering many rows; see
-            `llm2rec.student.datamodule.Rows`). Every row is trained once an epoch in both, and sizes of batches
-            count rows in both; with ``sequences`` they are met on average, as pieces stay whole.
-        loss: Its own task; distillation uses the same unless its recipe names another.
+            ``sequences`` (segments of users' sequences, each predicting many rows; see
+            `llm2rec.student.datamodule.Rows.in_segments`). Every row is trained once an epoch in both, and batch sizes
+            count rows in both; with ``sequences`` they are met on average, because segments stay whole.
+        loss: The task loss; distillation uses the same unless its recipe names another.
         item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.optimizer`.
     """
 
@@ -200,7 +200,7 @@ class SASRecStudent(StudentSettings):
         super().__post_init__()
         if self.examples == "sequences" and self.model.positions != "oldest":
             raise ConfigError(
-                f"student.examples=sequences answers a row at every item it reads, but student.model.positions="
+                f"student.examples=sequences predicts a row at every item it reads, but student.model.positions="
                 f"{self.model.positions} counts from each row's own last item; add `student.model.positions=oldest`, "
                 "or use `student.examples=windows`."
             )

@@ -1,4 +1,4 @@
-"""The student's own task: what its users and targets cost, as `LossSettings` say."""
+"""The task loss of a student, as chosen by `LossSettings`."""
 
 from dataclasses import dataclass
 

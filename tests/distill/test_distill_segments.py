@@ -18,7 +18,7 @@ from engine_helpers import (
 )
 
 from llm2rec.core.train.engine import Engine
-from llm2rec.distill.evidence import StudentNow
+from llm2rec.distill.selection_evidence import StudentNow
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
@@ -112,7 +112,7 @@ def test_a_policy_sees_of_each_row_what_it_sees_with_windows(tmp_path, labelled)
     def asked(train):
         now = StudentNow(model, train, VALIDATION, teacher, engine, lambda logits, **_: logits.sum(dim=1), batch_size=7)
         return now.each_row(
-            lambda scored: scored.logits.gather(1, scored.targets[:, None])[:, 0] + scored.told.ranking[:, 0]
+            lambda scored: scored.logits.gather(1, scored.targets[:, None])[:, 0] + scored.teacher_batch.ranking[:, 0]
         )
 
     np.testing.assert_allclose(asked(segments_of(sequences)), asked(windows), rtol=1e-5)

@@ -53,26 +53,28 @@ def parts(settings, loss, rows):
     model = distilled(settings).eval()
     batch = TRAIN.batch(rows)
     users, own = model(*batch.inputs), TaskLoss(model.student, loss, TRAIN.targets, seed=0)
-    told = TEACHER.batch(rows, settings.ranking.top_k)
+    teacher_batch = TEACHER.batch(rows, settings.ranking.top_k)
     negatives = torch.from_numpy(np.random.default_rng(0).integers(N, size=len(rows)))
-    return model, users, batch, told, torch.linspace(0, 1, len(rows)), own, negatives
+    return model, users, batch, teacher_batch, torch.linspace(0, 1, len(rows)), own, negatives
 
 
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("loss", [SAMPLED, LossSettings()])
 def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
     settings, rows = settings_with(**FEW[kind]), np.arange(7)
-    model, users, batch, told, weights, own, negatives = parts(settings, loss, rows)
+    model, users, batch, teacher_batch, weights, own, negatives = parts(settings, loss, rows)
     if negatives is not None:
-        negatives[:2] = told.ranking[:2, 1]  # candidates themselves
+        negatives[:2] = teacher_batch.ranking[:2, 1]  # candidates themselves
 
     def mine(**given):
         return own(users, batch.targets, rows, epoch=0, step=0, **given)
 
-    few = distillation_losses(model, users, batch, told, weights, settings, task_loss=mine, negatives=negatives)
+    few = distillation_losses(
+        model, users, batch, teacher_batch, weights, settings, task_loss=mine, negatives=negatives
+    )
     logits = model.score(users)
     plain = objective(
-        logits, batch.targets, told, weights, settings, task_losses=mine(logits=logits), negatives=negatives
+        logits, batch.targets, teacher_batch, weights, settings, task_losses=mine(logits=logits), negatives=negatives
     )
     assert few.keys() == plain.keys()
     for name in few:
@@ -86,17 +88,19 @@ def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
     settings, rows = settings_with(loss="listwise", over="sampled", temperature=temperature), np.arange(7)
-    model, users, batch, told, weights, own, _ = parts(settings, SAMPLED, rows)
+    model, users, batch, teacher_batch, weights, own, _ = parts(settings, SAMPLED, rows)
     logits = model.score(users)
     everything = ScoredNegatives(torch.arange(N), logits, torch.zeros(N))
 
     def mine(**given):
         return own(users, batch.targets, rows, epoch=0, step=0, negatives=everything, **given)
 
-    few = distillation_losses(model, users, batch, told, weights, settings, task_loss=mine, sampled=everything)
-    plain = objective(logits, batch.targets, told, weights, settings, task_losses=mine())  # where all scores are there
+    few = distillation_losses(model, users, batch, teacher_batch, weights, settings, task_loss=mine, sampled=everything)
+    plain = objective(
+        logits, batch.targets, teacher_batch, weights, settings, task_losses=mine()
+    )  # where all scores are there
     over_all = replace(settings, ranking=replace(settings.ranking, over="catalogue"))
-    whole = objective(logits, batch.targets, told, weights, over_all, task_losses=mine())
+    whole = objective(logits, batch.targets, teacher_batch, weights, over_all, task_losses=mine())
     for name in few:
         torch.testing.assert_close(few[name], whole[name])
         assert torch.equal(plain[name], whole[name])
@@ -123,9 +127,9 @@ def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking, lo
     monkeypatch.setattr(catalogue._Logsumexp, "apply", lambda *given: (sums.append(given), plain(*given))[1])
     monkeypatch.setattr(DistilledStudent, "score", refuse)
     trained(tmp_path / "few", settings_with(**ranking), loss, micro_batch_size=TRAINING["batch_size"])
-    told = written(tmp_path / "few", "validation")
-    assert all(entry["train/loss_ranking"] > 0 for entry in told["history"])
-    assert len(sums) == n_sums * told["steps"]
+    trained_with = written(tmp_path / "few", "validation")
+    assert all(entry["train/loss_ranking"] > 0 for entry in trained_with["history"])
+    assert len(sums) == n_sums * trained_with["steps"]
     monkeypatch.setitem(catalogue._TILE, "cpu", 2**20)  # where all scores are one tile, they are no more memory
     with pytest.raises(Scored):
         trained(tmp_path / "all", settings_with(loss="listwise"))
@@ -164,13 +168,13 @@ def test_a_sample_needs_negatives_of_the_students_own(tmp_path, task_loss, loss,
 def test_dros_needs_all_scores_and_then_there_is_no_sample():
     settings = replace(settings_with(loss="listwise", over="sampled"), dros=DrosSettings(weight=0.3))
     rows, propensity = np.arange(7), torch.linspace(0.1, 1, N)
-    model, users, batch, told, weights, own, _ = parts(settings, SAMPLED, rows)
+    model, users, batch, teacher_batch, weights, own, _ = parts(settings, SAMPLED, rows)
     sampled = own.negatives(users, rows, epoch=0, step=0)
 
     def losses(settings):
         mine = partial(own, users, batch.targets, rows, epoch=0, step=0, negatives=sampled)
         given = {"task_loss": mine, "sampled": sampled, "propensity": propensity}
-        return distillation_losses(model, users, batch, told, weights, settings, **given)
+        return distillation_losses(model, users, batch, teacher_batch, weights, settings, **given)
 
     ours = losses(settings)
     whole = losses(replace(settings, ranking=replace(settings.ranking, over="catalogue")))

@@ -42,11 +42,11 @@ def rows_by_hand(n_rows=6, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
     logits = torch.randn(n_rows, N, dtype=dtype, requires_grad=True)
     targets, negatives = torch.arange(n_rows) % N, (torch.arange(n_rows) + 5) % N
-    told = TEACHER.batch(np.arange(n_rows), 4, targets=targets.numpy())
-    return logits, targets, told, negatives, torch.linspace(0.6, 0.9, N, dtype=dtype)
+    teacher_batch = TEACHER.batch(np.arange(n_rows), 4, targets=targets.numpy())
+    return logits, targets, teacher_batch, negatives, torch.linspace(0.6, 0.9, N, dtype=dtype)
 
 
-def program_by_hand(logits, targets, told, negatives, propensity, settings):
+def program_by_hand(logits, targets, teacher_batch, negatives, propensity, settings):
     """The released objective as loops over rows and candidates, its broadcast as a double loop over rows."""
     n_rows, top_k, alpha = len(logits), settings.ranking.top_k, settings.dros.weight
 
@@ -65,7 +65,7 @@ def program_by_hand(logits, targets, told, negatives, propensity, settings):
     weights = []
     for b in range(n_rows):
         best = logits[b].topk(top_k).indices.tolist()
-        items, distances = told.ranking[b].tolist(), told.distance[b].tolist()
+        items, distances = teacher_batch.ranking[b].tolist(), teacher_batch.distance[b].tolist()
         ranks, sure = [math.exp(-k) for k in range(1, top_k + 1)], [math.exp(-d) + 1e-8 for d in distances]
         mixed = [
             0.3 * ranks[k] / sum(ranks) + 0.5 * sure[k] / sum(sure) + 0.1 * ((items[k] in best) + 1e-8)
@@ -75,10 +75,12 @@ def program_by_hand(logits, targets, told, negatives, propensity, settings):
     ranking = 0.0
     for k in range(top_k):
         for b in range(n_rows):
-            told_and_not = log_sigmoid(logits[b, told.ranking[b, k]]) + log_sigmoid(1 - logits[b, negatives[b]])
+            told_and_not = log_sigmoid(logits[b, teacher_batch.ranking[b, k]]) + log_sigmoid(
+                1 - logits[b, negatives[b]]
+            )
             ranking = ranking - weights[b][k] * told_and_not / n_rows
             for other in range(n_rows):
-                ranking = ranking + alpha * weights[b][k] * robust(other, told.ranking[other, k]) / n_rows**2
+                ranking = ranking + alpha * weights[b][k] * robust(other, teacher_batch.ranking[other, k]) / n_rows**2
     return {
         "loss_student": bce,
         "loss_dros": own_robust,
@@ -88,9 +90,11 @@ def program_by_hand(logits, targets, told, negatives, propensity, settings):
 
 
 def objective_of(settings, given, distilled=None, **more):
-    logits, targets, told, negatives, propensity = given
+    logits, targets, teacher_batch, negatives, propensity = given
     distilled = torch.ones(len(logits)) if distilled is None else torch.tensor(distilled)
-    return objective(logits, targets, told, distilled, settings, negatives=negatives, propensity=propensity, **more)
+    return objective(
+        logits, targets, teacher_batch, distilled, settings, negatives=negatives, propensity=propensity, **more
+    )
 
 
 def test_the_programs_objective_agrees_with_loops_gradients_included():
@@ -129,14 +133,14 @@ BEYOND = {
 @pytest.mark.parametrize("loss", BEYOND)
 def test_other_ranking_losses_take_the_papers_place_and_leave_the_rest(loss):
     given, settings = rows_by_hand(), BEYOND[loss]
-    logits, _, told, negatives, _ = given
+    logits, _, teacher_batch, negatives, _ = given
     ranked = replace(
         settings, ranking=replace(settings.ranking, negative="ranked_last" if loss != "listwise" else "none")
     )
     expected = {
-        "listwise": lambda: listwise(logits, told.ranking, told.distance),
-        "ranknet": lambda: pairwise(logits, told.ranking, "ranknet", negatives=negatives),
-        "margin": lambda: pairwise(logits, told.ranking, "margin", negatives=negatives),
+        "listwise": lambda: listwise(logits, teacher_batch.ranking, teacher_batch.distance),
+        "ranknet": lambda: pairwise(logits, teacher_batch.ranking, "ranknet", negatives=negatives),
+        "margin": lambda: pairwise(logits, teacher_batch.ranking, "margin", negatives=negatives),
     }[loss]()
     distilled = [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
     losses = objective_of(ranked, given, distilled)
@@ -206,7 +210,7 @@ def test_terms_of_the_ranking_loss_can_be_left_out(name, part):
     assert torch.equal(whole["loss_student"], without["loss_student"])
 
 
-def test_without_dros_and_ranking_the_own_loss_is_left_exactly():
+def test_without_dros_and_ranking_the_task_loss_is_left_exactly():
     given = rows_by_hand(dtype=torch.float32)
     losses = objective_of(code(**{"dros.weight": 0.0, "ranking.weight": 0.0}), given)
     assert losses.keys() == {"loss", "loss_student"}
@@ -227,11 +231,11 @@ def test_extreme_logits_leave_the_objective_finite():
 @pytest.mark.parametrize("settings", [code(), code(**{"dros.in_ranking": "per_row"})])
 def test_rows_that_are_not_distilled_tell_the_program_nothing(settings):
     given, distilled = rows_by_hand(), [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
-    logits, targets, told, negatives, propensity = given
+    logits, targets, teacher_batch, negatives, propensity = given
     losses = objective_of(settings, given, distilled)
-    other = replace(told, ranking=told.ranking.clone(), distance=told.distance.clone())
+    other = replace(teacher_batch, ranking=teacher_batch.ranking.clone(), distance=teacher_batch.distance.clone())
     for row in (1, 3, 5):
-        other.ranking[row], other.distance[row] = told.ranking[row].flip(0), 7 * told.distance[row]
+        other.ranking[row], other.distance[row] = teacher_batch.ranking[row].flip(0), 7 * teacher_batch.distance[row]
     changed = objective_of(settings, (logits, targets, other, negatives, propensity), distilled)
     assert torch.equal(losses["loss"], changed["loss"])
     own = torch.tensor(distilled) == 0
@@ -247,13 +251,13 @@ def test_the_students_list_may_come_from_a_pass_without_dropout():
 
     model = distilled(settings_of(fusion=0.0)).train()
     batch = TRAIN.batch(np.arange(20))
-    told = TEACHER.batch(np.arange(20), 4, targets=batch.targets.numpy())
+    teacher_batch = TEACHER.batch(np.arange(20), 4, targets=batch.targets.numpy())
     found = {}
     for dropout in (True, False):
         settings = replace(settings_of(), ranking=replace(settings_of().ranking, consistency_dropout=dropout))
         torch.manual_seed(3)
         users = model(batch.history, batch.lengths)
-        found[dropout] = distillation_losses(model, users, batch, told, torch.ones(20), settings)
+        found[dropout] = distillation_losses(model, users, batch, teacher_batch, torch.ones(20), settings)
     assert torch.equal(found[True]["loss_student"], found[False]["loss_student"])  # the training pass is the same
     assert not torch.equal(found[True]["loss_ranking"], found[False]["loss_ranking"])
 
@@ -304,10 +308,10 @@ def test_a_gpu_that_is_too_small_distils_the_same_student_as_smaller_micro_batch
     assert_same_weights(model.state_dict(), expected.state_dict())
 
 
-def test_a_broadcast_is_not_divided_by_a_gpu_that_is_too_small(tmp_path):
+def test_a_broadcast_is_not_split_when_out_of_memory(tmp_path):
     model, settings = distilled(code()), code()
     out_of_memory_above(model, 4)
-    with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs each step in one piece"):
+    with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs one micro-batch per step"):
         train_distilled(
             model,
             TRAIN,
@@ -320,7 +324,7 @@ def test_a_broadcast_is_not_divided_by_a_gpu_that_is_too_small(tmp_path):
 
 
 def test_a_broadcast_over_parts_of_a_step_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'broadcast'.*1 processes take 3 micro-batches.*in_ranking=per_row"):
+    with pytest.raises(ConfigError, match=r"'broadcast'.*1 processes use 3 micro-batches.*in_ranking=per_row"):
         train_in(tmp_path, code(), batch_size=8, micro_batch_size=3)
     train_in(tmp_path / "none", code(**{"dros.weight": 0.0}), batch_size=8, micro_batch_size=3, epochs=1)
 

@@ -5,8 +5,8 @@ from engine_helpers import assert_same_weights
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.vectors import principal_components, standardised
-from llm2rec.distill.evidence import Evidence
 from llm2rec.distill.kd_losses import alignment_loss, contrastive_alignment
+from llm2rec.distill.selection_evidence import Evidence
 from llm2rec.distill.selection_policy import SelectionPolicy, SelectionPolicyAll, SelectionPolicyRandom
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.items import FusedItemTable, ItemTable

@@ -16,10 +16,9 @@ from hydra.utils import instantiate
 from llm2rec.config import register
 from llm2rec.core.errors import ConfigError, TeacherOutputsError
 from llm2rec.core.train.engine import Engine
-from llm2rec.distill.custom_policy import policy_named
 from llm2rec.distill.data_bridge import TeacherOutputs
-from llm2rec.distill.evidence import Evidence, StudentNow
-from llm2rec.distill.selection import Selection
+from llm2rec.distill.selection import Selection, policy_named
+from llm2rec.distill.selection_evidence import Evidence, StudentNow
 from llm2rec.distill.selection_policy import (
     SelectionPolicy,
     SelectionPolicyAll,
@@ -46,8 +45,8 @@ def student():
     return build_model("sasrec", n_items=N, width=16, max_length=L, dropout=0.2)
 
 
-def losses_of_rows(logits, rows, targets, told):
-    return listwise(logits, told.ranking, told.distance)
+def losses_of_rows(logits, rows, targets, teacher_batch):
+    return listwise(logits, teacher_batch.ranking, teacher_batch.distance)
 
 
 def now(tmp_path, teacher=TEACHER, model=None, losses=losses_of_rows, **options):
@@ -200,9 +199,9 @@ def test_disagreement_by_a_plain_loop(tmp_path, measure, teacher, batch_size):
     rows, expected = teacher.rows_labelled(M), []
     for place, row in enumerate(rows):
         order = logits[row].argsort(descending=True).tolist()
-        told = teacher.ranking[place].tolist()
-        shared = len(set(order[:3]) & set(told[:3])) / 3
-        expected.append(1 - shared if measure == "overlap" else order.index(told[0]))
+        ranking = teacher.ranking[place].tolist()
+        shared = len(set(order[:3]) & set(ranking[:3])) / 3
+        expected.append(1 - shared if measure == "overlap" else order.index(ranking[0]))
     policy = SelectionPolicyDisagreement(0.2, measure, top_k=3)
     seen = evidence(teacher, student=now(tmp_path, teacher, batch_size=batch_size))
     np.testing.assert_allclose(seen.student.each_row(policy.disagreement), expected, rtol=1e-6)
@@ -245,8 +244,8 @@ def test_meta_weights_are_products_of_gradients(tmp_path, teacher):
     rows, products = teacher.rows_labelled(M), []
     for place, row in enumerate(rows):
         vectors = model.output_items.vectors().detach().clone().requires_grad_()
-        told = torch.from_numpy(teacher.ranking[place : place + 1].astype(np.int64))
-        loss = listwise(users[row : row + 1] @ vectors.T, told, torch.from_numpy(teacher.distance[[place]]))
+        ranking = torch.from_numpy(teacher.ranking[place : place + 1].astype(np.int64))
+        loss = listwise(users[row : row + 1] @ vectors.T, ranking, torch.from_numpy(teacher.distance[[place]]))
         (gradient,) = torch.autograd.grad(loss.sum(), vectors)
         products.append((gradient * validation).sum().item())
     expected = np.zeros(M)
@@ -258,7 +257,7 @@ def test_meta_weights_are_products_of_gradients(tmp_path, teacher):
 
 
 def test_meta_gives_nothing_where_nothing_helps(tmp_path):
-    seen = now(tmp_path, losses=lambda logits, rows, targets, told: 0 * logits.sum(dim=1))
+    seen = now(tmp_path, losses=lambda logits, rows, targets, teacher_batch: 0 * logits.sum(dim=1))
     assert SelectionPolicyMeta().weights(evidence(student=seen)).tolist() == [0] * M
 
 
@@ -412,7 +411,7 @@ class Labels(SelectionPolicyAll):
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "shown"),
     [
         ([3, 1], r"\[3 1\]"),
         ([1, 1], r"\[1 1\]"),
@@ -423,8 +422,8 @@ class Labels(SelectionPolicyAll):
         ([[0]], r"\[\[0\]\]"),
     ],
 )
-def test_rows_that_nobody_could_label_are_refused(answer, told):
-    message = rf"Labels\.rows_to_label gave {told}, expected some of the row numbers 0 to 36, each once and ascending"
+def test_rows_that_nobody_could_label_are_refused(answer, shown):
+    message = rf"Labels\.rows_to_label gave {shown}, expected row numbers from 0 to 36, each once and ascending"
     with pytest.raises(ConfigError, match=message):
         Labels(answer).checked_rows_to_label(M)
 

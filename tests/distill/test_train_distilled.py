@@ -133,7 +133,7 @@ def losses_of(settings, weights=None, teacher=TEACHER, model=None):
     return distillation_losses(model, users, batch, told, counted, settings), model, batch
 
 
-def test_weights_zero_leave_the_students_own_loss_exactly():
+def test_weights_zero_leave_the_task_loss_exactly():
     losses, model, batch = losses_of(settings_of(ranking=0.0, alignment=0.0))
     own = cross_entropy(model.score(model(batch.history, batch.lengths)), batch.targets)
     assert torch.equal(losses["loss"], own)

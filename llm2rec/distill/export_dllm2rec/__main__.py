@@ -1,7 +1,7 @@
 """``python -m llm2rec.distill.export_dllm2rec``: write the files of the released DLLM2Rec program.
 
 Its own command then trains on them: ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>``, with the
-weights of the recipe that this command tells (``distill=dllm2rec_code``: those of the program's README).
+weights of the recipe that this command prints (``distill=dllm2rec_code``: those of the program's README).
 """
 
 import logging
@@ -36,8 +36,8 @@ def main(cfg: Config, run: Run) -> None:
         with run.phase("export"):
             write_teacher(folder / "tocf" / data.name, teacher, n_rows)
             write_data(folder / "data" / data.name, data)
-    told = arguments_for(data.name, n_rows, teacher.ranking.shape[1], settings)
-    logger.info("files for DLLM2Rec in %s: run its main.py there with %s", folder, told)
+    arguments = arguments_for(data.name, n_rows, teacher.ranking.shape[1], settings)
+    logger.info("files for DLLM2Rec in %s: run its main.py there with %s", folder, arguments)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from llm2rec.student.datamodule import Rows
 __all__ = ["DEFAULTS", "HISTORY_LENGTH", "VECTOR_WIDTH", "arguments_for", "write_data", "write_teacher"]
 
 HISTORY_LENGTH, VECTOR_WIDTH = 10, 4096
-# The program's defaults, which may be told otherwise.
+# Defaults of the program's options.
 DEFAULTS = {
     "batch_size": 256,
     "alpha": 1.0,
@@ -104,13 +104,13 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
 
 
 def arguments_for(name: str, n_rows: int, n_candidates: int, settings: DistillSettings) -> str:
-    """What its ``main.py`` is to be told: the weights of a recipe, and to ask for nothing that is not there.
+    """Command-line arguments of its ``main.py``: the weights of a recipe, and no more rows than there are.
 
     Args:
         name: Of the dataset.
         n_rows: Training rows; the program draws whole batches.
         n_candidates: Candidates per row.
-        settings: The recipe. Of what the program has no option for, such as another ranking loss, nothing is told.
+        settings: The recipe. What the program has no option for, such as another ranking loss, is left out.
     """
     ranking = settings.ranking
     wanted = {
@@ -124,8 +124,8 @@ def arguments_for(name: str, n_rows: int, n_candidates: int, settings: DistillSe
         "gamma_confidence": ranking.gamma_confidence,
         "gamma_consistency": ranking.gamma_consistency,
     }
-    told = [f"--{option} {value:g}" for option, value in wanted.items() if value != DEFAULTS[option]]
-    return " ".join([f"--data {name}", *told])
+    options = [f"--{option} {value:g}" for option, value in wanted.items() if value != DEFAULTS[option]]
+    return " ".join([f"--data {name}", *options])
 
 
 def _names(*columns: str) -> "pd.Index[str]":

@@ -1,4 +1,4 @@
-"""What a selection policy may look at: the teacher's outputs, and the student as it is at this moment."""
+"""Inputs of selection policies: the teacher's outputs, and the student at the start of an epoch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ __all__ = ["Evidence", "RankingLosses", "ScoredRows", "StudentNow"]
 
 
 class RankingLosses(Protocol):
-    """The ranking losses that are being trained."""
+    """The ranking losses of the training objective."""
 
-    def __call__(self, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, told: TeacherBatch) -> Tensor:
-        """Of ``logits`` ``(B, N)``, the rows' numbers and targets, and what the teacher says of them; ``(B,)``."""
+    def __call__(self, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, teacher_batch: TeacherBatch) -> Tensor:
+        """Losses ``(B,)`` of rows from ``logits`` ``(B, N)``, row numbers, targets and the teacher's outputs."""
 
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Some labelled training rows as the student sees them now, dropout off.
+    """Some labelled training rows, scored by the student without dropout.
 
     Attributes:
         rows: Row numbers, shape ``(B,)``.
         users: User vectors, shape ``(B, D)``.
         logits: Scores of all items, shape ``(B, N)``; they and ``users`` carry no gradient.
         targets: Shape ``(B,)``.
-        told: What the teacher says of the rows: all its stored candidates, and the distances of the targets.
-        losses: The ranking losses that are being trained, as a function of logits; returns shape ``(B,)``. (Those of
+        teacher_batch: The teacher's outputs for the rows: all stored candidates, and the distances of the targets.
+        losses: The ranking losses of the objective as a function of logits; returns shape ``(B,)``. (Those of
             ``distill.dros.in_ranking=broadcast`` weigh a row by the mean of the rows that are scored at once.)
     """
 
@@ -43,7 +43,7 @@ class ScoredRows:
     users: Tensor
     logits: Tensor
     targets: Tensor
-    told: TeacherBatch
+    teacher_batch: TeacherBatch
     losses: Callable[[Tensor], Tensor]
 
     def ranking_gradient(self) -> Tensor:
@@ -60,13 +60,13 @@ class StudentNow:
         model: Unwrapped student.
         train: Training rows.
         validation: Validation rows.
-        teacher: What the teacher says.
-        engine: Divides the rows among processes.
-        ranking_losses: The ranking losses that are being trained.
+        teacher: The teacher's outputs.
+        engine: Splits the rows among processes.
+        ranking_losses: The ranking losses of the objective.
         batch_size: Rows scored at once.
 
     Attributes:
-        was_read: Whether anything has been asked of it.
+        was_read: Whether any method was called.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class StudentNow:
         """Measure every labelled row.
 
         Args:
-            measure: Gives a number per row, shape ``(B,)``, which must not depend on the rows it is asked with.
+            measure: Returns a number per row, shape ``(B,)``, which must not depend on the other rows of the call.
 
         Returns:
             Shape ``(labelled,)``, in the order of `Evidence.rows`, the same on every process.
@@ -96,11 +96,11 @@ class StudentNow:
         values = torch.zeros(len(labelled), device=self._engine.device)
         for places, targets, users, logits in self._scored(self._train, labelled):
             rows = labelled[places]
-            told = self._teacher.batch(
+            teacher_batch = self._teacher.batch(
                 rows, self._teacher.ranking.shape[1], self._engine.device, self._train.targets.numpy()[rows]
             )
-            losses = partial(self._losses, rows=rows, targets=targets, told=told)
-            measured = measure(ScoredRows(rows, users, logits, targets, told, losses))
+            losses = partial(self._losses, rows=rows, targets=targets, teacher_batch=teacher_batch)
+            measured = measure(ScoredRows(rows, users, logits, targets, teacher_batch, losses))
             values[torch.from_numpy(places).to(values.device)] = measured.to(values)
         return self._engine.sum_tensor(values).cpu().numpy()
 
@@ -126,7 +126,7 @@ class StudentNow:
         self._model.eval()
         place = np.full(len(data), -1)
         place[rows] = np.arange(len(rows))
-        units = rows if data.sizes is None else data.units  # sequences answer all their rows, wanted or not
+        units = rows if data.sizes is None else data.units  # a segment predicts all its rows, wanted or not
         block = max(1, self._batch_size * len(data.units) // len(data))
         mine = units[self._engine.my_rows(len(units))]
         for start in range(0, len(mine), block):
@@ -144,13 +144,13 @@ class StudentNow:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a policy may look at when it weighs the rows.
+    """Inputs of a policy's ``weights``.
 
     Attributes:
         n_rows: Training rows, M.
         epoch: The epoch that begins, from 0.
         rows: Numbers of the rows that the teacher has labelled, ascending, shape ``(labelled,)``.
-        teacher: What it says of them: row i of its tables is about training row ``rows[i]``.
+        teacher: Its outputs for them: row i of its tables belongs to training row ``rows[i]``.
         student: The student now.
     """
 
