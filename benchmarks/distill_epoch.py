@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import command_line, spread, write_result
+from harness import command_line, existing, spread, write_result
 from student_vs_recbole import prepared
 
 from llm2rec.core.files import read_json
@@ -84,8 +84,10 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__, rounds=3)
-    parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
-    parser.add_argument("--released-program", type=Path, help="checkout of DLLM2Rec; without it ours alone is timed")
+    parser.add_argument("--raw-dir", type=existing, help="folder or zip with MovieLens 100K in GroupLens' layout")
+    parser.add_argument(
+        "--released-program", type=existing, help="checkout of DLLM2Rec; without it ours alone is timed"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each of our runs; their median counts")
     options = parser.parse_args()
     if not options.quick and not options.raw_dir:

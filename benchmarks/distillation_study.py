@@ -35,10 +35,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from harness import write_result
+from harness import existing, write_result
 from ml100k import command_line
 from study_earlier import Earlier, Rows, common_once, row_name, write_rows
 from study_field import Field, best
@@ -105,7 +104,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__ or "")
     parser.set_defaults(work="result/distillation_study")
-    parser.add_argument("--games-dir", help="folder with interactions.csv and items.csv of Amazon games")
+    parser.add_argument("--games-dir", type=existing, help="folder with interactions.csv and items.csv of Amazon games")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, help="sasrec, which teaches, and then gru4rec")
     parser.add_argument(
         "--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all by default, in this order; with --quick some"
@@ -122,7 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="final runs of each arm: 5 by default, and never fewer than it has had"
     )
-    parser.add_argument("--earlier", type=Path, help="JSON file of a result whose runs are not here, to go on from")
+    parser.add_argument("--earlier", type=existing, help="JSON file of a result whose runs are not here, to go on from")
     options = parser.parse_args()
     if not options.quick and not (options.llm_path and (options.raw_dir or options.games_dir)):
         parser.error("--llm-path is needed, and --games-dir or --raw-dir or both; or --quick")

@@ -26,6 +26,7 @@ from llm2rec.core.git_info import git_state, library_versions
 
 __all__ = [
     "command_line",
+    "existing",
     "floor_rates",
     "matmul",
     "peak_bytes",
@@ -48,6 +49,13 @@ def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="processor threads; torch's own choice by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     return parser
+
+
+def existing(path: str) -> Path:
+    """Type of arguments that name an input: refuse what does not exist before anything is measured."""
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{path} does not exist")
+    return Path(path)
 
 
 def seconds_by_round(steps: Mapping[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:

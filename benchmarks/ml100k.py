@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import relative
+from harness import existing, relative
 
 from llm2rec.core.files import read_json, write_json
 from llm2rec.core.git_info import git_state, library_versions
@@ -72,8 +72,8 @@ def main() -> None:
 def command_line(description: str) -> argparse.ArgumentParser:
     """Give the options of a job that runs stages."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
-    parser.add_argument("--llm-path", help="folder with all-MiniLM-L6-v2")
+    parser.add_argument("--raw-dir", type=existing, help="folder or zip with MovieLens 100K in GroupLens' layout")
+    parser.add_argument("--llm-path", type=existing, help="folder with all-MiniLM-L6-v2")
     parser.add_argument("--json", required=True, type=Path, help="where to write the result")
     parser.add_argument("--work", default="result/ml100k", help="folder for data and runs; finished stages are kept")
     parser.add_argument("--jobs", type=int, default=1, help="students trained at once, each on its share of processors")

@@ -149,7 +149,9 @@ def measure(data: RecData, options: Any, folder: Path) -> tuple[dict[str, float]
 def main() -> None:
     """Measure, write what came out."""
     parser = harness.command_line(__doc__ or "", rounds=100)
-    parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
+    parser.add_argument(
+        "--raw-dir", type=harness.existing, help="folder or zip with MovieLens 100K in GroupLens' layout"
+    )
     options = parser.parse_args()
     if not (options.raw_dir or options.quick):
         parser.error("--raw-dir is needed, or --quick")

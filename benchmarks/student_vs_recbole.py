@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import command_line, spread, write_result
+from harness import command_line, existing, spread, write_result
 from hydra import compose, initialize_config_dir
 
 from llm2rec.config import register
@@ -152,15 +152,19 @@ def case(
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__, rounds=3)
-    parser.add_argument("--recbole-python", required=True, type=Path, help="the Python of the environment with RecBole")
-    parser.add_argument("--raw-dir", help="folder or zip with MovieLens 100K in GroupLens' layout")
-    parser.add_argument("--games-dir", help="folder with interactions.csv and items.csv of Amazon games")
+    parser.add_argument(
+        "--recbole-python", required=True, type=existing, help="the Python of the environment with RecBole"
+    )
+    parser.add_argument("--raw-dir", type=existing, help="folder or zip with MovieLens 100K in GroupLens' layout")
+    parser.add_argument("--games-dir", type=existing, help="folder with interactions.csv and items.csv of Amazon games")
     parser.add_argument("--work", default="result/student_vs_recbole", help="folder for data and what has been trained")
     parser.add_argument("--pieces", default="all", choices=("all", "quality", "timing"), help="see above")
     parser.add_argument("--only", action="append", metavar="CASE", help='such as "ml100k sasrec"; may be repeated')
     options = parser.parse_args()
     if not options.quick and not (options.raw_dir or options.games_dir):
         parser.error("--raw-dir or --games-dir is needed, or --quick")
+    if subprocess.run([options.recbole_python, "-c", "import recbole"], capture_output=True).returncode != 0:
+        parser.error(f"--recbole-python {options.recbole_python} cannot import recbole")
     options.device, options.threads = "cpu", options.threads or os.cpu_count()
     return options
 

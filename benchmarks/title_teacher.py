@@ -46,7 +46,7 @@ N_CANDIDATES, N_ROWS = 20, 4
 def main() -> None:
     """Build a teacher, take turns, write what came out."""
     parser = harness.command_line(__doc__ or "", rounds=5)
-    parser.add_argument("--raw-dir", help="MovieLens 100K")
+    parser.add_argument("--raw-dir", type=harness.existing, help="MovieLens 100K")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

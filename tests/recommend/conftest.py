@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,21 +6,15 @@ import pytest
 from llm2rec.data import Toy, prepare
 from llm2rec.recommend import Recommender
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+from command_helpers import run
+
 TOY = ["dataset.n_users=60", "dataset.n_items=120", "dataset.n_worlds=5", "dataset.history_length=5"]
 
 
 @pytest.fixture(scope="session")
 def command():
-    """Run a stage as a user does; returns the finished process, output as text."""
-
-    def run(folder, stage, *overrides, check=True):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        arguments = [sys.executable, "-m", f"llm2rec.{stage}", *overrides]
-        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
+    """Runs a stage as a user does; returns the finished process, output as text."""
     return run
 
 
