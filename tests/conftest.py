@@ -21,24 +21,41 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="kills of each part in test_chaos.py (default: 1)")
 
 
-# Files and folders whose tests train, run a stage or start a process, or try many models: too slow for the unit tests.
+# Tests that train, run a stage, start a process or try many models, by the start of their path.
 INTEGRATION = (
-    *("integration/", "scripts/", "test_api.py", "test_extending.py", "benchmarks/test_distillation_study.py"),
-    *("core/test_stepper.py", "data/test_agreement.py", "data/test_larger_than_memory.py", "data/test_prepare.py"),
-    *("distill/test_selection_policies.py", "distill/test_train_distilled.py"),
-    *(
-        "evaluate/test_report.py",
-        "evaluate/test_title_teachers.py",
-        "plan/test_plan_measure.py",
-        "plan/test_plan_stage.py",
-    ),
-    *("ilora/test_ilora_compile.py", "ilora/test_ilora_fold.py", "ilora/test_ilora_generation.py"),
-    *("ilora/test_ilora_matrix.py", "ilora/test_ilora_registration.py"),
-    *("recommend/test_export.py", "recommend/test_teacher_answers.py"),
-    *("student/test_task_loss.py", "student/test_segments.py", "student/test_student_stage.py"),
-    *("student/test_train_baseline.py", "teacher/test_hybrid_teacher.py", "teacher/test_teacher_gate_inputs.py"),
-    *("teacher/test_teacher_gates.py", "teacher/test_teacher_heads.py", "teacher/test_teacher_training.py"),
-    *("teacher/test_teacher_tunings.py", "teacher/test_title_model.py", "teacher/test_title_objective.py"),
+    "benchmarks/test_distillation_study.py",
+    "core/test_stepper.py",
+    "data/test_agreement.py",
+    "data/test_larger_than_memory.py",
+    "data/test_prepare.py",
+    "distill/test_selection_policies.py",
+    "distill/test_train_distilled.py",
+    "evaluate/test_report.py",
+    "evaluate/test_title_teachers.py",
+    "ilora/test_ilora_compile.py",
+    "ilora/test_ilora_fold.py",
+    "ilora/test_ilora_generation.py",
+    "ilora/test_ilora_matrix.py",
+    "ilora/test_ilora_registration.py",
+    "integration/",
+    "plan/test_plan_measure.py",
+    "plan/test_plan_stage.py",
+    "recommend/test_export.py",
+    "recommend/test_teacher_answers.py",
+    "scripts/",
+    "student/test_task_loss.py",
+    "student/test_segments.py",
+    "student/test_student_stage.py",
+    "student/test_train_baseline.py",
+    "teacher/test_hybrid_teacher.py",
+    "teacher/test_teacher_gate",
+    "teacher/test_teacher_heads.py",
+    "teacher/test_teacher_training.py",
+    "teacher/test_teacher_tunings.py",
+    "teacher/test_title_model.py",
+    "teacher/test_title_objective.py",
+    "test_api.py",
+    "test_extending.py",
 )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +85,10 @@ def run(folder: Path, stage: str, *overrides: str, launcher: list[str] = PLAIN, 
         import forked_stages  # imports this module
 
         folder.mkdir(parents=True, exist_ok=True)
-        out, err = folder / "stdout.txt", folder / "stderr.txt"
-        status, _ = forked_stages.run(folder, stage, overrides, err, out)
-        done = subprocess.CompletedProcess([stage, *overrides], status, out.read_text(), err.read_text())
+        with tempfile.TemporaryDirectory() as aside:
+            out, err = Path(aside) / "stdout.txt", Path(aside) / "stderr.txt"
+            status, _ = forked_stages.run(folder, stage, overrides, err, out)
+            done = subprocess.CompletedProcess([stage, *overrides], status, out.read_text(), err.read_text())
         assert status == 0 or not check, done.stderr
         return done
     return run_command(folder, [*launcher, f"llm2rec.{stage}", *overrides], check=check, **variables)

@@ -48,7 +48,7 @@ def test_savings_of_the_budget_are_recorded(outputs):
     labelling = json.loads((of_run / "metrics" / "labelling.json").read_text())
     assert (labelling["train_rows"], labelling["labelled"]) == (N_ROWS, N_LABELLED)
     assert labelling["seconds_saved"] == pytest.approx(labelling["seconds"] * (N_ROWS / N_LABELLED - 1), abs=1e-3)
-    assert "labelled 106 of 424 rows in" in (outputs[1] / "stderr.txt").read_text()
+    assert "labelled 106 of 424 rows in" in (of_run / "log.txt").read_text()
     (of_run,) = runs(outputs[0])
     assert json.loads((of_run / "metrics" / "labelling.json").read_text())["seconds_saved"] == 0
 
