@@ -92,6 +92,8 @@ def _become(folder, stage, overrides, stderr, stdout):
             runpy.run_module(f"llm2rec.{stage}", run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):  # as the interpreter does
+                print(end.code, file=sys.stderr)  # noqa: T201
         except BaseException:
             traceback.print_exc()
             code = 1

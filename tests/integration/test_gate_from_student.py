@@ -119,7 +119,7 @@ def test_two_processes_train_a_hybrid_teacher_as_one_does(trained, tmp_path):
 def test_a_teacher_without_anything_to_train_is_exported_and_evaluated(tmp_path):
     overrides = [each for each in TEACHER if each not in OF_ILORA]
     done = run(tmp_path, "teacher", *overrides, "teacher.tuning=none")
-    assert "nothing to train: `teacher.tuning` is 'none'" in done.stderr
+    assert "no trainable parameters: `teacher.tuning` is 'none'" in done.stderr
     (teacher,) = runs(tmp_path)
     assert json.loads((teacher / "run.json").read_text())["trained_parameters"] == 0
     assert len(outputs(tmp_path)[0]) == 424

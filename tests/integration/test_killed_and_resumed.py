@@ -109,7 +109,7 @@ def test_a_terminated_student_stores_its_step_and_goes_on_from_there(launcher, w
         sent=signal.SIGTERM,
     )
     stored = checkpoint_step(tmp_path)
-    assert f"SIGTERM came, and step {stored} is stored" in (tmp_path / "killed.txt").read_text()
+    assert f"received SIGTERM; step {stored} is stored" in (tmp_path / "killed.txt").read_text()
     if launcher is PLAIN:
         assert status == 128 + signal.SIGTERM
     (killed,) = runs(tmp_path)
