@@ -38,7 +38,7 @@ def overrides(model: str, gpus: int, precision: str, launch: str) -> list[str]:
 
 
 def launches(model: str, gpus: int, precision: str) -> list[str]:
-    """Ways worth a row: those that divide the weights where a card does not hold them."""
+    """Ways worth a row: those that shard the weights where a card does not hold them."""
     if gpus == 1:
         return ["ddp"]
     return ["fsdp2", "zero3"] if (model, precision) == ("70B", "bfloat16") else ["ddp"]
@@ -53,7 +53,7 @@ def row(model: str, gpus: int, precision: str, launch: str, planned: dict[str, A
     hours = [format_seconds(seconds[name]) for name in ("training", "titles", "gate_inputs", "export")]
     how = {"ddp": "DDP" if gpus > 1 else "-", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[launch]
     weights = {"bfloat16": "bf16"}.get(precision, precision)
-    tokens = f"{planned['speed']['tokens_per_second']:,.0f}"
+    tokens = f"{planned['tokens_per_second']:,.0f}"
     return [model, str(gpus), weights, how, *gibs, str(totals[1]["largest"]), tokens, *hours]
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 from llm2rec.core.errors import HubError
 from llm2rec.core.files import without_secrets
 
-__all__ = ["SHARED", "is_hub_id", "is_hub_name", "obtained", "upload"]
+__all__ = ["CARD", "PLACE", "SHARED", "is_hub_id", "is_hub_name", "obtained", "upload"]
 
 SHARED = (".safetensors", ".json", ".txt", ".md", ".arrow", ".jinja", ".model")
 """Suffixes of uploaded and downloaded files; none of these formats runs code when it is read. ``.arrow`` holds the
 items' names, the last two belong to tokenizers."""
+CARD = "README.md"
+"""Model card; the one file of a model's folder that people edit."""
+PLACE = "FOLDER"
+"""Placeholder in a card's example for the model's folder; `llm2rec.share` replaces it with the Hub id."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -1,11 +1,14 @@
 """``accelerate launch -m llm2rec.distill``: train a student on its task and on the teacher's outputs."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from llm2rec.cards import student_card, training_on
 from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.paths import from_launch_folder
@@ -18,7 +21,6 @@ from llm2rec.distill.settings import DistillSettings, EmbeddingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
-from llm2rec.student.card import student_card, training_on
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.samples import log_recommendations, student_answers
@@ -87,7 +89,7 @@ def main(cfg: Config, run: Run) -> None:
     name = teacher.manifest.get("teacher", "unknown teacher")
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
-        card = card_of(run, data, student_settings.name, model.student.max_length, items, name)
+        card = card_of(run, data, student_settings.name, model.student.max_length, items, teacher.manifest)
         save_student(run.folder / "student", model.student, student_settings.name, arguments, items, card)
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     run.note(label=f"{student_settings.name} + {settings.name} ({name})", parameters=served)
@@ -110,14 +112,16 @@ def distilled_student(
     )
 
 
-def card_of(run: Run, data: RecData, student: str, max_length: int, items: pa.Table, teacher: str) -> str:
-    """The model card of a run's student."""
-    settings = {name: run.config[name] for name in ("student", "distill", "active")}
-    settings["distill"] = {
-        k: v for k, v in settings["distill"].items() if k != "teacher_outputs"
-    }  # a place on this machine
+def card_of(
+    run: Run, data: RecData, student: str, max_length: int, items: pa.Table, manifest: Mapping[str, Any]
+) -> str:
+    """The model card of a run's student, with the teacher of the ``manifest``."""
+    options = {name: run.config[name] for name in ("student", "distill", "active")}
+    recipe = {k: v for k, v in options["distill"].items() if k != "teacher_outputs"}  # a path on this machine
     examples = items["raw_id"][:3].to_pylist()
-    return student_card(student, examples, max_length, training_on(data, run), settings, teacher=teacher)
+    return student_card(
+        student, examples, max_length, training_on(data, run), options | {"distill": recipe}, teacher=manifest
+    )
 
 
 if __name__ == "__main__":

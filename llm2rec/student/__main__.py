@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
+from llm2rec.cards import student_card, training_on
 from llm2rec.config import Config
 from llm2rec.core.run import Run
 from llm2rec.stage import build, open_data, open_engine, stage
-from llm2rec.student.card import student_card, training_on
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, student_answers

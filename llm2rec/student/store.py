@@ -6,10 +6,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import feather
 
-from llm2rec.core.card import CARD
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
-from llm2rec.core.hub import obtained
+from llm2rec.core.hub import CARD, obtained
 from llm2rec.core.train.checkpoint import read_tensors, save_tensors
 from llm2rec.student.models import SequentialRecommender, build_model
 
@@ -35,7 +34,7 @@ def save_student(
         arguments: What it was built with, plain values.
         items: ``raw_id`` and ``title`` of each item, in the order of item ids, so that the folder alone can answer in
             them; None for a student that is read by item id only.
-        card: What `llm2rec.student.card` says of it; None for a student that belongs to something else.
+        card: Its model card (`llm2rec.cards`); None for a student that belongs to something else.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")

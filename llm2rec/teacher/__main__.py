@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from llm2rec.cards import Training, teacher_card, training_on
 from llm2rec.config import Config
-from llm2rec.core.card import Training
 from llm2rec.core.files import read_json, with_home
 from llm2rec.core.git_info import git_state
 from llm2rec.core.paths import from_launch_folder
@@ -20,11 +20,9 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.sharding import full_numel, shards_frozen_weights
 from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, stage
-from llm2rec.student.card import training_on
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.samples import Answers, log_recommendations
 from llm2rec.teacher.borrowed_student import open_recommender
-from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
@@ -103,13 +101,14 @@ def main(cfg: Config, run: Run) -> None:
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     log_recommendations(engine, recommendations_of(model.eval(), data), validation, data.items)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if engine.is_main:
         # Without the path of a trained recommender on this machine.
         options = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
         training = validated_on(training_on(data, run, settings.train_rows, settings.validation_rows), model, settings)
         about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": options})
-        save_teacher(run.folder / "teacher", model.eval(), recipe, teacher_card(*about))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        card = teacher_card(*about, is_trained=trained > 0 and settings.training.epochs > 0)
+        save_teacher(run.folder / "teacher", model.eval(), recipe, card)
     gate = f" ({recommender.name} gate)" if recommender is not None and model.gate_input == "sequence" else ""
     label = f"{settings.name} {llm.name}{settings.label}{gate}"
     parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
@@ -183,8 +182,8 @@ def validated_on(training: Training, model: LLMTeacher, settings: TeacherSetting
     """Training data for the model card, with the teacher's own validation candidates."""
     if isinstance(model, TitleRecommender):
         return replace(training, n_candidates=settings.title.n_candidates or UNLISTED_CANDIDATES)
-    of_history = settings.exclude_history and training.left_out == "no items"
-    return replace(training, left_out="items of the history") if of_history else training
+    of_history = settings.exclude_history and training.excluded == "no items"
+    return replace(training, excluded="items of the history") if of_history else training
 
 
 def choose_rows(n_rows: int, wanted: int | None, seed: int) -> NDArray[np.int64]:

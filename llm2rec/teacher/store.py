@@ -6,7 +6,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from llm2rec.core.card import CARD
 from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import (
     check_hashes,
@@ -17,6 +16,7 @@ from llm2rec.core.files import (
     write_hashes,
     write_json,
 )
+from llm2rec.core.hub import CARD
 from llm2rec.core.train.checkpoint import read_tensors, save_tensors
 from llm2rec.data import RecData
 from llm2rec.teacher.borrowed_student import BorrowedStudent

@@ -7,8 +7,8 @@ from hub_stand_in import TOKEN, hub_stand_in
 from huggingface_hub import close_session, constants
 from share_helpers import RAW_IDS, TRAINING
 
+from llm2rec.cards import student_card
 from llm2rec.core.files import write_json
-from llm2rec.student.card import student_card
 from llm2rec.student.models import build_model
 from llm2rec.student.store import save_student
 

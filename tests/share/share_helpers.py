@@ -1,6 +1,6 @@
 """What the students of these tests were trained on, and their items."""
 
-from llm2rec.core.card import Training
+from llm2rec.cards import Training
 
 RAW_IDS = [f"b{number}" for number in range(12)]
 TRAINING = Training(
@@ -11,6 +11,6 @@ TRAINING = Training(
     n_rows=5000,
     n_validation=300,
     seed=7,
-    left_out="no items",
+    excluded="no items",
     metrics={"hr@10": 0.51234567, "ndcg@10": 0.25},
 )

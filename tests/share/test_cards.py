@@ -1,16 +1,15 @@
 """What a card says, and that people may change it."""
 
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from huggingface_hub import ModelCard
 from share_helpers import TRAINING
 
-from llm2rec.core.card import best_validation
+from llm2rec.cards import best_validation, student_card, teacher_card
 from llm2rec.core.files import check_hashes, write_json
-from llm2rec.student.card import student_card
+from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
 from llm2rec.student.store import load_student
-from llm2rec.teacher.card import teacher_card
 
 
 def test_the_kept_weights_metrics_are_those_of_the_best_step(tmp_path):
@@ -31,20 +30,53 @@ def test_a_card_may_be_edited_and_nothing_else(make_run):
     load_student(folder)
 
 
-def test_a_students_card_says_what_it_is_and_where_it_comes_from():
-    card = student_card("gru4rec", ["a", "b"], 10, TRAINING, {"student": {"width": 8}}, teacher="ilora-minilm")
+LLM = {"teacher": "ilora-minilm", "objective": "item", "tuning": "ilora"}
+ENSEMBLE = {"teacher": "ensemble", "members": [{"label": "sasrec"}] * 2 + [{"label": "gru4rec"}], "neighbours": 0.5}
+
+
+def distilled_card(manifest, **settings):
+    recipe = {"distill": asdict(DistillSettings(**settings))}
+    return student_card("gru4rec", ["a", "b"], 10, TRAINING, {"student": {"width": 8}} | recipe, teacher=manifest)
+
+
+def test_a_students_card_names_model_teacher_data_and_metrics():
+    card = distilled_card(LLM)
     text, data = str(ModelCard(card)), ModelCard(card).data
-    assert {"llm2rec", "recommendation", "gru4rec", "distillation"} <= set(data.tags)
-    for told in (
+    assert {"llm2rec", "recommendation", "gru4rec", "distillation", "dllm2rec"} <= set(data.tags)
+    for part in (
         "# GRU4Rec for shop, distilled from a language model",
-        "distilled from the teacher `ilora-minilm`",
+        "the teacher `ilora-minilm` (a language model with instance-wise LoRA",
+        "the ranking distillation of DLLM2Rec (arXiv 2405.00338) and the fusion of item vectors",
         "5,000 training rows over 12 items, split `leave_one_out`",
         "| NDCG@10 | 0.2500 |",
-        "Full ranking of all 12 items, no items left out, for 300 validation rows",
+        "Full ranking of all 12 items, no items excluded, for 300 validation rows",
         '"width": 8',
         "; seed 7; python ",
     ):
-        assert told in text, told
+        assert part in text, part
+
+
+def test_a_card_names_the_teacher_of_the_manifest_and_the_losses_of_the_recipe():
+    listwise = RankingSettings(loss="listwise", top_k=50)
+    card = distilled_card(ENSEMBLE, name="listwise", ranking=listwise, embedding=EmbeddingSettings(fusion_scale=0.0))
+    lead, tags = card.split("```")[0], ModelCard(card).data.tags
+    assert "# GRU4Rec for shop, distilled from an ensemble" in lead
+    assert "an ensemble of 2 sasrec, 1 gru4rec and item neighbours with weight 0.5" in lead
+    assert "by listwise ranking distillation" in lead
+    assert "language model" not in lead
+    assert "dllm2rec" not in lead.lower()
+    assert "distillation" in tags
+    aligned = EmbeddingSettings(fusion_scale=0.0, alignment_weight=0.1, initialise="pca")
+    card = distilled_card({}, ranking=RankingSettings(weight=0.0), embedding=aligned)
+    assert "distilled from a teacher of unknown kind by the alignment of item vectors" in card
+    assert "dllm2rec" not in card.split("```")[0].lower()
+    assert "distilled" not in student_card("gru4rec", ["a"], 10, TRAINING, {})
+
+
+def test_a_teacher_that_was_not_trained_says_so():
+    card = teacher_card("minilm", "x", "none", "item", TRAINING, {}, is_trained=False)
+    assert "used by llm2rec without training on `shop`" in card
+    assert "trained with llm2rec" not in card
 
 
 def test_the_example_of_a_card_runs(make_run, capsys):
@@ -82,5 +114,5 @@ def test_a_card_says_what_a_title_teacher_was_validated_on():
 
 def test_a_model_that_was_not_validated_says_so():
     card = student_card("sasrec", ["a"], 10, TRAINING.__class__(**{**vars(TRAINING), "metrics": {}}), {})
-    assert "It was not validated in its training." in card
+    assert "The model was not validated." in card
     assert ModelCard(card).data.eval_results is None

@@ -88,7 +88,7 @@ def test_it_is_fetched_once_and_read_without_network_afterwards(hub, make_run, b
 def test_a_card_that_somebody_edited_is_kept(hub, make_run):
     run = make_run()
     card = run / "student" / "README.md"
-    card.write_text(card.read_text().replace("## What it cannot do", "Mine.\n\n## What it cannot do"))
+    card.write_text(card.read_text().replace("## Limitations", "Mine.\n\n## Limitations"))
     llm2rec.push(run, "ann/shop-sasrec")
     assert b"Mine." in hub.files("ann/shop-sasrec")["README.md"]
 

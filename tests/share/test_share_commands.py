@@ -13,11 +13,11 @@ from hub_stand_in import TOKEN
 from share_helpers import RAW_IDS, TRAINING
 
 import llm2rec
+from llm2rec.cards import teacher_card
 from llm2rec.core.errors import CheckpointError, HubError
 from llm2rec.core.files import write_json
 from llm2rec.data import Toy, prepare
 from llm2rec.student.datamodule import Rows
-from llm2rec.teacher.card import teacher_card
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.llm import make_tiny_random
 from llm2rec.teacher.settings import AdapterSettings, PromptSettings, TeacherSettings, TinyRandomSettings
