@@ -6,24 +6,76 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TextIO, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Self, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from llm2rec.core.processes import is_first_process, uses_gpu
 
-__all__ = ["duration", "progress", "quiet_libraries"]
+__all__ = ["Progress", "duration", "progress", "quiet_libraries"]
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+class Progress:
+    """Shows how many items of a phase are done, the speed and the time left; a context.
+
+    Args:
+        description: Name of the phase.
+        total: Number of items, including ``initial``.
+        unit: Name of one item, such as ``step``.
+        initial: Items done in an earlier run.
+        shown: Whether to show anything.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True) -> None:
+        self._description, self._total, self._unit, self._initial = description, total, unit, initial
+        self._on_terminal = shown and sys.stderr.isatty()
+        self._in_file = shown and not self._on_terminal
+        self._done, self._amounts = 0, dict[str, int]()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._start = self._last = time.monotonic()
+        if self._on_terminal:
+            unit = f" {self._unit}"
+            self._bar = tqdm(desc=self._description, total=self._total, initial=self._initial, unit=unit, leave=False)
+            self._open.enter_context(_log_above_bar())
+            self._open.callback(self._bar.close)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def advance(self, n: int = 1, **amounts: int) -> None:
+        """Count ``n`` more items as done, and other ``amounts`` whose speed is shown, such as ``tokens``."""
+        self._done += n
+        for name, amount in amounts.items():
+            self._amounts[name] = self._amounts.get(name, 0) + amount
+        now = time.monotonic()
+        if self._on_terminal:
+            self._bar.set_postfix_str(self._other_speeds(now), refresh=False)
+            self._bar.update(n)
+        elif self._in_file and self._done and now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last, at, seconds = now, self._initial + self._done, (now - self._start) / self._done
+            speeds = f"{1 / seconds:.3g} {self._unit}s/s" if seconds <= 1 else f"{seconds:.3g} s/{self._unit}"
+            if other := self._other_speeds(now):
+                speeds += f", {other}"
+            left = duration((self._total - at) * seconds)
+            logger.info("%s: %d of %d %ss, %s, %s left", self._description, at, self._total, self._unit, speeds, left)
+
+    def _other_speeds(self, now: float) -> str:
+        seconds = max(now - self._start, 1e-9)
+        return ", ".join(f"{amount / seconds:.3g} {name}/s" for name, amount in self._amounts.items())
+
+
 def progress(
     iterable: Iterable[Item], description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True
 ) -> Iterator[Item]:
-    """Iterate over ``iterable`` and show items done, speed and time left.
+    """Iterate over ``iterable`` and show its `Progress`.
 
     Args:
         iterable: Items.
@@ -36,14 +88,10 @@ def progress(
     Yields:
         The items.
     """
-    if not shown:
-        yield from iterable
-    elif sys.stderr.isatty():
-        bar = tqdm(iterable, desc=description, total=total, initial=initial, unit=f" {unit}", leave=False)
-        with _log_above_bar():
-            yield from bar
-    else:
-        yield from _logged(iterable, description, total, unit, initial)
+    with Progress(description, total, unit, initial=initial, shown=shown) as bar:
+        for item in iterable:
+            yield item
+            bar.advance()
 
 
 class _AboveBar:
@@ -71,18 +119,6 @@ def _log_above_bar() -> Iterator[None]:
     finally:
         for handler, stream in on_terminal:
             handler.setStream(stream)
-
-
-def _logged(iterable: Iterable[Item], description: str, total: int, unit: str, initial: int) -> Iterator[Item]:
-    start = last = time.monotonic()
-    for done, item in enumerate(iterable):
-        now = time.monotonic()
-        if done and now - last >= _SECONDS_BETWEEN_LINES:
-            last, seconds, at = now, (now - start) / done, initial + done
-            speed = f"{1 / seconds:.3g} {unit}s/s" if seconds <= 1 else f"{seconds:.3g} s/{unit}"
-            left = duration((total - at) * seconds)
-            logger.info("%s: %d of %d %ss, %s, %s left", description, at, total, unit, speed, left)
-        yield item
 
 
 def duration(seconds: float) -> str:

@@ -145,17 +145,19 @@ def rank_training_rows(
     rows = Rows.of(data, "train", ensemble.max_length)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(labelled) // size))]
     mine = engine.my_missing(files)
-    for number in engine.progress(mine, "export", len(mine), "block"):
-        numbers = labelled[number * size : (number + 1) * size]
-        probabilities, items = [], []
-        for part in np.array_split(numbers, -(-len(numbers) // at_once)):
-            probs = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
-            best = probs.topk(min(settings.top_k, data.n_items), dim=1)
-            probabilities.append(best.values.cpu())
-            items.append(best.indices.to("cpu", torch.int32))
-        log_probs = torch.cat(probabilities).clamp(min=_LEAST).log()
-        with replaced_file(files[number]) as aside:
-            save_file({"items": torch.cat(items).numpy(), "log_probs": log_probs.numpy()}, aside)
+    shares = {number: labelled[number * size : (number + 1) * size] for number in mine}
+    with engine.rows_progress("export", sum(len(numbers) for numbers in shares.values())) as progress:
+        for number, numbers in shares.items():
+            probabilities, items = [], []
+            for part in np.array_split(numbers, -(-len(numbers) // at_once)):
+                probs = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
+                best = probs.topk(min(settings.top_k, data.n_items), dim=1)
+                probabilities.append(best.values.cpu())
+                items.append(best.indices.to("cpu", torch.int32))
+                progress.advance(len(part))
+            log_probs = torch.cat(probabilities).clamp(min=_LEAST).log()
+            with replaced_file(files[number]) as aside:
+                save_file({"items": torch.cat(items).numpy(), "log_probs": log_probs.numpy()}, aside)
     engine.wait()
     return files
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2rec.core.files import replaced_file
+from llm2rec.core.logging import Progress
 from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import Rows
@@ -78,11 +79,12 @@ class GateCache:
         folder = self.folder / digest.hexdigest()[:16]
         files = [folder / f"block_{number:06d}.npy" for number in range(-(-len(rows) // self.block_rows))]
         mine = self.engine.my_missing(files)
-        for number in self.engine.progress(mine, "gate inputs", len(mine), "block"):
-            part = slice(number * self.block_rows, (number + 1) * self.block_rows)
-            vectors = _compute(self.model, history[part], lengths[part], self.batch_tokens)
-            with replaced_file(files[number]) as aside, open(aside, "wb") as file:
-                np.save(file, vectors, allow_pickle=False)
+        parts = {number: slice(number * self.block_rows, (number + 1) * self.block_rows) for number in mine}
+        with self.engine.rows_progress("gate inputs", sum(len(history[part]) for part in parts.values())) as progress:
+            for number, part in parts.items():
+                vectors = _compute(self.model, history[part], lengths[part], self.batch_tokens, progress)
+                with replaced_file(files[number]) as aside, open(aside, "wb") as file:
+                    np.save(file, vectors, allow_pickle=False)
         self.engine.wait()
         inputs = np.concatenate([np.load(file, allow_pickle=False) for file in files])
         return TeacherRows(data, rows, inputs, token_counts)
@@ -101,11 +103,14 @@ def _compute(
     history: NDArray[np.int32],
     lengths: NDArray[np.int32],
     batch_tokens: int,
+    progress: Progress,
 ) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] | None = None
-    for rows in batches_by_cost(model.prompts.token_counts(history, lengths), batch_tokens):
+    counts = model.prompts.token_counts(history, lengths)
+    for rows in batches_by_cost(counts, batch_tokens):
         computed = model.gate_inputs(history[rows], lengths[rows]).cpu().numpy()
         vectors = np.empty((len(history), computed.shape[1]), np.float32) if vectors is None else vectors
         vectors[rows] = computed
+        progress.advance(len(rows), tokens=int(counts[rows].sum()))
     assert vectors is not None, "a block holds at least one row"
     return vectors

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
+from llm2rec.core.logging import Progress
 from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run
 from llm2rec.core.train.batching import batches_by_cost
@@ -60,17 +61,18 @@ def rank_blocks(
     size, n_rows = settings.block_rows, len(rows.rows)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-n_rows // size))]
     mine = engine.my_missing(files)
-    for number in engine.progress(mine, "export", len(mine), "block"):
-        block = slice(number * size, min((number + 1) * size, n_rows))
-        items, log_probs = _rank(model, rows, block, engine, settings)
-        with replaced_file(files[number]) as aside:
-            save_file({"items": items, "log_probs": log_probs}, aside)
+    blocks = {number: slice(number * size, min((number + 1) * size, n_rows)) for number in mine}
+    with engine.rows_progress("export", sum(block.stop - block.start for block in blocks.values())) as progress:
+        for number, block in blocks.items():
+            items, log_probs = _rank(model, rows, block, engine, settings, progress)
+            with replaced_file(files[number]) as aside:
+                save_file({"items": items, "log_probs": log_probs}, aside)
     engine.wait()
     return files
 
 
 def _rank(
-    model: LLMTeacher, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings
+    model: LLMTeacher, rows: TeacherRows, block: slice, engine: Engine, settings: ExportSettings, progress: Progress
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     numbers, gate_inputs = rows.rows[block], rows.gate_inputs[block]
     history, lengths = rows.data.histories(numbers)
@@ -82,6 +84,7 @@ def _rank(
             gates = torch.from_numpy(gate_inputs[part]).to(engine.device)
             best, scores = model.best_items(history[part], lengths[part], k, gates)
             items[part], log_probs[part] = best.cpu().numpy(), scores.cpu().numpy()
+            progress.advance(len(part), tokens=int(counts[part].sum()))
     return items, log_probs
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from engine_helpers import time_goes_by
 
-from llm2rec.core.logging import duration, progress
+from llm2rec.core.logging import Progress, duration, progress
 
 
 class Terminal(io.StringIO):
@@ -23,6 +23,18 @@ def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatc
     lines = [record.message for record in caplog.records]
     assert lines[0] == "student: 23 of 40 steps, 10 s/step, 2:50 min left"
     assert len(lines) == 6
+
+
+def test_rows_are_shown_with_rows_and_tokens_per_second(monkeypatch, caplog):
+    clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
+    caplog.set_level(logging.INFO)
+    with Progress("export", 1000, "row") as progress_of_export:
+        for _ in range(4):
+            clock.wait(10)
+            progress_of_export.advance(100, tokens=2000)
+    assert [record.message for record in caplog.records] == [
+        "export: 300 of 1000 rows, 10 rows/s, 200 tokens/s, 1:10 min left"
+    ]
 
 
 def test_a_short_phase_logs_nothing_in_a_file(monkeypatch, caplog):

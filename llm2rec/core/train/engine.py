@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import Interrupted
 from llm2rec.core.files import read_json, replaced_folder, storage_errors, write_json
-from llm2rec.core.logging import progress
+from llm2rec.core.logging import Progress, progress
 from llm2rec.core.processes import Termination, agree, launch_hidden, process_arguments
 from llm2rec.core.run import Run
 from llm2rec.core.seed import seed_everything
@@ -298,6 +298,10 @@ class Engine:
         """Iterate with a progress line on the first process; see `llm2rec.core.logging`."""
         shown = self._show_progress and self.is_main
         return progress(iterable, description, total, unit, initial=initial, shown=shown)
+
+    def rows_progress(self, description: str, n_rows: int) -> Progress:
+        """Progress over rows that are scored in batches, on the first process; a context."""
+        return Progress(description, n_rows, "row", shown=self._show_progress and self.is_main)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
