@@ -1,15 +1,11 @@
 """The command of a stage: compose the configuration, open the run folder, report errors, find runs to reuse."""
 
-import errno
 import inspect
 import logging
 import shlex
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +14,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from llm2rec.config import Config, MetricsConfig, build, built_object, check_finite, register
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Interrupted, Llm2RecError
@@ -26,20 +21,16 @@ from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state
 from llm2rec.core.logging import duration, quiet_libraries
 from llm2rec.core.paths import conf_folder, from_launch_folder, note_folder, run_folder
-from llm2rec.core.processes import agree, is_first_process, is_first_to_report, n_processes
-from llm2rec.core.run import Run, changed_settings, read_record
+from llm2rec.core.processes import agree, is_first_process, is_first_to_report, n_processes, sigterm_raises
+from llm2rec.core.run import Run, changed_settings, discard, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
+from llm2rec.reporting import error_line, exit_code, interrupt_as_error, interrupt_ends, is_refusal, report
 
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "same_runs", "stage"]
 
 logger = logging.getLogger("llm2rec")
-# Errors of the operating system that are caused by the user's path: no permission, no space, a file for a folder.
-_OF_THE_PATH = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
-    errno.ENOTDIR, errno.EPERM, errno.EROFS,
-}  # fmt: skip
 _NEXT = {
     "data": "student", "student": "distill", "teacher": "distill", "ensemble": "distill", "distill": "evaluate",
     "evaluate": "recommend",
@@ -70,19 +61,22 @@ def stage(
         def run_stage(cfg: DictConfig) -> None:
             job = HydraConfig.get()
             quiet_libraries()
+            folder = Path(job.runtime.output_dir)
             try:
-                _check_common(cfg, name, reads)
-                _carry_out(cfg, Path(job.runtime.output_dir), name, function, reads or (), is_current)
+                with sigterm_raises(), interrupt_as_error():
+                    _check_common(cfg, name, reads)
+                    _carry_out(cfg, folder, name, function, reads or (), is_current)
             except Exception as error:
                 expected = report(error)
+                if job.mode == RunMode.RUN and not cfg.resume and is_refusal(error):
+                    discard(folder)
                 # Of several processes one may fail while the others wait for it: the launcher has to end them all.
                 if job.mode == RunMode.MULTIRUN and n_processes() == 1 and not isinstance(error, Interrupted):
                     failed.append(job.job.num)
                     if not expected:
                         logger.exception("%s: job %d crashed", name, job.job.num)
                 elif expected:
-                    # The exit code that a shell gives a process ended by this signal.
-                    sys.exit(128 + signal.SIGTERM if isinstance(error, Interrupted) else 1)
+                    sys.exit(exit_code(error))
                 else:
                     raise
 
@@ -91,7 +85,8 @@ def stage(
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
             sys.argv[1:] = overrides_last(sys.argv[1:])
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
+            with interrupt_ends():
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
             if failed:
                 sys.exit(f"{name}: jobs {', '.join(map(str, failed))} failed; the other jobs of the sweep are done")
 
@@ -122,40 +117,12 @@ def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]
         def main() -> None:
             register(about=inspect.getdoc(sys.modules[function.__module__]) or name)
             answer.__module__ = f"llm2rec.{name}"
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(answer)()
+            with interrupt_ends():
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(answer)()
 
         return main
 
     return decorate
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def error_line(error: Exception) -> str | None:
-    """The line that reports an error that the user can act on; None for an unexpected one."""
-    if isinstance(error, OSError) and not isinstance(error, Llm2RecError) and error.errno in _OF_THE_PATH:
-        error = ConfigError(f"{error.filename or 'a file'}: {error.strerror}; use another path or free space.")
-    if not isinstance(error, Llm2RecError | OmegaConfBaseException):
-        return None
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"  # one line, whichever library wrote the message
-
-
-def report(error: Exception) -> bool:
-    """Log an error that the user can act on, in one line, by the first process that raises it.
-
-    Returns:
-        False for an unexpected error, of which nothing is logged.
-    """
-    if (line := error_line(error)) is None:
-        return False
-    logger.debug("the error in full", exc_info=error)
-    if is_first_to_report(line):
-        if logger.isEnabledFor(logging.ERROR):
-            logger.error("%s", line)
-        else:  # hydra/job_logging=disabled
-            sys.stderr.write(line + "\n")
-    return True
 
 
 def _run_folder_or_exit(*arguments: Any) -> str:
@@ -187,18 +154,27 @@ def _carry_out(
         by = f", made by commit {commit} (this is another)" if (commit := made_by_other_code(earlier)) else ""
         logger.info("%s: up to date: same configuration, same data%s; `reuse=false` runs it again", name, by)
         if is_first_process():
-            _discard(folder)
+            discard(folder)
         return
+    build(cfg.metrics, MetricsConfig)  # an unknown metric would otherwise fail after the first epoch
     note_folder(folder.parent if HydraConfig.get().mode == RunMode.MULTIRUN else folder)
     run = Run.start(folder, name, _plain(cfg))
     logger.info("%s: %s", name, _shown(folder))
     if not cfg.resume:
         run.note(overrides=without_secrets(list(HydraConfig.get().overrides.task)))
-    build(cfg.metrics, MetricsConfig)  # an unknown metric would otherwise fail after the first epoch
     if agree(run.record["status"] if is_first_process() else None) == "finished":
         logger.info("%s: finished already; nothing to resume", name)
         return
-    function(cast(Config, cfg), run)
+    remedy = shlex.join(["python", "-m", f"llm2rec.{name}", *_overrides("resume="), f"resume={_shown(folder)}"])
+    try:
+        with interrupt_as_error(f" Continue with: {remedy}"):
+            function(cast(Config, cfg), run)
+    except Interrupted:
+        run.stop("interrupted", **{"continue": remedy})
+        raise
+    except Exception as error:
+        run.stop("failed", error=error_line(error) or f"{type(error).__name__}: {error}")
+        raise
     run.note(status="finished")
     if best := _best_validation(folder):
         logger.info("%s: best validation %s", name, best)
@@ -226,9 +202,14 @@ def _next_command(cfg: DictConfig, name: str, folder: Path) -> str | None:
     outputs = str(cfg.distill.teacher_outputs)
     if name == "student" and not from_launch_folder(outputs, cfg.paths.root).is_dir():
         following = "teacher"
-    own = ("resume=", "reuse=", "runs=", "report.", "hydra.", "hydra/")
-    overrides = [each for each in HydraConfig.get().overrides.task if not each.lstrip("+~").startswith(own)]
-    return shlex.join(["python", "-m", f"llm2rec.{following}", *without_secrets(overrides)])
+    overrides = _overrides("resume=", "reuse=", "runs=", "report.", "hydra.", "hydra/")
+    return shlex.join(["python", "-m", f"llm2rec.{following}", *overrides])
+
+
+def _overrides(*without: str) -> list[str]:
+    """The overrides of this command, but for those that begin with one of ``without``."""
+    overrides = [each for each in HydraConfig.get().overrides.task if not each.lstrip("+~").startswith(without)]
+    return list(without_secrets(overrides))
 
 
 def overrides_last(arguments: Sequence[str]) -> list[str]:
@@ -237,14 +218,6 @@ def overrides_last(arguments: Sequence[str]) -> list[str]:
     argparse, which Hydra uses, rejects overrides on both sides of an option (``a=1 --multirun b=2``).
     """
     return sorted(arguments, key=lambda each: not each.startswith("-") and ("=" in each or each.startswith("~")))
-
-
-def _discard(folder: Path) -> None:
-    """Remove the folder of a run that reuses another: what Hydra wrote there, and the folder if that was all."""
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    (folder / "log.txt").unlink(missing_ok=True)
-    with suppress(OSError):  # a folder that was there before keeps its other files
-        folder.rmdir()
 
 
 def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> None:

@@ -30,7 +30,7 @@ BELOW = {
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},
     "share": {"core", "student", "recommend"},
 }
-TOP = {"cards", "config", "stage"}  # above all packages; only the stages' `__main__` may import them
+TOP = {"cards", "config", "reporting", "stage"}  # above all packages; only the stages' `__main__` may import them
 CONFIGURED = {"hydra", "omegaconf"}
 PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Under another name these calls are not recognised.

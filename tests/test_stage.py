@@ -3,6 +3,7 @@
 import ast
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import llm2rec
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Interrupted
 from llm2rec.core.files import write_json
-from llm2rec.stage import error_line, made_by_other_code, same_runs
+from llm2rec.reporting import error_line, exit_code, interrupt_as_error
+from llm2rec.stage import made_by_other_code, same_runs
 
 CONFIG = {
     "dataset": {"name": "toy", "seed": 0},
@@ -118,6 +120,20 @@ def test_errors_that_a_user_can_act_on_have_one_line(error, line):
     assert found is None if line is None else found.startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("stop", "line", "code"),
+    [
+        (KeyboardInterrupt(), "Interrupted: Ctrl-C received. Continue.", 130),
+        (KeyboardInterrupt(signal.SIGTERM), "Interrupted: SIGTERM received. Continue.", 143),
+        (Interrupted("step 3 is stored.", signal.SIGINT), "Interrupted: step 3 is stored. Continue.", 130),
+    ],
+)
+def test_an_interruption_says_how_to_continue(stop, line, code):
+    with pytest.raises(Interrupted) as caught, interrupt_as_error(" Continue."):
+        raise stop
+    assert (error_line(caught.value), exit_code(caught.value)) == (line, code)
+
+
 def launch(folder, *overrides):
     """The data stage of a tiny dataset, as a user starts it."""
     root = Path(llm2rec.__file__).parents[1]
@@ -147,6 +163,7 @@ def test_a_run_finishes_with_any_logging_of_hydra_and_errors_are_shown(tmp_path,
     assert failed.returncode == 1
     assert (failed.stdout + failed.stderr).count("`seed` is -1, expected 0 or more.") == 1
     assert "Traceback" not in failed.stdout + failed.stderr
+    assert len([*(tmp_path / "result").glob("*")]) <= 1  # the refused run leaves no folder
 
 
 def test_help_says_what_the_stage_does_and_hides_the_schemas(tmp_path):

@@ -4,6 +4,8 @@ Every message names the problem, the value, the expected value and the remedy. E
 exception, for callers that catch those.
 """
 
+import signal
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -61,7 +63,16 @@ class HubError(Llm2RecError, ConnectionError):
 
 
 class Interrupted(Llm2RecError, RuntimeError):
-    """Training ended by SIGTERM, after a checkpoint to resume from."""
+    """A run that was ended by Ctrl-C or SIGTERM and can be continued.
+
+    Args:
+        message: What happened.
+        signal_number: The signal, for the exit code.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def one_of(name: str, value: str, *allowed: str) -> None:

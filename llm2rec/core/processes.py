@@ -7,6 +7,7 @@ group, which is therefore joined here, once, in the same way for the run folder 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,12 +26,14 @@ __all__ = [
     "launch_hidden",
     "n_processes",
     "process_arguments",
+    "sigterm_raises",
     "uses_deepspeed",
     "uses_fsdp",
     "uses_gpu",
     "uses_zero3",
 ]
 
+_SECONDS_OF_ONE_INTERRUPT = 1.0
 _DEEPSPEED, _FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
 
 
@@ -148,30 +151,57 @@ def is_first_to_report(message: str) -> bool:
         return True
 
 
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, so that a run can record how it ended.
+
+    Only in a single process: one of several may be waiting inside a collective, where no exception reaches it.
+    """
+    if n_processes() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Termination:
-    """Records SIGTERM, by which clusters and spot machines announce the end of a process, while it is `awaited`.
+    """Records SIGTERM, by which clusters and spot machines announce the end of a process, and Ctrl-C.
 
     Attributes:
-        is_asked: Whether the signal was received.
+        received: The signals that were received while they were `awaited`.
     """
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.received = set[int]()
+        self._first_interrupt = 0.0
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Record the signal while this context is open; outside, SIGTERM ends the process.
+        """Record signals while this context is open; a second Ctrl-C raises `KeyboardInterrupt` all the same.
 
         Only the main thread can handle signals; in any other thread nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._note)
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_asked = True
+        if number == signal.SIGINT:
+            # Launchers of several processes send on what the terminal has sent already.
+            if number in self.received and time.monotonic() - self._first_interrupt > _SECONDS_OF_ONE_INTERRUPT:
+                raise KeyboardInterrupt
+            self._first_interrupt = self._first_interrupt or time.monotonic()
+        self.received.add(number)

@@ -1,6 +1,7 @@
 """Run folders: the record of a run, its metrics and phases; and the folders of sweeps (DESIGN 4.2)."""
 
 import datetime
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,10 @@ from llm2rec.core.files import read_object, remove_leftovers, replaced_file, wit
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.processes import is_first_process
 
-__all__ = ["Job", "Run", "changed_settings", "is_sweep", "jobs_of", "read_record"]
+__all__ = ["Job", "Run", "changed_settings", "described", "discard", "is_sweep", "jobs_of", "read_record"]
 
 _OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # options that change no result
+_OF_EVERY_RUN = {"run.json", "config.json", "log.txt", "metrics/time.json"}
 _SWEEP = "multirun.yaml"  # written by Hydra into the folder of a sweep
 
 
@@ -43,9 +45,13 @@ class Run:
         run = cls(folder, stage, config)
         record = folder / "run.json"
         if record.is_file():
-            run._check_resumable(read_record(folder))
+            earlier = read_record(folder)
+            run._check_resumable(earlier)
             if is_first_process():
                 remove_leftovers(folder)
+                if earlier["status"] != "finished":
+                    kept = {key: value for key, value in earlier.items() if key not in ("error", "continue")}
+                    write_json(record, {**kept, "status": "running"})
         elif is_first_process():
             write_json(folder / "config.json", without_secrets(config))
             _clean_hydra(folder)
@@ -99,6 +105,18 @@ class Run:
             )
         self.note(**values)
 
+    def stop(self, status: str, **values: str) -> None:
+        """Record how a run ended that is not finished; any process may, as it may fail alone.
+
+        Args:
+            status: ``failed`` or ``interrupted``.
+            values: The ``error``, or the command with which to ``continue``.
+        """
+        with suppress(CheckpointError, StorageError):  # a folder that is gone, a full disk: most likely the cause
+            record = self.record
+            if record["status"] == "running":
+                write_json(self.folder / "run.json", without_secrets({**record, "status": status, **values}))
+
     def write_metrics(self, name: str, values: Any) -> None:
         """Write ``metrics/<name>.json``."""
         if is_first_process():
@@ -121,6 +139,33 @@ class Run:
         seconds = read_object(path) if path.is_file() else {}
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.write_metrics("time", seconds)
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that made nothing: what every run writes, and the folder if that was all."""
+    record = folder / "run.json"
+    if record.is_file():
+        with suppress(CheckpointError):
+            if read_record(folder)["status"] == "finished":
+                return
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        if not all(file in _OF_EVERY_RUN or file.startswith((".hydra", "tensorboard")) for file in files):
+            return
+        for name in _OF_EVERY_RUN - {"log.txt"}:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        with suppress(OSError):
+            (folder / "metrics").rmdir()
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    (folder / "log.txt").unlink(missing_ok=True)
+    with suppress(OSError):  # a folder that was there before keeps its other files
+        folder.rmdir()
+
+
+def described(record: dict[str, Any]) -> str:
+    """A run in a message, such as ``a failed run of stage 'student'``."""
+    status = str(record["status"])
+    return f"{'an' if status[:1] in 'aeiou' else 'a'} {status} run of stage {record['stage']!r}"
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

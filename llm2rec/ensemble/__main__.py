@@ -23,7 +23,7 @@ from llm2rec.core.git_info import git_state
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.processes import is_first_process
-from llm2rec.core.run import Run, is_sweep, jobs_of, read_record
+from llm2rec.core.run import Run, described, is_sweep, jobs_of, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
@@ -198,10 +198,7 @@ def _member(folder: Path, name: str, data: RecData) -> Member:
         )
     record = read_record(folder)
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
-        raise CheckpointError(
-            f"{name} is a {record['status']} run of stage {record['stage']!r}; expected a finished run of student "
-            "or distill."
-        )
+        raise CheckpointError(f"{name} is {described(record)}; expected a finished run of student or distill.")
     if read_record(folder, "dataset")["dataset"]["fingerprint"] != data.fingerprint:
         raise CheckpointError(
             f"{name} was trained on dataset {record['dataset']['name']!r}, not on this {data.name!r} "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llm2rec.core.errors import CheckpointError
 from llm2rec.core.hub import obtained
-from llm2rec.core.run import read_record
+from llm2rec.core.run import described, read_record
 
 __all__ = ["finished_student", "finished_teacher"]
 
@@ -40,7 +40,6 @@ def _finished(folder: Path, part: str, *stages: str) -> Path:
     record = read_record(folder)
     if record["stage"] not in stages or record["status"] != "finished":
         raise CheckpointError(
-            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; expected a finished run "
-            f"of {' or '.join(stages)}."
+            f"{folder.name} is {described(record)}; expected a finished run of {' or '.join(stages)}."
         )
     return folder / part

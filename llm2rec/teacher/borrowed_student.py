@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import read_json
-from llm2rec.core.run import read_record
+from llm2rec.core.run import described, read_record
 from llm2rec.student.models import SequentialRecommender
 from llm2rec.student.store import load_student, save_student
 
@@ -157,7 +157,7 @@ def _check_run(folder: Path, dataset: str, fingerprint: str) -> None:
     record = read_record(folder, "dataset")
     if record["stage"] not in ("student", "distill") or record["status"] != "finished":
         raise CheckpointError(
-            f"`teacher.recommender_run` is {str(folder)!r}, a {record['status']} run of stage {record['stage']!r}; "
+            f"`teacher.recommender_run` is {str(folder)!r}, {described(record)}; "
             "expected a finished run of student or distill. Use another run, or resume this one if it is a student's."
         )
     of = record["dataset"]

@@ -25,7 +25,7 @@ from llm2rec.core.files import (
     write_json,
 )
 from llm2rec.core.paths import conf_folder, from_launch_folder, run_folder
-from llm2rec.core.run import Run
+from llm2rec.core.run import Run, discard
 
 
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -391,3 +391,29 @@ def test_records_of_a_run_hold_no_secrets_and_it_can_be_resumed(tmp_path):
     Run.start(tmp_path, "student", config)
     with pytest.raises(CheckpointError, match=r"dataset\.url"):
         Run.start(tmp_path, "student", {**config, "dataset": {"url": "https://other/ml.zip"}})
+
+
+def test_a_run_that_ended_early_says_so_until_it_is_resumed(tmp_path):
+    run = Run.start(tmp_path, "student", CONFIG)
+    run.stop("failed", error="ConfigError: no")
+    assert (run.record["status"], run.record["error"]) == ("failed", "ConfigError: no")
+    run.stop("interrupted", **{"continue": "command"})  # of the launcher, after one process has failed
+    assert run.record["status"] == "failed"
+    again = Run.start(tmp_path, "student", CONFIG).record
+    assert again["status"] == "running"
+    assert "error" not in again
+    run.note(status="finished")
+    run.stop("failed", error="late")
+    assert run.record["status"] == Run.start(tmp_path, "student", CONFIG).record["status"] == "finished"
+
+
+@pytest.mark.parametrize(("made", "stays"), [("", False), ("tensorboard/events", False), ("checkpoints/x", True)])
+def test_only_a_run_that_made_nothing_is_removed(tmp_path, made, stays):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), Run.start(folder, "student", CONFIG).phase("data"):
+        raise RuntimeError
+    for name in (".hydra/config.yaml", "log.txt", *([made] if made else [])):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    discard(folder)
+    assert (folder / "run.json").is_file() == folder.exists() == stays

@@ -1,14 +1,19 @@
 """The training loop: equal to the textbook's, one host read per step, resumed where it was killed."""
 
 import json
+import os
+import signal
 from collections import Counter
 
 import pytest
 import torch
-from engine_helpers import Killed, RowsObjective, assert_same_weights, engine_in, killed_at
+from engine_helpers import Killed, RowsObjective, assert_same_weights, engine_in, killed_at, time_goes_by
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm2rec.core.errors import Interrupted
+from llm2rec.core.processes import Termination
+from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.loop import fit, train_step
 from llm2rec.core.train.optimizer import adamw
 
@@ -101,3 +106,30 @@ def test_a_step_reads_numbers_from_the_device_once(tmp_path, micro_batch_size):
     steps.close()
     assert not reads.counts
     assert lists == [3]
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_ends_training_after_its_step_which_is_stored(tmp_path, number, name):
+    class SignalledEngine(Engine):
+        def begin_step(self, step, *arguments, **options):
+            if step == 6 and not self.has_checkpoint:
+                os.kill(os.getpid(), number)
+            return super().begin_step(step, *arguments, **options)
+
+    with pytest.raises(Interrupted, match=f"{name} received; step 7 is stored") as caught:
+        trained(tmp_path / "ended", SignalledEngine, evaluate_every_steps=50)
+    assert caught.value.signal_number == number
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait(monkeypatch):
+    clock = time_goes_by(monkeypatch, "llm2rec.core.processes")
+    clock.now = 5.0
+    termination = Termination()
+    with termination.awaited():
+        for _ in range(2):  # from the terminal, and again from the launcher of several processes
+            os.kill(os.getpid(), signal.SIGINT)
+        clock.wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert termination.received == {signal.SIGINT}

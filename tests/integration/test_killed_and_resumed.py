@@ -98,21 +98,29 @@ def test_a_student_killed_in_training_ends_the_same(whole, tmp_path):
     assert equal(student_weights(killed), student_weights(expected))
 
 
-@pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["one process", "two"])
-def test_a_terminated_student_stores_its_step_and_goes_on_from_there(launcher, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "sent", "name"),
+    [(PLAIN, signal.SIGTERM, "SIGTERM"), (PLAIN, signal.SIGINT, "Ctrl-C"), (TORCHRUN, signal.SIGTERM, "SIGTERM")],
+    ids=["one process", "interrupted", "two"],
+)
+def test_a_terminated_student_stores_its_step_and_goes_on_from_there(launcher, sent, name, whole, tmp_path):
     status = run_until(
         tmp_path,
         "student",
         *STUDENT_RUN,
         reached=lambda: checkpoint_step(tmp_path) >= 40,
         launcher=launcher,
-        sent=signal.SIGTERM,
+        sent=sent,
     )
     stored = checkpoint_step(tmp_path)
-    assert f"received SIGTERM; step {stored} is stored" in (tmp_path / "killed.txt").read_text()
-    if launcher is PLAIN:
-        assert status == 128 + signal.SIGTERM
     (killed,) = runs(tmp_path)
+    record, shown = json.loads((killed / "run.json").read_text()), (tmp_path / "killed.txt").read_text()
+    assert f"Interrupted: {name} received; step {stored} is stored. Continue with: {record['continue']}" in shown
+    assert record["status"] == "interrupted"
+    assert record["continue"].endswith(f"resume=result/{killed.name}")
+    if launcher is PLAIN:
+        assert status == 128 + sent
+        assert "Traceback" not in shown
     done = run(tmp_path, "student", *STUDENT_RUN, f"resume={killed.relative_to(tmp_path)}", launcher=launcher)
     assert f"resuming at step_{stored:09d}" in done.stderr
     if launcher is PLAIN:

@@ -71,13 +71,13 @@ def test_a_failing_job_loses_no_other_and_evaluation_gathers_the_rest(tmp_path):
     options = ["seed=1,2", "student.training.batch_size=0,37,53"]
     swept = run(tmp_path, "student", *TOY, "--multirun", *QUICK, *options, check=False)
     assert swept.returncode == 1
-    assert "student: jobs 0, 3 failed" in swept.stderr
+    assert "student: jobs 0, 3 failed; the other jobs of the sweep are done" in swept.stderr
     assert swept.stderr.count("`batch_size` is 0, expected at least 1") == 2
     assert "Traceback" not in swept.stderr
     (sweep,) = runs(tmp_path)
     assert {path.name for path in sweep.iterdir()} == {*"012345", "multirun.yaml"}
     statuses = [json.loads((sweep / str(n) / "run.json").read_text())["status"] for n in range(6)]
-    assert statuses == ["running", "finished", "finished"] * 2
+    assert statuses == ["failed", "finished", "finished"] * 2
     evaluated = run(tmp_path, "evaluate", *TOY, f"runs=[result/{sweep.name}]")
     sweep_report = json.loads((runs(tmp_path)[-1] / "sweep.json").read_text())
     assert [each["options"] for each in sweep_report["combinations"]] == [

@@ -7,6 +7,7 @@ training loop is `llm2rec.core.train.loop`.
 import logging
 import math
 import shutil
+import signal
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ from llm2rec.core.train.trackers import Throughput, memory_in_use
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
+_ENDING = {int(signal.SIGINT): "Ctrl-C", int(signal.SIGTERM): "SIGTERM"}
 Model = TypeVar("Model", bound=nn.Module)
 Item = TypeVar("Item")
 
@@ -94,7 +96,7 @@ class Engine:
         self.learning_rate = 0.0
         self.stepper = Stepper(self.accelerator, self.training, self.log, lockstep)
         self.seed, self._show_progress = seed, show_progress
-        self._termination, self._is_ending = Termination(), False
+        self._termination, self._ending = Termination(), cast(int | None, None)
         seed_everything(seed)  # the same initial weights on every process
 
     # Processes ------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class Engine:
         return self.training.epochs * self.training.steps_per_epoch(n_rows)
 
     def steps(self, units: TrainingUnits, start: int = 0) -> Iterator[OptimizerStep]:
-        """Effective batches of all optimizer steps, over all epochs; meanwhile SIGTERM waits for the end of a step.
+        """Effective batches of all optimizer steps, over all epochs; SIGTERM and Ctrl-C wait for the end of a step.
 
         Args:
             units: Training rows, the same on every process.
@@ -316,14 +318,15 @@ class Engine:
         return bool(agree(bool(self._checkpoints)))
 
     def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
-        """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on SIGTERM; a collective.
+        """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on a signal; a collective.
 
         One process may have received the signal before the others: all of them end at the same step.
         """
-        self._is_ending = self._termination.is_asked
+        ending = [number in self._termination.received for number in _ENDING]
         if self.n_processes > 1:
-            self._is_ending = bool(self.sum_tensor(torch.tensor(int(self._is_ending), device=self.device)))
-        return self._is_ending or self.training.checkpoint_is_due(steps_done, n_rows)
+            ending = self.sum_tensor(torch.tensor(ending, dtype=torch.int64, device=self.device)).bool().tolist()
+        self._ending = next((number for number, received in zip(_ENDING, ending, strict=True) if received), None)
+        return self._ending is not None or self.training.checkpoint_is_due(steps_done, n_rows)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         """Write a checkpoint of now, then delete older ones; a collective.
@@ -334,7 +337,7 @@ class Engine:
             state: Plain values the loop needs to go on from here, ``step`` among them.
 
         Raises:
-            Interrupted: If the run was asked to end; the checkpoint is there.
+            Interrupted: If a signal ended the run; the checkpoint is there.
         """
         tensors = optimizer_tensors(model, optimizer.optimizer)
         self.average_buffers(model)  # those of the first process are stored
@@ -348,11 +351,8 @@ class Engine:
             for folder in [each for each in older if each != target][: -self.training.keep_checkpoints + 1 or None]:
                 shutil.rmtree(folder)
         self.wait()
-        if self._is_ending:
-            raise Interrupted(
-                f"received SIGTERM; step {state['step']} is stored. Continue from there with the same command and "
-                f"`resume=` the run's folder ({self.run.folder.name})."
-            )
+        if self._ending is not None:
+            raise Interrupted(f"{_ENDING[self._ending]} received; step {state['step']} is stored.", self._ending)
 
     def load_checkpoint(self, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
         """Restore the run's newest checkpoint, if there is one.

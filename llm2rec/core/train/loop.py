@@ -73,7 +73,7 @@ def fit(
     Raises:
         NonFiniteError: If a loss or gradient is not finite and the step may not be skipped.
         OutOfMemoryError: If a step does not fit into memory, whatever the micro-batch size.
-        Interrupted: If SIGTERM came; a checkpoint is written first.
+        Interrupted: If SIGTERM or Ctrl-C was received; a checkpoint is written first.
     """
     settings, units = engine.training, objective.units
     n_rows, n_steps = units.n_rows, engine.max_steps(units.n_rows)

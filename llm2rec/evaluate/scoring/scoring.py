@@ -16,7 +16,7 @@ from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import read_object, replaced_file, write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.ranking import Pairs
-from llm2rec.core.run import read_record
+from llm2rec.core.run import described, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, candidates_hr, rank_among
@@ -238,7 +238,7 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     record = read_record(folder)
     if record["stage"] not in _WITH_A_MODEL or record["status"] != "finished":
         raise CheckpointError(
-            f"{folder.name} is a {record['status']} run of stage {record['stage']!r}; only finished runs of "
+            f"{folder.name} is {described(record)}; only finished runs of "
             f"{', '.join(_WITH_A_MODEL)} can be evaluated. Resume it, or leave it out of `runs`."
         )
     record = read_record(folder, *_OF_A_MODEL)
