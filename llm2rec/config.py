@@ -5,9 +5,9 @@ modules read a `Config`; everything below takes plain values.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from llm2rec.core.errors import ConfigError, Llm2RecError
+from llm2rec.core.errors import ConfigError, Ignored, Llm2RecError
 from llm2rec.core.metrics import CUTOFFS, metric_names
 from llm2rec.core.paths import conf_folder, run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
@@ -23,13 +23,14 @@ from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.evaluate.settings import ReportSettings
+from llm2rec.overrides import text_options, texts_as_typed
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.share.settings import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
-__all__ = ["Config", "MetricsConfig", "build", "built_object", "check_finite", "register"]
+__all__ = ["Config", "MetricsConfig", "build", "built_object", "check_finite", "register", "texts_of_command"]
 
 Settings = TypeVar("Settings")
 
@@ -88,6 +89,8 @@ class MetricsConfig:
     n_candidates: int = 0
     candidates_seed: int = 0
 
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (Ignored(("candidates_seed",), "n_candidates", (0,)),)
+
     def __post_init__(self) -> None:
         """Check that the metrics exist."""
         if not self.ks or min(self.ks) < 1:
@@ -115,6 +118,8 @@ class BudgetedActiveConfig(ActiveConfig):
     budget: float = MISSING
     final_budget: float | None = None
     over_epochs: int = 10
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (Ignored(("over_epochs",), "final_budget", (None,)),)
 
 
 @dataclass
@@ -208,6 +213,47 @@ class Config:
     gpus: int = 1
 
 
+_ROOTS: dict[str, type] = {"config": Config, "recommend": RecommendSettings, "share": ShareSettings}
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "dataset": dict(DATASET_SCHEMAS),
+    "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
+    "teacher": {"ilora": TeacherSettings},
+    "student": {
+        "student": StudentSettings,
+        "sasrec": SASRecStudent,
+        "gru4rec": GRU4RecStudent,
+        "caser": CaserStudent,
+    },
+    "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
+    "active": {
+        "all": ActiveConfig,
+        "random": RandomActiveConfig,
+        "confidence": TeacherActiveConfig,
+        "uncertainty": TeacherActiveConfig,
+        "disagreement": DisagreementActiveConfig,
+        "meta": MetaActiveConfig,
+        "custom": CustomActiveConfig,
+    },
+    "ensemble": {"ensemble": EnsembleSettings},
+    "metrics": {"recsys": MetricsConfig},
+    "report": {"report": ReportSettings},
+    "logging": {"default": LoggingConfig},
+    "paths": {"default": PathsConfig},
+    "plan": {"plan": PlanSettings},
+}
+
+
+def texts_of_command(arguments: Sequence[str], name: str = "config") -> list[str]:
+    """Arguments of a command whose texts are taken as typed; see `texts_as_typed`.
+
+    Args:
+        arguments: Of the command line.
+        name: Name of the command's configuration.
+    """
+    groups = {group: list(nodes.values()) for group, nodes in _SCHEMAS.items()} if name == "config" else {}
+    return texts_as_typed(arguments, text_options({"": [_ROOTS[name]], **groups}))
+
+
 def register(decide: Callable[..., str] = run_folder, about: str = "") -> None:
     """Register the schemas and the resolvers of `conf/hydra` with Hydra; may be called again.
 
@@ -219,37 +265,9 @@ def register(decide: Callable[..., str] = run_folder, about: str = "") -> None:
     OmegaConf.register_new_resolver("about", lambda: about.replace("``", "`"), replace=True)
     OmegaConf.register_new_resolver("choices", _choices, replace=True)
     store = ConfigStore.instance()
-    store.store(name="base_config", node=Config)
-    store.store(name="base_recommend", node=RecommendSettings)
-    store.store(name="base_share", node=ShareSettings)
-    schemas: dict[str, dict[str, Any]] = {
-        "dataset": dict(DATASET_SCHEMAS),
-        "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},
-        "teacher": {"ilora": TeacherSettings},
-        "student": {
-            "student": StudentSettings,
-            "sasrec": SASRecStudent,
-            "gru4rec": GRU4RecStudent,
-            "caser": CaserStudent,
-        },
-        "distill": {"dllm2rec": DistillSettings, "dllm2rec_code": DLLM2RecCodeSettings},
-        "active": {
-            "all": ActiveConfig,
-            "random": RandomActiveConfig,
-            "confidence": TeacherActiveConfig,
-            "uncertainty": TeacherActiveConfig,
-            "disagreement": DisagreementActiveConfig,
-            "meta": MetaActiveConfig,
-            "custom": CustomActiveConfig,
-        },
-        "ensemble": {"ensemble": EnsembleSettings},
-        "metrics": {"recsys": MetricsConfig},
-        "report": {"report": ReportSettings},
-        "logging": {"default": LoggingConfig},
-        "paths": {"default": PathsConfig},
-        "plan": {"plan": PlanSettings},
-    }
-    for group, nodes in schemas.items():
+    for name, root in _ROOTS.items():
+        store.store(name=f"base_{name}", node=root)
+    for group, nodes in _SCHEMAS.items():
         for name, node in nodes.items():
             store.store(group=group, name=f"base_{name}", node=node)
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from llm2rec.config import Config, MetricsConfig, build, built_object, check_finite, register
+from llm2rec.config import Config, MetricsConfig, build, built_object, check_finite, register, texts_of_command
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Interrupted, Llm2RecError
 from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state
@@ -26,6 +26,7 @@ from llm2rec.core.run import Run, changed_settings, discard, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, prepare
+from llm2rec.overrides import check_read
 from llm2rec.reporting import error_line, exit_code, interrupt_as_error, interrupt_ends, is_refusal, report
 
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "same_runs", "stage"]
@@ -84,7 +85,7 @@ def stage(
             register(_run_folder_or_exit, about=inspect.getdoc(sys.modules[function.__module__]) or name)
             # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
             run_stage.__module__ = f"llm2rec.{name}"
-            sys.argv[1:] = overrides_last(sys.argv[1:])
+            sys.argv[1:] = texts_of_command(overrides_last(sys.argv[1:]))
             with interrupt_ends():
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
             if failed:
@@ -108,6 +109,7 @@ def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]
         def answer(cfg: DictConfig) -> None:
             quiet_libraries()
             try:
+                check_read(cfg, HydraConfig.get().overrides.task)
                 function(cfg)
             except Exception as error:
                 if not report(error):
@@ -117,6 +119,7 @@ def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]
         def main() -> None:
             register(about=inspect.getdoc(sys.modules[function.__module__]) or name)
             answer.__module__ = f"llm2rec.{name}"
+            sys.argv[1:] = texts_of_command(sys.argv[1:], name)
             with interrupt_ends():
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(answer)()
 
@@ -227,11 +230,13 @@ def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> 
         ConfigError: If one cannot work, or not with this stage.
     """
     check_finite(cfg)
+    job = HydraConfig.get()
+    check_read(cfg, job.overrides.task, is_sweep=job.mode == RunMode.MULTIRUN)
     if cfg.seed < 0:
         raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
     if cfg.reuse and reads is None:
         raise ConfigError(f"`reuse` is true, but {name} cannot reuse runs; leave it out.")
-    if HydraConfig.get().mode == RunMode.MULTIRUN and (cfg.resume or cfg.reuse):
+    if job.mode == RunMode.MULTIRUN and (cfg.resume or cfg.reuse):
         raise ConfigError(
             "`resume` and `reuse` do not work with `--multirun`; to resume a job of a sweep, use its own overrides "
             "and `resume=result/result_.../NUMBER` without `--multirun`."

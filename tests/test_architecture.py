@@ -30,7 +30,8 @@ BELOW = {
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},
     "share": {"core", "student", "recommend"},
 }
-TOP = {"cards", "config", "reporting", "stage"}  # above all packages; only the stages' `__main__` may import them
+# Above all packages; only the stages' `__main__` may import them.
+TOP = {"cards", "config", "overrides", "reporting", "stage"}
 CONFIGURED = {"hydra", "omegaconf"}
 PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Under another name these calls are not recognised.

@@ -5,12 +5,14 @@ exception, for callers that catch those.
 """
 
 import signal
+from dataclasses import dataclass
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
     "HubError",
+    "Ignored",
     "Interrupted",
     "Llm2RecError",
     "NonFiniteError",
@@ -73,6 +75,23 @@ class Interrupted(Llm2RecError, RuntimeError):
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Options that nothing reads while another option has one of some values; see `llm2rec.overrides.check_read`.
+
+    A settings class lists them in its class attribute ``IGNORED``.
+
+    Attributes:
+        names: The options, relative to the settings.
+        option: The other option; None if the options are never read.
+        values: Its values.
+    """
+
+    names: tuple[str, ...]
+    option: str | None = None
+    values: tuple[object, ...] = ()
 
 
 def one_of(name: str, value: str, *allowed: str) -> None:

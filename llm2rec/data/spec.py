@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Ignored
 from llm2rec.data._files import digest_of_files
 
 __all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "path_field"]
@@ -107,6 +107,10 @@ class DatasetSpec:
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     num_proc: int = side_field(1)
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (
+        Ignored(("validation_fraction", "test_fraction"), "split", ("leave_one_out",)),
+    )
 
     def __post_init__(self) -> None:
         problems = self._problems()

@@ -6,8 +6,9 @@ Defaults are DLLM2Rec as its paper describes it (arXiv 2405.00338); `DLLM2RecCod
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
-from llm2rec.core.errors import ConfigError, one_of
+from llm2rec.core.errors import ConfigError, Ignored, one_of
 from llm2rec.student import settings as student
 
 __all__ = ["DLLM2RecCodeSettings", "DistillSettings", "DrosSettings", "EmbeddingSettings", "RankingSettings"]
@@ -20,6 +21,12 @@ _NEGATIVES = {
     "ranknet": ("none", "ranked_last"),
     "margin": ("none", "ranked_last"),
 }
+# What weighs candidates, which only the weighted loss does.
+_OF_WEIGHTS = (
+    *(f"ranking.gamma_{part}" for part in ("position", "confidence", "consistency")),
+    *("ranking.beta", "ranking.confidence", "ranking.normalise_consistency", "ranking.weight_floor"),
+    *("ranking.renormalise", "ranking.consistency_dropout"),
+)
 
 
 @dataclass
@@ -218,6 +225,19 @@ class DistillSettings:
     dros: DrosSettings = field(default_factory=DrosSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (
+        Ignored(("dros.beta", "dros.propensity_power", "dros.in_ranking"), "dros.weight", (0,)),
+        Ignored(_OF_WEIGHTS, "ranking.loss", ("listwise", "ranknet", "margin")),
+        Ignored(("ranking.temperature", "ranking.over"), "ranking.loss", ("weighted_bce", "ranknet", "margin")),
+        Ignored(("ranking.margin",), "ranking.loss", ("weighted_bce", "listwise", "ranknet")),
+        Ignored(
+            tuple(f"embedding.alignment{part}" for part in ("", "_sides", "_temperature")),
+            "embedding.alignment_weight",
+            (0,),
+        ),
+        Ignored(("embedding.alignment_temperature",), "embedding.alignment", ("mse", "cosine")),
+    )
 
     def __post_init__(self) -> None:
         one_of("distill.task_loss", self.task_loss, "student", "cross_entropy", "sampled_bce")

@@ -1,8 +1,9 @@
 """Recommend configuration (Hydra structured config)."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Ignored
 
 __all__ = ["RecommendSettings"]
 
@@ -14,7 +15,7 @@ class RecommendSettings:
     Attributes:
         run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, or an id on the Hugging Face Hub.
         revision: Branch, tag or commit on the Hub; None is the newest.
-        history: One history, oldest first.
+        history: One history, oldest first; ids and titles are taken as typed, those with a comma need quotes.
         histories: File of histories, one a line as JSON; see `llm2rec.recommend.lines`.
         output: File for the answers to ``histories``; None is the terminal.
         export: Folder to write the student to for other programs.
@@ -40,6 +41,8 @@ class RecommendSettings:
     mask_seen: bool = True
     search: str = "exact"
     index: str | None = None
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (Ignored(("formats",), "export", (None,)),)
 
     def check(self) -> None:
         """Reject a command with none or several of the three requests.

@@ -1,9 +1,9 @@
 """Student configuration (Hydra structured configs)."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from llm2rec.core.errors import ConfigError, one_of
+from llm2rec.core.errors import ConfigError, Ignored, one_of
 from llm2rec.core.train.settings import TrainingSettings
 
 __all__ = [
@@ -183,6 +183,10 @@ class StudentSettings:
     examples: str = "windows"
     loss: LossSettings = field(default_factory=LossSettings)
     item_optimizer: str = "adamw"
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (
+        Ignored(("loss.dros.beta", "loss.dros.propensity_power"), "loss.dros.weight", (0,)),
+    )
 
     def __post_init__(self) -> None:
         one_of("student.examples", self.examples, "windows", "sequences")

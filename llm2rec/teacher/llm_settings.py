@@ -1,8 +1,9 @@
 """Language model configuration (Hydra structured configs): the model, and how a history becomes text."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from llm2rec.core.errors import ConfigError
+from llm2rec.core.errors import ConfigError, Ignored
 
 __all__ = ["LLMSettings", "PromptSettings", "ShapeSettings", "TinyRandomSettings"]
 
@@ -110,7 +111,7 @@ class TinyRandomSettings(LLMSettings):
     """A small Llama with random weights and a tokenizer trained on the titles: offline, for trying the pipeline.
 
     Attributes:
-        path: Unused; the stage creates the model.
+        path: Not an option; the stage creates the model.
         width: Hidden size.
         n_layers: Decoder layers.
         n_heads: Attention heads.
@@ -124,6 +125,8 @@ class TinyRandomSettings(LLMSettings):
     n_heads: int = 4
     vocabulary: int = 2048
     seed: int = 0
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (Ignored(("path", "shape", "trust_remote_code")),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -175,6 +175,7 @@ STUDENTS = (
 # ---- teacher ---------------------------------------------------------------------------------------------------------
 
 TEACHERS = (
+    Try("folder that the llm does not read", "teacher", (*TOY, "llm.path=llm"), "llm.path"),
     Try("llm is nowhere", "teacher", (*TOY, "llm=minilm", "llm.path=nowhere"), "'nowhere'"),
     Try("llm is a folder without a model", "teacher", (*TOY, "llm=minilm", "llm.path=data"), "'data'"),
     Try("llm config is damaged", "teacher", LOCAL_LLM, "llm", text("llm/config.json", "{")),

@@ -156,6 +156,7 @@ OTHERS = (
     Try("two things are asked", "recommend", (*ASKED, "histories=histories.jsonl"), "histories"),
     Try("misspelt option", "recommend", (*ASKED, "kk=5"), "kk"),
     Try("unknown item", "recommend", (ASKED[0], "history=[t00000,nix]"), "'nix'"),
+    Try("id like a number", "recommend", (ASKED[0], "history=[1_0]"), "'1_0'"),
     Try("empty history", "recommend", (ASKED[0], "history=[]"), "history"),
     Try("unknown title", "recommend", (*ASKED, "by=title"), "'t00000'"),
     Try("k is 0", "recommend", (*ASKED, "k=0"), "`k` is 0"),
