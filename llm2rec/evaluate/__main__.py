@@ -10,6 +10,7 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
 from llm2rec.core.train.sharding import shards_frozen_weights
 from llm2rec.data import RecData
+from llm2rec.evaluate.labels import labels_of
 from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
 from llm2rec.evaluate.report.pages import write_pages
@@ -52,12 +54,13 @@ def main(cfg: Config, run: Run) -> None:
     rows = [score_popularity(data, protocol)]
     with run.phase("scoring"):
         shown = engine.progress(folders, "evaluate", len(folders), "run")
-        rows += [score_run(folder, data, engine, protocol, gate_dir) for folder in shown]
+        scores = [score_run(folder, data, engine, protocol, gate_dir) for folder in shown]
+    rows += [replace(row, label=label) for row, label in zip(scores, labels_of(folders), strict=True)]
     if engine.is_main:
         about = _about(data, protocol)
         logger.info("\n%s", write_comparison(run.folder, rows, protocol.ks, about))
         if jobs:
-            scored = dict(zip(folders, rows[1:], strict=True))
+            scored = dict(zip(folders, scores, strict=True))
             logger.info("\n%s", write_sweep(run.folder, jobs, scored, protocol.ks, about))
         with run.phase("report"):
             findings = gather(

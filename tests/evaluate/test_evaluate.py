@@ -13,6 +13,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.evaluate.__main__ import _each_once, _folders
+from llm2rec.evaluate.labels import differences, labels_of
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, find_runs, score_popularity, score_run
 from llm2rec.evaluate.table import format_table, write_comparison
 
@@ -141,3 +142,32 @@ def test_the_comparison_is_a_table_a_json_file_and_a_chart(tmp_path):
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # bars and text, not a blank page
+
+
+def test_labels_show_what_differs(tmp_path):
+    def run(name, label, **student):
+        write_json(tmp_path / name / "run.json", {"stage": "student", "status": "finished", "label": label})
+        settings = {"name": label, "loss": {"kind": "softmax"}, "training": {"batch_size": 8, "micro_batch_size": 8}}
+        write_json(tmp_path / name / "config.json", {"seed": 1, "metrics": {}, "student": settings | student})
+        return tmp_path / name
+
+    runs = [
+        run("a", "sasrec"),
+        run("b", "sasrec", training={"batch_size": 9, "micro_batch_size": 4}),
+        run("c", "sasrec", training={"batch_size": 9, "micro_batch_size": 8}, loss={"kind": "bpr", "negatives": None}),
+        run("d", "gru4rec"),
+        run("e", "gru4rec", training={"batch_size": 8, "micro_batch_size": 1}),
+    ]
+    assert labels_of(runs) == [
+        "sasrec (kind=softmax, batch_size=8)",
+        "sasrec (kind=softmax, batch_size=9)",
+        "sasrec (kind=bpr, batch_size=9)",
+        "gru4rec",
+        "gru4rec",
+    ]
+    assert labels_of(runs[:2]) == ["sasrec (batch_size=8)", "sasrec (batch_size=9)"]
+
+
+def test_keys_in_labels_are_as_long_as_they_must_be():
+    first, second = {"a.rate": 1, "b.rate": 2, "on": True}, {"a.rate": 3, "b.rate": 4, "on": None}
+    assert differences([first, second]) == [["a.rate=1", "b.rate=2", "on=true"], ["a.rate=3", "b.rate=4", "on=null"]]

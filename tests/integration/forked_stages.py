@@ -91,8 +91,6 @@ def _become(folder, stage, overrides, stderr, stdout):
         try:
             runpy.run_module(f"llm2rec.{stage}", run_name="__main__", alter_sys=True)
         except SystemExit as end:
-            if isinstance(end.code, str):
-                sys.stderr.write(end.code + "\n")
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.code, str):  # as the interpreter does
                 print(end.code, file=sys.stderr)  # noqa: T201

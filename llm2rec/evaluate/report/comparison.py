@@ -20,6 +20,7 @@ from llm2rec.core.statistics import (
     quantile_groups,
     row_values,
 )
+from llm2rec.evaluate.labels import MODEL_SETTINGS, labels_of, without_seed
 from llm2rec.evaluate.report.findings import Comparison, Entry, Group
 from llm2rec.evaluate.scoring.scoring import Scored
 
@@ -44,13 +45,6 @@ __all__ = [
 ALPHA = 0.05  # significance level
 POPULARITY = "popularity"
 _GROUPS = 4
-# The parts of a configuration that decide which model a stage trains, besides the seed.
-_SETTINGS = {
-    "student": ("dataset", "student", "metrics"),
-    "distill": ("dataset", "student", "distill", "active", "metrics"),
-    "teacher": ("dataset", "llm", "teacher", "metrics"),
-    "ensemble": ("dataset", "ensemble", "runs", "metrics"),
-}
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ def contenders(runs: Sequence[RunScores], ks: Sequence[int]) -> list[Contender]:
     """
     alike: dict[tuple[str, str, str], list[RunScores]] = {}
     for run in runs:
-        settings = {name: _without_seed(run.config.get(name)) for name in _SETTINGS.get(run.stage, ())}
+        settings = {name: without_seed(run.config.get(name)) for name in MODEL_SETTINGS.get(run.stage, ())}
         alike.setdefault((run.scored.label, run.stage, repr(settings)), []).append(run)
     labels = [label for label, _, _ in alike]
     return [
@@ -170,13 +164,6 @@ def _contender(members: Sequence[RunScores], ks: Sequence[int], name: str) -> Co
     return Contender(entry, tuple(members), values)
 
 
-def _without_seed(settings: Any) -> Any:
-    """Settings without seeds, which a selection policy and an adapter may hold too."""
-    if not isinstance(settings, Mapping):
-        return settings
-    return {key: _without_seed(each) for key, each in settings.items() if key != "seed"}
-
-
 def check_baseline(wanted: str | None, folders: Sequence[Path]) -> None:
     """Reject a baseline that is not among the runs, before they are scored.
 
@@ -185,8 +172,9 @@ def check_baseline(wanted: str | None, folders: Sequence[Path]) -> None:
     """
     if wanted is None:
         return
-    labels = [POPULARITY, *[str(read_record(folder).get("label", folder.name)) for folder in folders]]
-    if wanted not in labels and not any(_ends_with(folder, wanted) for folder in folders):
+    plain = [str(read_record(folder).get("label", folder.name)) for folder in folders]
+    labels = [POPULARITY, *labels_of(folders)]
+    if wanted not in [*labels, *plain] and not any(_ends_with(folder, wanted) for folder in folders):
         raise ConfigError(
             f"`report.baseline` is {wanted!r}, expected a label or the folder of a run that is compared; labels are "
             f"{', '.join(map(repr, dict.fromkeys(labels)))}."
@@ -207,7 +195,9 @@ def baseline_of(found: Sequence[Contender], wanted: str | None) -> Contender:
     if wanted is None:
         trained = [each for each in found if each.entry.stage != POPULARITY]
         return trained[0] if len(trained) > 1 else found[0]
-    labelled = [each for each in found if wanted == each.runs[0].scored.label]
+    first = [(each, each.runs[0]) for each in found]
+    labelled = [each for each, run in first if wanted == run.scored.label]
+    labelled += [each for each, run in first if wanted == run.record.get("label")]
     named = [each for each in found for run in each.runs if run.folder is not None and _ends_with(run.folder, wanted)]
     return (labelled + named)[0]
 
