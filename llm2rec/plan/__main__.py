@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -17,11 +16,12 @@ from llm2rec.plan.models import TeacherShape, model_config
 from llm2rec.plan.planner import Job, plan
 from llm2rec.plan.settings import CARDS, CPU, Card, PlanSettings, check_plan, default_utilisation
 from llm2rec.plan.table import format_plan
-from llm2rec.plan.workload import EstimatedPrompts, Prompts, workload_of
+from llm2rec.plan.workload import EstimatedPrompts, workload_of
 from llm2rec.stage import build, open_data, stage
 from llm2rec.student.settings import StudentSettings
 from llm2rec.teacher.factory import build_prompts
 from llm2rec.teacher.llm import load_tokenizer, readable
+from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
 logger = logging.getLogger("llm2rec.plan")
@@ -63,7 +63,7 @@ def main(cfg: Config, run: Run) -> None:
 
 def prompts_of(
     objective: str, llm: LLMSettings, source: str | None, data: RecData | None, seed: int, characters_per_token: float
-) -> tuple[Prompts | None, str]:
+) -> tuple[PromptBuilder | EstimatedPrompts | None, str]:
     """A token counter, exact if the tokenizer can be read, and a sentence that says how it counts."""
     if data is None:
         return None, ""
@@ -74,8 +74,7 @@ def prompts_of(
         except ConfigError as error:
             logger.info("%s", error)
         else:
-            built = build_prompts(objective, tokenizer, data, llm.prompt, seed)
-            return cast(Prompts, built), "tokens: by its tokenizer"
+            return build_prompts(objective, tokenizer, data, llm.prompt, seed), "tokens: by its tokenizer"
     estimated = EstimatedPrompts(data.titles, llm.prompt, data.domain, characters_per_token)
     return estimated, f"tokens: {characters_per_token:g} characters each (plan.characters_per_token)"
 

@@ -1,18 +1,16 @@
-"""Plan a job: memory by launch, the largest micro-batch, hours, disk, and what to change if it does not fit."""
+"""Plan a job: whether it fits, the largest micro-batch, hours, disk, and what to change if it does not fit."""
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm2rec.plan.memory import Memory, disk_bytes, largest_rows, memory_at_rest, quantisation_bytes, student_sizes
 from llm2rec.plan.models import TeacherShape, measured_teacher
-from llm2rec.plan.settings import LAUNCHES, SHARDED, Card
+from llm2rec.plan.settings import SHARDED, Card
 from llm2rec.plan.workload import Workload, rows_per_micro_batch
 from llm2rec.student.settings import StudentSettings
 
 __all__ = ["Job", "plan"]
-
-_QUANTISED = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Job:
         card: The kind of GPU.
         utilisation: Share of its peak rate that the teacher reaches.
         gpus: Number of GPUs.
-        launch: One of `LAUNCHES`.
+        launch: One of `llm2rec.plan.settings.LAUNCHES`.
     """
 
     teacher: TeacherShape
@@ -54,13 +52,11 @@ class _Planner:
     def __init__(self, job: Job) -> None:
         self.job, self.work, self.shape, self.settings = job, job.work, job.teacher, job.teacher.settings
         self.sizes, peak = measured_teacher(job.teacher)
-        self._measured = functools.cache(peak)  # launches differ in memory at rest, not in the step
+        self._measured = functools.cache(peak)
         self.rows = rows_per_micro_batch(self.settings.training, job.gpus)
-
-    def at_rest(self, launch: str) -> Memory:
-        """Memory between two steps."""
-        wide, capacity = self.shape.precision == "float32", self.job.card.memory_bytes
-        return memory_at_rest(self.sizes, launch, self.job.gpus, capacity, wide=wide, on_cpu=self.shape.on_cpu)
+        wide, capacity = self.shape.precision == "float32", job.card.memory_bytes
+        at_rest = functools.partial(memory_at_rest, self.sizes, job.launch, job.gpus, capacity)
+        self.at_rest: Memory = at_rest(wide=wide, on_cpu=self.shape.on_cpu)
 
     def peak(self, rows: int, *, checkpointing: bool) -> int:
         """Activations and temporaries of a micro-batch of the longest prompts, bytes."""
@@ -70,21 +66,13 @@ class _Planner:
         return int(size) + packed
 
     def memory(self) -> dict[str, dict[str, Any]]:
-        """Memory and largest micro-batch by launch, without and with checkpointing.
-
-        With one GPU the chosen launch alone; with several all that are possible.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for launch in LAUNCHES:
-            possible = self.job.gpus > 1 and not (launch in SHARDED and self.shape.precision in _QUANTISED)
-            if launch != self.job.launch and not possible:
-                continue
-            resting, found[launch] = self.at_rest(launch), {}
-            room, most = resting.capacity - resting.total, self.settings.training.batch_size
-            for on in (False, True):
-                peak = functools.partial(self.peak, checkpointing=on)
-                shown = _shown(resting.with_activations(peak(self.rows)))
-                found[launch][_label(on)] = shown | {"largest": largest_rows(peak, room, most)}
+        """Memory and largest micro-batch, without and with checkpointing."""
+        room, most = self.at_rest.capacity - self.at_rest.total, self.settings.training.batch_size
+        found = {}
+        for on in (False, True):
+            peak = functools.partial(self.peak, checkpointing=on)
+            planned = _plain(self.at_rest.with_activations(peak(self.rows)))
+            found[_label(on)] = planned | {"largest": largest_rows(peak, room, most)}
         return found
 
     def export_memory(self) -> Memory:
@@ -92,7 +80,7 @@ class _Planner:
         export, tokens = self.settings.export, self.work.shortest_tokens
         rows = max(1, min(export.block_rows, export.batch_tokens // tokens))
         peak = self._measured("ranking_peaks", rows, tokens, export.top_k)
-        return self.at_rest(self.job.launch).with_activations(peak)
+        return self.at_rest.with_activations(peak)
 
     def seconds(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of the job, and tokens a second in training.
@@ -126,9 +114,9 @@ class _Planner:
     def student(self) -> dict[str, Any]:
         """Memory of the student on one of these GPUs, activations excluded."""
         parameters, held = student_sizes(self.job.student, self.work.n_items)
-        parts = {"weights_and_optimizer": held, "context": self.at_rest("ddp").parts["context"]}
+        parts = {"weights_and_optimizer": held, "context": self.at_rest.parts["context"]}
         memory = Memory(parts, self.job.card.memory_bytes)
-        return {"name": self.job.student.name, "parameters": parameters, "memory": _shown(memory)}
+        return {"name": self.job.student.name, "parameters": parameters, "memory": _plain(memory)}
 
     def disk(self) -> dict[str, int]:
         """Disk space by part."""
@@ -146,7 +134,7 @@ def plan(job: Job) -> dict[str, Any]:
     """Plan a job.
 
     Returns:
-        Plain values: ``sizes``, ``memory`` by launch and checkpointing, ``export_memory``, ``seconds``,
+        Plain values: ``sizes``, ``memory`` without and with checkpointing, ``export_memory``, ``seconds``,
         ``tokens_per_second``, ``student``, ``disk_bytes``, ``work``, ``advice``, ``fits`` and the job.
     """
     planner = _Planner(job)
@@ -164,8 +152,8 @@ def plan(job: Job) -> dict[str, Any]:
         "work": asdict(job.work),
         "sizes": asdict(planner.sizes),
         "memory": memory,
-        "export_memory": _shown(export),
-        "fits": memory[job.launch][_label(checkpointing)]["fits"] and export.fits,
+        "export_memory": _plain(export),
+        "fits": memory[_label(checkpointing)]["fits"] and export.fits,
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "student": student,
@@ -176,15 +164,28 @@ def plan(job: Job) -> dict[str, Any]:
 
 def _advice(planner: _Planner, memory: dict[str, Any], export: Memory, student: dict[str, Any]) -> list[str]:
     """What to change if something does not fit."""
-    job, advice = planner.job, list[str]()
+    job, on, advice = planner.job, planner.settings.gradient_checkpointing, list[str]()
+    if not memory[_label(on)]["fits"]:
+        changes = []
+        if memory[_label(True)]["fits"]:
+            changes.append("teacher.gradient_checkpointing=true")
+        for checkpointing in (on, True):
+            if 1 <= (rows := memory[_label(checkpointing)]["largest"]) < planner.rows:
+                also = " teacher.gradient_checkpointing=true" if checkpointing != on else ""
+                changes.append(f"teacher.training.micro_batch_size={rows}{also}")
+                break
+        advice.append(
+            f"Training fits with {' or with '.join(changes)}."
+            if changes
+            else "Not even one row fits: use a smaller llm, teacher.precision=int8 or int4, a larger card, or more "
+            "GPUs with plan.launch=fsdp2."
+        )
     if planner.sizes.item_bytes > job.card.memory_bytes / 2:
         advice.append(
             f"The vectors of {job.work.n_items:,} titles take {planner.sizes.item_bytes / 2**30:.0f} GiB on every GPU: "
-            "use a language model of smaller width, or fewer items (dataset.k_core)."
+            "use teacher.objective=title, or fewer items (dataset.k_core)."
         )
-    elif not memory[job.launch][_label(job.teacher.settings.gradient_checkpointing)]["fits"]:
-        advice += _remedies(planner, memory)
-    if not export.fits and planner.at_rest(job.launch).fits:
+    if not export.fits and planner.at_rest.fits:
         advice.append("The export does not fit: lower teacher.export.batch_tokens.")
     if not student["memory"]["fits"]:
         advice.append(
@@ -194,36 +195,9 @@ def _advice(planner: _Planner, memory: dict[str, Any], export: Memory, student: 
     return advice
 
 
-def _remedies(planner: _Planner, memory: dict[str, Any]) -> list[str]:
-    """Single changes after which training fits."""
-    job, on = planner.job, planner.settings.gradient_checkpointing
-    chosen, found = memory[job.launch], list[str]()
-    if not on and chosen[_label(True)]["fits"]:
-        found.append("teacher.gradient_checkpointing=true")
-    for checkpointing in (on, True):
-        rows = chosen[_label(checkpointing)]["largest"]
-        if 1 <= rows < planner.rows:
-            also = " teacher.gradient_checkpointing=true" if checkpointing != on else ""
-            found.append(f"teacher.training.micro_batch_size={rows}{also}")
-            break
-    for launch, by_checkpointing in memory.items():
-        if launch != job.launch and by_checkpointing[_label(True)]["fits"]:
-            found.append(f"plan.launch={launch} with teacher.gradient_checkpointing=true")
-            break
-    for precision in _QUANTISED:
-        if job.teacher.precision not in _QUANTISED and job.launch not in SHARDED:
-            other = _Planner(replace(job, teacher=replace(job.teacher, precision=precision)))
-            if other.at_rest(job.launch).with_activations(other.peak(other.rows, checkpointing=True)).fits:
-                found.append(f"teacher.precision={precision} with teacher.gradient_checkpointing=true")
-                break
-    if not found:
-        return ["No single change makes it fit: use a larger card, more GPUs with plan.launch=fsdp2, or a smaller llm."]
-    return [f"Training does not fit. Any of these makes it fit: {'; or '.join(found)}."]
-
-
 def _label(checkpointing: bool) -> str:
     return "with_checkpointing" if checkpointing else "without_checkpointing"
 
 
-def _shown(memory: Memory) -> dict[str, Any]:
+def _plain(memory: Memory) -> dict[str, Any]:
     return {"parts": memory.parts, "total": memory.total, "fits": memory.fits}

@@ -36,7 +36,9 @@ def format_plan(plan: dict[str, Any], heading: str, assumptions: list[str]) -> s
     """
     seconds, disk, student = plan["seconds"], plan["disk_bytes"], plan["student"]
     fits = "" if student["memory"]["fits"] else " (does NOT fit)"
-    lines = [heading, "", *_memory(plan), ""]
+    verdict = "Fits" if plan["fits"] else "Does NOT fit"
+    needs = f"{format_seconds(sum(seconds.values()))} at most, {format_bytes(sum(disk.values()))} of disk"
+    lines = [heading, f"{verdict}; {needs}", "", *_memory(plan), ""]
     lines.append(
         f"Time on {plan['gpus']} x {plan['card']['name']}, at most: {format_seconds(sum(seconds.values()))} "
         f"({plan['tokens_per_second']:,.0f} tokens/s in training)"
@@ -54,7 +56,7 @@ def format_plan(plan: dict[str, Any], heading: str, assumptions: list[str]) -> s
 
 def _memory(plan: dict[str, Any]) -> list[str]:
     kinds = ("without_checkpointing", "with_checkpointing")
-    chosen = plan["memory"][plan["launch"]]
+    memory = [plan["memory"][kind] for kind in kinds]
     sharing = f", {_LAUNCHES[plan['launch']]}" if plan["gpus"] > 1 else ""
     on = "on" if plan["gradient_checkpointing"] else "off"
     lines = [
@@ -63,17 +65,13 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         f"teacher.gradient_checkpointing is {on}",
         f"  {'':<30}{'off':>14}{'on':>16}",
     ]
-    for name in chosen[kinds[0]]["parts"]:
-        sizes = [chosen[kind]["parts"][name] for kind in kinds]
+    for name in memory[0]["parts"]:
+        sizes = [each["parts"][name] for each in memory]
         if any(sizes):
             lines.append(f"  {name:<30}{format_bytes(sizes[0]):>14}{format_bytes(sizes[1]):>16}")
-    for launch, by_checkpointing in plan["memory"].items():
-        found = [by_checkpointing[kind] for kind in kinds]
-        totals = [_fits(each) for each in found]
-        name = "total" if launch == plan["launch"] else f"total with {_LAUNCHES[launch]}"
-        lines.append(f"  {name:<30}{totals[0]:>14}{totals[1]:>16}")
-        rows = [f"{each['largest']} rows" for each in found]
-        lines.append(f"  {'  largest micro-batch':<30}{rows[0]:>14}{rows[1]:>16}")
+    totals, rows = [_fits(each) for each in memory], [f"{each['largest']} rows" for each in memory]
+    lines.append(f"  {'total':<30}{totals[0]:>14}{totals[1]:>16}")
+    lines.append(f"  {'largest micro-batch':<30}{rows[0]:>14}{rows[1]:>16}")
     return [*lines, f"  {'total in the export':<30}{_fits(plan['export_memory']):>14}"]
 
 

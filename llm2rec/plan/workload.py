@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,12 @@ from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import RecData
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.student.datamodule import Rows
+from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import PromptSettings, TeacherSettings
+from llm2rec.teacher.title.prompts import TitlePrompts
 from llm2rec.teacher.wording import plain_wordings, wordings_for
 
-__all__ = ["EstimatedPrompts", "Prompts", "Workload", "rows_per_micro_batch", "workload_of"]
+__all__ = ["EstimatedPrompts", "Workload", "rows_per_micro_batch", "workload_of"]
 
 _SAMPLE = 20_000  # rows whose prompts are counted
 _HISTORY = 10  # items of a history where no dataset is opened
@@ -54,25 +56,6 @@ class Workload:
     data_bytes: int
 
 
-class Prompts(Protocol):
-    """Counts the tokens of prompts: `PromptBuilder`, or `EstimatedPrompts`."""
-
-    def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Tokens of prompts that show a history, shape ``(B,)``."""
-
-    def question_token_counts(
-        self,
-        history: NDArray[np.int32],
-        lengths: NDArray[np.int32],
-        candidates: NDArray[np.integer] | None,
-        targets: NDArray[np.integer],
-    ) -> NDArray[np.int64]:
-        """Tokens of the `title` objective's prompts, answers included, shape ``(B,)``."""
-
-    def title_token_counts(self) -> NDArray[np.int64]:
-        """Tokens of each title, separator included, shape ``(N,)``."""
-
-
 class EstimatedPrompts:
     """Token counts by the number of characters, for a tokenizer that is not available.
 
@@ -93,21 +76,17 @@ class EstimatedPrompts:
             """Tokens around a history, and around a history and candidates, in the longest wording."""
             words = plain_wordings(settings.prefix, settings.suffix, domain, title_next=title_next)
             words = wordings_for(domain) if settings.wording == "domain" else words
-            histories, questions = (
-                1 + max(sum(map(tokens, wording)) for wording in wordings)
-                for wordings in (words.histories, words.questions)
-            )
-            return histories, questions
+            longest = [max(sum(map(tokens, each)) for each in kind) for kind in (words.histories, words.questions)]
+            return 1 + longest[0], 1 + longest[1]
 
+        self._texts, self._question_texts = texts(title_next=False)[0], texts(title_next=True)
         most = settings.max_title_tokens or max(map(tokens, titles), default=0)
         shown = [min(tokens(title), most) + tokens(settings.separator) for title in titles]
         self._titles = np.array(shown, np.int64)  # (N,)
-        self._texts = texts(title_next=False)[0]
-        self._answered_texts = texts(title_next=True)
         self._max_tokens, self._max_items = settings.max_tokens, settings.max_items
 
     def token_counts(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """See `Prompts`."""
+        """As `PromptBuilder.token_counts`."""
         return np.minimum(self._texts + self._shown(history, lengths), self._max_tokens)
 
     def question_token_counts(
@@ -117,10 +96,10 @@ class EstimatedPrompts:
         candidates: NDArray[np.integer] | None,
         targets: NDArray[np.integer],
     ) -> NDArray[np.int64]:
-        """See `Prompts`."""
-        open_texts, listing_texts = self._answered_texts
+        """As `TitlePrompts.question_token_counts`."""
         counts = self._shown(history, lengths) + self._titles[targets] + 1
-        counts += open_texts if candidates is None else listing_texts + self._titles[candidates].sum(axis=1)
+        without, listing = self._question_texts
+        counts += without if candidates is None else listing + self._titles[candidates].sum(axis=1)
         return np.minimum(counts, self._max_tokens)
 
     def _shown(self, history: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -130,7 +109,7 @@ class EstimatedPrompts:
         return np.where(is_shown, np.append(self._titles, 0)[history], 0).sum(axis=1)
 
     def title_token_counts(self) -> NDArray[np.int64]:
-        """See `Prompts`."""
+        """As `PromptBuilder.title_token_counts`."""
         return self._titles
 
 
@@ -141,7 +120,10 @@ def rows_per_micro_batch(training: TrainingSettings, gpus: int) -> int:
 
 
 def workload_of(
-    plan: PlanSettings, teacher: TeacherSettings, data: RecData | None, prompts: Prompts | None
+    plan: PlanSettings,
+    teacher: TeacherSettings,
+    data: RecData | None,
+    prompts: PromptBuilder | EstimatedPrompts | None,
 ) -> Workload:
     """Take sizes from the plan where it gives them, otherwise from the dataset.
 
@@ -175,7 +157,7 @@ def workload_of(
     return Workload(n_items, n_rows, n_train, n_validation, history, data_bytes=size, **counts)
 
 
-def _counted(teacher: TeacherSettings, data: RecData, prompts: Prompts) -> dict[str, float]:
+def _counted(teacher: TeacherSettings, data: RecData, prompts: PromptBuilder | EstimatedPrompts) -> dict[str, float]:
     """Token counts of a sample of the training rows."""
     train = Rows.of(data, "train")
     generator = np.random.default_rng(0)
@@ -186,7 +168,7 @@ def _counted(teacher: TeacherSettings, data: RecData, prompts: Prompts) -> dict[
     if teacher.objective == "title":
         n_candidates, targets = teacher.title.n_candidates, train.targets.numpy()[rows]
         listed = generator.integers(data.n_items, size=(len(rows), n_candidates)) if n_candidates else None
-        trained = prompts.question_token_counts(history, lengths, listed, targets)
+        trained = cast(TitlePrompts, prompts).question_token_counts(history, lengths, listed, targets)
     return {
         "train_tokens": float(trained.mean()),
         "longest_tokens": int(trained.max()),

@@ -21,7 +21,7 @@ from llm2rec.plan.table import format_bytes, format_plan, format_seconds
 from llm2rec.plan.workload import EstimatedPrompts, workload_of
 from llm2rec.stage import build
 from llm2rec.student.settings import LossSettings, SASRecStudent
-from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings
+from llm2rec.teacher.settings import AdapterSettings, LLMSettings, PromptSettings, TeacherSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 from command_helpers import TOY, run, runs
@@ -66,7 +66,8 @@ def test_shapes_have_the_parameters_of_the_models(llm):
 
 def job(llm="llama2_7b", card="a100_80gb", gpus=1, launch="ddp", precision="bfloat16", plan_settings=None, **settings):
     given = plan_settings or PlanSettings(n_items=1000, n_rows=50_000, prompt_tokens=200)
-    teacher = TeacherSettings(**{"training": TrainingSettings(5, 128, 32), **settings})
+    defaults = {"training": TrainingSettings(5, 128, 32), "adapter": AdapterSettings(target_modules=["q_proj"])}
+    teacher = TeacherSettings(**defaults | settings)
     config = config_of_shape(build(composed(f"llm={llm}").llm, LLMSettings).shape)
     work = workload_of(given, teacher, None, None)
     shape = TeacherShape(config, teacher, precision, "last", work.n_items, work.history_length, 64)
@@ -90,13 +91,17 @@ def test_hours_by_hand():
 def test_advised_changes_make_it_fit():
     planned = plan(job("llama2_7b", card="rtx_4090"))
     assert not planned["fits"]
-    advice = " ".join(planned["advice"])
-    rows = int(re.search(r"micro_batch_size=(\d+)", advice)[1])
-    precision = re.search(r"teacher.precision=(int\d)", advice)[1]
-    smaller = TrainingSettings(5, 128, rows)
-    on = "gradient_checkpointing=true" in advice
-    assert plan(job("llama2_7b", card="rtx_4090", training=smaller, gradient_checkpointing=on))["fits"]
-    assert plan(job("llama2_7b", card="rtx_4090", precision=precision, gradient_checkpointing=True))["fits"]
+    (advice,) = planned["advice"]
+    rows = int(re.search(r"micro_batch_size=(\d+)$", advice.rstrip("."))[1])
+    assert "gradient_checkpointing=true or" in advice
+    assert planned["memory"]["with_checkpointing"]["fits"]
+    assert plan(job("llama2_7b", card="rtx_4090", training=TrainingSettings(5, 128, rows)))["fits"]
+
+
+def test_a_model_that_no_micro_batch_makes_fit_gets_advice():
+    planned = plan(job("llama2_70b", card="rtx_4090"))
+    assert not planned["fits"]
+    assert any("plan.launch=fsdp2" in each for each in planned["advice"])
 
 
 def test_a_catalogue_that_no_card_holds_gets_advice():
@@ -120,14 +125,10 @@ def test_many_gpus_share_rows_and_weights():
     one, eight = (plan(job("smollm2_360m", gpus=gpus, launch=launch)) for gpus, launch in ((1, "ddp"), (8, "zero3")))
     assert (one["rows_per_micro_batch"], eight["rows_per_micro_batch"]) == (32, 16)
     assert one["seconds"]["training"] / 8 == pytest.approx(eight["seconds"]["training"])
-    alone, whole, sharded, blocks = (
-        each["memory"][launch]["with_checkpointing"]["parts"]
-        for each, launch in ((one, "ddp"), (eight, "ddp"), (eight, "zero3"), (eight, "fsdp2"))
-    )
-    assert alone["weights"] == whole["weights"] == pytest.approx(8 * sharded["weights"], abs=8)
-    assert sharded["weights"] < blocks["weights"] < whole["weights"]  # embeddings stay whole
+    whole, sharded = (each["memory"]["with_checkpointing"]["parts"] for each in (one, eight))
+    assert whole["weights"] == pytest.approx(8 * sharded["weights"], abs=8)
     for part in ("trained", "gradients", "optimizer", "items"):
-        assert sharded[part] == blocks[part] == whole[part]
+        assert sharded[part] == whole[part]
     # With sharded weights all GPUs read the same prompts, which takes as long as on one.
     assert eight["seconds"]["export"] == pytest.approx(one["seconds"]["export"])
     assert plan(job("smollm2_360m", gpus=8, launch="zero2"))["seconds"]["export"] == pytest.approx(
@@ -169,9 +170,8 @@ def test_the_stage_plans_without_a_network(tmp_path, llm, expected):
     (folder,) = runs(tmp_path)
     planned = json.loads((folder / "metrics" / "plan.json").read_text())
     assert planned["fits"]
-    assert planned["memory"]["ddp"]["without_checkpointing"]["total"] == sum(
-        planned["memory"]["ddp"]["without_checkpointing"]["parts"].values()
-    )
+    memory = planned["memory"]["without_checkpointing"]
+    assert memory["total"] == sum(memory["parts"].values())
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
@@ -179,7 +179,7 @@ def test_the_stage_plans_without_a_network(tmp_path, llm, expected):
 def test_an_invalid_combination_is_one_line(tmp_path):
     done = run(tmp_path, "plan", "gpus=8", "plan.launch=zero3", "teacher.precision=int8", check=False)
     assert done.returncode == 1
-    assert "take plan.launch=ddp" in done.stderr
+    assert "use plan.launch=ddp" in done.stderr
     assert "Traceback" not in done.stderr
 
 
