@@ -267,7 +267,8 @@ def _typed(values: pd.Series, kinds: set[type]) -> pd.Series:
 def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
     file = _opened_parquet(path)
     _require_columns(path, wanted, file.schema_arrow.names)
-    for column in wanted.values():
+    for ours, column in wanted.items():
+        _check_type(path, file.schema_arrow.field(column.name).type, column, may_be_time=ours == "timestamp")
         if not column.nullable:
             _check_no_nulls(path, column)
 
@@ -279,6 +280,21 @@ def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
     return Table(
         path, {ours: column.name for ours, column in wanted.items()}, lambda row: f"{path}, row {row + 1}", parts
     )
+
+
+def _check_type(path: Path, kind: pa.DataType, column: Column, *, may_be_time: bool) -> None:
+    """Refuse what JSON lines refuse too: lists, structs, booleans and bytes, whose text would be Python's."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    of = pa.types
+    is_text = of.is_string(kind) or of.is_large_string(kind) or of.is_string_view(kind)
+    is_number = of.is_integer(kind) or of.is_floating(kind) or of.is_decimal(kind)
+    is_time = may_be_time and (of.is_timestamp(kind) or of.is_date(kind))
+    if not (is_text or is_number or is_time or of.is_null(kind)):
+        raise DataError(
+            f"{path}: column `{column.name}` holds values of type {kind}, expected text or numbers"
+            f"{' or times' if may_be_time else ''}. Save it as text, or name another column: "
+            f"dataset.{column.option}=COLUMN"
+        )
 
 
 def _opened_parquet(path: Path) -> pa_parquet.ParquetFile:

@@ -68,7 +68,7 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
 
     Raises:
         DataError: If an item id occurs twice, an interaction names an unknown item, a title is missing, or
-            nothing is left.
+            nothing is left, or a global time split would cut at positions.
         ConfigError: If there is a rating threshold and the source has no ratings.
     """
     titles = check_titles(raw.items, spec)
@@ -83,6 +83,8 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
     n_rows = _n_rows(buckets)
     buckets.change(lambda rows: rows[~pd.DataFrame(rows).duplicated().to_numpy()])
     counts["duplicate_rows"] = n_rows - _n_rows(buckets)
+    if spec.split == "global_time":
+        _check_times(buckets, numbering.raw_of_users[: len(user_ids)], spec)
     of_users, of_items = _dense_enough(buckets, spec, counts)
     kept_users, kept_items = of_users > 0, of_items > 0
     counts["users_dropped"] = int((~kept_users).sum())
@@ -119,7 +121,7 @@ class _Numbering:
         self._users: dict[str, int] = {}
         self._unknown: dict[str, None] = {}
         self._n_unknown = 0
-        self.of_users = np.zeros(1024, np.int64)
+        self.of_users, self.raw_of_users = np.zeros((2, 1024), np.int64)
         self.counts = {**raw.notes, "raw_interactions": 0, "rows_without_title": 0}
         self.counts["items_without_title"] = int((~self._has_title).sum())
         if spec.min_rating is not None:
@@ -142,7 +144,7 @@ class _Numbering:
             keep = self._kept(part, item)
             rows = np.empty(int(keep.sum()), ROW)
             rows["user"], rows["item"], rows["time"] = user[keep], item[keep], part["timestamp"].to_numpy()[keep]
-            self._count(rows["user"])
+            self._count(user, rows["user"])
             yield rows
         self._check_unknown()
 
@@ -161,12 +163,14 @@ class _Numbering:
         known = self._users
         return np.array([known.setdefault(each, len(known)) for each in distinct], np.int64)[codes]
 
-    def _count(self, users: npt.NDArray[np.int32]) -> None:
-        if len(self._users) > len(self.of_users):
-            longer = np.zeros(2 * len(self._users), np.int64)
-            longer[: len(self.of_users)] = self.of_users
-            self.of_users = longer
-        np.add.at(self.of_users, users, 1)
+    def _count(self, users: npt.NDArray[np.int64], kept: npt.NDArray[np.int32]) -> None:
+        if (missing := len(self._users) - len(self.of_users)) > 0:
+            longer = len(self._users) + missing
+            self.of_users, self.raw_of_users = (
+                np.pad(each, (0, longer)) for each in (self.of_users, self.raw_of_users)
+            )
+        np.add.at(self.raw_of_users, users, 1)
+        np.add.at(self.of_users, kept, 1)
 
     def user_ids(self) -> npt.NDArray[np.object_]:
         """Raw ids of all users, in the order of their numbers."""
@@ -182,6 +186,32 @@ class _Numbering:
                 f"{len(self._items)} items ({named}{', ...' * (len(self._unknown) > _SHOWN)}). Add these items with "
                 "their titles, or remove the interactions; ids are compared as text, so '7' and '007' differ."
             )
+
+
+def _check_times(buckets: Buckets, raw_of_users: npt.NDArray[np.int64], spec: DatasetSpec) -> None:
+    """Refuse times that count each user's own interactions: 0 to n - 1, or from another common number.
+
+    Filters may have taken some of them away.
+
+    Args:
+        buckets: Interactions without duplicates.
+        raw_of_users: Each user's interactions before any filter, ``(U,)``.
+        spec: The settings.
+    """
+    first = min((int(rows["time"].min()) for rows in buckets if len(rows)), default=0)
+    longest = 0
+    for rows in buckets:
+        places = rows["time"].astype(np.uint64) - np.array(first).astype(np.uint64)  # wraps around to the difference
+        distinct = np.unique(np.stack([rows["user"].astype(np.uint64), places]), axis=1).shape[1]
+        if distinct < len(rows) or (places >= raw_of_users[rows["user"]].astype(np.uint64)).any():
+            return
+        longest = max(longest, int(places.max(initial=0)))
+    if longest > 0 and np.count_nonzero(raw_of_users) > 1:
+        raise DataError(
+            f"dataset `{spec.name}`: split=global_time needs times that can be compared between users, but "
+            f"`timestamp` counts each user's own interactions ({first} to {first + longest}). Name a column that "
+            "holds times (dataset.timestamp_column=COLUMN), or use dataset.split=leave_one_out."
+        )
 
 
 def _n_rows(buckets: Buckets) -> int:

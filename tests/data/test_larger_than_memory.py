@@ -84,9 +84,25 @@ def test_any_interactions_give_what_the_plain_way_gives(
     check_equal(spec, tmp_path_factory.mktemp("processed"))
 
 
+def test_global_time_on_positions_is_refused_whatever_ratings_leave_out(small_buckets, tmp_path):
+    rows = [(f"u{u}", f"i{1 + (u + t) % 7}", t, 1 + (u + t) % 5) for u in range(9) for t in range(8 - u % 3)]
+    spec = InParts(rows=rows, split="global_time", min_rating=2, missing_title="drop")
+    with pytest.raises(DataError, match=r"`timestamp` counts each user's own interactions \(0 to 7\)"):
+        prepare(spec, tmp_path)
+
+
+class TimedToy(Toy):
+    """The toy with a clock for all users."""
+
+    def read(self):
+        raw = super().read()
+        days = raw.interactions["user_id"].str[1:].astype("int64") % 7
+        return dataclasses.replace(raw, interactions=raw.interactions.assign(timestamp=lambda d: d["timestamp"] + days))
+
+
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 def test_processes_write_the_same_files(small_buckets, tmp_path, split):
-    spec = Toy(n_users=40, n_items=60, n_volumes=3, n_worlds=5, split=split)
+    spec = TimedToy(n_users=40, n_items=60, n_volumes=3, n_worlds=5, split=split)
     one = check_equal(spec, tmp_path / "one")
     two = check_equal(dataclasses.replace(spec, num_proc=2), tmp_path / "two")
     assert len(list((one.folder / "train").glob("*.arrow"))) > 5

@@ -97,6 +97,33 @@ def test_global_time_without_differing_times_is_refused(tmp_path):
         prepare(InMemory(rows=visits, split="global_time"), tmp_path)
 
 
+POSITIONS = [(user, f"i{(k + t) % 6}", t) for k, user in enumerate("abc") for t in range(6 - k)]
+
+
+@pytest.mark.parametrize("start", [0, 1, -(2**62)])
+def test_global_time_on_positions_is_refused(tmp_path, start):
+    visits = [(user, item, start + time) for user, item, time in POSITIONS]
+    message = rf"times that can be compared between users, .* \({start} to {start + 5}\).*timestamp_column"
+    for more in ({}, {"k_core": 2}):
+        with pytest.raises(DataError, match=message):
+            prepare(InMemory(rows=visits, split="global_time", **more), tmp_path)
+    prepare(InMemory(rows=visits), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda user, time: time + (user == "b"),  # who came later
+        lambda user, time: time * 2,
+        lambda user, time: time // 2,
+        lambda user, time: time + (user == "a" and time == 5),
+    ],
+)
+def test_global_time_takes_few_times_that_are_no_positions(tmp_path, change):
+    visits = [(user, item, change(user, time)) for user, item, time in POSITIONS]
+    prepare(InMemory(rows=visits, split="global_time", validation_fraction=0.2, test_fraction=0.2), tmp_path)
+
+
 def test_equal_times_keep_the_order_of_the_source(tmp_path):
     data = prepare(InMemory(rows=[("a", item, 7) for item in "dbca"]), tmp_path)
     assert sequences_of(data) == {"a": [3, 1, 2, 0]}

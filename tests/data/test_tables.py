@@ -226,3 +226,31 @@ def test_parquet_hole_and_decimal_ids_are_refused(tmp_path):
     pd.DataFrame({"user_id": [1.0, 2.0], "item_id": ["i1", "i1"], "timestamp": [1, 2]}).to_parquet(path)
     with pytest.raises(DataError, match=r"`user_id` holds float64 values, expected text or integers"):
         CsvTables(interactions=str(path), items=items).read()
+
+
+@pytest.mark.parametrize(
+    ("titles", "kind"),
+    [
+        ([["One", "Two"]] * 5, "list<"),
+        ([{"en": "One"}] * 5, "struct<"),
+        ([True] * 5, "bool"),
+        ([b"One"] * 5, "binary"),
+        (pd.to_datetime(["2024-01-01"] * 5), "timestamp"),
+    ],
+)
+def test_parquet_titles_that_are_no_text_are_refused_as_in_json_lines(tmp_path, titles, kind):
+    paths = csv_pair(tmp_path)
+    pd.DataFrame({"item_id": [f"i{n}" for n in range(1, 6)], "title": titles}).to_parquet(tmp_path / "items.parquet")
+    spec = CsvTables(interactions=paths["interactions"], items=str(tmp_path / "items.parquet"))
+    with pytest.raises(DataError, match=rf"`title` holds values of type {kind}.* expected text or numbers\. .*title_c"):
+        spec.read()
+
+
+def test_parquet_text_and_numbers_are_taken(tmp_path):
+    titles = ["1984", None, "Up", "Up", "Up"]
+    for column in (pd.Series(titles, dtype="category"), pd.Series([None] * 5), pd.Series([7] * 5)):
+        frame = pd.DataFrame({"item_id": pd.Series([1, 2, 3, 4, 5]), "title": column})
+        frame.to_parquet(tmp_path / "items.parquet")
+        paths = csv_pair(tmp_path, interactions=["a,1,1"])
+        spec = CsvTables(interactions=paths["interactions"], items=str(tmp_path / "items.parquet"), missing_title="id")
+        assert spec.read().items.item_id.tolist() == list("12345")

@@ -1,5 +1,7 @@
 """Item neighbours: their counts against plain loops, and what is kept from them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -90,9 +92,18 @@ def test_sharpening_makes_a_distribution():
     torch.testing.assert_close(told, torch.tensor([[1 / 9, 8 / 9, 0.0], [0.0, 0.0, 0.0]]))
 
 
+class TimedToy(Toy):
+    """The toy with a clock for all users."""
+
+    def read(self):
+        raw = super().read()
+        days = raw.interactions["user_id"].str[1:].astype("int64") % 7
+        return dataclasses.replace(raw, interactions=raw.interactions.assign(timestamp=lambda d: d["timestamp"] + days))
+
+
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 def test_nothing_that_is_held_out_is_counted(tmp_path, split):
-    data = prepare(Toy(n_users=40, n_items=30, n_volumes=3, n_worlds=2, split=split), tmp_path)
+    data = prepare(TimedToy(n_users=40, n_items=30, n_volumes=3, n_worlds=2, split=split), tmp_path)
     found = training_sequences(data)
     rows = data.splits["train"]
     for user, (sequence, known) in enumerate(zip(data.sequences["items"], found, strict=True)):
