@@ -187,6 +187,7 @@ class Config:
         paths: Folders.
         seed: Seed of initial weights, order and dropout.
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
+        finish: Whether the resumed run ends its training where it is and goes on with its best weights.
         reuse: Whether to skip the run if there is a finished one of the same stage, configuration and data.
         runs: Runs to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of folders
             of runs and sweeps; a sweep means its finished jobs. `llm2rec.ensemble` takes a list too.
@@ -207,6 +208,7 @@ class Config:
     paths: PathsConfig = MISSING
     seed: int = 42
     resume: str | None = None
+    finish: bool = False
     reuse: bool = False
     runs: Any = "latest"
     plan: PlanSettings = MISSING

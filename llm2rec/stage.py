@@ -32,6 +32,7 @@ from llm2rec.reporting import error_line, exit_code, interrupt_as_error, interru
 __all__ = ["build", "built_object", "open_data", "open_engine", "question", "same_runs", "stage"]
 
 logger = logging.getLogger("llm2rec")
+_TRAINING = ("student", "teacher", "distill")
 _NEXT = {
     "data": "student", "student": "distill", "teacher": "distill", "ensemble": "distill", "distill": "evaluate",
     "evaluate": "recommend",
@@ -205,7 +206,7 @@ def _next_command(cfg: DictConfig, name: str, folder: Path) -> str | None:
     outputs = str(cfg.distill.teacher_outputs)
     if name == "student" and not from_launch_folder(outputs, cfg.paths.root).is_dir():
         following = "teacher"
-    overrides = _overrides("resume=", "reuse=", "runs=", "report.", "hydra.", "hydra/")
+    overrides = _overrides("resume=", "finish=", "reuse=", "runs=", "report.", "hydra.", "hydra/")
     return shlex.join(["python", "-m", f"llm2rec.{following}", *overrides])
 
 
@@ -234,6 +235,10 @@ def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> 
     check_read(cfg, job.overrides.task, is_sweep=job.mode == RunMode.MULTIRUN)
     if cfg.seed < 0:
         raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
+    if cfg.finish and (not cfg.resume or name not in _TRAINING):
+        raise ConfigError(
+            f"`finish` ends the training of a resumed run; use it with `resume=FOLDER` and {', '.join(_TRAINING)}."
+        )
     if cfg.reuse and reads is None:
         raise ConfigError(f"`reuse` is true, but {name} cannot reuse runs; leave it out.")
     if job.mode == RunMode.MULTIRUN and (cfg.resume or cfg.reuse):
@@ -276,7 +281,7 @@ def same_runs(result_dir: Path, stage: str, config: dict[str, Any], reads: Seque
         folder = file.parent
         try:
             record = read_record(folder, "dataset")
-            if record["stage"] != stage or record["status"] != "finished":
+            if record["stage"] != stage or record["status"] != "finished" or record.get("ended_early"):
                 continue
             saved = read_object(folder / "config.json", *reads)
         except (CheckpointError, DataError):  # a damaged run, or one without a dataset
@@ -336,6 +341,7 @@ def open_engine(
         tensorboard=cfg.logging.tensorboard and training is not None,
         show_progress=cfg.logging.progress,
         lockstep=lockstep,
+        finish=cfg.finish,
     )
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else str(engine.device)
     precision = "float32" if mixed_precision == "no" else f"mixed precision {mixed_precision}"

@@ -24,7 +24,7 @@ CONFIG = {
 }
 READS = ("dataset", "seed", "student")
 # What every stage reads without a change in what it makes, and what `reads` need not name.
-ALWAYS = {"dataset", "seed", "paths", "logging", "resume", "reuse"}
+ALWAYS = {"dataset", "seed", "paths", "logging", "resume", "finish", "reuse"}
 
 
 def run_in(results, name, stage="student", status="finished", config=CONFIG, **more):
@@ -60,6 +60,7 @@ def test_the_newest_finished_run_of_the_same_stage_comes_first(tmp_path):
     write_json(tmp_path / "result_6" / "run.json", {"stage": "student"})
     write_json(tmp_path / "result_7" / "run.json", {"stage": "student", "status": "finished", "dataset": {}})
     run_in(tmp_path, "result_8", config={"seed": 1})
+    run_in(tmp_path, "result_9", ended_early=True)
     assert same_runs(tmp_path, "student", CONFIG, READS) == [(tmp_path / "result_2", "f"), (tmp_path / "result_1", "f")]
 
 

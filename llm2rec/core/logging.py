@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Self, TextIO, TypeVar
 
@@ -28,21 +28,32 @@ class Progress:
         total: Number of items, including ``initial``.
         unit: Name of one item, such as ``step``.
         initial: Items done in an earlier run.
+        at_most: Whether there may be fewer items than ``total``, as in a training that may stop early.
         shown: Whether to show anything.
     """
 
-    def __init__(self, description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True) -> None:
+    def __init__(
+        self, description: str, total: int, unit: str, *, initial: int = 0, at_most: bool = False, shown: bool = True
+    ) -> None:
         self._description, self._total, self._unit, self._initial = description, total, unit, initial
         self._on_terminal = shown and sys.stderr.isatty()
         self._in_file = shown and not self._on_terminal
+        self._most = "at most " if at_most else ""
         self._done, self._amounts = 0, dict[str, int]()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
         if self._on_terminal:
-            unit = f" {self._unit}"
-            self._bar = tqdm(desc=self._description, total=self._total, initial=self._initial, unit=unit, leave=False)
+            self._bar = tqdm(
+                desc=self._description,
+                total=self._total,
+                initial=self._initial,
+                unit=f" {self._unit}",
+                leave=False,
+                bar_format=f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}, {self._most}{{remaining}} left, "
+                "{rate_fmt}{postfix}]",
+            )
             self._open.enter_context(_log_above_bar())
             self._open.callback(self._bar.close)
         return self
@@ -64,7 +75,7 @@ class Progress:
             speeds = f"{1 / seconds:.3g} {self._unit}s/s" if seconds <= 1 else f"{seconds:.3g} s/{self._unit}"
             if other := self._other_speeds(now):
                 speeds += f", {other}"
-            left = duration((self._total - at) * seconds)
+            left = f"{self._most}{duration(max(0, self._total - at) * seconds)}"
             logger.info("%s: %d of %d %ss, %s, %s left", self._description, at, self._total, self._unit, speeds, left)
 
     def _other_speeds(self, now: float) -> str:
@@ -73,7 +84,14 @@ class Progress:
 
 
 def progress(
-    iterable: Iterable[Item], description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True
+    iterable: Iterable[Item],
+    description: str,
+    total: int,
+    unit: str,
+    *,
+    initial: int = 0,
+    at_most: bool = False,
+    shown: bool = True,
 ) -> Iterator[Item]:
     """Iterate over ``iterable`` and show its `Progress`.
 
@@ -83,15 +101,20 @@ def progress(
         total: Number of items, including ``initial``.
         unit: Name of one item, such as ``step``.
         initial: Items done in an earlier run.
+        at_most: Whether there may be fewer items than ``total``, as in a training that may stop early.
         shown: Whether to show anything.
 
     Yields:
         The items.
     """
-    with Progress(description, total, unit, initial=initial, shown=shown) as bar:
-        for item in iterable:
-            yield item
-            bar.advance()
+    with Progress(description, total, unit, initial=initial, at_most=at_most, shown=shown) as bar:
+        try:
+            for item in iterable:
+                yield item
+                bar.advance()
+        finally:
+            if isinstance(iterable, Generator):  # now, not when it is collected
+                iterable.close()
 
 
 class _AboveBar:

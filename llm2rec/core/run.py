@@ -3,7 +3,7 @@
 import datetime
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from llm2rec.core.processes import is_first_process
 
 __all__ = ["Job", "Run", "changed_settings", "described", "discard", "is_sweep", "jobs_of", "read_record"]
 
-_OF_NO_RESULT = ("resume", "reuse", "report", "logging.", "paths.root")  # options that change no result
+_OF_NO_RESULT = ("resume", "finish", "reuse", "report", "logging.", "paths.root")  # options that change no result
+_EPOCHS = ".training.epochs"
 _OF_EVERY_RUN = {"run.json", "config.json", "log.txt", "metrics/time.json"}
 _SWEEP = "multirun.yaml"  # written by Hydra into the folder of a sweep
 
@@ -46,12 +47,13 @@ class Run:
         record = folder / "run.json"
         if record.is_file():
             earlier = read_record(folder)
-            run._check_resumable(earlier)
+            has_fewer_epochs = run._check_resumable(earlier)
             if is_first_process():
                 remove_leftovers(folder)
                 if earlier["status"] != "finished":
                     kept = {key: value for key, value in earlier.items() if key not in ("error", "continue")}
-                    write_json(record, {**kept, "status": "running"})
+                    early = {"ended_early": True} if has_fewer_epochs else {}
+                    write_json(record, {**kept, "status": "running", **early})
         elif is_first_process():
             write_json(folder / "config.json", without_secrets(config))
             _clean_hydra(folder)
@@ -68,18 +70,21 @@ class Run:
             )
         return run
 
-    def _check_resumable(self, record: dict[str, Any]) -> None:
+    def _check_resumable(self, record: dict[str, Any]) -> bool:
+        """Check that the run may be resumed; returns whether it is to train for fewer epochs than before."""
         if record["stage"] != self.stage:
             raise CheckpointError(
                 f"{self.folder.name} is a run of stage {record['stage']!r}, not of {self.stage!r}; resume it with "
                 f"`-m llm2rec.{record['stage']}`."
             )
-        saved = read_object(self.folder / "config.json")
-        if changed := changed_settings(saved, without_secrets(self.config)):
+        saved, now = read_object(self.folder / "config.json"), without_secrets(self.config)
+        fewer = [key for key, was, epochs in _differences(saved, now) if key.endswith(_EPOCHS) and epochs < was]
+        if changed := changed_settings(saved, now, besides=fewer):
             raise CheckpointError(
                 f"{self.folder.name} was started with another configuration: {', '.join(changed)}. "
                 "Resume with the same overrides, or start a new run."
             )
+        return bool(fewer)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -168,13 +173,13 @@ def described(record: dict[str, Any]) -> str:
     return f"{'an' if status[:1] in 'aeiou' else 'a'} {status} run of stage {record['stage']!r}"
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Changed options that may change a result, each with its old and new value, for a message."""
+def changed_settings(old: dict[str, Any], new: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
+    """Changed options that may change a result, each with its old and new value, for a message; not ``besides``."""
     return [
         f"{key} (was {was!r}, now {now!r})"
         for key, was, now in _differences(old, new)
         # The micro-batch size changes no result, and has to change after a GPU ran out of memory.
-        if not (key.startswith(_OF_NO_RESULT) or key.endswith(".micro_batch_size"))
+        if not (key.startswith(_OF_NO_RESULT) or key.endswith(".micro_batch_size") or key in besides)
     ]
 
 

@@ -38,7 +38,10 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
         alike.setdefault((str(record.get("label", folder.name)), str(record.get("stage"))), []).append(number)
     labels = [""] * len(folders)
     for (label, stage), members in alike.items():
-        settings = [_flat_settings(folders[number], stage) for number in members]
+        settings = [
+            _flat_settings(folders[number], stage) | {"ended_early": records[number].get("ended_early", False)}
+            for number in members
+        ]
         for number, differing in zip(members, differences(settings), strict=True):
             labels[number] = f"{label} ({', '.join(differing)})" if differing else label
     return labels

@@ -417,3 +417,10 @@ def test_only_a_run_that_made_nothing_is_removed(tmp_path, made, stays):
         (folder / name).touch()
     discard(folder)
     assert (folder / "run.json").is_file() == folder.exists() == stays
+
+
+def test_a_run_may_be_resumed_for_fewer_epochs_and_is_marked(tmp_path):
+    Run.start(tmp_path, "student", CONFIG)
+    assert "ended_early" not in Run.start(tmp_path, "student", {**CONFIG, "finish": True}).record
+    fewer = {**CONFIG, "student": {"training": {"epochs": 2}, "name": "sasrec"}}
+    assert Run.start(tmp_path, "student", fewer).record["ended_early"] is True

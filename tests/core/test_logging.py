@@ -15,13 +15,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatch, caplog):
+@pytest.mark.parametrize(("at_most", "left"), [(False, "2:50 min left"), (True, "at most 2:50 min left")])
+def test_a_file_gets_a_line_with_rate_and_time_left_every_half_minute(monkeypatch, caplog, at_most, left):
     clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
     caplog.set_level(logging.INFO)
-    for _ in progress(range(20), "student", 40, "step", initial=20):
+    for _ in progress(range(20), "student", 40, "step", initial=20, at_most=at_most):
         clock.wait(10)
     lines = [record.message for record in caplog.records]
-    assert lines[0] == "student: 23 of 40 steps, 10 s/step, 2:50 min left"
+    assert lines[0] == f"student: 23 of 40 steps, 10 s/step, {left}"
     assert len(lines) == 6
 
 
@@ -50,8 +51,9 @@ def test_log_lines_stand_above_the_bar_of_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     root, handler = logging.getLogger(), logging.StreamHandler(terminal)
     monkeypatch.setattr(root, "handlers", [handler])
-    for number in progress(range(3), "student", 3, "step"):
+    for number in progress(range(3), "student", 3, "step", at_most=True):
         logging.getLogger("llm2rec").warning("step %d is done", number)
+    assert "at most" in terminal.getvalue()
     shown = terminal.getvalue()
     assert "student:" in shown
     for number in range(3):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from engine_helpers import Killed, RowsObjective, assert_same_weights, engine_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm2rec.core.errors import Interrupted
+from llm2rec.core.errors import CheckpointError, Interrupted
 from llm2rec.core.processes import Termination
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.loop import fit, train_step
@@ -34,11 +35,11 @@ def losses(model, rows, step):
     return {"loss": nn.functional.cross_entropy(model(INPUTS[rows]), TARGETS[rows], reduction="none")}
 
 
-def trained(folder, kind=None, **settings):
+def trained(folder, kind=None, validate=lambda step: {"ndcg@10": float(step)}, **settings):
     """Weights after `fit`, and the run's validation history."""
     model, arguments = network(), {} if kind is None else {"kind": kind}
     engine = engine_in(folder, **arguments, **{**SETTINGS, **settings})
-    objective = RowsObjective(N_ROWS, losses, validate=lambda step: {"ndcg@10": float(step)})
+    objective = RowsObjective(N_ROWS, losses, validate=validate)
     fit(model, objective, engine, adamw(model, 0.05, 0.0), description="test")
     return model, json.loads((folder / "metrics" / "validation.json").read_text())
 
@@ -133,3 +134,25 @@ def test_a_second_interrupt_does_not_wait(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert termination.received == {signal.SIGINT}
+
+
+@pytest.mark.parametrize(("every", "best_step"), [(2, 2), (50, 6)])
+def test_a_run_can_be_finished_with_what_it_has_trained(tmp_path, every, best_step):
+    """With its best weights, or, if it was never evaluated, with those of its checkpoint."""
+
+    def validate(step):
+        return {"ndcg@10": float(-step)}
+
+    settings = {"evaluate_every_steps": every, "checkpoint_every_steps": 2}
+    with pytest.raises(Killed):
+        trained(tmp_path, killed_at(6), validate=validate, **settings)
+    finished, written = trained(tmp_path, partial(Engine, finish=True), validate=validate, **settings)
+    assert (written["steps"], written["best_step"]) == (6, best_step)
+    expected, _ = trained(tmp_path / "other", validate=validate, evaluate_every_steps=best_step)
+    assert_same_weights(finished.state_dict(), expected.state_dict())
+    assert json.loads((tmp_path / "run.json").read_text())["ended_early"] is True
+
+
+def test_nothing_trained_cannot_be_finished(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint to finish with"):
+        trained(tmp_path, partial(Engine, finish=True))

@@ -61,6 +61,7 @@ class Engine:
         show_progress: Whether to draw progress bars.
         lockstep: Whether all processes compute all rows together instead of a share each: a model with sharded weights
             needs each of its passes on every process.
+        finish: Whether to end training where the run's newest checkpoint is, with the best weights so far.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Engine:
         tensorboard: bool = True,
         show_progress: bool = True,
         lockstep: bool = False,
+        finish: bool = False,
     ) -> None:
-        self.run, self.lockstep = run, lockstep
+        self.run, self.lockstep, self.finish = run, lockstep, finish
         self.training = training or TrainingSettings()
         cpu, process_group = process_arguments()
         with launch_hidden():
@@ -295,11 +297,17 @@ class Engine:
                 buffer.copy_(cast(Tensor, self.accelerator.reduce(buffer, reduction="mean")))
 
     def progress(
-        self, iterable: Iterable[Item], description: str, total: int, unit: str = "step", initial: int = 0
+        self,
+        iterable: Iterable[Item],
+        description: str,
+        total: int,
+        unit: str = "step",
+        initial: int = 0,
+        at_most: bool = False,
     ) -> Iterator[Item]:
         """Iterate with a progress line on the first process; see `llm2rec.core.logging`."""
         shown = self._show_progress and self.is_main
-        return progress(iterable, description, total, unit, initial=initial, shown=shown)
+        return progress(iterable, description, total, unit, initial=initial, at_most=at_most, shown=shown)
 
     def rows_progress(self, description: str, n_rows: int) -> Progress:
         """Progress over rows that are scored in batches, on the first process; a context."""

@@ -71,6 +71,7 @@ def fit(
         select_on: Validation metric that selects the weights; larger is better.
 
     Raises:
+        CheckpointError: If a run is to finish with what it has trained, which is nothing.
         NonFiniteError: If a loss or gradient is not finite and the step may not be skipped.
         OutOfMemoryError: If a step does not fit into memory, whatever the micro-batch size.
         Interrupted: If SIGTERM or Ctrl-C was received; a checkpoint is written first.
@@ -80,11 +81,13 @@ def fit(
     wrapped, optimizer = engine.prepare(model, optimizer)
     state = TrainingState(engine, select_on)
     state.resume(model, optimizer)
+    if engine.finish:
+        state.end_early(n_steps)
     _log_summary(model, engine, description, n_rows, n_steps, state.step)
 
     wrapped.train()
     steps = engine.steps(units, start=state.step)
-    for step in engine.progress(steps, description, n_steps, initial=state.step):
+    for step in engine.progress(steps, description, n_steps, initial=state.step, at_most=True):
         if state.should_stop:
             break
         with engine.timed(step):
@@ -96,6 +99,8 @@ def fit(
             state.evaluated(model, objective.validate(state.step))
         if engine.checkpoint_is_due(state.step, n_rows):
             engine.save_checkpoint(model, optimizer, state.to_dict())
+    if state.step and not state.has_validated:  # ended before its first evaluation
+        state.evaluated(model, objective.validate(state.step))
     state.finish(model)
     model.eval()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm2rec.core.errors import CheckpointError
 from llm2rec.core.files import replaced_file
 from llm2rec.core.train.batching import OptimizerStep
 from llm2rec.core.train.checkpoint import load_weights, save_tensors, trainable_weights
@@ -98,8 +99,31 @@ class TrainingState:
 
     @property
     def should_stop(self) -> bool:
-        """Whether early stopping ends the training."""
-        return self.stopping.should_stop
+        """Whether early stopping or the user ends the training."""
+        return self.engine.finish or self.stopping.should_stop
+
+    @property
+    def has_validated(self) -> bool:
+        """Whether there was an evaluation."""
+        return bool(self._history)
+
+    def end_early(self, n_steps: int) -> None:
+        """Record that a run is finished with what it has trained so far; a collective.
+
+        Args:
+            n_steps: Steps of the whole training.
+
+        Raises:
+            CheckpointError: If it has trained nothing.
+        """
+        if self.step == 0 and n_steps > 0:
+            raise CheckpointError(
+                f"`finish` is true, but {self.engine.run.folder.name} has no checkpoint to finish with; resume it "
+                "without `finish`."
+            )
+        if self.step < n_steps and not self.stopping.should_stop:
+            logger.info("ending at step %d of %d with the best weights so far", self.step, n_steps)
+            self.engine.run.note(ended_early=True)
 
     def finish_step(self, step: OptimizerStep, losses: Mapping[str, Tensor] | None) -> None:
         """Count a step.

@@ -138,6 +138,7 @@ def contenders(runs: Sequence[RunScores], ks: Sequence[int]) -> list[Contender]:
     alike: dict[tuple[str, str, str], list[RunScores]] = {}
     for run in runs:
         settings = {name: without_seed(run.config.get(name)) for name in MODEL_SETTINGS.get(run.stage, ())}
+        settings["ended_early"] = run.record.get("ended_early", False)
         alike.setdefault((run.scored.label, run.stage, repr(settings)), []).append(run)
     labels = [label for label, _, _ in alike]
     return [
