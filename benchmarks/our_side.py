@@ -20,7 +20,7 @@ from llm2rec.core.metrics import target_ranks
 from llm2rec.data import load
 from llm2rec.student.__main__ import main as student_stage
 from llm2rec.student.datamodule import Rows
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 
 
 @torch.inference_mode()

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from llm2rec.recommend import Recommendation, Recommender
     from llm2rec.recommend.teacher import TeacherRecommender
     from llm2rec.share.pushing import push
-    from llm2rec.student.models import SequentialRecommender
-    from llm2rec.student.store import load_student
+    from llm2rec.student.models import SequentialRecommender, load_student
 
 # Idle OpenMP threads sleep instead of spinning, which on a busy machine makes steps 5 to 30 times slower. Set here
 # because OpenMP reads it when torch is imported.
@@ -58,7 +57,7 @@ _FROM = {
     "TeacherRecommender": "recommend.teacher.TeacherRecommender",
     "Toy": "data.Toy",
     "load_data": "data.load",
-    "load_student": "student.store.load_student",
+    "load_student": "student.models.load_student",
     "prepare": "data.prepare",
     "push": "share.pushing.push",
     "run": "launch.run",

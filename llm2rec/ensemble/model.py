@@ -17,8 +17,7 @@ from llm2rec.data import RecData
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.student.datamodule import Rows, SeenItems, SequenceBatch
 from llm2rec.student.evaluator import RowNumbers, aligned_batches, rank_rows
-from llm2rec.student.models import SequentialRecommender
-from llm2rec.student.store import load_student
+from llm2rec.student.models import SequentialRecommender, load_student
 
 __all__ = ["Ensemble", "ensemble_of", "load_ensemble", "rank_targets", "save_ensemble"]
 

@@ -12,8 +12,8 @@ from llm2rec.core.ranking import Catalogue, Pairs
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
 from llm2rec.recommend.runs import finished_student
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
-from llm2rec.student.models import SequentialRecommender
-from llm2rec.student.store import load_item_table, load_student
+from llm2rec.student.models import SequentialRecommender, load_student
+from llm2rec.student.store import load_item_table
 
 __all__ = ["Recommender"]
 

@@ -10,7 +10,7 @@ from llm2rec.core.errors import CheckpointError, DataError, HubError
 from llm2rec.core.files import check_hashes, read_object, with_home, without_secrets, write_hashes, write_json
 from llm2rec.core.hub import CARD, PLACE, SHARED, is_hub_name, upload
 from llm2rec.recommend.runs import finished_student, finished_teacher
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 
 __all__ = ["push"]
 

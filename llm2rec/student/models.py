@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.student.items import ItemTable
+from llm2rec.student.store import read_student
 
-__all__ = ["MODELS", "Caser", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model"]
+__all__ = ["MODELS", "Caser", "GRU4Rec", "SASRec", "SequentialRecommender", "build_model", "load_student"]
 
 
 class SequentialRecommender(nn.Module):
@@ -41,21 +42,11 @@ class SequentialRecommender(nn.Module):
 
     @classmethod
     def from_pretrained(cls, place: Path | str, revision: str | None = None) -> Self:
-        """Load a finished student.
-
-        Args:
-            place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
-            revision: Branch, tag or commit on the Hub.
-
-        Returns:
-            The student in evaluation mode, on the CPU.
+        """Load a finished student; arguments and errors as of `load_student`.
 
         Raises:
-            CheckpointError: If the place holds no student, a damaged one, or one of another kind than the class asked.
-            HubError: If it cannot be fetched.
+            CheckpointError: Also if the student is of another class.
         """
-        from llm2rec.student.store import load_student  # which builds models itself
-
         model = load_student(place, revision)
         if not isinstance(model, cls):
             raise CheckpointError(
@@ -373,3 +364,32 @@ def build_model(name: str, **arguments: Any) -> SequentialRecommender:
     if name not in MODELS:
         raise ConfigError(f"unknown student {name!r}; expected one of {', '.join(MODELS)}.")
     return MODELS[name](**arguments)
+
+
+def load_student(place: Path | str, revision: str | None = None) -> SequentialRecommender:
+    """Load a student.
+
+    Args:
+        place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        The student in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
+        HubError: If it cannot be downloaded.
+    """
+    folder, config, weights = read_student(place, revision)
+    try:
+        model = build_model(config["model"], **config["arguments"])
+    except (ConfigError, TypeError) as error:  # the last: arguments that the model does not have
+        raise CheckpointError(f"{folder} holds no student that can be built: {error}") from error
+    try:
+        model.load_served(weights)
+    except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} holds other weights than a {config['model']} of this version; train it "
+            f"again, or load it with the version that wrote it ({str(error).splitlines()[0]})."
+        ) from error
+    return model.eval()

@@ -1,18 +1,24 @@
 """Finished students on disk, in a run folder's ``student/``: configuration, weights, items' ids and titles, a card."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import feather
 
-from llm2rec.core.errors import CheckpointError, ConfigError, DataError
+from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import check_hashes, read_object, replaced_folder, write_hashes, write_json
 from llm2rec.core.hub import CARD, obtained
 from llm2rec.core.train.checkpoint import read_tensors, save_tensors
-from llm2rec.student.models import SequentialRecommender, build_model
 
-__all__ = ["load_item_table", "load_student", "save_student"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llm2rec.student.models import SequentialRecommender
+
+__all__ = ["load_item_table", "read_student", "save_student"]
 
 _ITEMS = "items.arrow"
 
@@ -25,7 +31,7 @@ def save_student(
     items: pa.Table | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a student so that `load_student` needs nothing else.
+    """Write a student so that `llm2rec.student.models.load_student` needs nothing else.
 
     Args:
         folder: Usually ``<run>/student``.
@@ -68,19 +74,19 @@ def load_item_table(folder: Path) -> pa.Table:
         ) from error
 
 
-def load_student(place: Path | str, revision: str | None = None) -> SequentialRecommender:
-    """Load a student.
+def read_student(place: Path | str, revision: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_student` wrote; `llm2rec.student.models.load_student` makes a model of it.
 
     Args:
         place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        The student in evaluation mode, on the CPU.
+        The student's folder; its configuration, with ``model`` and ``arguments``; and its weights by name.
 
     Raises:
-        CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
-        HubError: If it cannot be fetched.
+        CheckpointError: If the folder holds no student, or a damaged one.
+        HubError: If it cannot be downloaded.
     """
     folder = obtained(place, revision)
     if (folder / "student" / "config.json").is_file():  # of a run
@@ -90,14 +96,6 @@ def load_student(place: Path | str, revision: str | None = None) -> SequentialRe
     try:
         check_hashes(folder)
         config = read_object(folder / "config.json", "model", "arguments")
-        model = build_model(config["model"], **config["arguments"])
-    except (DataError, ConfigError, TypeError) as error:  # the last: arguments that the model does not have
+    except DataError as error:
         raise CheckpointError(f"{folder} holds no student that can be built: {error}") from error
-    try:
-        model.load_served(read_tensors(folder / "model.safetensors"))
-    except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
-        raise CheckpointError(
-            f"{folder / 'model.safetensors'} holds other weights than a {config['model']} of this version; train it "
-            f"again, or load it with the version that wrote it ({str(error).splitlines()[0]})."
-        ) from error
-    return model.eval()
+    return folder, config, read_tensors(folder / "model.safetensors")

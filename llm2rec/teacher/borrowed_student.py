@@ -13,8 +13,8 @@ from torch import Tensor
 from llm2rec.core.errors import CheckpointError, DataError
 from llm2rec.core.files import read_json
 from llm2rec.core.run import described, read_record
-from llm2rec.student.models import SequentialRecommender
-from llm2rec.student.store import load_student, save_student
+from llm2rec.student.models import SequentialRecommender, load_student
+from llm2rec.student.store import save_student
 
 __all__ = ["BorrowedStudent", "open_recommender"]
 

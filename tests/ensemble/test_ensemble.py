@@ -14,8 +14,8 @@ from llm2rec.ensemble.model import Ensemble, ensemble_of, load_ensemble, rank_ta
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.student.datamodule import Rows, SeenItems
-from llm2rec.student.models import build_model
-from llm2rec.student.store import load_student, save_student
+from llm2rec.student.models import build_model, load_student
+from llm2rec.student.store import save_student
 
 
 @pytest.fixture(scope="module")

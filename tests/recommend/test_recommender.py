@@ -12,8 +12,8 @@ from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Unknown
 from llm2rec.core.files import read_json, write_json
 from llm2rec.recommend import Recommendation, Recommender
 from llm2rec.recommend.names import ItemNames
-from llm2rec.student.models import build_model
-from llm2rec.student.store import load_item_table, load_student, save_student
+from llm2rec.student.models import build_model, load_student
+from llm2rec.student.store import load_item_table, save_student
 
 
 def histories_of(data):

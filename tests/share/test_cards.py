@@ -9,7 +9,7 @@ from share_helpers import TRAINING
 from llm2rec.cards import best_validation, student_card, teacher_card
 from llm2rec.core.files import check_hashes, write_json
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 
 
 def test_the_kept_weights_metrics_are_those_of_the_best_step(tmp_path):

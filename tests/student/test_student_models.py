@@ -4,8 +4,8 @@ import torch
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.student.items import FusedItemTable, ItemTable
 from llm2rec.student.losses import cross_entropy
-from llm2rec.student.models import MODELS, build_model
-from llm2rec.student.store import load_student, save_student
+from llm2rec.student.models import MODELS, build_model, load_student
+from llm2rec.student.store import save_student
 
 N, L, D = 11, 6, 8
 BUILD = {"sasrec": {"n_blocks": 2, "n_heads": 2}, "gru4rec": {"hidden_width": 12, "n_layers": 2}}

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 from llm2rec.student.__main__ import main
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 
 SMALL = [
     *("dataset.n_users=40", "dataset.n_items=60", "dataset.n_worlds=5", "student.model.width=16"),

@@ -29,7 +29,7 @@ from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
 from llm2rec.ilora.gate import GATES
 from llm2rec.student.datamodule import Rows
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache

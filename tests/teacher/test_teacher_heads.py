@@ -12,7 +12,7 @@ from teacher_helpers import CPU, build, fit, padded, randomise, split, teacher_r
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.train.checkpoint import trainable_weights
 from llm2rec.core.train.engine import Engine
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 from llm2rec.teacher.heads import HEADS, build_head
 from llm2rec.teacher.settings import TeacherSettings
 from llm2rec.teacher.store import load_teacher, save_teacher

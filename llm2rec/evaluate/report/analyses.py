@@ -31,7 +31,7 @@ from llm2rec.evaluate.report.comparison import (
 from llm2rec.evaluate.report.findings import Curve, Findings, GateUse, Labelling, Overlap, RunNote, Sample
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks
 from llm2rec.student.datamodule import Rows, SeenItems
-from llm2rec.student.store import load_student
+from llm2rec.student.models import load_student
 
 __all__ = ["curves", "gate_use", "gather", "labellings", "overlaps", "samples", "top_items"]
 

@@ -19,9 +19,8 @@ from llm2rec.ensemble.model import rank_targets as rank_ensemble_targets
 from llm2rec.evaluate.scoring.candidates import rank_among_candidates
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
-from llm2rec.student.models import SequentialRecommender
+from llm2rec.student.models import SequentialRecommender, load_student
 from llm2rec.student.negatives import CandidateSampler
-from llm2rec.student.store import load_student
 
 __all__ = ["FinishedEnsemble", "FinishedModel", "FinishedStudent"]
 
