@@ -42,10 +42,18 @@ class SequentialRecommender(nn.Module):
 
     @classmethod
     def from_pretrained(cls, place: Path | str, revision: str | None = None) -> Self:
-        """Load a finished student; arguments and errors as of `load_student`.
+        """Load a finished student of this class; see `load_student`.
+
+        Args:
+            place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
+            revision: Branch, tag or commit on the Hub.
+
+        Returns:
+            The student in evaluation mode, on the CPU.
 
         Raises:
-            CheckpointError: Also if the student is of another class.
+            CheckpointError: If the place holds no student, a damaged one, or one of another class.
+            HubError: If it cannot be downloaded.
         """
         model = load_student(place, revision)
         if not isinstance(model, cls):
@@ -332,11 +340,7 @@ class Caser(SequentialRecommender):
 
 
 def _at_least_1(**sizes: int) -> None:
-    """Refuse sizes of nothing.
-
-    Raises:
-        ConfigError: Naming the first such size.
-    """
+    """Raise a `ConfigError` that names the first size below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"`{name}` is {value}, expected at least 1.")
