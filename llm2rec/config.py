@@ -26,7 +26,7 @@ from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.overrides import text_options, texts_as_typed
 from llm2rec.plan.settings import PlanSettings
 from llm2rec.recommend.settings import RecommendSettings
-from llm2rec.share.settings import ShareSettings
+from llm2rec.share.pushing import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 

@@ -26,7 +26,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.data import SCHEMAS
 from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.recommend.settings import RecommendSettings
-from llm2rec.share.settings import ShareSettings
+from llm2rec.share.pushing import ShareSettings
 from llm2rec.stage import build
 from llm2rec.student.models import MODELS, build_model
 

@@ -19,21 +19,21 @@ from llm2rec.student.models import SequentialRecommender
 __all__ = ["EXPORTED", "BestItems", "export_onnx", "export_program", "export_student"]
 
 EXPORTED = {"pt2": "model.pt2", "onnx": "model.onnx"}
-"""Formats and the files they are written as."""
-_ONE_FILE = 1_500_000_000  # bytes of weights; beyond, ONNX keeps them in a file beside, as its format ends at 2 GB
+"""Files by format."""
+_ONE_FILE = 1_500_000_000  # bytes of weights; larger ones go to a separate file, since an ONNX file holds up to 2 GB
 _INPUTS, _OUTPUTS = ("history", "lengths"), ("scores", "items")
 
 
 class BestItems(nn.Module):
-    """A student with its search in one graph.
+    """A student and an exact search in one graph.
 
-    All items are scored in one matrix product, whose rounding is the runtime's own; `Recommender` is exact beyond it,
-    so that items with nearly equal scores may stand in another order here.
+    All items are scored in one matrix product with the rounding of the runtime. `Recommender` scores more precisely, so
+    that the order of items with nearly equal scores may differ.
 
     Args:
         model: The student.
         k: How many items.
-        mask_seen: Whether items of the history are left out; of a history that was cut, only what is left of it.
+        mask_seen: Whether items of the (truncated) history are excluded.
 
     Raises:
         ConfigError: If the catalogue has fewer than ``k`` items.
@@ -59,7 +59,7 @@ class BestItems(nn.Module):
         """
         scores = self.model.score(self.model(history, lengths))
         if self.mask_seen:
-            with_padding = nn.functional.pad(scores, (0, 1))  # a column for padding to be masked in
+            with_padding = nn.functional.pad(scores, (0, 1))  # a column for the padding id
             scores = with_padding.scatter(1, history, -torch.inf)[:, :-1]
         values, items = scores.topk(self.k)
         return values, items
@@ -102,7 +102,7 @@ def export_onnx(module: BestItems, file: Path) -> None:
     """Write the module as ONNX, for any number of rows.
 
     Raises:
-        ConfigError: If the packages that write ONNX are not installed.
+        ConfigError: If onnx or onnxscript is not installed.
     """
     try:
         import onnx  # noqa: F401  # only those who export need them
@@ -136,19 +136,19 @@ def export_student(
     mask_seen: bool = True,
     formats: tuple[str, ...] = ("pt2",),
 ) -> None:
-    """Write a student in some formats, with ``export.json``, which says what goes in and comes out.
+    """Write a student in some formats, with ``export.json``, which describes inputs and outputs.
 
     Args:
         model: The student.
-        names: Ids and titles of its items, which are written beside it: ``items.arrow``.
-        folder: Where to; an earlier export there is replaced.
+        names: Ids and titles of its items, written to ``items.arrow``.
+        folder: Folder to write; an earlier export there is replaced.
         k: How many items.
-        mask_seen: Whether items of the history are left out.
-        formats: Of those in `EXPORTED`.
+        mask_seen: Whether items of the history are excluded.
+        formats: Keys of `EXPORTED`.
 
     Raises:
-        ConfigError: If there is no such format, a package is missing, the catalogue has fewer than ``k`` items, or the
-            folder holds something else.
+        ConfigError: If a format is unknown, a package is missing, the catalogue has fewer than ``k`` items, or the
+            folder is not an earlier export.
     """
     writers = {"pt2": export_program, "onnx": export_onnx}
     if not formats or set(formats) - writers.keys():

@@ -16,7 +16,7 @@ __all__ = ["By", "ItemNames", "Recommendation", "Unknown", "check_choice"]
 By = Literal["id", "title"]
 Unknown = Literal["error", "drop"]
 
-_COMPARED = 20_000  # titles that one is compared with letter by letter, which takes microseconds each
+_COMPARED = 20_000  # titles compared letter by letter, a few microseconds each
 _SHOWN = 3
 
 
@@ -27,7 +27,7 @@ class Recommendation:
     Attributes:
         item_id: Its id, as in the raw data.
         title: Its title.
-        score: Of a student the inner product of user and item vector, comparable within one list only; of a teacher
+        score: For a student the inner product of user and item vector, comparable within one list only; for a teacher
             the log-probability, in nats. Larger is better.
     """
 
@@ -72,16 +72,16 @@ class ItemNames:
 
         Args:
             history: Raw ids or titles, oldest first.
-            by: Which of the two. Titles must be written as in the data.
+            by: ``id`` or ``title``. Titles must match the data exactly.
             unknown: What to do with items that the model was not trained on: ``error``, or ``drop`` them.
 
         Returns:
             Item ids, oldest first, at least one.
 
         Raises:
-            UnknownItemError: If an item is unknown (and not to be dropped), or a title is that of several items.
+            UnknownItemError: If an item is unknown (and not dropped), or several items have the title.
             DataError: If the history is empty, or no item is left.
-            ConfigError: If there is no such choice.
+            ConfigError: If ``by`` or ``unknown`` is invalid.
         """
         check_choice("by", by, By)
         check_choice("unknown", unknown, Unknown)
@@ -102,7 +102,7 @@ class ItemNames:
     def histories(
         self, histories: Sequence[Sequence[str]], by: By = "id", unknown: Unknown = "error"
     ) -> list[list[int]]:
-        """Find the items of several histories; see `items`, whose errors come with the number of the history."""
+        """Find the items of several histories; see `items`. Errors name the number of the history."""
         if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
             raise DataError("`histories` is a list of histories, each a list of strings; for one, `recommend_one`.")
         found = []

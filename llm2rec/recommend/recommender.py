@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.hub import obtained
 from llm2rec.core.ranking import Catalogue, Pairs
+from llm2rec.core.run import described, read_record
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
-from llm2rec.recommend.runs import finished_student
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
 from llm2rec.student.models import SequentialRecommender, load_student
 from llm2rec.student.store import load_item_table
 
-__all__ = ["Recommender"]
+__all__ = ["Recommender", "finished_student", "finished_teacher"]
 
 _BATCH_ROWS = 512
 
@@ -58,8 +59,8 @@ class Recommender:
                 the Hugging Face Hub, ``user/name``.
             revision: Branch, tag or commit on the Hub.
             device: Where to compute.
-            search: ``exact`` scores all items; ``hnsw`` walks an index (see `HnswSearch`) and may miss some.
-            index: File to keep the index in: read if it is there, else built and written. None builds it each time.
+            search: ``exact`` scores all items; ``hnsw`` is approximate (see `HnswSearch`).
+            index: File of the index: read if it exists, otherwise built and written. None builds it each time.
 
         Returns:
             The recommender.
@@ -67,7 +68,7 @@ class Recommender:
         Raises:
             CheckpointError: If the folder holds no finished student with the names of its items.
             HubError: If it cannot be fetched.
-            ConfigError: If there is no such search.
+            ConfigError: If ``search`` is unknown, or an exact search is given an index.
         """
         check_choice("search", search, SearchKind)
         if index is not None and search == "exact":
@@ -95,23 +96,23 @@ class Recommender:
                 it was trained for.
             k: How many items; a history that leaves fewer gets fewer.
             by: ``id`` or ``title``: what the histories consist of.
-            unknown: ``error`` refuses items that the model was not trained on, ``drop`` leaves them out.
-            mask_seen: Whether items of the history, read or not, are left out of the answer.
+            unknown: ``error`` refuses items that the model was not trained on, ``drop`` ignores them.
+            mask_seen: Whether all items of the history are excluded, also those that the model does not read.
 
         Returns:
             A list for each history, best first; of equal scores the lower item id first.
 
         Raises:
-            UnknownItemError: If an item is unknown; titles come with those most like them.
+            UnknownItemError: If an item is unknown; the message suggests similar titles.
             DataError: If a history is empty, or none of its items is known.
-            ConfigError: If ``k`` or a choice cannot be.
+            ConfigError: If ``k`` or a choice is invalid.
         """
         self.names.check_k(k)
         items = self.names.histories(histories, by, unknown)
-        answers: list[list[Recommendation]] = []
+        found: list[list[Recommendation]] = []
         for start in range(0, len(items), _BATCH_ROWS):
-            answers += self._answers(items[start : start + _BATCH_ROWS], k, mask_seen)
-        return answers
+            found += self._best(items[start : start + _BATCH_ROWS], k, mask_seen)
+        return found
 
     def recommend_one(
         self,
@@ -129,7 +130,7 @@ class Recommender:
             k: How many items.
             by: ``id`` or ``title``.
             unknown: ``error`` or ``drop``.
-            mask_seen: Whether items of the history are left out of the answer.
+            mask_seen: Whether items of the history are excluded.
 
         Returns:
             The items, best first.
@@ -137,14 +138,14 @@ class Recommender:
         Raises:
             UnknownItemError: As `recommend`, and so the others.
             DataError: If the history is empty, or none of its items is known.
-            ConfigError: If ``k`` or a choice cannot be.
+            ConfigError: If ``k`` or a choice is invalid.
         """
         return self.recommend([history], k, by=by, unknown=unknown, mask_seen=mask_seen)[0]
 
     def recall(self, histories: Sequence[Sequence[str]], k: int = 10, *, by: By = "id") -> float:
         """Share of the exactly best ``k`` items that this recommender's search finds, over all histories.
 
-        It is 1 for an exact search. Seen items are left out.
+        It is 1 for an exact search. Seen items are excluded.
 
         Args:
             histories: As in `recommend`.
@@ -163,7 +164,7 @@ class Recommender:
         return hits / sum(map(len, best))
 
     @torch.inference_mode()
-    def _answers(self, histories: list[list[int]], k: int, mask_seen: bool) -> list[list[Recommendation]]:
+    def _best(self, histories: list[list[int]], k: int, mask_seen: bool) -> list[list[Recommendation]]:
         seen = self._pairs(histories) if mask_seen else None
         scores, items = self._search.top_k(self._users(histories), k, seen)
         raw_ids, titles = self.names.raw_ids, self.names.titles
@@ -173,7 +174,7 @@ class Recommender:
         ]
 
     def _users(self, histories: list[list[int]]) -> Tensor:
-        """User vectors ``(B, D)`` of histories, cut to what the model reads."""
+        """User vectors ``(B, D)`` of histories, truncated to the length that the model reads."""
         cut = [history[-self.model.max_length :] for history in histories]
         lengths = [len(history) for history in cut]
         padded = np.full((len(cut), max(lengths)), self.model.n_items, np.int64)
@@ -185,7 +186,43 @@ class Recommender:
         return users
 
     def _pairs(self, histories: list[list[int]]) -> Pairs:
-        """Rows and items of all histories, whole."""
+        """Rows and items of all histories, untruncated."""
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         items = np.concatenate([np.array(history, np.int64) for history in histories])
         return torch.from_numpy(rows).to(self._device), torch.from_numpy(items).to(self._device)
+
+
+def finished_student(place: Path | str, revision: str | None = None) -> Path:
+    """The folder of a finished student.
+
+    Args:
+        place: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, the student's folder in it or a copy
+            of that, or an id on the Hugging Face Hub.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: If there is none.
+        HubError: If it cannot be fetched.
+    """
+    return _finished(obtained(place, revision), "student", "student", "distill")
+
+
+def finished_teacher(place: Path | str, revision: str | None = None) -> Path:
+    """The folder of a finished teacher; as `finished_student`, of a run of `llm2rec.teacher`."""
+    return _finished(obtained(place, revision), "teacher", "teacher")
+
+
+def _finished(folder: Path, part: str, *stages: str) -> Path:
+    if (folder / "config.json").is_file() and not (folder / "run.json").is_file():  # a model without its run
+        return folder
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(
+            f"{folder} is not a run folder (it has no run.json); give one, such as result/result_..., the folder of a "
+            f"{part}, or an id on the Hugging Face Hub."
+        )
+    record = read_record(folder)
+    if record["stage"] not in stages or record["status"] != "finished":
+        raise CheckpointError(
+            f"{folder.name} is {described(record)}; expected a finished run of {' or '.join(stages)}."
+        )
+    return folder / part

@@ -39,15 +39,15 @@ class ExactSearch:
 
 
 class HnswSearch:
-    """Walks a graph of neighbouring items (HNSW, Malkov and Yashunin, arXiv 1603.09320; by Faiss) and may miss some.
+    """Approximate search in a graph of neighbouring items (HNSW, arXiv 1603.09320), by Faiss.
 
-    What is found is scored exactly, so that an item has the same score here as there. How much is missed depends on
-    how the vectors lie: `Recommender.recall` measures it.
+    Found items are scored exactly, with the same scores as in an exact search. The recall depends on the vectors;
+    `Recommender.recall` measures it.
 
     Args:
         catalogue: The items.
         index: A Faiss index over the same vectors, in the same order, by inner product.
-        ef_search: Items to keep in view during a walk; more finds more and takes longer.
+        ef_search: Size of the candidate list of a search; larger has a higher recall and takes longer.
 
     Raises:
         CheckpointError: If the index holds other vectors.
@@ -70,7 +70,7 @@ class HnswSearch:
         Args:
             catalogue: The items.
             links: Neighbours of each item in the graph.
-            ef_construction: Items to keep in view while an item's neighbours are looked for.
+            ef_construction: Size of the candidate list while the graph is built.
         """
         faiss = _faiss()
         index = faiss.IndexHNSWFlat(catalogue.vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
@@ -80,7 +80,7 @@ class HnswSearch:
 
     @classmethod
     def load_or_build(cls, catalogue: Catalogue, file: Path | None) -> "HnswSearch":
-        """Read the index from a file; where that is not there yet, build the index and write it.
+        """Read the index from a file; if the file does not exist, build the index and write it.
 
         Raises:
             CheckpointError: If the file cannot be read, or holds the items of another model.
@@ -94,11 +94,13 @@ class HnswSearch:
         try:
             index = _faiss().read_index(str(file))
         except RuntimeError as error:
-            raise CheckpointError(f"{file} holds no index that Faiss can read; remove it.") from error
+            raise CheckpointError(
+                f"{file} is not an index that Faiss can read; delete the file to rebuild it."
+            ) from error
         return cls(catalogue, index)
 
     def top_k(self, users: Tensor, k: int, seen: Pairs | None) -> tuple[Tensor, Tensor]:
-        """As `ExactSearch.top_k`, of the items that are found."""
+        """As `ExactSearch.top_k`, among the items that are found."""
         n_rows, n_items = len(users), len(self._catalogue)
         n_seen = 0 if seen is None or not len(seen[0]) else int(torch.bincount(seen[0]).max())
         n_found = min(n_items, k + n_seen)  # so that k are left

@@ -16,16 +16,16 @@ class RecommendSettings:
         run: Folder of a finished run of `llm2rec.student` or `llm2rec.distill`, or an id on the Hugging Face Hub.
         revision: Branch, tag or commit on the Hub; None is the newest.
         history: One history, oldest first; ids and titles are taken as typed, those with a comma need quotes.
-        histories: File of histories, one a line as JSON; see `llm2rec.recommend.lines`.
-        output: File for the answers to ``histories``; None is the terminal.
+        histories: File of histories, one a line: a JSON list, or an object with a list under ``history``.
+        output: File for the recommendations to ``histories``; None is the terminal.
         export: Folder to write the student to for other programs.
         formats: Formats of the export; see `llm2rec.recommend.export`.
         k: Items to recommend.
         by: What histories consist of: ``id`` or ``title``.
         unknown: Items that the model was not trained on: ``error`` or ``drop``.
-        mask_seen: Whether items of the history are left out of the answer.
+        mask_seen: Whether items of the history are excluded.
         search: ``exact`` or ``hnsw``.
-        index: File to keep the index of ``hnsw`` in.
+        index: File of the index of ``hnsw``.
     """
 
     run: str = "???"

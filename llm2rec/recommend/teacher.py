@@ -9,7 +9,7 @@ import torch
 from llm2rec.core.hub import is_hub_id
 from llm2rec.data import RecData
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown
-from llm2rec.recommend.runs import finished_teacher
+from llm2rec.recommend.recommender import finished_teacher
 from llm2rec.teacher.ilora_model import EXCLUDED
 from llm2rec.teacher.interfaces import ITeacherRecommender
 from llm2rec.teacher.store import load_teacher
@@ -50,8 +50,8 @@ class TeacherRecommender:
             The recommender.
 
         Raises:
-            CheckpointError: If the folder holds no finished teacher, its language model is no longer there, or a
-                teacher from the Hub asks for a language model with code of its own.
+            CheckpointError: If the folder holds no finished teacher, its language model is missing, or a
+                teacher from the Hub needs a language model with custom code.
             HubError: If it cannot be fetched.
         """
         is_foreign = is_hub_id(run_folder)
@@ -72,25 +72,25 @@ class TeacherRecommender:
 
         Args:
             histories: Raw ids (or titles, see ``by``), oldest first; the most recent ones are read.
-            k: How many items; where the teacher leaves the history out, a history that leaves fewer gets fewer.
+            k: How many items; fewer where the teacher excludes the history and fewer remain.
             by: ``id`` or ``title``: what the histories consist of.
-            unknown: ``error`` refuses items that are not in the data, ``drop`` leaves them out.
-            batch_size: Histories a pass reads at once.
+            unknown: ``error`` rejects items that are not in the data, ``drop`` ignores them.
+            batch_size: Histories per forward pass.
 
         Returns:
             A list for each history, best first.
 
         Raises:
-            UnknownItemError: If an item is unknown; titles come with those most like them.
+            UnknownItemError: If an item is unknown; the message suggests similar titles.
             DataError: If a history is empty, or none of its items is known.
-            ConfigError: If ``k`` or a choice cannot be.
+            ConfigError: If ``k`` or a choice is invalid.
         """
         self.names.check_k(k)
         items = [history[-self.max_length :] for history in self.names.histories(histories, by, unknown)]
-        answers: list[list[Recommendation]] = []
+        found: list[list[Recommendation]] = []
         for start in range(0, len(items), batch_size):
-            answers += self._answers(items[start : start + batch_size], k)
-        return answers
+            found += self._best(items[start : start + batch_size], k)
+        return found
 
     def recommend_one(
         self, history: Sequence[str], k: int = 10, *, by: By = "id", unknown: Unknown = "error"
@@ -109,15 +109,15 @@ class TeacherRecommender:
         Raises:
             UnknownItemError: As `recommend`, and so the others.
             DataError: If the history is empty, or none of its items is known.
-            ConfigError: If ``k`` or a choice cannot be.
+            ConfigError: If ``k`` or a choice is invalid.
         """
         return self.recommend([history], k, by=by, unknown=unknown)[0]
 
-    def _answers(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:
+    def _best(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:
         n_shown = [len(set(history)) if self.model.exclude_history else 0 for history in histories]
-        if k > (left := len(self.names) - max(n_shown)):  # a search over titles finds k for all or none
+        if k > (left := len(self.names) - max(n_shown)):  # a title search raises if fewer than k remain for any row
             if len(histories) > 1:
-                return [answer for history in histories for answer in self._answers([history], k)]
+                return [found for history in histories for found in self._best([history], k)]
             if left == 0:
                 return [[]]
             k = left
@@ -130,7 +130,7 @@ class TeacherRecommender:
             [
                 Recommendation(raw_ids[item], titles[item], score)
                 for item, score in zip(row, scores, strict=True)
-                if score > -EXCLUDED / 2  # else it is out of the running
+                if score > -EXCLUDED / 2  # excluded items have a large negative score
             ]
             for row, scores in zip(*(each.tolist() for each in best), strict=True)
         ]

@@ -3,8 +3,7 @@
 import sys
 from typing import Any
 
-from llm2rec.share.pushing import push
-from llm2rec.share.settings import ShareSettings
+from llm2rec.share.pushing import ShareSettings, push
 from llm2rec.stage import build, question
 
 

@@ -3,21 +3,41 @@
 import logging
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from llm2rec.core.errors import CheckpointError, DataError, HubError
 from llm2rec.core.files import check_hashes, read_object, with_home, without_secrets, write_hashes, write_json
 from llm2rec.core.hub import CARD, PLACE, SHARED, is_hub_name, upload
-from llm2rec.recommend.runs import finished_student, finished_teacher
+from llm2rec.recommend.recommender import finished_student, finished_teacher
 from llm2rec.student.models import load_student
 
-__all__ = ["push"]
+__all__ = ["ShareSettings", "push"]
 
 logger = logging.getLogger("llm2rec.share")
 
 _MANIFEST, _CONFIG, _ADAPTER = "manifest.json", "config.json", "adapter/adapter_config.json"
 _PICKLED = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".whl"}
+
+
+@dataclass
+class ShareSettings:
+    """What to upload. There is no option for a token, which would end up in logs.
+
+    Attributes:
+        run: Folder of a finished run, or of the student or teacher in it.
+        repo: Hub id, ``user/name``.
+        private: Whether a new repository is private.
+        base_model: Hub id of a teacher's language model, if the teacher read it from a folder.
+        message: Commit message.
+    """
+
+    run: str = "???"
+    repo: str = "???"
+    private: bool = True
+    base_model: str | None = None
+    message: str = "Add a model trained with llm2rec"
 
 
 def push(

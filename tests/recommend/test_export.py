@@ -79,7 +79,7 @@ def test_onnx_answers_as_the_module(name, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_a_folder_that_says_how_to_use_it(command, trained, recommender, data, tmp_path):
     done = command(tmp_path, "recommend", f"run={trained}", "export=served", "formats=[pt2]", "k=4")
-    assert done.stderr.splitlines() == ["written: served/model.pt2"]
+    assert done.stderr.splitlines() == ["wrote served/model.pt2"]
     folder = tmp_path / "served"
     assert {file.name for file in folder.iterdir()} == {"model.pt2", "items.arrow", "export.json"}
     about = json.loads((folder / "export.json").read_text())

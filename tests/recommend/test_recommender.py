@@ -242,7 +242,7 @@ def test_an_index_is_kept_and_only_its_own_model_takes_it(indexed, trained, data
     with pytest.raises(CheckpointError, match="are not those of this model's 120 items"):
         Recommender.load(other, search="hnsw", index=file)
     (tmp_path / "broken").write_text("no index")
-    with pytest.raises(CheckpointError, match="holds no index that Faiss can read"):
+    with pytest.raises(CheckpointError, match="is not an index that Faiss can read"):
         Recommender.load(trained, search="hnsw", index=tmp_path / "broken")
 
 
