@@ -263,7 +263,7 @@ def test_every_student_has_a_file_with_the_numbers_of_its_constructor(name):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["student=caser", "student.examples=sequences"], "which Caser does not; use `student.examples=windows`"),
+        (["student=caser", "student.examples=sequences"], "which Caser is not; use `student.examples=windows`"),
         (["student=sasrec", "student.examples=sequences"], "add `student.model.positions=oldest`"),
         (["student=gru4rec", "student.examples=rows"], "student.examples is 'rows', expected 'windows' or 'sequences'"),
     ],

@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.distill``: train a student on its task and on the teacher's outputs."""
+"""``accelerate launch -m llm2rec.distill``: train a student with distillation from a teacher's outputs."""
 
 import logging
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def _is_current(cfg: Config, folder: Path) -> bool:
-    """Whether the student is still there, and what it was trained on is as it was: outputs, and a policy's source."""
+    """Whether the student exists, and teacher outputs and policy source have not changed since it was trained."""
     outputs, record = from_launch_folder(cfg.distill.teacher_outputs, cfg.paths.root), read_record(folder)
     if built_object(cfg.active).source() != record.get("selection_source"):
         return False
@@ -45,12 +45,12 @@ def main(cfg: Config, run: Run) -> None:
     policy: SelectionPolicy = built_object(cfg.active)
     if not settings.teaches:
         raise ConfigError(
-            f"distill={settings.name} takes nothing from the teacher: `distill.ranking.weight`, "
-            "`distill.embedding.fusion_scale` and `alignment_weight` are all 0 and `initialise` is none; give one of "
-            "them a value, or train the student alone with `python -m llm2rec.student`."
+            f"distill={settings.name} does not use the teacher: `distill.ranking.weight`, "
+            "`distill.embedding.fusion_scale` and `alignment_weight` are 0 and `initialise` is none; set one of them, "
+            "or train a baseline with `python -m llm2rec.student`."
         )
     if settings.task_loss != "student" and student_settings.loss != LossSettings():
-        logger.warning("student.loss is not read: the recipe %s fixes %s", settings.name, settings.task_loss)
+        logger.warning("student.loss is ignored: the recipe %s uses task_loss=%s", settings.name, settings.task_loss)
     data = open_data(cfg, run)
     outputs = from_launch_folder(settings.teacher_outputs, cfg.paths.root)
     teacher = read_outputs(
@@ -65,7 +65,7 @@ def main(cfg: Config, run: Run) -> None:
     arguments = {"n_items": data.n_items, **asdict(student_settings.model)}
     if settings.embedding.unties and arguments["tie_items"]:
         side = settings.embedding.fusion_sides
-        logger.info("items are scored with vectors of their own: the teacher is fused on the %s side only", side)
+        logger.info("using separate input and output item tables: fusion_sides=%s", side)
         arguments["tie_items"] = False
     model = distilled_student(build_model(student_settings.name, **arguments), teacher, settings.embedding)
     train = Rows.of(data, "train", student_settings.model.max_length, student_settings.examples)
@@ -100,7 +100,7 @@ def main(cfg: Config, run: Run) -> None:
 def distilled_student(
     student: SequentialRecommender, teacher: TeacherOutputs, settings: EmbeddingSettings
 ) -> DistilledStudent:
-    """A student with what the settings take from the teacher's item vectors."""
+    """Wrap a student for embedding distillation."""
     return DistilledStudent(
         student,
         standardised(teacher.embeddings) if settings.standardise else teacher.embeddings,

@@ -1,8 +1,8 @@
-"""The distillation losses of DLLM2Rec (arXiv 2405.00338, section 4), and others of the field to compare them with.
+"""Distillation losses: DLLM2Rec (arXiv 2405.00338, section 4), listwise, pairwise, and embedding alignment.
 
 Pure functions of the scores of a few items; one value per row, in nats. Where the paper and its released program
-(github.com/istarryn/DLLM2Rec, ``main.py``) differ, an argument chooses. Symbols: B rows, K teacher candidates, N items,
-D width.
+(github.com/istarryn/DLLM2Rec, ``main.py``) differ, an argument selects the variant. Symbols: B rows, K teacher
+candidates, N items, D width.
 """
 
 import math
@@ -31,11 +31,11 @@ __all__ = [
 
 
 def position_weights(n_candidates: int, beta: float) -> Tensor:
-    """Weigh candidates by rank: ``w_p ∝ exp(-rank / β)``, summing to 1 over K.
+    """Position weights: ``w_p ∝ exp(-rank / β)``, summing to 1 over K.
 
     Args:
         n_candidates: Candidates per row, K.
-        beta: Ranks over which the weight falls by a factor e. The program's is 1, whatever its ``--beta2`` says.
+        beta: Ranks over which the weight falls by a factor e. The released program uses 1 and ignores its ``--beta2``.
 
     Returns:
         Shape ``(K,)``, float32.
@@ -44,14 +44,14 @@ def position_weights(n_candidates: int, beta: float) -> Tensor:
 
 
 def confidence_weights(distance: Tensor, floor: float = 0.0) -> Tensor:
-    """Weigh candidates by the teacher's confidence: ``w_c ∝ exp(-distance) + floor``, summing to 1 over K.
+    """Confidence weights of the released program: ``w_c ∝ exp(-distance) + floor``, summing to 1 over K.
 
-    This is the released program's form: it reads one distance per candidate; `row_confidence_weights` has the paper's.
-    With negative log-probabilities as distances this is the teacher's distribution over its own top K.
+    They use one distance per candidate; for the paper's form see `row_confidence_weights`. If distances are negative
+    log-probabilities, this is the teacher's distribution over its top K.
 
     Args:
-        distance: Lower means surer, shape ``(B, K)``.
-        floor: The program adds 1e-8, which makes candidates alike where all distances are above 18 or so.
+        distance: Lower means more confident, shape ``(B, K)``.
+        floor: The program adds 1e-8, which makes weights nearly uniform if all distances are above about 18.
 
     Returns:
         Shape ``(B, K)``, float32 at least.
@@ -63,13 +63,12 @@ def confidence_weights(distance: Tensor, floor: float = 0.0) -> Tensor:
 
 
 def row_confidence_weights(target_distance: Tensor, n_candidates: int) -> Tensor:
-    """Weigh all candidates of a row by the teacher's distance to the true item: ``w_c = exp(-distance)``.
+    """Confidence weights of the paper: ``w_c = exp(-distance to the target)``, one value for all candidates of a row.
 
-    This is the paper's form: one value per row, the same for each candidate, so that a sure teacher's weights are
-    flatter where weights are renormalised over K, and larger where they are not.
+    A confident teacher therefore has flatter weights if they are renormalised over K, and larger ones otherwise.
 
     Args:
-        target_distance: From the teacher's answer to the row's target, shape ``(B,)``; below 0 counts as 0.
+        target_distance: Distance of the row's target, shape ``(B,)``; clamped at 0.
         n_candidates: Candidates per row, K.
 
     Returns:
@@ -82,21 +81,21 @@ def row_confidence_weights(target_distance: Tensor, n_candidates: int) -> Tensor
 def consistency_weights(
     student_logits: Tensor, ranking: Tensor, top_k: int, *, floor: float = 0.0, normalise: bool = False
 ) -> Tensor:
-    """Weigh candidates on which student and teacher agree: ``w_o = 1`` in the student's top K too, else 0.
+    """Consistency weights: ``w_o = 1`` for candidates that are also in the student's top K, else 0.
 
     Args:
-        student_logits: Shape ``(B, N)``; no gradient flows through the choice.
+        student_logits: Shape ``(B, N)``; no gradient flows through the selection.
         ranking: Teacher's candidates, shape ``(B, K)``.
-        top_k: Length of the student's own list; items that tie with its last one are in it.
+        top_k: Length of the student's list; items that tie with its last one are included.
         floor: Added to each weight; the program adds 1e-8.
-        normalise: Whether a row's weights sum to 1 over K, as the other two kinds do (a row without any weight stays
-            0). Neither paper nor program does.
+        normalise: Whether a row's weights sum to 1 over K, like the other two kinds (a row of zeros stays 0). Neither
+            the paper nor the program does this.
 
     Returns:
         Shape ``(B, K)``, float32.
     """
     logits = student_logits.detach()
-    threshold = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]  # the worst score that is still in
+    threshold = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]  # the lowest score in the list
     weights = (logits.gather(1, ranking) >= threshold).float() + floor
     return _over_sum(weights) if normalise else weights
 
@@ -111,7 +110,7 @@ def importance_weights(
     gamma_consistency: float,
     renormalise: bool = True,
 ) -> Tensor:
-    """Mix the three weights: ``w = γ_p w_p + γ_c w_c + γ_o w_o``, over their sum over K.
+    """Mix the three weights: ``w = γ_p w_p + γ_c w_c + γ_o w_o``, divided by the sum over K if ``renormalise``.
 
     Args:
         position: Shape ``(K,)``.
@@ -120,8 +119,7 @@ def importance_weights(
         gamma_position: γ_p.
         gamma_confidence: γ_c.
         gamma_consistency: γ_o.
-        renormalise: Whether each row's candidates weigh 1 together, as in the program; the paper's text leaves the
-            mixture as it is.
+        renormalise: Whether each row's weights sum to 1, as in the program; the paper does not renormalise.
 
     Returns:
         Shape ``(B, K)``.
@@ -150,11 +148,11 @@ def ranking_loss(scores: Tensor, weights: Tensor) -> Tensor:
 
 
 def negative_term(negative_scores: Tensor, weights: Tensor, kind: str) -> Tensor:
-    """Lower the score of one sampled negative per row, which is paired with all K candidates, so their weights add up.
+    """Lower the score of one sampled negative per row.
 
-    ``(Σ_i w_i) · n`` with n = ``-log σ(1 - ŷ⁻)`` for ``one_minus_score``, which is what the released program computes,
-    or ``-log(1 - σ(ŷ⁻))`` for ``one_minus_probability``, binary cross-entropy, which it seems to mean. The paper's loss
-    has no such term.
+    ``(Σ_i w_i) · n``, since the negative is paired with all K candidates. n is ``-log σ(1 - ŷ⁻)`` for
+    ``one_minus_score`` (the released program), or ``-log(1 - σ(ŷ⁻))`` for ``one_minus_probability`` (binary
+    cross-entropy, the likely intention of the program). The paper's loss has no such term.
 
     Args:
         negative_scores: ŷ⁻, shape ``(B,)``.
@@ -174,16 +172,15 @@ def negative_term(negative_scores: Tensor, weights: Tensor, kind: str) -> Tensor
 def robust_term(robust: Tensor, weights: Tensor, kind: str, rows: Tensor | None = None) -> Tensor:
     """The DROS losses of the candidates inside the ranking loss.
 
-    ``per_row`` is ``Σ_i w_i · L_i``. ``broadcast`` is what the released program computes: it multiplies weights
-    ``(B, 1)`` by losses ``(B,)``, and the mean of that table is mean(w) times mean(L), so that a candidate's loss is
-    weighed by the batch's mean weight at its rank, ``Σ_i w̄_i · L_i``. The mean over rows of these values is the
-    program's number.
+    ``per_row`` is ``Σ_i w_i · L_i``. ``broadcast`` reproduces the released program, which multiplies weights ``(B, 1)``
+    by losses ``(B,)``: the mean of that table is mean(w) times mean(L), so a candidate's loss is weighted by the
+    batch's mean weight at its rank, ``Σ_i w̄_i · L_i``. The mean of these values over rows equals the program's value.
 
     Args:
         robust: L, the DROS loss of each candidate, shape ``(B, K)``; see `llm2rec.student.losses.dros`.
         weights: w, shape ``(B, K)``.
         kind: ``per_row`` or ``broadcast``.
-        rows: Weight of each row in the mean w̄, shape ``(B,)``; all alike if None.
+        rows: Weight of each row in the mean w̄, shape ``(B,)``; equal if None.
 
     Returns:
         Shape ``(B,)``, nats.
@@ -198,25 +195,25 @@ def robust_term(robust: Tensor, weights: Tensor, kind: str, rows: Tensor | None 
 
 
 def listwise_loss(scores: Tensor, log_total: Tensor, distance: Tensor, temperature: float = 1.0) -> Tensor:
-    """Divergence of the student's distribution from the teacher's over its own top K: ``T² · KL(p ‖ q)``.
+    """KL divergence of the student's distribution from the teacher's top K: ``T² · KL(p ‖ q)``.
 
-    ``p_i ∝ exp(-distance_i / T)`` over the K candidates, which for negative log-probabilities is the teacher's own
-    distribution, sharpened or flattened. ``q_i = exp(ŷ_i / T) / Z``, where Z is the sum over the same K candidates
-    (ListNet, Cao et al., ICML 2007, with the teacher as the judge; it says nothing of how the candidates compare with
-    other items) or over all N items (soft labels whose mass lies on the K candidates). The factor T² keeps gradients of
-    one size for any T (Hinton et al., arXiv 1503.02531, section 2).
+    ``p_i ∝ exp(-distance_i / T)`` over the K candidates: with negative log-probabilities, the teacher's distribution at
+    temperature T. ``q_i = exp(ŷ_i / T) / Z``, where Z is the sum over the same K candidates (ListNet, Cao et al., ICML
+    2007, with the teacher's order; it does not compare the candidates with other items) or over all N items (soft
+    labels whose mass lies on the K candidates). The factor T² keeps the scale of gradients independent of T (Hinton et
+    al., arXiv 1503.02531, section 2).
 
     Args:
         scores: Student's scores of the candidates, scaled: ``ŷ_i / T``, shape ``(B, K)``.
         log_total: ``log Z = log Σ_j exp(ŷ_j / T)``, shape ``(B,)``.
-        distance: The teacher's, lower means surer, shape ``(B, K)``.
-        temperature: T; larger makes both distributions flatter.
+        distance: Teacher's distances, lower means more confident, shape ``(B, K)``.
+        temperature: T; larger values flatten both distributions.
 
     Returns:
-        Shape ``(B,)``, nats at T = 1; 0 where both distributions agree, which over the catalogue is a limit.
+        Shape ``(B,)``, nats at T = 1; 0 if both distributions agree (over the catalogue, only in the limit).
     """
     distance = at_least_float32(distance)
-    # Of differences, so that no division overflows.
+    # Subtract the minimum first, so that the division cannot overflow.
     probs = torch.softmax((distance.amin(dim=1, keepdim=True) - distance) / temperature, dim=1)
     log_probs = scores - log_total.unsqueeze(1)
     return temperature**2 * -(torch.special.entr(probs) + probs * log_probs).sum(dim=1)
@@ -230,11 +227,10 @@ def sampled_catalogue(
     log_expected: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Scores whose sum ``Σ exp(ŷ / T)`` estimates that of the whole catalogue without bias.
+    """Scores whose sum ``Σ exp(ŷ / T)`` is an unbiased estimate of the sum over the catalogue.
 
-    The candidates keep their scores. Each negative represents all items that could have been drawn in its place,
-    ``ŷ_j - T log(n q_j)``, and is dropped where it is a candidate. This is the log-Q correction of
-    `llm2rec.student.losses.sampled_softmax`, which does so for the target alone.
+    The candidates keep their scores. Each negative gets the log-Q correction ``ŷ_j - T log(n q_j)`` and is masked if it
+    is a candidate, as `llm2rec.student.losses.sampled_softmax` does with the target alone.
 
     Args:
         candidates: Scores of the teacher's candidates, shape ``(B, K)``.
@@ -256,17 +252,17 @@ def sampled_catalogue(
 
 
 def pairwise_loss(scores: Tensor, kind: str, *, margin: float = 1.0, repeated: Tensor | None = None) -> Tensor:
-    """Order each pair of items as the teacher does; the mean over the pairs of a row.
+    """Pairwise loss on the teacher's order; the mean over the pairs of a row.
 
     With s the student's score of the better item minus that of the worse: ``-log σ(s)`` for ``ranknet`` (Burges et
-    al., ICML 2005), ``max(0, margin - s)`` for ``margin``. Only the teacher's order counts, not its confidences.
+    al., ICML 2005), ``max(0, margin - s)`` for ``margin``. Only the teacher's order is used, not its confidence.
 
     Args:
-        scores: Student's scores of the items, the teacher's best first, shape ``(B, K)``. A sampled negative may come
-            last; without it the loss leaves open how the candidates compare with the rest of the catalogue.
+        scores: Student's scores of the items in the teacher's order, best first, shape ``(B, K)``. A sampled negative
+            may come last; without one the candidates are not compared with other items.
         kind: ``ranknet`` or ``margin``.
-        margin: Gap that is enough for ``margin``.
-        repeated: Rows whose last item is one of the others, shape ``(B,)``, bool; its pairs do not count there.
+        margin: Margin of the ``margin`` loss.
+        repeated: Rows whose last item repeats another, shape ``(B,)``, bool; pairs with that item are ignored.
 
     Returns:
         Shape ``(B,)``; nats for ``ranknet``.
@@ -284,7 +280,7 @@ def pairwise_loss(scores: Tensor, kind: str, *, margin: float = 1.0, repeated: T
 
 
 def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Tensor:
-    """Distance of projected student vectors to the teacher's.
+    """Distance between projected student vectors and teacher vectors.
 
     Args:
         projected: Student's item vectors in the teacher's space, shape ``(B, d_teacher)``.
@@ -292,7 +288,7 @@ def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Ten
         kind: ``mse`` (mean over the width) or ``cosine`` (1 - cosine).
 
     Returns:
-        Shape ``(B,)``, 0 where both agree.
+        Shape ``(B,)``, 0 for equal vectors.
     """
     if kind == "mse":
         return (at_least_float32(projected) - teacher_vectors).square().mean(dim=1)
@@ -304,9 +300,9 @@ def alignment_loss(projected: Tensor, teacher_vectors: Tensor, kind: str) -> Ten
 def contrastive_alignment(projected: Tensor, teacher_vectors: Tensor, items: Tensor, temperature: float) -> Tensor:
     """Contrast an item's teacher vector with those of all other items (InfoNCE, van den Oord et al., arXiv 1807.03748).
 
-    ``-log( exp(cos(x, z_i) / τ) / Σ_j exp(cos(x, z_j) / τ) )``, j over the whole catalogue: unlike with the other items
-    of a batch, as in contrastive distillation of images (Tian et al., arXiv 1910.10699), the value of a row depends on
-    no other row, and no item is its own negative.
+    ``-log( exp(cos(x, z_i) / τ) / Σ_j exp(cos(x, z_j) / τ) )``, j over the whole catalogue. Unlike with in-batch
+    negatives, as in contrastive representation distillation (Tian et al., arXiv 1910.10699), the loss of a row does not
+    depend on other rows, and no item is its own negative.
 
     Args:
         projected: x, student's vectors of ``items`` in the teacher's space, shape ``(B, d_teacher)``.

@@ -33,7 +33,7 @@ __all__ = ["CatalogueScores", "TableScores", "candidate_weights", "distillation_
 
 @dataclass(frozen=True)
 class CatalogueScores:
-    """Scores of a batch that are all in memory.
+    """Scores of a batch as a ``(B, N)`` matrix.
 
     Attributes:
         logits: Shape ``(B, N)``.
@@ -56,13 +56,13 @@ class CatalogueScores:
 
 @dataclass(frozen=True)
 class TableScores:
-    """Scores of a batch, computed for the items asked for; no ``(B, N)`` matrix is held.
+    """Scores of a batch, computed on demand for selected items, without a ``(B, N)`` matrix.
 
     Attributes:
         users: User vectors, shape ``(B, D)``.
         table: Output vectors of the items.
         total: `log_total` of the scaled scores, shape ``(B,)``, if the ranking loss is over the catalogue.
-        temperature: What scores are divided by.
+        temperature: Divisor of the scores, T.
     """
 
     users: Tensor
@@ -72,7 +72,7 @@ class TableScores:
 
     def of(self, items: Tensor) -> Tensor:
         """See `CatalogueScores.of`."""
-        if self.total is not None:  # in the precision of the sum that they are part of
+        if self.total is not None:  # in the precision of the sum over the catalogue
             return scores_of(self.users, self.table, items) / self.temperature
         return at_least_float32(torch.einsum("bd,bkd->bk", self.users, self.table(items))) / self.temperature
 
@@ -105,24 +105,24 @@ def distillation_losses(
         model: Student.
         users: Its user vectors, shape ``(B, D)``.
         batch: The rows.
-        teacher_batch: The teacher's outputs for them.
+        teacher_batch: Teacher outputs of the rows.
         row_weights: Weight of each row's distillation losses, shape ``(B,)``.
-        settings: Weights of the losses.
+        settings: Distillation recipe.
         task_loss: `TaskLoss` of these rows, called with ``logits`` or ``log_total``; None computes the loss that
             ``settings.task_loss`` names, cross-entropy where that is ``student``.
         negatives: One sampled item per row, shape ``(B,)``; needed if ``settings.needs_negatives``.
         sampled: Negatives of the task loss; needed if ``settings.ranking.samples``.
-        propensity: Of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
+        propensity: Propensity of each item, shape ``(N,)``; needed if ``settings.dros.weight`` is not 0.
 
     Returns:
-        ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` if they are part of
-        the settings, each of shape ``(B,)``.
+        ``loss`` and ``loss_student``, and ``loss_dros``, ``loss_ranking`` and ``loss_alignment`` if they are enabled,
+        each of shape ``(B,)``.
     """
     ranking, table = settings.ranking, model.student.output_items
     in_tiles = ranking.over_catalogue and not fits_in_a_tile(len(users), model.student.n_items, users.device)
     if task_loss is not None and settings.dros.weight == 0 and (in_tiles or not ranking.needs_logits):
         total = None
-        if in_tiles:  # the sum is taken once for both losses if they have the same temperature
+        if in_tiles:  # at temperature 1 the task loss and the ranking loss share one sum
             total = catalogue_logsumexp(users / ranking.temperature, table.with_padding(), table.n_items)  # (B,)
         losses = _with_task_names(task_loss(log_total=total if ranking.temperature == 1 else None))
         if ranking.weight > 0:
@@ -163,18 +163,18 @@ def objective(
     propensity: Tensor | None = None,
     consistency_logits: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The part of `distillation_losses` that is a function of the logits: ``L_task + α L_dros + λ_d L_ranking``.
+    """The terms of `distillation_losses` that depend on the logits only: ``L_task + α L_dros + λ_d L_ranking``.
 
     Args:
         logits: Shape ``(B, N)``.
         targets: Shape ``(B,)``.
         teacher_batch: The teacher's outputs for the rows.
         row_weights: Weight of each row's ranking loss, shape ``(B,)``.
-        settings: Weights and kinds of the losses.
+        settings: Distillation recipe.
         task_losses: Result of `TaskLoss`; None as in `distillation_losses`.
         negatives: As in `distillation_losses`.
         propensity: As in `distillation_losses`.
-        consistency_logits: Logits whose top K is the student's own list, shape ``(B, N)``; ``logits`` if None.
+        consistency_logits: Logits that give the student's top K, shape ``(B, N)``; ``logits`` if None.
 
     Returns:
         Losses by name, ``loss`` their total, each of shape ``(B,)``.
@@ -207,7 +207,7 @@ def objective(
 
 
 def _with_task_names(task_losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Task losses with their total as ``loss_student`` too."""
+    """Add the total of the task losses as ``loss_student``."""
     return {"loss": task_losses["loss"], "loss_student": task_losses["loss"], **task_losses}
 
 
@@ -228,9 +228,9 @@ def order_loss(
     Args:
         scores: Student's scores.
         teacher_batch: The teacher's outputs.
-        settings: Which loss.
+        settings: Ranking settings.
         negatives: One sampled item per row, shape ``(B,)``; needed for ``negative=ranked_last``.
-        sampled: Sample that estimates the sum over the catalogue for ``over=sampled``; without it the sum is exact.
+        sampled: Negatives that estimate the sum over the catalogue for ``over=sampled``; None computes it exactly.
 
     Returns:
         Shape ``(B,)``.
@@ -257,7 +257,7 @@ def order_loss(
 
 
 def candidate_weights(logits: Tensor, teacher_batch: TeacherBatch, settings: RankingSettings) -> Tensor:
-    """Weigh the teacher's candidates as the settings say; returns shape ``(B, K)``."""
+    """Importance weights of the teacher's candidates, shape ``(B, K)``."""
     n_candidates, floor = teacher_batch.ranking.shape[1], settings.weight_floor
     if settings.confidence == "per_row":
         assert teacher_batch.target_distance is not None

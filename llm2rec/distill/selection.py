@@ -1,4 +1,4 @@
-"""Run selection policies: build custom ones, check their weights, keep these for a resumed run."""
+"""Run selection policies: build custom ones, validate their weights, and save them for a resumed run."""
 
 import logging
 import shutil
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class Selection:
-    """Weights of the rows for each epoch.
+    """Row weights of each epoch.
 
-    Weights that depend on the student cannot be recomputed when a run is resumed in the middle of an epoch, because the
-    student has changed since; they stay in the run folder until the training ends.
+    Weights that depend on the student cannot be recomputed when a run resumes in the middle of an epoch, because the
+    student has changed by then; they stay in the run folder until training ends.
 
     Args:
         policy: The selection policy.
         n_rows: Training rows, M.
         teacher: The teacher's outputs.
         student: Returns the student at the start of an epoch.
-        folder: Where weights are kept, in the run folder.
-        needs_labels: Whether distillation reads the teacher's outputs row by row; item vectors alone need no labels.
+        folder: Folder for saved weights, in the run folder.
+        needs_labels: Whether distillation reads the teacher's outputs of each row; False if it uses item vectors only.
 
     Raises:
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
-        ConfigError: If some epoch's budget is more than what is labelled.
+        ConfigError: If the budget of an epoch exceeds the number of labelled rows.
     """
 
     def __init__(
@@ -60,28 +60,28 @@ class Selection:
         missing = np.empty(0, np.int64) if required is None else np.setdiff1d(required, self._rows)
         if len(missing) and needs_labels:
             raise TeacherOutputsError(
-                f"{type(policy).__name__} distils rows that the teacher has not labelled: {len(missing)} of them, the "
-                f"first is row {missing[0]}; it has labelled {len(self._rows)} of {n_rows}. Use the policy, seed and "
-                "budget that the teacher was run with (`selection` in manifest.json), or a policy that chooses among "
-                "the labelled rows, or label these too with `python -m llm2rec.teacher`."
+                f"{type(policy).__name__} distils {len(missing)} rows without teacher labels, the first is row "
+                f"{missing[0]}; the teacher has labelled {len(self._rows)} of {n_rows} rows. Use the policy, seed and "
+                "budget of the teacher run (`selection` in manifest.json), or a policy that selects among the labelled "
+                "rows, or label the missing rows with `python -m llm2rec.teacher`."
             )
         if required is None and (most := policy.most_chosen(n_rows)) > len(self._rows):
             raise ConfigError(
-                f"the largest budget of any epoch is {most} rows, but the teacher has labelled {len(self._rows)} of "
-                f"{n_rows}; lower `active.budget` and `active.final_budget`, or label more."
+                f"the largest budget is {most} rows, but the teacher has labelled {len(self._rows)} of {n_rows}; lower "
+                "`active.budget` and `active.final_budget`, or label more rows."
             )
 
     def weights(self, epoch: int) -> NDArray[np.float32]:
         """Weights of all rows in ``epoch``, shape ``(M,)``; a collective, called at the epoch's first step or later.
 
         Raises:
-            ConfigError: If the policy's answer cannot be used.
+            ConfigError: If the policy returns invalid weights.
         """
         decided = self._policy.decided_at(epoch)
         if decided != self._epoch:
             file = self._folder / f"epoch_{decided:06d}.npy"
-            kept = agree(file.is_file() if is_first_process() else None)
-            self._weights = np.load(file, allow_pickle=False) if kept else self._computed(decided, file)
+            saved = agree(file.is_file() if is_first_process() else None)
+            self._weights = np.load(file, allow_pickle=False) if saved else self._compute(decided, file)
             self._epoch = decided
             counts = int((self._weights > 0).sum()), self._n_rows, float(self._weights.sum()) / self._n_rows
             if counts != self._logged:
@@ -90,11 +90,11 @@ class Selection:
         return self._weights
 
     def close(self) -> None:
-        """Delete the kept weights at the end of the training."""
+        """Delete the saved weights at the end of training."""
         if is_first_process():
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _computed(self, epoch: int, file: Path) -> NDArray[np.float32]:
+    def _compute(self, epoch: int, file: Path) -> NDArray[np.float32]:
         student = self._student(epoch)
         weights = self._policy.weights(Evidence(self._n_rows, epoch, self._rows, self._teacher, student))
         self._check(np.asarray(weights), epoch)
@@ -105,19 +105,23 @@ class Selection:
         return weights
 
     def _check(self, weights: NDArray[np.float32], epoch: int) -> None:
-        name = f"{type(self._policy).__name__}, asked about epoch {epoch},"
+        name = type(self._policy).__name__
         if weights.shape != (self._n_rows,):
-            raise ConfigError(f"{name} gave weights of shape {weights.shape}, expected ({self._n_rows},).")
+            raise ConfigError(
+                f"{name} returned weights of shape {weights.shape} in epoch {epoch}, expected ({self._n_rows},)."
+            )
         wrong = ~(np.isfinite(weights) & (weights >= 0))
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise ConfigError(f"{name} gave row {row} the weight {weights[row]}, expected 0 or a positive number.")
+            raise ConfigError(
+                f"{name} returned weight {weights[row]} for row {row} in epoch {epoch}, expected a number from 0."
+            )
         unlabelled = weights > 0
         unlabelled[self._rows] = False
         if unlabelled.any() and self._needs_labels:
             raise ConfigError(
-                f"{name} gave a weight to row {int(np.argmax(unlabelled))}, which the teacher has not labelled; choose "
-                "among `evidence.rows`."
+                f"{name} selects row {int(np.argmax(unlabelled))} in epoch {epoch}, which has no teacher label; "
+                "select among `evidence.rows`."
             )
 
 
@@ -125,11 +129,11 @@ def policy_named(policy: str, arguments: Mapping[str, Any]) -> SelectionPolicy:
     """Build a custom policy: ``active=custom active.policy=module.Class``.
 
     Args:
-        policy: Its class, as ``module.Class`` of a module that Python can import from the launch folder.
-        arguments: Of its constructor, by name.
+        policy: Class as ``module.Class``; the module must be importable from the launch folder.
+        arguments: Keyword arguments of the constructor.
 
     Raises:
-        ConfigError: If there is no such class, it is no policy, or the arguments are not its own.
+        ConfigError: If the class cannot be imported, is not a policy, or does not accept the arguments.
     """
     module, _, name = policy.rpartition(".")
     try:
@@ -137,10 +141,10 @@ def policy_named(policy: str, arguments: Mapping[str, Any]) -> SelectionPolicy:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"active.policy is {policy!r}, which cannot be imported ({error}); expected `module.Class` of a module in "
-            "the folder of the launch or on PYTHONPATH."
+            "the launch folder or on PYTHONPATH."
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, SelectionPolicy)):
-        raise ConfigError(f"active.policy is {policy!r}, which is no subclass of {SelectionPolicy.__module__}.")
+        raise ConfigError(f"active.policy is {policy!r}, expected a subclass of {SelectionPolicy.__module__}.")
     try:
         return kind(**arguments)
     except TypeError as error:

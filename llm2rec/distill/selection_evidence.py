@@ -35,8 +35,8 @@ class ScoredRows:
         logits: Scores of all items, shape ``(B, N)``; they and ``users`` carry no gradient.
         targets: Shape ``(B,)``.
         teacher_batch: The teacher's outputs for the rows: all stored candidates, and the distances of the targets.
-        losses: The ranking losses of the objective as a function of logits; returns shape ``(B,)``. (Those of
-            ``distill.dros.in_ranking=broadcast`` weigh a row by the mean of the rows that are scored at once.)
+        losses: The ranking losses of the objective as a function of logits; returns shape ``(B,)``. With
+            ``distill.dros.in_ranking=broadcast`` they use the mean weight of the rows in the same call.
     """
 
     rows: NDArray[np.int64]
@@ -54,7 +54,7 @@ class ScoredRows:
 
 
 class StudentNow:
-    """The student at the start of an epoch. Its methods are collectives: every process must call them alike.
+    """The student at the start of an epoch. Its methods are collectives: call them on every process.
 
     Args:
         model: Unwrapped student.
@@ -84,10 +84,10 @@ class StudentNow:
         self._batch_size, self.was_read = batch_size, False
 
     def each_row(self, measure: Callable[[ScoredRows], Tensor]) -> NDArray[np.float32]:
-        """Measure every labelled row.
+        """Evaluate ``measure`` on every labelled row.
 
         Args:
-            measure: Returns a number per row, shape ``(B,)``, which must not depend on the other rows of the call.
+            measure: Returns a number per row, shape ``(B,)``, which must not depend on the other rows of the batch.
 
         Returns:
             Shape ``(labelled,)``, in the order of `Evidence.rows`, the same on every process.
@@ -105,7 +105,7 @@ class StudentNow:
         return self._engine.sum_tensor(values).cpu().numpy()
 
     def validation_gradient(self) -> Tensor:
-        """Gradient of the validation rows' mean cross-entropy with respect to the vectors that items are scored with.
+        """Gradient of the mean cross-entropy over the validation rows with respect to the output item vectors.
 
         Returns:
             Shape ``(N, D)``, the same on every process.
@@ -126,7 +126,7 @@ class StudentNow:
         self._model.eval()
         place = np.full(len(data), -1)
         place[rows] = np.arange(len(rows))
-        units = rows if data.sizes is None else data.units  # a segment predicts all its rows, wanted or not
+        units = rows if data.sizes is None else data.units  # a segment predicts all its rows; the others are dropped
         block = max(1, self._batch_size * len(data.units) // len(data))
         mine = units[self._engine.my_rows(len(units))]
         for start in range(0, len(mine), block):
@@ -150,8 +150,8 @@ class Evidence:
         n_rows: Training rows, M.
         epoch: The epoch that begins, from 0.
         rows: Numbers of the rows that the teacher has labelled, ascending, shape ``(labelled,)``.
-        teacher: Its outputs for them: row i of its tables belongs to training row ``rows[i]``.
-        student: The student now.
+        teacher: The teacher's outputs for them: row i of its tables belongs to training row ``rows[i]``.
+        student: The student at the start of the epoch.
     """
 
     n_rows: int

@@ -1,7 +1,7 @@
 """Distillation configuration (Hydra structured configs).
 
-Defaults are DLLM2Rec as its paper describes it (arXiv 2405.00338); `DLLM2RecCodeSettings` is what its released program
-(github.com/istarryn/DLLM2Rec) computes. They differ in named settings only.
+Defaults are the objective of the DLLM2Rec paper (arXiv 2405.00338); `DLLM2RecCodeSettings` is the objective of its
+released program (github.com/istarryn/DLLM2Rec).
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from llm2rec.student import settings as student
 __all__ = ["DLLM2RecCodeSettings", "DistillSettings", "DrosSettings", "EmbeddingSettings", "RankingSettings"]
 
 
-# What each ranking loss can do with a sampled negative.
+# Values of `negative` that each ranking loss supports.
 _NEGATIVES = {
     "weighted_bce": ("none", "one_minus_score", "one_minus_probability"),
     "listwise": ("none",),
@@ -35,33 +35,33 @@ class RankingSettings:
 
     Attributes:
         weight: Weight of the ranking loss in the total, λ_d; 0 leaves it out.
-        loss: ``weighted_bce`` (paper and program): each candidate is pulled up by its weight. ``listwise``: KL
-            divergence from the teacher's distribution over its K candidates. ``ranknet`` and ``margin``: the teacher's
-            order, pair by pair. All but the first know neither weights nor what belongs to them (``beta``,
+        loss: ``weighted_bce`` (paper and program): the weighted log-sigmoid of the candidates' scores. ``listwise``: KL
+            divergence from the teacher's distribution over its K candidates. ``ranknet`` and ``margin``: pairwise
+            losses on the teacher's order. Only ``weighted_bce`` reads the options of candidate weights (``beta``,
             ``gamma_*``, ``confidence``, ``normalise_consistency``, ``weight_floor``, ``renormalise``,
             ``consistency_dropout``).
         top_k: Teacher candidates used per row, K.
-        temperature: Of ``listwise``; larger makes both distributions flatter.
-        over: Where ``listwise`` normalises the student: ``catalogue``; ``sampled``, which estimates that from the
-            candidates and the negatives of `student.loss`, at a cost that no catalogue changes; or ``candidates``,
-            which compares the K with one another only.
-        margin: Gap between the scores of a pair that is enough for ``margin``.
+        temperature: Temperature of ``listwise``; larger values flatten both distributions.
+        over: Items over which ``listwise`` normalises the student's scores: ``catalogue``; ``sampled``, an estimate of
+            that from the candidates and the negatives of `student.loss`, at a cost independent of the catalogue size;
+            or ``candidates``, the K alone.
+        margin: Margin of the ``margin`` loss.
         beta: Ranks over which the position weight falls by a factor e.
         gamma_position: Share of the position weight.
         gamma_confidence: Share of the confidence weight.
         gamma_consistency: Share of the consistency weight.
-        confidence: ``per_candidate`` (program): each candidate's own distance, normalised over K. ``per_row`` (paper):
-            the distance of the row's target, the same for all candidates; a target outside the teacher's stored list
-            gets the distance of the last item in it, since files hold no more.
-        normalise_consistency: Whether consistency weights sum to 1 over K as the others do; neither paper nor program.
+        confidence: ``per_candidate`` (program): each candidate's distance, normalised over K. ``per_row`` (paper):
+            the distance of the row's target for all candidates; a target outside the stored list gets the distance of
+            its last item.
+        normalise_consistency: Whether consistency weights sum to 1 over K like the others; neither paper nor program.
         weight_floor: Added to consistency, and to confidence ``per_candidate`` before it is normalised: 1e-8 in the
             program, 0 in the paper.
-        renormalise: Whether a row's mixed weights sum to 1 over K (program), or stay as mixed (paper's text).
-        consistency_dropout: Whether the student's own top K is read off its training pass, dropout and all (program);
-            otherwise off a second pass without dropout.
+        renormalise: Whether a row's mixed weights are renormalised to sum to 1 over K (program); the paper does not.
+        consistency_dropout: Whether the student's top K comes from its training pass, with dropout (program), or from
+            a second pass without dropout.
         negative: What one sampled negative adds per candidate: ``none`` (paper), ``one_minus_score`` (-log σ(1 - s),
-            program), or ``one_minus_probability`` (-log(1 - σ(s)), binary cross-entropy). With ``ranknet`` and
-            ``margin`` it is ``none``, or ``ranked_last``: the negative forms a pair with every candidate.
+            program), or ``one_minus_probability`` (-log(1 - σ(s)), binary cross-entropy). ``ranknet`` and ``margin``
+            support ``none`` and ``ranked_last``: the negative forms a pair with every candidate.
     """
 
     weight: float = 0.5
@@ -92,8 +92,8 @@ class RankingSettings:
         weighs = self.weight > 0 and self.loss == "weighted_bce"
         if weighs and self.gamma_position + self.gamma_confidence + self.weight_floor <= 0:
             raise ConfigError(
-                "distill.ranking: `gamma_position` and `gamma_confidence` are both 0, so a row without any consistent "
-                "candidate would have no weight; set one of them, or `weight: 0` to leave ranking distillation out."
+                "distill.ranking: `gamma_position` and `gamma_confidence` are both 0, so rows without a consistent "
+                "candidate have no weight; set one of them, or disable ranking distillation with `weight: 0`."
             )
         if self.top_k < 1 or self.beta <= 0:
             raise ConfigError(f"distill.ranking: expected top_k >= 1 and beta > 0, got {self.top_k} and {self.beta}.")
@@ -109,23 +109,23 @@ class RankingSettings:
         one_of(f"distill.ranking.negative{with_loss}", self.negative, *_NEGATIVES[self.loss])
         if self.loss in ("ranknet", "margin") and self.top_k < 2 and self.negative == "none":
             raise ConfigError(
-                f"distill.ranking.loss is {self.loss!r} and `top_k` is 1, which leaves no pair; raise `top_k`, or set "
+                f"distill.ranking.loss is {self.loss!r}, which needs pairs, but `top_k` is 1; raise `top_k`, or set "
                 "`negative=ranked_last`."
             )
         if self.loss == "listwise" and self.over == "candidates" and self.top_k < 2:
             raise ConfigError(
-                "distill.ranking.loss is 'listwise' over the candidates and `top_k` is 1: one candidate among itself "
-                "is always right; raise `top_k`, or use `over=catalogue`."
+                "distill.ranking.loss is 'listwise' over the candidates, but `top_k` is 1, so the loss is always 0; "
+                "raise `top_k`, or use `over=catalogue`."
             )
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the loss reads the scores of all items, not only of candidates and negatives."""
+        """Whether the loss needs the scores of all items, not only of candidates and negatives."""
         return self.over_catalogue or (self.weight > 0 and self.loss == "weighted_bce")
 
     @property
     def over_catalogue(self) -> bool:
-        """Whether the loss compares candidates with the sum over all items, which needs no more than that sum."""
+        """Whether the loss normalises over all items, for which the log-sum-exp of the scores is enough."""
         return self.weight > 0 and self.loss == "listwise" and self.over == "catalogue"
 
     @property
@@ -136,14 +136,14 @@ class RankingSettings:
 
 @dataclass
 class DrosSettings(student.DrosSettings):
-    """DROS of the recipe, instead of that of the task loss.
+    """DROS of the distillation recipe, an alternative to `student.loss.dros`.
 
-    Its weight, α, applies to the DROS losses beside the task loss and inside the ranking loss.
+    Its weight, α, applies to the DROS terms of the task loss and of the ranking loss.
 
     Attributes:
         in_ranking: DROS of the teacher's candidates inside the ranking loss: ``none`` (paper), ``per_row``, or
-            ``broadcast`` (program: a candidate's loss is weighed by the batch's mean weight at its rank; needs each
-            optimizer step to be one micro-batch on one process).
+            ``broadcast`` (program: a candidate's loss is weighted by the batch's mean weight at its rank; requires one
+            micro-batch on one process per optimizer step).
     """
 
     in_ranking: str = "none"
@@ -159,22 +159,22 @@ class EmbeddingSettings:
 
     Attributes:
         fusion_scale: Item vector = offset + fusion_scale · projected teacher vector (the paper); 0 leaves it out.
-        fusion_sides: ``both`` (paper): items are read and scored with fused vectors. ``input`` (program): items are
-            scored with plain vectors of their own, whatever `student.model.tie_items` says. ``output``: they are read
-            with plain ones instead. One side alone keeps two tables with a ``fusion_scale`` of 0 too.
-        alignment_weight: Weight of a loss that pulls projected item vectors to the teacher's; 0 leaves it out. Items
-            are pulled as often as they are the target of a distilled row: one that training never asks for is not.
+        fusion_sides: Item tables that are fused: ``both`` (paper); ``input`` (program): the output table is separate
+            and plain, even with `student.model.tie_items`; ``output``: the input table is separate and plain. ``input``
+            and ``output`` untie the tables even if ``fusion_scale`` is 0.
+        alignment_weight: Weight of the alignment loss of projected item vectors; 0 disables it. The loss covers the
+            target items of distilled rows, so items that are never a target are not aligned.
         alignment: ``mse``, ``cosine``, or ``contrastive``: an item's teacher vector against all others (InfoNCE).
-        alignment_sides: Whether vectors that items are read with are pulled (``input``), those that they are scored
-            with (``output``), or ``both`` (the mean of both losses). With one table for both sides there is but one.
-        alignment_temperature: Of ``contrastive``, whose cosines lie within -1 to 1; smaller looks at the most similar
-            items more.
-        initialise: What the student's own item vectors start from: random numbers (``none``), or the teacher's vectors
-            along their main directions (``pca``), or so that each direction varies alike (``whitened``); see
+        alignment_sides: Item tables that are aligned: ``input``, ``output``, or ``both`` (the mean of both losses).
+            Tied tables support ``input`` only.
+        alignment_temperature: Temperature of ``contrastive``, whose cosines lie within -1 to 1; smaller values put more
+            weight on the most similar items.
+        initialise: Initial item vectors of the student: random (``none``), the principal components of the teacher's
+            vectors (``pca``), or these with unit variance (``whitened``); see
             `llm2rec.core.vectors.principal_components`.
-        standardise: Centre the teacher's vectors and give each unit length first, so that `fusion_scale` means the
-            same for every teacher of one width; the program takes them as they are. With unit length `mse`, a mean
-            over the width, is tens of times weaker than `cosine` at one `alignment_weight`.
+        standardise: Whether to centre the teacher's vectors and scale each to unit length, so that `fusion_scale` has
+            the same effect for all teachers of one width; the program does not. With unit length, `mse`, a mean over
+            the width, is tens of times weaker than `cosine` at the same `alignment_weight`.
     """
 
     fusion_scale: float = 0.3
@@ -200,20 +200,19 @@ class EmbeddingSettings:
 
     @property
     def unties(self) -> bool:
-        """Whether items must be scored with vectors of their own."""
+        """Whether the student needs separate input and output item tables."""
         return self.fusion_sides != "both"
 
 
 @dataclass
 class DistillSettings:
-    """How a student learns from a teacher.
+    """Distillation recipe.
 
     Attributes:
         name: Name of the recipe.
         teacher_outputs: Folder of the teacher's outputs.
-        task_loss: ``student``: as `student.loss` says, so that a distilled student and its
-            baseline differ in nothing else; or what the recipe fixes: ``cross_entropy`` over the catalogue, or
-            ``sampled_bce`` (program): binary cross-entropy of the target and one sampled negative.
+        task_loss: ``student``: the loss of `student.loss`, the same as the baseline's; ``cross_entropy`` over the
+            catalogue; or ``sampled_bce`` (program): binary cross-entropy of the target and one sampled negative.
         dros: Robust losses.
         ranking: Ranking distillation.
         embedding: Embedding distillation.
@@ -243,20 +242,20 @@ class DistillSettings:
         one_of("distill.task_loss", self.task_loss, "student", "cross_entropy", "sampled_bce")
         if self.ranking.loss != "weighted_bce" and self.dros.in_ranking != "none":
             raise ConfigError(
-                f"distill.dros.in_ranking is {self.dros.in_ranking!r}, which weighs candidates as only "
-                f"distill.ranking.loss=weighted_bce does, and that is {self.ranking.loss!r}; leave it at 'none'."
+                f"distill.dros.in_ranking is {self.dros.in_ranking!r}, which requires "
+                f"distill.ranking.loss=weighted_bce, but that is {self.ranking.loss!r}; leave `in_ranking` at 'none'."
             )
 
     @property
     def teaches(self) -> bool:
-        """Whether the student learns anything from the teacher."""
+        """Whether any part of the recipe uses the teacher."""
         embedding = self.embedding
         vectors = embedding.fusion_scale != 0 or embedding.alignment_weight > 0 or embedding.initialise != "none"
         return self.ranking.weight > 0 or vectors
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether any loss is multiplied by the weights of a selection policy."""
+        """Whether any loss uses the row weights of a selection policy."""
         return self.ranking.weight > 0 or self.embedding.alignment_weight > 0
 
     @property

@@ -1,4 +1,4 @@
-"""A student prepared for embedding distillation."""
+"""Student with embedding distillation."""
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,19 @@ __all__ = ["DistilledStudent"]
 
 
 class DistilledStudent(nn.Module):
-    """A student whose item vectors are tied to the teacher's: by their start, by fusion, by alignment, or several.
+    """Student that learns from the teacher's item vectors by initialisation, fusion, alignment, or several of them.
 
     Args:
         student: Freshly initialised student; fusion replaces its item tables.
         teacher_vectors: Shape ``(N, d_teacher)``.
-        fusion_scale: Weight of the projected teacher vectors in the item vectors; 0 leaves the tables alone.
-        align: Whether alignment losses will be computed.
-        fusion_sides: ``both`` fuses the vectors that items are read and scored with; ``input`` only the former,
-            ``output`` only the latter, and these two need a student that keeps them apart.
-        alignment_sides: ``input``, ``output`` or ``both``; all but ``input`` need a student that keeps them apart.
-        initialise: ``none``, ``pca`` or ``whitened``: what the student's own vectors of all its tables start from.
+        fusion_scale: Weight of the projected teacher vectors in the item vectors; 0 disables fusion.
+        align: Whether alignment losses are used.
+        fusion_sides: Item tables to fuse: ``both``, ``input`` or ``output``; a single side needs untied tables.
+        alignment_sides: Item tables to align: ``input``, ``output`` or ``both``; the last two need untied tables.
+        initialise: Initial item vectors of all tables: ``none``, ``pca`` or ``whitened``.
 
     Raises:
-        ConfigError: If one side alone is asked of a student with one table for both sides.
+        ConfigError: If a side needs untied tables and the student ties them.
     """
 
     teacher_vectors: Tensor
@@ -45,14 +44,13 @@ class DistilledStudent(nn.Module):
         super().__init__()
         if fusion_scale and fusion_sides != "both" and student.tie_items:
             raise ConfigError(
-                f"fusion on the {fusion_sides} side alone needs a student that scores items with vectors of their own; "
-                "build it with `tie_items=False`, or fuse on both sides."
+                f"`fusion_sides` is {fusion_sides!r}, which needs separate input and output item tables; build the "
+                "student with `tie_items=False`, or fuse both sides."
             )
         if align and alignment_sides != "input" and student.tie_items:
             raise ConfigError(
-                f"distill.embedding.alignment_sides is {alignment_sides!r}, but the student scores items with the "
-                "vectors that it reads; leave it at 'input', or give it two tables with "
-                "`student.model.tie_items=false`."
+                f"distill.embedding.alignment_sides is {alignment_sides!r}, but the student ties its item tables; use "
+                "'input', or set `student.model.tie_items=false`."
             )
         self.student = student
         self.register_buffer("teacher_vectors", teacher_vectors, persistent=False)
@@ -71,14 +69,14 @@ class DistilledStudent(nn.Module):
         student, vectors = self.student, self.teacher_vectors
         if sides != "output":
             student.input_items = FusedItemTable(vectors, student.width, scale)
-        # The paper's item vector serves both sides; untied tables each get their own projection.
+        # The paper uses one item vector for both sides; untied tables get separate projections.
         if student.tie_items:
             student.output_items = student.input_items
         elif sides != "input":
             student.output_items = FusedItemTable(vectors, student.width, scale)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """User vectors; see the student's own ``forward``."""
+        """User vectors; see the student's ``forward``."""
         return self.student(*inputs)
 
     def score(self, users: Tensor) -> Tensor:
@@ -87,7 +85,7 @@ class DistilledStudent(nn.Module):
 
     @torch.no_grad()
     def logits_without_dropout(self, *inputs: Tensor) -> Tensor:
-        """Logits ``(B, N)`` of a second pass in evaluation mode; the mode is put back and no gradient flows."""
+        """Logits ``(B, N)`` of a second pass in evaluation mode, without gradient; restores the mode."""
         mode = self.student.training
         self.student.eval()
         logits = self.student.score(self.student(*inputs))
@@ -100,12 +98,12 @@ class DistilledStudent(nn.Module):
         return {side: to(tables[side](item_ids.unsqueeze(1)).squeeze(1)) for side, to in self.to_teacher.items()}
 
     def alignment(self, item_ids: Tensor, kind: str, temperature: float) -> Tensor:
-        """How far the student's vectors of ``item_ids`` are from the teacher's; the mean over the aligned sides.
+        """Alignment loss of ``item_ids``, the mean over the aligned sides.
 
         Args:
             item_ids: Shape ``(B,)``.
             kind: ``mse``, ``cosine`` or ``contrastive``.
-            temperature: Of ``contrastive``.
+            temperature: Temperature of ``contrastive``.
 
         Returns:
             Shape ``(B,)``.

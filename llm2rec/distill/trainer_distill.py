@@ -33,7 +33,7 @@ __all__ = ["DistillObjective", "train_distilled"]
 
 
 class DistillObjective:
-    """What a distilled student minimises: its task, and what it learns from the teacher's outputs.
+    """Objective of a distilled student: the task loss plus the distillation losses.
 
     ``L = L_task + α L_dros + λ_d L_ranking + alignment_weight · L_alignment``
 
@@ -42,10 +42,10 @@ class DistillObjective:
         train: Training rows.
         teacher: The teacher's outputs for these rows.
         validation: Rows for early stopping.
-        policy: Which rows are distilled, with what weight.
-        engine: Processes; splits the validation rows.
-        settings: Weights of the losses.
-        loss: The student's task where ``settings.task_loss`` leaves it to the student.
+        policy: Selects and weights the distilled rows.
+        engine: Splits the validation rows among processes.
+        settings: Distillation recipe.
+        loss: Task loss if ``settings.task_loss`` is ``student``.
         seen: Items to exclude from the validation rankings; None ranks all items.
 
     Raises:
@@ -65,7 +65,7 @@ class DistillObjective:
         loss: LossSettings,
         seen: SeenItems | None = None,
     ) -> None:
-        _refuse_idle_selection(policy, settings)
+        _check_selection_is_used(policy, settings)
         if settings.robust_ranking and settings.dros.in_ranking == "broadcast":
             _require_whole_steps(engine)
         self.model, self.train, self.teacher, self.validation = model, train, teacher, validation
@@ -80,7 +80,7 @@ class DistillObjective:
         self._row_weights = np.empty(0, np.float32)
 
     def begin_step(self, step: OptimizerStep) -> Collection[str]:
-        """See `Objective.begin_step`; asks the selection policy at the first step of an epoch."""
+        """See `Objective.begin_step`; calls the selection policy at the first step of an epoch."""
         self._row_weights = self.selection.weights(step.epoch)  # (M,)
         return ()
 
@@ -124,12 +124,12 @@ class DistillObjective:
     def ranking_losses(
         self, epoch: int, logits: Tensor, rows: NDArray[np.int64], targets: Tensor, teacher_batch: TeacherBatch
     ) -> Tensor:
-        """The ranking losses of some rows, ``(B,)``, for policies that weigh rows by them."""
+        """Ranking losses of some rows, ``(B,)``, for policies that weight rows by them."""
         settings = self.settings
         if settings.ranking.weight == 0:
             raise ConfigError(
-                "the selection policy weighs rows by their ranking loss, but `distill.ranking.weight` is 0; give it a "
-                "weight, or use another policy (`active=random`)."
+                "the selection policy weights rows by their ranking loss, but `distill.ranking.weight` is 0; set it, "
+                "or use another policy (`active=random`)."
             )
         losses = objective(
             logits,
@@ -143,7 +143,7 @@ class DistillObjective:
         return losses["loss_ranking"]
 
     def _student_now(self, epoch: int) -> StudentNow:
-        """The student at the start of an epoch, as selection policies see it."""
+        """The student at the start of an epoch, for selection policies."""
         losses = partial(self.ranking_losses, epoch)
         return StudentNow(self.model.student, self.train, self.validation, self.teacher, self.engine, losses)
 
@@ -172,10 +172,10 @@ def train_distilled(
         train: Training rows.
         teacher: The teacher's outputs for these rows.
         validation: Rows for early stopping; the test split is never used here.
-        policy: Which rows are distilled, with what weight.
+        policy: Selects and weights the distilled rows.
         engine: Processes and run folder.
-        settings: Weights of the losses.
-        loss: The student's task where ``settings.task_loss`` leaves it to the student; None for cross-entropy.
+        settings: Distillation recipe.
+        loss: Task loss if ``settings.task_loss`` is ``student``; None for cross-entropy.
         item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that selects the weights.
         seen: Items to exclude from the validation rankings; None ranks all items.
@@ -184,10 +184,10 @@ def train_distilled(
         The unwrapped model with the best weights, in evaluation mode.
 
     Raises:
-        ConfigError: If losses over a whole optimizer step are asked for and a step is split, if the catalogue is too
-            small for the negatives, if DROS is configured twice, or of the candidates with the weight of the other, if
-            the catalogue is estimated from negatives that the student's task does not draw, if rows are selected and no
-            loss weighs them, or DeepSpeed is to update rows.
+        ConfigError: If ``in_ranking=broadcast`` and a step is split into micro-batches, the catalogue is too small for
+            the negatives, DROS is configured twice or for the candidates without `distill.dros.weight`,
+            ``over=sampled`` and the task loss draws no negatives, rows are selected and no loss uses row weights, or
+            ``item_optimizer`` is ``rowwise`` with DeepSpeed.
         TeacherOutputsError: If the policy needs rows that the teacher has not labelled.
     """
     distillation = DistillObjective(
@@ -199,10 +199,10 @@ def train_distilled(
     return model
 
 
-def _refuse_idle_selection(policy: SelectionPolicy, settings: DistillSettings) -> None:
+def _check_selection_is_used(policy: SelectionPolicy, settings: DistillSettings) -> None:
     if not (settings.weighs_rows or isinstance(policy, SelectionPolicyAll)):
         raise ConfigError(
-            f"{type(policy).__name__} selects rows, but no loss weighs rows: `distill.ranking.weight` and "
+            f"{type(policy).__name__} selects rows, but no loss uses row weights: `distill.ranking.weight` and "
             "`distill.embedding.alignment_weight` are 0; set one of them, or use `active=all`."
         )
 
@@ -210,8 +210,8 @@ def _refuse_idle_selection(policy: SelectionPolicy, settings: DistillSettings) -
 def _require_whole_steps(engine: Engine) -> None:
     if engine.n_processes * engine.n_micro_batches > 1:
         raise ConfigError(
-            "distill.dros.in_ranking is 'broadcast', whose mean over a whole batch needs each optimizer step in one "
-            f"micro-batch on one process, but {engine.n_processes} processes use {engine.n_micro_batches} "
+            "distill.dros.in_ranking is 'broadcast', whose mean over the batch needs one micro-batch on one process "
+            f"per optimizer step, but {engine.n_processes} processes use {engine.n_micro_batches} "
             "micro-batches each; raise `student.training.micro_batch_size` to the batch size on one process, or use "
             "`distill.dros.in_ranking=per_row`."
         )
@@ -221,13 +221,13 @@ def _require_whole_steps(engine: Engine) -> None:
 def _task_loss(
     model: DistilledStudent, loss: LossSettings, train: Rows, engine: Engine, settings: DistillSettings
 ) -> TaskLoss | None:
-    """The student's task, or None where the recipe has one."""
+    """Task loss of the student, or None if the recipe sets another."""
     if settings.ranking.samples and (settings.task_loss != "student" or loss.name == "cross_entropy"):
-        own = f"student.loss.name is {loss.name!r}"
+        by_student = settings.task_loss == "student"
+        cause = f"student.loss.name is {loss.name!r}" if by_student else f"distill.task_loss is {settings.task_loss!r}"
         raise ConfigError(
-            "distill.ranking.over is 'sampled', which needs the negatives of the student's task loss, but "
-            f"{own if settings.task_loss == 'student' else f'distill.task_loss is {settings.task_loss!r}'}, which has "
-            "none of them; use `student.loss.name=sampled_softmax`, or `distill.ranking.over=catalogue`."
+            f"distill.ranking.over is 'sampled', which needs the negatives of the student's task loss, but {cause}, "
+            "which has none; use `student.loss.name=sampled_softmax`, or `distill.ranking.over=catalogue`."
         )
     if settings.task_loss != "student":
         return None
@@ -238,7 +238,7 @@ def _task_loss(
         )
     if loss.dros.weight > 0 and settings.dros.in_ranking != "none":
         raise ConfigError(
-            f"distill.dros.in_ranking is {settings.dros.in_ranking!r}, which `distill.dros.weight` weighs, and that is "
-            f"0; give it the {loss.dros.weight} of `student.loss.dros.weight`, and that one 0."
+            f"distill.dros.in_ranking is {settings.dros.in_ranking!r}, but `distill.dros.weight` is 0; set "
+            f"`distill.dros.weight={loss.dros.weight}` and `student.loss.dros.weight=0`."
         )
     return TaskLoss(model.student, loss, train.targets, engine.seed)

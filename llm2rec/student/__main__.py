@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.student``: train a student on its task alone, the baseline."""
+"""``accelerate launch -m llm2rec.student``: train a student without distillation, the baseline."""
 
 from dataclasses import asdict
 

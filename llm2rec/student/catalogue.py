@@ -1,7 +1,7 @@
-"""Sums over the whole catalogue in tiles: no matrix of users by items is ever held.
+"""Log-sum-exp over the whole catalogue in tiles, without a ``(B, N)`` matrix in memory.
 
-Scores are computed tile by tile, reduced at once, and computed again in the backward pass. It costs four matrix
-products where the plain form costs three, and memory for one tile instead of three matrices of ``(B, N)``.
+Scores are computed tile by tile, reduced immediately, and recomputed in the backward pass. This costs four matrix
+products instead of three, and memory for one tile instead of three matrices of ``(B, N)``.
 """
 
 import math
@@ -18,13 +18,13 @@ from llm2rec.student.items import ItemTable
 
 __all__ = ["blocked_cross_entropy", "blocked_dros", "catalogue_logsumexp", "fits_in_a_tile", "scores_of"]
 
-# Logits in a tile. 4 MiB of them stay in a processor's cache; a GPU needs more work per kernel.
+# Logits per tile. 4 MiB fit into a CPU's cache; a GPU needs more work per kernel.
 _TILE = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
 _LOG2_E = math.log2(math.e)
 
 
 def fits_in_a_tile(n_users: int, n_items: int, device: torch.device) -> bool:
-    """Whether all logits are one tile, so that the plain form needs no more memory, and one matrix product less.
+    """Whether all logits fit into one tile, so that the plain form needs no more memory and one matrix product less.
 
     On a CPU the plain form is up to 1.4 times as fast for 256 x 1,682 logits, and slower from 512 x 10,000 on.
     """
@@ -36,13 +36,13 @@ def _tile_size(device: torch.device) -> int:
 
 
 def blocked_cross_entropy(users: Tensor, table: ItemTable, targets: Tensor, log_total: Tensor | None = None) -> Tensor:
-    """What `losses.cross_entropy` gives of all scores, without holding them.
+    """Equivalent of `losses.cross_entropy` that computes scores in tiles.
 
     Args:
         users: User vectors, shape ``(B, D)``.
         table: Vectors of the items.
         targets: Item ids of shape ``(B,)``.
-        log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, where the caller has it.
+        log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, if already computed.
 
     Returns:
         Losses of shape ``(B,)``, in nats.
@@ -53,7 +53,7 @@ def blocked_cross_entropy(users: Tensor, table: ItemTable, targets: Tensor, log_
 
 
 def blocked_dros(users: Tensor, table: ItemTable, targets: Tensor, propensity: Tensor, beta: float) -> Tensor:
-    """What `losses.dros` gives of all scores with the target as the one item asked about, without holding them.
+    """Equivalent of `losses.dros` for the target alone that computes scores in tiles.
 
     Args:
         users: User vectors, shape ``(B, D)``.
@@ -72,7 +72,7 @@ def blocked_dros(users: Tensor, table: ItemTable, targets: Tensor, propensity: T
 
 
 def scores_of(users: Tensor, table: ItemTable, items: Tensor) -> Tensor:
-    """Scores of one item per user, ``(B,)``, or of K, ``(B, K)``, in the table's precision."""
+    """Scores of one item per user, ``(B,)``, or of K items, ``(B, K)``, in the table's precision."""
     users = users.to(table.weight.dtype)
     return ((users if items.ndim == 1 else users.unsqueeze(1)) * table(items)).sum(dim=-1)
 
@@ -82,14 +82,14 @@ def catalogue_logsumexp(
 ) -> Tensor:
     """``log Σ_j exp x_j`` over the catalogue, where ``x_j = s_j = <u, e_j>``, or ``c_j s_j²``.
 
-    Computed in the precision of ``items`` (float32) under autocast too, as the sums are long.
+    Computed in the precision of ``items`` (float32), even under autocast, since the sums are long.
 
     Args:
         users: u, shape ``(B, D)``.
-        items: e, shape ``(at least N, D)``; later rows, such as padding, are not read and get a gradient of 0.
+        items: e, shape ``(at least N, D)``; rows after N, such as padding, are ignored and get a gradient of 0.
         n_items: N.
         curvature: c, shape ``(N,)``, a constant; None for ``x_j = s_j``.
-        left_out: One item per row that the sum leaves out, shape ``(B,)``.
+        left_out: One item per row to exclude from the sum, shape ``(B,)``.
 
     Returns:
         Shape ``(B,)``, in the dtype of ``items``.
@@ -111,7 +111,7 @@ class _Logsumexp(torch.autograd.Function):
         ctx: Any, users: Tensor, items: Tensor, n_items: int, curvature: Tensor | None, left_out: Tensor | None
     ) -> Tensor:
         ctx.n_items = n_items
-        lowest = torch.finfo(items.dtype).min  # not -inf, which minus itself is no number
+        lowest = torch.finfo(items.dtype).min  # not -inf: -inf - (-inf) is NaN
         largest = users.new_full((len(users),), lowest)
         total = users.new_zeros(len(users), dtype=torch.float64)
         for rows, columns in _tiles(len(users), n_items, users.device):
@@ -138,7 +138,7 @@ class _Logsumexp(torch.autograd.Function):
                 if curvature is not None:
                     shares.mul_(scores).mul_(2 * curvature[columns])
                 of_users[rows].addmm_(shares, items[columns])
-                if of_items is not None:  # a new one is written by the first rows
+                if of_items is not None:  # the first rows overwrite a new tensor
                     of_items[columns].addmm_(shares.T, weighted[rows], beta=0 if is_new and rows.start == 0 else 1)
         if of_items is not None and is_new:
             of_items[ctx.n_items :] = 0
@@ -148,20 +148,19 @@ class _Logsumexp(torch.autograd.Function):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device, where shapes are tried out, has none
+    has_autocast = torch.amp.is_autocast_available(device.type)  # False on the meta device
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 def _place_for_gradient(items: Tensor) -> tuple[Tensor, bool, bool]:
-    """Where the gradient of ``items`` is added up: a dense tensor, whether it is new, and whether to return it.
+    """Buffer for the gradient of ``items``: a dense tensor, whether it is new, and whether backward returns it.
 
-    What is returned autograd adds to the sparse gradients of lookups in a second matrix of ``(N, D)``, and to what
-    earlier micro-batches left in a third. The gradient of a parameter is therefore put into its ``grad`` right here,
-    before autograd, and whoever waits for it (DDP, DeepSpeed), gets to see the rest, unless `torch.autograd.grad`
-    asks for it.
+    Autograd adds a returned gradient to the sparse gradients of lookups in a second ``(N, D)`` matrix, and to the
+    gradient of earlier micro-batches in a third. The gradient of a parameter is therefore accumulated into its ``grad``
+    directly, before autograd, DDP or DeepSpeed add the remaining terms, except under `torch.autograd.grad`.
     """
     if items.is_leaf:
-        try:  # the only way to know; under `torch.autograd.grad` it raises
+        try:  # raises under `torch.autograd.grad`; there is no other way to detect that
             accumulates = torch._C._will_engine_execute_node(get_gradient_edge(items).node)
         except RuntimeError:
             accumulates = False
@@ -173,7 +172,7 @@ def _place_for_gradient(items: Tensor) -> tuple[Tensor, bool, bool]:
 
 
 def _tiles(n_rows: int, n_items: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Cut ``(B, N)`` into nearly square tiles; all rows of some items come one after the other."""
+    """Split ``(B, N)`` into nearly square tiles, row tiles in the inner loop."""
     size = _tile_size(device)
     height = min(n_rows, math.isqrt(size)) or 1
     width = size // height
@@ -185,11 +184,11 @@ def _tiles(n_rows: int, n_items: int, device: torch.device) -> Iterator[tuple[sl
 def _exponents(
     users: Tensor, items: Tensor, curvature: Tensor | None, left_out: Tensor | None, rows: slice, columns: slice
 ) -> tuple[Tensor, Tensor]:
-    """One tile of ``x log2(e)`` and of the scores; one tensor where both are the same but for the factor."""
+    """One tile of ``x log2(e)`` and of the scores; the same tensor if there is no curvature."""
     scores = users[rows] @ items[columns].T if curvature is not None else (users[rows] * _LOG2_E) @ items[columns].T
     exponents = scores if curvature is None else scores.square().mul_(curvature[columns] * _LOG2_E)
     if left_out is not None:
-        own = left_out[rows] - columns.start
-        inside = ((own >= 0) & (own < exponents.shape[1])).nonzero().squeeze(1)
-        exponents[inside, own[inside]] = -torch.inf
+        column = left_out[rows] - columns.start
+        inside = ((column >= 0) & (column < exponents.shape[1])).nonzero().squeeze(1)
+        exponents[inside, column[inside]] = -torch.inf
     return exponents, scores

@@ -1,4 +1,4 @@
-"""Rows of a split as tensors: padded histories, lengths and targets, cut from the users' sequences."""
+"""Rows of a split as tensors: padded histories, lengths and targets from the users' sequences."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +19,15 @@ __all__ = ["Rows", "SeenItems", "Segments", "SequenceBatch"]
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B' rows of a split, read as B sequences; row b is sequence b unless ``at`` is given.
+    """Batch of B' rows in B sequences; row b is sequence b unless ``at`` is given.
 
     Attributes:
         history: Item ids, shape ``(B, L)``, int64, oldest first, padded on the right with ``n_items``.
         lengths: Real items per sequence, shape ``(B,)``, int64.
         targets: Target items, shape ``(B',)``, int64.
         rows: Row numbers in the split, shape ``(B',)``, int64.
-        at: Index of each row's last history item in the flattened ``history``, shape ``(B',)``, int64; None if every
-            row is a sequence of its own.
+        at: Index of each row's last history item in the flattened ``history``, shape ``(B',)``, int64; None if there is
+            one sequence per row.
     """
 
     history: Tensor
@@ -44,12 +44,12 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class Segments:
-    """A partition of the rows into segments: stretches of a user's sequence that one causal pass reads.
+    """Partition of the rows into segments: parts of a user's sequence that are read in one causal pass.
 
     Attributes:
-        starts: Where each segment begins in ``Rows.items``, shape ``(S,)``, int64.
+        starts: Start of each segment in ``Rows.items``, shape ``(S,)``, int64.
         first_rows: First row that each segment predicts, shape ``(S,)``, int64.
-        sizes: Rows that each segment predicts, shape ``(S,)``, int64; they follow on the first.
+        sizes: Number of consecutive rows that each segment predicts, shape ``(S,)``, int64.
     """
 
     starts: NDArray[np.int64]
@@ -61,18 +61,18 @@ class Segments:
 class Rows:
     """Rows of a split, each a user and the position of its target in the user's sequence.
 
-    The tables stay on disk; histories are read when a batch is made. A forward pass reads whole *units*. By default a
-    unit is one row with its own history (a window). After `in_segments` a unit is a segment, so that one pass of a
-    causal model predicts many rows. Row numbers are those of the split in both cases.
+    The tables stay on disk; histories are read per batch. A forward pass reads whole *units*. By default a unit is one
+    row with its history (a window). After `in_segments` a unit is a segment, and one pass of a causal model predicts
+    many rows. Row numbers refer to the split in both cases.
 
     Attributes:
-        items: All users' sequences, one after the other, shape ``(interactions,)``.
+        items: Concatenated sequences of all users, shape ``(interactions,)``.
         users: User index of each row, shape ``(M,)``.
         positions: Position of each row's target in its user's sequence, shape ``(M,)``; at least 1.
-        user_starts: Where each user begins in ``items``, shape ``(users,)``.
+        user_starts: Start of each user in ``items``, shape ``(users,)``.
         n_items: Number of items, N; also the padding id.
-        max_length: Longest history that is read, L.
-        segments: How rows are grouped into segments; None for windows.
+        max_length: Maximum history length, L.
+        segments: Segments of the rows; None for windows.
     """
 
     items: Numbers
@@ -90,7 +90,7 @@ class Rows:
         Args:
             data: The dataset.
             split: ``train``, ``validation`` or ``test``.
-            max_length: Longest history to read; that of the dataset if None.
+            max_length: Maximum history length; that of the dataset if None.
             examples: ``windows`` or ``sequences``; see `StudentSettings`.
 
         Raises:
@@ -99,9 +99,9 @@ class Rows:
         max_length = data.history_length if max_length is None else max_length
         if max_length > data.history_length:
             raise ConfigError(
-                f"student.model.max_length is {max_length}, but histories of {data.name} end after "
-                f"{data.history_length} items; set `dataset.history_length={max_length}`, which "
-                "`student.model.max_length` follows by default."
+                f"student.model.max_length is {max_length}, but histories of {data.name} have at most "
+                f"{data.history_length} items; set `dataset.history_length={max_length}`, the default of "
+                "`student.model.max_length`."
             )
         rows = cls.from_tables(data.splits[split], data.sequences, data.n_items, max_length)
         return rows if examples == "windows" else rows.in_segments()
@@ -122,14 +122,14 @@ class Rows:
     def in_segments(self, stride: int | None = None) -> "Rows":
         """Group the rows into segments of at most L items.
 
-        The first segment of a user reads up to L items and predicts a row at each. Every later one begins with the last
-        ``L - stride`` items of the one before, which it reads for context alone, and predicts the next ``stride`` rows.
-        So each row is predicted exactly once, by a pass that has read at least ``L - stride + 1`` items before its
-        target, or all there are.
+        The first segment of a user reads up to L items and predicts a row at each. Every later segment begins with the
+        last ``L - stride`` items of the previous one as context and predicts the next ``stride`` rows. Each row is
+        predicted exactly once, by a pass that has read at least ``L - stride + 1`` items before its target, or all of
+        them.
 
         Args:
-            stride: Rows that each later segment predicts, 1 to L; half of L if None. Rows of a user must follow each
-                other in the order of time.
+            stride: Rows that each later segment predicts, 1 to L; half of L if None. The rows of a user must be
+                adjacent and in chronological order.
         """
         length, stride = self.max_length, stride or -(-self.max_length // 2)
         every = np.arange(len(self))
@@ -137,19 +137,19 @@ class Rows:
         follows = (np.diff(users) == 0) & (np.diff(positions) == 1)
         run_rows = np.concatenate([[0], np.flatnonzero(~follows) + 1])  # (R,): first row of each unbroken run
         run_sizes = np.diff(run_rows, append=len(users))
-        # A run's first segment may reach further: it reads from the user's first item on as long as that fits.
+        # The first segment of a run starts at the user's first item if at most L items precede its last target.
         first_sizes = np.minimum(run_sizes, np.maximum(stride, length + 1 - positions[run_rows]))
         n_later = -(-(run_sizes - first_sizes) // stride)  # (R,)
         run = np.repeat(np.arange(len(run_rows)), n_later + 1)  # (S,): each segment's run
         nth = _counting(n_later + 1)  # (S,): 0, 1, ... within each run
         stops = np.minimum(first_sizes[run] + nth * stride, run_sizes[run])  # (S,): one past the last row, in its run
         begins = np.where(nth == 0, 0, first_sizes[run] + (nth - 1) * stride)
-        # The last target is not read.
+        # A segment does not read its last target.
         starts, _ = self._windows(run_rows[run] + stops - 1)
         return replace(self, segments=Segments(starts, run_rows[run] + begins, stops - begins))
 
     def __len__(self) -> int:
-        """Rows, M; not units."""
+        """Number of rows, M (not of units)."""
         return len(self.users)
 
     @property
@@ -159,7 +159,7 @@ class Rows:
 
     @property
     def sizes(self) -> NDArray[np.int64] | None:
-        """Rows of each unit; None means 1 each."""
+        """Number of rows of each unit; None means 1 each."""
         return None if self.segments is None else self.segments.sizes
 
     @cached_property
@@ -181,14 +181,14 @@ class Rows:
         starts, lengths = self._windows(np.arange(len(self)) if rows is None else rows)
         return self._read(starts, lengths, self.max_length), lengths.astype(np.int32)
 
-    def shown(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Histories of ``rows``, padded, with their targets in the last column; shape ``(B, L + 1)``."""
+    def histories_and_targets(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Padded histories of ``rows`` with their targets in the last column, shape ``(B, L + 1)``."""
         return np.column_stack([self.histories(rows)[0], self.targets.numpy()[rows]])
 
     def batch(self, units: NDArray[np.int64], device: torch.device | str = "cpu") -> SequenceBatch:
-        """Gather the rows of ``units`` of shape ``(B,)``, in their order.
+        """Collate the rows of ``units``, shape ``(B,)``, in their order.
 
-        Windows are padded to L, segments to the longest of the batch.
+        Windows are padded to L, segments to the longest one in the batch.
         """
         if self.segments is None:
             rows, at = units, None
@@ -214,34 +214,34 @@ class Rows:
         )
 
     def _target_places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the targets of ``rows`` lie in ``items``."""
+        """Indices of the targets of ``rows`` in ``items``."""
         return self.user_starts[self.users[rows]] + self.positions[rows]
 
     def _windows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the histories of ``rows`` begin in ``items``, and their lengths."""
+        """Starts of the histories of ``rows`` in ``items``, and their lengths."""
         lengths = np.minimum(self.positions[rows].astype(np.int64), self.max_length)
         return self._target_places(rows) - lengths, lengths
 
     def _read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], width: int) -> NDArray[np.int32]:
-        """Read stretches of ``items``, padded on the right to ``width``; shape ``(B, width)``."""
+        """Read slices of ``items``, padded on the right to ``width``; shape ``(B, width)``."""
         slots = np.arange(width)
         real = slots < lengths[:, None]
-        found = np.where(real, self.items[np.where(real, starts[:, None] + slots, 0)], self.n_items)
-        return found.astype(np.int32, copy=False)
+        padded = np.where(real, self.items[np.where(real, starts[:, None] + slots, 0)], self.n_items)
+        return padded.astype(np.int32, copy=False)
 
 
 class SeenItems:
     """Items that each row's user interacted with before the row's target, to exclude from a ranking.
 
     Args:
-        rows: The rows. All items before a target count, also those before its history.
+        rows: The rows. All items before a target count, including those before its history.
     """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def pairs(self, rows: NDArray[np.int64], device: torch.device | str = "cpu") -> Pairs:
-        """Seen items of ``rows`` as index pairs: places in ``rows`` and item ids, one pair per interaction."""
+        """Seen items of ``rows`` as index pairs: indices into ``rows`` and item ids, one pair per interaction."""
         starts, counts = self._spans(rows)
         place = np.repeat(np.arange(len(rows)), counts)
         seen = self._rows.items[np.repeat(starts, counts) + _counting(counts)].astype(np.int64)
@@ -254,7 +254,7 @@ class SeenItems:
         return place[others], seen[others]
 
     def padded_without_targets(self, rows: NDArray[np.int64], targets: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Seen items of ``rows`` without their targets ``(B,)``, shape ``(B, S)``, padded with N anywhere."""
+        """Seen items of ``rows`` without their targets ``(B,)``; shape ``(B, S)``, with padding N at any position."""
         starts, counts = (each[:, None] for each in self._spans(rows))
         slots, n_items = np.arange(counts.max()), self._rows.n_items
         items = self._rows.items[np.where(slots < counts, starts + slots, 0)].astype(np.int64)
@@ -267,7 +267,7 @@ class SeenItems:
         return masked.scatter(1, targets.unsqueeze(1), kept)
 
     def _spans(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the sequences of the users of ``rows`` begin in ``items``, and their items before the target."""
+        """Starts of the user sequences of ``rows`` in ``items``, and the number of items before each target."""
         return self._rows.user_starts[self._rows.users[rows]], self._rows.positions[rows].astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Rank the target of every row: one loop for students, teachers and ensembles, and the student's ranking."""
+"""Rank the target of every row: the loop shared by students, teachers and ensembles, and the student's ranking."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,14 +36,14 @@ def rank_rows(
     engine: Engine,
     batches: Batches,
 ) -> Tensor:
-    """Rank the targets of all rows, split among processes; no row is dropped. A collective.
+    """Rank the targets of all rows, split among processes; a collective.
 
     Args:
         rank: Returns the 0-based ranks ``(B,)`` of the targets of a batch of rows.
         n_rows: Number of rows, M.
         engine: Splits the rows among processes and gathers the ranks.
         batches: Splits the rows of this process into batches (`batches_within_cost`, `aligned_batches`). A batch may
-            hold rows of other processes; their ranks are not used.
+            contain rows of other processes; their ranks are discarded.
 
     Returns:
         0-based ranks of shape ``(M,)``, int64, on the CPU.
@@ -67,9 +67,9 @@ def batches_within_cost(costs: Callable[[RowNumbers], NDArray[np.int64]], max_co
 
 
 def aligned_batches(n_rows: int, size: int) -> Batches:
-    """Batches of ``size`` consecutive rows that are the same for any number of processes.
+    """Batches of ``size`` consecutive rows, the same for any number of processes.
 
-    The batch size shows in the last bits of a matrix product, so a process ranks every batch that holds one of its
+    The batch size affects the last bits of a matrix product, so a process ranks every batch that contains one of its
     rows.
     """
 
@@ -82,7 +82,7 @@ def aligned_batches(n_rows: int, size: int) -> Batches:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode without gradients, and back."""
+    """Context in evaluation mode and without gradients; restores the mode."""
     was_training = model.training
     model.eval()
     try:
@@ -102,13 +102,13 @@ def rank_targets(
 ) -> Tensor:
     """Rank the targets of all rows among the whole catalogue; a collective.
 
-    Memory holds the item vectors, the user vectors of a batch, and a tile of their scores (see `core.ranking`).
+    Memory use: item vectors, user vectors of a batch, and a tile of their scores (see `core.ranking`).
 
     Args:
         model: Unwrapped model.
         data: Rows to rank, M of them.
         engine: Splits the rows among processes and gathers the ranks.
-        seen: Items to leave out of each row's ranking; None ranks all items.
+        seen: Items to exclude from each row's ranking; None ranks all items.
         batch_size: Rows per forward pass.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Item vectors of a student: a free table, or one fused with the teacher's vectors (DLLM2Rec)."""
+"""Item tables of a student: learned vectors, or vectors fused with the teacher's (DLLM2Rec)."""
 
 from typing import Any
 
@@ -15,16 +15,15 @@ class ItemTable(nn.Module):
 
     Padding is id ``n_items``, one past the last item: its vector is zero, gets no gradient and is never scored.
 
-    Looking items up adds rows to the gradient, not a matrix of its own: one dense gradient is there at most, whatever
-    the table is used for in a step.
+    Lookups have sparse gradients, so a step allocates at most one dense gradient of the table.
 
     Args:
         n_items: Number of items, N.
         width: Width of the vectors, D.
 
     Attributes:
-        sparse_gradients: Whether a gradient of some rows reaches the optimizer as it is, for optimizers that touch
-            those rows only; else it is made dense.
+        sparse_gradients: Whether the optimizer gets sparse gradients, for row-wise updates; otherwise they are made
+            dense.
     """
 
     def __init__(self, n_items: int, width: int) -> None:
@@ -35,31 +34,31 @@ class ItemTable(nn.Module):
         with torch.no_grad():
             self.weight[n_items] = 0
         self.sparse_gradients = False
-        self._watch_gradient()
+        self._register_hook()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy: hooks belong to the tensor that was copied."""
+        """Restore a copy; registers the hook again, since copies of a tensor have no hooks."""
         super().__setstate__(state)
-        self._watch_gradient()
+        self._register_hook()
 
-    def _watch_gradient(self) -> None:
+    def _register_hook(self) -> None:
         if self.weight.requires_grad:
             self.weight.register_post_accumulate_grad_hook(self._make_dense)
 
     def _make_dense(self, weight: Tensor) -> None:
-        """Change a gradient of lookups alone before the optimizer, DDP or DeepSpeed see it."""
+        """Make a sparse gradient dense before the optimizer, DDP or DeepSpeed read it."""
         if weight.grad is not None and weight.grad.is_sparse and not self.sparse_gradients:
             weight.grad = weight.grad.to_dense()
 
     def with_padding(self) -> Tensor:
-        """Vectors of all items and of padding, shape ``(N + 1, D)``: a plain table's own weight, no copy."""
+        """Vectors of all items and of padding, shape ``(N + 1, D)``; the weight itself, not a copy."""
         return self.weight
 
     @torch.no_grad()
     def start_from(self, coordinates: Tensor) -> None:
-        """Put ``coordinates`` (shape ``(N, c)``, c at most D) in place of as many random columns.
+        """Initialise the first c columns with ``coordinates``, shape ``(N, c)``, c at most D.
 
-        They are scaled, all by one factor, to the spread that random numbers have here; other columns stay random.
+        One factor scales them to the standard deviation of the random initialisation; other columns stay random.
         """
         scaled = coordinates * (_INITIAL_STD / coordinates.std())
         self.weight[: self.n_items, : coordinates.shape[1]] = scaled.to(self.weight)
@@ -74,13 +73,13 @@ class ItemTable(nn.Module):
 
 
 class FusedItemTable(ItemTable):
-    """Teacher vectors, projected, plus a learnable offset: ``e_i = b_i + scale · g(z_i)``.
+    """Projected teacher vectors plus a learnable offset: ``e_i = b_i + scale · g(z_i)``.
 
-    The embedding distillation of DLLM2Rec (arXiv 2405.00338): z are the teacher's vectors, g is one linear map, b the
-    offset. Unlike the released program, g has no bias, which would leak into padding.
+    Embedding distillation of DLLM2Rec (arXiv 2405.00338): z are the teacher's vectors, g is a linear map, b the offset.
+    Unlike in the released program, g has no bias, which would leak into padding.
 
     Args:
-        teacher_vectors: z, shape ``(N, D_teacher)``. Neither trained nor stored with the weights.
+        teacher_vectors: z, shape ``(N, D_teacher)``; neither trained nor saved.
         width: Width of the student's vectors, D.
         scale: Weight of the projected vectors.
     """
@@ -102,7 +101,7 @@ class FusedItemTable(ItemTable):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
-        # Histories share items, and the teacher's vectors are wide: each item of the batch is projected once.
+        # Histories share items, and the teacher's vectors are wide, so project each distinct item once.
         distinct, places = torch.unique(item_ids, return_inverse=True)
         projected = self.scale * self.projection(self.teacher_vectors.index_select(0, distinct))
         return super().forward(item_ids) + nn.functional.embedding(places, projected)

@@ -1,4 +1,4 @@
-"""Task losses of students. Each returns one value per row, in nats; the trainer takes the mean."""
+"""Task losses of students; one value per row, in nats. The trainer takes the mean."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Narrow formats as float32; float32 and float64 as they are."""
+    """Cast to float32 unless ``values`` are float32 or float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -40,8 +40,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def sampled_bce(logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """Binary cross-entropy of the target and one sampled negative: ``-½ (log σ(s⁺) + log(1 - σ(s⁻)))``.
 
-    The halves make the mean over rows the mean over all 2B scores, as in the released DLLM2Rec program (``main.py``,
-    "bce loss"); other papers sum the two.
+    With the factor ½, the mean over rows is the mean over all 2B scores, as in the released DLLM2Rec program
+    (``main.py``, "bce loss"); other papers sum the two terms.
 
     Args:
         logits: Shape ``(B, N)``.
@@ -56,44 +56,44 @@ def sampled_bce(logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
 
 
 def sampled_softmax(positive: Tensor, negative: Tensor, log_expected: Tensor, hits: Tensor) -> Tensor:
-    """Cross-entropy whose sum over the catalogue is estimated from a sample, with log-Q correction.
+    """Sampled softmax with log-Q correction: cross-entropy with the sum over the catalogue estimated from a sample.
 
-    ``log( exp(s_t) + Σ_{k: j_k ≠ t} exp(s_{j_k} - log(K q_{j_k})) ) - s_t``: each negative stands for all the items
-    that might have been drawn in its place, so that the expectation of the sum is that over the whole catalogue,
-    whatever the proposal (Bengio and Senécal, 2008). The target is always there, not drawn, and has no correction.
+    ``log( exp(s_t) + Σ_{k: j_k ≠ t} exp(s_{j_k} - log(K q_{j_k})) ) - s_t``: the correction makes the expectation of
+    the sum equal to the sum over the catalogue for any proposal (Bengio and Senécal, 2008). The target is always
+    included and needs no correction.
 
     Args:
         positive: Scores s_t of the targets, shape ``(B,)``.
         negative: Scores of the K negatives, drawn with replacement, shape ``(B, K)``.
-        log_expected: How often each was to be expected among them, ``log(K q_j)``, shape ``(K,)`` or ``(B, K)``.
-        hits: Where a negative is the target by accident and does not count, shape ``(B, K)``.
+        log_expected: Log of the expected count of each negative, ``log(K q_j)``, shape ``(K,)`` or ``(B, K)``.
+        hits: Accidental hits, where a negative is the target; masked. Shape ``(B, K)``.
 
     Returns:
-        Losses of shape ``(B,)``, in nats; with all items drawn just as often as expected, `cross_entropy`.
+        Losses of shape ``(B,)``, in nats; equal to `cross_entropy` if every item is drawn as often as expected.
     """
-    own = at_least_float32(positive).unsqueeze(1)
+    target = at_least_float32(positive).unsqueeze(1)
     corrected = (at_least_float32(negative) - log_expected).masked_fill(hits, -torch.inf)
-    return (torch.cat([own, corrected], dim=1) - own).logsumexp(dim=1)
+    return (torch.cat([target, corrected], dim=1) - target).logsumexp(dim=1)
 
 
 def calibrated_bce(positive: Tensor, negative: Tensor, hits: Tensor, power: float = 1.0) -> Tensor:
     """Binary cross-entropy of the target and K negatives: ``-(β log σ(s⁺) + Σ_k log(1 - σ(s⁻_k))) / (K + 1)``.
 
-    With ``β = 1`` the loss of SASRec (Kang and McAuley, arXiv 1808.09781, K = 1) as a mean; with a smaller
-    one gBCE (Petrov and Macdonald, arXiv 2308.07192), see `calibration_power`.
+    With ``β = 1`` this is the loss of SASRec (Kang and McAuley, arXiv 1808.09781, K = 1) as a mean; with a smaller β it
+    is gBCE (Petrov and Macdonald, arXiv 2308.07192), see `calibration_power`.
 
     Args:
         positive: Scores s⁺ of the targets, shape ``(B,)``.
         negative: Scores s⁻, shape ``(B, K)``.
-        hits: Where a negative is the target by accident and does not count, neither in the sum nor in K; ``(B, K)``.
+        hits: Accidental hits, where a negative is the target; left out of the sum and of K. Shape ``(B, K)``.
         power: β.
 
     Returns:
         Losses of shape ``(B,)``, in nats.
     """
-    own = power * functional.logsigmoid(at_least_float32(positive))
-    others = functional.logsigmoid(-at_least_float32(negative)).masked_fill(hits, 0.0).sum(dim=1)
-    return -(own + others) / (1 + (~hits).sum(dim=1))
+    of_target = power * functional.logsigmoid(at_least_float32(positive))
+    of_negatives = functional.logsigmoid(-at_least_float32(negative)).masked_fill(hits, 0.0).sum(dim=1)
+    return -(of_target + of_negatives) / (1 + (~hits).sum(dim=1))
 
 
 def calibration_power(n_negatives: int, n_items: int, calibration: float) -> float:
@@ -109,10 +109,10 @@ def calibration_power(n_negatives: int, n_items: int, calibration: float) -> flo
 
 
 def popularity_propensity(targets: Tensor, n_items: int, power: float) -> Tensor:
-    """How likely each item is to be seen at all: ``p_j = ((c_j + 1) / Σ_i (c_i + 1)) ^ power``.
+    """Propensity of each item to be observed: ``p_j = ((c_j + 1) / Σ_i (c_i + 1)) ^ power``.
 
     The released programs of DROS and DLLM2Rec (``calcu_propensity_score``) count training targets and use 0.05, which
-    brings all items close together.
+    makes the propensities of all items similar.
 
     Args:
         targets: Targets of all training rows, shape ``(M,)``; c_j counts item j.
@@ -127,49 +127,49 @@ def popularity_propensity(targets: Tensor, n_items: int, power: float) -> Tensor
 
 
 def dros(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tensor:
-    """Distributionally robust loss of each item as if it were its row's target (DROS, Yang et al., SIGIR 2023).
+    """Distributionally robust loss with each of ``items`` as the target of its row (DROS, Yang et al., SIGIR 2023).
 
-    ``log( Σ_{j ≠ i} exp(p_j s_j² / β) + exp(p_i (s_i - 1)² / β) )``: scores are asked to be 1 for item i and 0 for all
-    others, and the exponential puts the weight on the items that are worst off (doi 10.1145/3539618.3591624).
+    ``log( Σ_{j ≠ i} exp(p_j s_j² / β) + exp(p_i (s_i - 1)² / β) )``: the target score is 1 for item i and 0 for all
+    others, and the exponential emphasises the items with the largest errors (doi 10.1145/3539618.3591624).
 
-    The released program subtracts the item's own term from the sum over the catalogue and adds 1e-24, which no float
-    can hold beside a sum of at least N; we leave the term out, so that nothing cancels, and nothing overflows below
-    ``|s| = 1e19``.
+    The released program subtracts the term of item i from the sum over the catalogue and adds 1e-24, which vanishes
+    next to a sum of at least N. This function leaves the term out of the sum, so that nothing cancels, and nothing
+    overflows below ``|s| = 1e19``.
 
     Args:
         logits: s, shape ``(B, N)``.
         items: i, shape ``(B, K)``; an item may occur twice.
         propensity: p, shape ``(N,)``.
-        beta: Robust radius β; smaller looks at the worst items more.
+        beta: Robust radius β; smaller values put more weight on the worst items.
 
     Returns:
-        Losses of shape ``(B, K)``, in nats. The sum over the catalogue is done once, not K times.
+        Losses of shape ``(B, K)``, in nats. The sum over the catalogue is computed once, not K times.
     """
     scores = at_least_float32(logits)
     strength = propensity.to(scores) / beta  # (N,)
     rest = _Rest.apply(scores, items, strength)  # (B, 1): all items but those of ``items``
-    asked, own = strength[items], scores.gather(1, items)  # (B, K)
-    as_target = asked * (own - 1).square()  # (B, K)
-    as_other = (asked * own.square()).unsqueeze(1)  # (B, 1, K)
+    item_strength, item_scores = strength[items], scores.gather(1, items)  # (B, K)
+    as_target = item_strength * (item_scores - 1).square()  # (B, K)
+    as_other = (item_strength * item_scores.square()).unsqueeze(1)  # (B, 1, K)
     same = items.unsqueeze(2) == items.unsqueeze(1)  # (B, K, K)
-    # Of the items asked about, column j counts towards row i unless it is item i, or was counted in an earlier column.
+    # Column j counts towards row i unless it is the same item, or a repetition of an earlier column.
     repeated = same.tril(-1).any(dim=2)  # (B, K)
     others = as_other.masked_fill(same | repeated.unsqueeze(1), -torch.inf)  # (B, K, K)
     return torch.cat([others, rest.unsqueeze(2).expand(-1, items.shape[1], 1), as_target.unsqueeze(2)], 2).logsumexp(2)
 
 
 class _Rest(torch.autograd.Function):
-    """``log Σ_j exp(q_j s_j²)`` over the items j that are not asked about, shape ``(B, 1)``.
+    """``log Σ_j exp(q_j s_j²)`` over the items j outside ``items``, shape ``(B, 1)``.
 
-    Of scores s ``(B, N)``, items asked about ``(B, K)`` and strengths q ``(N,)``. What autograd makes of these lines
-    reads and writes the catalogue's scores three times as often.
+    Inputs are scores s ``(B, N)``, items ``(B, K)`` and strengths q ``(N,)``. Autograd of the same lines would read and
+    write the scores three times as often.
     """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, items: Tensor, strength: Tensor) -> Tensor:
         slopes = scores * strength
         terms = (slopes * scores).scatter_(1, items, -torch.inf)
-        largest = terms.amax(dim=1, keepdim=True).clamp_(min=0)  # no term is smaller, but where there is none
+        largest = terms.amax(dim=1, keepdim=True).clamp_(min=0)  # terms are at least 0; -inf if no item is left
         terms.sub_(largest).exp_()
         total = terms.sum(dim=1, keepdim=True)
         ctx.save_for_backward(terms, slopes, total)

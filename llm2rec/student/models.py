@@ -1,8 +1,8 @@
-"""Sequential recommenders: a history of item ids in, one vector per user out.
+"""Sequential recommenders: map a history of item ids to one vector per user.
 
-Histories are padded on the right. SASRec and GRU4Rec are causal, so the vector at the last real item has seen all real
-items and no padding; no attention mask is needed. The vector at any earlier item is that of the history ending there,
-so one pass predicts many rows. Caser moves the items to the right and leaves padding out.
+Histories are padded on the right. SASRec and GRU4Rec are causal, so the vector at the last real item depends on all
+real items and on no padding, without an attention mask. The vector at an earlier item represents the history up to that
+item, so one pass predicts many rows. Caser right-aligns the items and ignores padding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ __all__ = ["MODELS", "Caser", "GRU4Rec", "SASRec", "SequentialRecommender", "bui
 
 
 class SequentialRecommender(nn.Module):
-    """What every student shares: item tables on the input and the output side, and scoring.
+    """Base class of students: input and output item tables, and scoring.
 
     Args:
         n_items: Number of items, N.
         width: Width of item and user vectors, D.
-        max_length: Longest history, L.
+        max_length: Maximum history length, L.
         dropout: Dropout probability.
-        tie_items: Whether items are scored with the vectors that are read in (one table), or with their own.
+        tie_items: Whether input and output share one item table.
     """
 
     def __init__(self, n_items: int, width: int, max_length: int, dropout: float, tie_items: bool) -> None:
@@ -52,14 +52,14 @@ class SequentialRecommender(nn.Module):
             The student in evaluation mode, on the CPU.
 
         Raises:
-            CheckpointError: If the place holds no student, a damaged one, or one of another class.
+            CheckpointError: If there is no student, it is damaged, or it is not an instance of this class.
             HubError: If it cannot be downloaded.
         """
         model = load_student(place, revision)
         if not isinstance(model, cls):
             raise CheckpointError(
-                f"{place} holds a {type(model).__name__}, expected a {cls.__name__}; ask "
-                f"`{type(model).__name__}.from_pretrained`, or `SequentialRecommender` for any of them."
+                f"{place} is a {type(model).__name__}, expected a {cls.__name__}; use "
+                f"`{type(model).__name__}.from_pretrained`, or `SequentialRecommender.from_pretrained` for any student."
             )
         return model
 
@@ -75,12 +75,12 @@ class SequentialRecommender(nn.Module):
         return users @ self.output_items.vectors().T
 
     def weights_to_serve(self) -> dict[str, Tensor]:
-        """The weights with every item table computed out, so that a plain student of the same shape can load them.
+        """Weights with plain item tables, for a student of the same shape without fusion.
 
-        A student that was fused with teacher vectors needs neither the teacher nor its vectors afterwards.
+        Serving a fused student requires neither the teacher nor its vectors.
 
         Returns:
-            Weights by name, with ``input_items.weight`` of shape ``(N + 1, D)``, whose last row is that of padding.
+            Weights by name, with ``input_items.weight`` of shape ``(N + 1, D)``; the last row is padding.
         """
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith(("input_items.", "output_items."))}
         tables = {"input_items": self.input_items} | ({} if self.tie_items else {"output_items": self.output_items})
@@ -90,21 +90,21 @@ class SequentialRecommender(nn.Module):
         return weights
 
     def load_served(self, weights: Mapping[str, Tensor]) -> None:
-        """Load what `weights_to_serve` returned.
+        """Load the result of `weights_to_serve`.
 
         Args:
-            weights: Weights by name; every name must be there.
+            weights: All weights by name.
         """
         tied = {"output_items.weight": weights["input_items.weight"]} if self.tie_items else {}
         self.load_state_dict({**weights, **tied})
 
 
 class SASRec(SequentialRecommender):
-    """Self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781), with layer norm ahead.
+    """Self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781) with pre-norm blocks.
 
-    Positions are counted from the most recent item, so that histories of different lengths agree on what "last" is, or
-    from the oldest, as in the paper, so that an item has the same position in every pass that begins where this one
-    does. Of a history longer than L the last L items are read, so their oldest is where counting begins.
+    Positions are recency-based (counted from the most recent item, so the last item has the same position in all
+    histories), or counted from the oldest item, as in the paper (so an item has the same position in all passes with
+    the same start). Of a history longer than L only the last L items are read and counted.
 
     Args:
         n_items: Number of items, N.
@@ -114,7 +114,7 @@ class SASRec(SequentialRecommender):
         n_heads: Attention heads; must divide ``width``.
         dropout: Dropout probability on embeddings, attention and feed-forward outputs.
         tie_items: Whether one item table serves input and output.
-        positions: Whether they are counted from the most ``recent`` item or from the ``oldest``.
+        positions: ``recent`` counts positions from the most recent item, ``oldest`` from the oldest.
     """
 
     def __init__(
@@ -148,15 +148,14 @@ class SASRec(SequentialRecommender):
         Args:
             history: Item ids of shape ``(B, L)``, oldest first, padded on the right.
             lengths: Real items per row, shape ``(B,)``, at least 1.
-            at: Where in the flattened ``history`` a user is asked for, shape ``(B',)``: what was read up to and with
-                that item. None asks once per row, at its last real item.
+            at: Indices into the flattened ``history``, shape ``(B',)``; each returns the user vector of the history up
+                to and including that item. None returns one vector per row, at its last real item.
 
         Returns:
             User vectors of shape ``(B, D)``, or ``(B', D)``.
 
         Raises:
-            ConfigError: If ``at`` is given and positions are counted from the most recent item, which each ``at`` has
-                its own.
+            ConfigError: If ``at`` is given with recency-based positions, which differ for each index.
         """
         steps = torch.arange(history.shape[1], device=history.device)
         if self.counts_from == "oldest":
@@ -164,7 +163,7 @@ class SASRec(SequentialRecommender):
         elif at is None:
             positions = self.positions[(lengths.unsqueeze(1) - 1 - steps).clamp(min=0)]  # (B, L, D); 0 is the last
         else:
-            raise ConfigError("users within a history need `positions='oldest'`; this SASRec counts from the recent.")
+            raise ConfigError("`at` requires `positions='oldest'`, but this SASRec uses positions='recent'.")
         x = self.dropout(self.input_items(history) + positions)
         for block in self.blocks:
             x = block(x)
@@ -172,7 +171,7 @@ class SASRec(SequentialRecommender):
 
 
 class _Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each on normalised input and added to it."""
+    """Pre-norm Transformer block: causal self-attention and a feed-forward layer with residual connections."""
 
     def __init__(self, width: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -188,15 +187,13 @@ class _Block(nn.Module):
         return self._add(x, self._attended(x))
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:
-        """What `forward` gives at ``places`` of the flattened rows, ``(B', D)``, and only there after attention."""
+        """`forward` at ``places`` of the flattened rows only, ``(B', D)``."""
         return self._add(x.flatten(0, 1)[places], self._attended(x).flatten(0, 1)[places])
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """What `forward` gives at each row's last real position, ``(B, D)``, at a fraction of its cost."""
-        normalised, rows = (
-            self.attention_norm(x),
-            torch.arange(x.shape[0], device=x.device),
-        )  # `len` would fix an export
+        """`forward` at each row's last real position only, ``(B, D)``, at a fraction of the cost."""
+        normalised = self.attention_norm(x)
+        rows = torch.arange(x.shape[0], device=x.device)  # `len` would become a constant in an export
         query, key_value = self.qkv.weight.split([self.width, 2 * self.width])
         query_bias, key_value_bias = self.qkv.bias.split([self.width, 2 * self.width])
         q = nn.functional.linear(normalised[rows, lengths - 1].unsqueeze(1), query, query_bias)
@@ -209,24 +206,24 @@ class _Block(nn.Module):
         return self._add(x[rows, lengths - 1], mixed.flatten(1))
 
     def _attended(self, x: Tensor) -> Tensor:
-        """What each position takes from itself and those before it, ``(B, L, D)``."""
+        """Attention output of each position over itself and earlier ones, ``(B, L, D)``."""
         q, k, v = (self._heads(part) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
         drop = self.dropout if self.training else 0.0
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True)
         return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """Cut ``(B, L, D)`` into heads, ``(B, heads, L, D / heads)``."""
+        """Split ``(B, L, D)`` into heads, ``(B, heads, L, D / heads)``."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add to ``(..., D)`` what attention mixed, then what the feed-forward layer makes of it."""
+        """Add the attention output to ``(..., D)``, then the output of the feed-forward layer."""
         x = x + nn.functional.dropout(self.out(mixed), self.dropout, self.training)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class GRU4Rec(SequentialRecommender):
-    """A GRU over the history (Hidasi et al., arXiv 1511.06939), its last state mapped to item space.
+    """GRU over the history (Hidasi et al., arXiv 1511.06939) with a linear map from its last state to item space.
 
     Args:
         n_items: Number of items, N.
@@ -263,14 +260,14 @@ class GRU4Rec(SequentialRecommender):
 class Caser(SequentialRecommender):
     """Convolutions over the matrix of recent item vectors (Tang and Wang, WSDM 2018, arXiv 1809.07426).
 
-    Horizontal filters read h items in a row and keep their strongest answer; vertical filters are weighted sums over
-    the history, one weight per age. One linear layer maps both to item space. Departures from the paper:
+    Horizontal filters span h consecutive items and are max-pooled; vertical filters are weighted sums over the history,
+    one weight per position. One linear layer maps both to item space. Differences from the paper:
 
-    - No user embedding: a row is answered from its history alone, so users unseen in training can be served.
-    - Histories shorter than L are not padded with items. A window holds real items only, and a filter higher than the
-      history reads all of it once, behind zeros; full histories see the paper's windows.
-    - The last layer is linear, as inner products with shared item vectors need both signs; the paper scores with
-      weights of its own.
+    - No user embedding: user vectors depend on the history alone, so the model serves users unseen in training.
+    - Windows contain real items only. A filter higher than a short history reads the whole history once, after zeros;
+      full histories have the paper's windows.
+    - The last layer is linear, since inner products with shared item vectors need both signs; the paper scores with
+      separate output weights.
 
     Only the most recent ``max_length`` items of a longer history are read.
 
@@ -280,8 +277,8 @@ class Caser(SequentialRecommender):
         max_length: Longest history, L.
         n_horizontal: Horizontal filters of each height.
         n_vertical: Vertical filters.
-        heights: Heights of the horizontal filters, within 1 to L; None is all of them.
-        dropout: Dropout probability on what the filters give.
+        heights: Heights of the horizontal filters, within 1 to L; None uses all of them.
+        dropout: Dropout probability on the filter outputs.
         tie_items: Whether one item table serves input and output.
     """
 
@@ -310,32 +307,32 @@ class Caser(SequentialRecommender):
         self.vertical = nn.Linear(max_length, n_vertical, bias=False)  # `out` has a bias for it
         self.out = nn.Linear(n_horizontal * len(heights) + n_vertical * width, width)
         for layer in (*self.horizontal, self.out):
-            # Small item vectors would drown in torch's default biases, and all histories would look the same.
+            # Torch's default biases dominate small item vectors and make all histories look alike.
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """Represent users, at their last real items only; shapes as in `SASRec.forward`."""
-        items, n_padding = self._moved_right(history, lengths)
+        """Represent users at their last real items; shapes as in `SASRec.forward`."""
+        items, n_padding = self._right_aligned(history, lengths)
         x = self.input_items(items).transpose(1, 2)  # (B, D, L); zeros, then the items, the most recent last
-        found = [self._strongest(layer(x), n_padding) for layer in self.horizontal]
+        pooled = [self._max_pooled(layer(x), n_padding) for layer in self.horizontal]
         sums = self.vertical(x).flatten(1)  # (B, D * n_vertical)
-        return self.out(self.dropout(torch.cat([*found, sums], dim=1)))
+        return self.out(self.dropout(torch.cat([*pooled, sums], dim=1)))
 
-    def _moved_right(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The last L items with padding ahead, ``(B, L)``, and how much of it there is, ``(B,)``."""
+    def _right_aligned(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The last L items, padded on the left, ``(B, L)``, and the number of padding items, ``(B,)``."""
         age = torch.arange(self.max_length - 1, -1, -1, device=history.device)
         index = lengths.unsqueeze(1) - 1 - age  # (B, L)
         items = history.gather(1, index.clamp(min=0)).masked_fill(index < 0, self.n_items)
         return items, (self.max_length - lengths).clamp(min=0)
 
     @staticmethod
-    def _strongest(responses: Tensor, n_padding: Tensor) -> Tensor:
-        """Pool responses to all windows ``(B, n_horizontal, W)`` over those without padding, or the last one."""
+    def _max_pooled(responses: Tensor, n_padding: Tensor) -> Tensor:
+        """Max-pool responses ``(B, n_horizontal, W)`` over the windows without padding, at least the last window."""
         n_windows = responses.shape[2]
-        first = n_padding.clamp(max=n_windows - 1)  # where the first window to count begins
+        first = n_padding.clamp(max=n_windows - 1)  # first window without padding
         ignored = torch.arange(n_windows, device=responses.device) < first.unsqueeze(1)  # (B, W)
-        # A ReLU of the largest is the largest ReLU.
+        # ReLU is monotonic, so it commutes with the maximum.
         return responses.masked_fill(ignored.unsqueeze(1), -torch.inf).amax(dim=2).relu()
 
 
@@ -356,7 +353,7 @@ MODELS: dict[str, type[SequentialRecommender]] = {
     "gru4rec": GRU4Rec,
     "caser": Caser,
 }
-"""Students by the name that ``student.name`` has for them."""
+"""Students by ``student.name``."""
 
 
 def build_model(name: str, **arguments: Any) -> SequentialRecommender:
@@ -381,19 +378,19 @@ def load_student(place: Path | str, revision: str | None = None) -> SequentialRe
         The student in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: If the folder holds no student, or its weights are not those of the model it names.
+        CheckpointError: If the folder has no student, or its weights do not match the model in its ``config.json``.
         HubError: If it cannot be downloaded.
     """
     folder, config, weights = read_student(place, revision)
     try:
         model = build_model(config["model"], **config["arguments"])
-    except (ConfigError, TypeError) as error:  # the last: arguments that the model does not have
-        raise CheckpointError(f"{folder} holds no student that can be built: {error}") from error
+    except (ConfigError, TypeError) as error:  # TypeError: unknown constructor arguments
+        raise CheckpointError(f"the student in {folder} cannot be built: {error}") from error
     try:
         model.load_served(weights)
     except (KeyError, RuntimeError) as error:  # torch lists all missing and unknown names, over many lines
         raise CheckpointError(
-            f"{folder / 'model.safetensors'} holds other weights than a {config['model']} of this version; train it "
-            f"again, or load it with the version that wrote it ({str(error).splitlines()[0]})."
+            f"the weights in {folder / 'model.safetensors'} do not match a {config['model']} of this version; train it "
+            f"again, or load it with the version that saved it ({str(error).splitlines()[0]})."
         ) from error
     return model.eval()

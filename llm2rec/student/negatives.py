@@ -1,6 +1,6 @@
-"""Random items for training rows: sampled negatives, and the candidates that a target is ranked among.
+"""Random items for rows: sampled negatives, and candidates for ranking a target.
 
-Draws are functions of seed, epoch and row (or seed and step): neither batches, processes nor a resumed run change them.
+Draws depend only on seed, epoch and row (or seed and step), not on batches, processes or resuming.
 """
 
 import numpy as np
@@ -12,16 +12,16 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import derived_seed, random_words
 from llm2rec.student.datamodule import Rows
 
-__all__ = ["CandidateSampler", "NegativeSampler", "Negatives", "Proposal", "UnshownItems"]
+__all__ = ["CandidateSampler", "NegativeSampler", "Negatives", "Proposal", "UnseenItems"]
 
 
 class Proposal:
-    """A distribution over the catalogue to draw from.
+    """Proposal distribution over the catalogue.
 
     Args:
         n_items: Number of items, N.
-        targets: Targets of all training rows, shape ``(M,)``, to draw item j with probability proportional to
-            ``c_j + 1``, where c_j counts it; None draws uniformly.
+        targets: Targets of all training rows, shape ``(M,)``: item j has probability proportional to ``c_j + 1``, where
+            c_j is its count; None is uniform.
     """
 
     def __init__(self, n_items: int, targets: Tensor | None = None) -> None:
@@ -33,11 +33,11 @@ class Proposal:
             self._log_probability = torch.from_numpy(np.log(counts / counts.sum())).float()
 
     def at(self, uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Turn numbers in [0, 1) into items."""
+        """Map uniform numbers in [0, 1) to items."""
         if self._cumulated is None:
             return (uniform * self.n_items).astype(np.int64)
-        found = np.searchsorted(self._cumulated, uniform, side="right")
-        return np.minimum(found, self.n_items - 1)  # the last sum may round to less than 1
+        items = np.searchsorted(self._cumulated, uniform, side="right")
+        return np.minimum(items, self.n_items - 1)  # the last sum may round to less than 1
 
     def log_probability(self, items: Tensor) -> Tensor:
         """``log q_j`` of items of any shape, on their device."""
@@ -48,13 +48,12 @@ class Proposal:
 class Negatives:
     """K items per row or per step, drawn with replacement from the whole catalogue.
 
-    The target and items of the row's history may be drawn too: the same items compete as in the cross-entropy over the
-    whole catalogue.
+    The target and items of the row's history may be drawn too, as in the cross-entropy over the whole catalogue.
 
     Args:
-        proposal: What to draw from.
+        proposal: Distribution to draw from.
         n_negatives: K.
-        shared: Whether all rows of an optimizer step share the same items; else each row has its own.
+        shared: Whether all rows of an optimizer step share the same items.
         seed: Seed of the run.
 
     Raises:
@@ -65,7 +64,7 @@ class Negatives:
         if n_negatives >= proposal.n_items:
             raise ConfigError(
                 f"student.loss.n_negatives is {n_negatives}, expected fewer than the catalogue's {proposal.n_items} "
-                "items; lower it, or use student.loss.name=cross_entropy, which then costs no more."
+                "items; lower it, or use student.loss.name=cross_entropy."
             )
         self.proposal, self.n_negatives, self.shared, self._seed = proposal, n_negatives, shared, seed
 
@@ -85,57 +84,63 @@ class Negatives:
         return torch.from_numpy(self.proposal.at(uniform))
 
 
-class UnshownItems:
-    """The items that a row shows neither in its history nor as its target; memory does not grow with the catalogue.
+class UnseenItems:
+    """Items outside a row's history and target; memory does not grow with the catalogue.
 
     Args:
-        history: Items shown, shape ``(B, L)``, in any order and number, padded with N.
-        targets: One more item that each row shows, shape ``(B,)``.
-        n_items: Items of the catalogue, N.
+        history: Item ids, shape ``(B, L)``, in any order, with repetitions, padded with N.
+        targets: Targets, shape ``(B,)``.
+        n_items: Number of items, N.
 
     Attributes:
-        counts: Items that each row does not show, shape ``(B,)``, int64.
+        counts: Number of unseen items of each row, shape ``(B,)``, int64.
     """
 
     def __init__(self, history: NDArray[np.int32], targets: NDArray[np.int32], n_items: int) -> None:
-        shown = np.sort(np.column_stack([history, targets]).astype(np.int64), axis=1)
-        shown[:, 1:][shown[:, 1:] == shown[:, :-1]] = n_items  # each item once
-        shown.sort(axis=1)
-        real = shown < n_items
+        seen = np.sort(np.column_stack([history, targets]).astype(np.int64), axis=1)
+        seen[:, 1:][seen[:, 1:] == seen[:, :-1]] = n_items  # each item once
+        seen.sort(axis=1)
+        real = seen < n_items
         self.counts = n_items - real.sum(axis=1)
-        # For each shown item, how many before it are not shown: rising, with N for padding and repetitions.
-        self._before = np.where(real, shown - np.arange(shown.shape[1]), n_items)
+        # Number of unseen items before each seen item: ascending, with N for padding and repetitions.
+        self._before = np.where(real, seen - np.arange(seen.shape[1]), n_items)
         self._n_items = n_items
 
     def nth(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Items by their number among the unshown ones in the order of ids, from 0; ``(B, K)``, below `counts`.
+        """Return the n-th unseen items in the order of ids, from 0.
 
-        The n-th comes after every shown item with at most n unshown ones before it.
+        The n-th unseen item follows every seen item with at most n unseen items before it.
+
+        Args:
+            numbers: n, shape ``(B, K)``, each below `counts`.
+
+        Returns:
+            Item ids of shape ``(B, K)``.
         """
         row = np.arange(len(numbers))[:, None]
-        # One search for all rows: each row's counts, at most N, lie in a stretch of their own.
+        # One search for all rows: offsets of N + 1 keep the counts of different rows apart.
         ends = (self._before + row * (self._n_items + 1)).ravel()
-        found: NDArray[np.int64] = np.searchsorted(ends, numbers + row * (self._n_items + 1), side="right")
-        return numbers + found - row * self._before.shape[1]
+        n_seen: NDArray[np.int64] = np.searchsorted(ends, numbers + row * (self._n_items + 1), side="right")
+        return numbers + n_seen - row * self._before.shape[1]
 
 
 class NegativeSampler:
-    """One item per row and epoch, uniform over the items that the row does not show (as in the released DLLM2Rec).
+    """One negative per row and epoch, uniform over the row's unseen items (as in the released DLLM2Rec program).
 
     Args:
         data: Training rows.
         seed: Seed of the run.
 
     Raises:
-        ConfigError: If a row could show the whole catalogue.
+        ConfigError: If history and target may cover the whole catalogue.
     """
 
     def __init__(self, data: Rows, seed: int) -> None:
-        shown = data.max_length + 1
-        if data.n_items <= shown:
+        most_seen = data.max_length + 1
+        if data.n_items <= most_seen:
             raise ConfigError(
-                f"the catalogue has {data.n_items} items and a row may show {shown} of them, so that no negative may "
-                "be left; shorten histories with `dataset.history_length`, or use a loss without negatives."
+                f"the catalogue has {data.n_items} items, but history and target of a row may contain {most_seen} "
+                "items, which leaves no negative; lower `dataset.history_length`, or use a loss without negatives."
             )
         self._data, self._seed = data, seed
         self._epoch, self._uniform = -1, np.empty(0)
@@ -145,68 +150,68 @@ class NegativeSampler:
         if epoch != self._epoch:
             generator = np.random.default_rng(derived_seed(self._seed, "negatives", epoch))
             self._epoch, self._uniform = epoch, generator.random(len(self._data))
-        shown = self._data.shown(rows)  # (B, L + 1), the target last
-        unshown = UnshownItems(shown[:, :-1], shown[:, -1], self._data.n_items)
-        nth = np.minimum((self._uniform[rows] * unshown.counts).astype(np.int64), unshown.counts - 1)
-        return torch.from_numpy(unshown.nth(nth[:, None])[:, 0])
+        seen = self._data.histories_and_targets(rows)  # (B, L + 1), the target last
+        unseen = UnseenItems(seen[:, :-1], seen[:, -1], self._data.n_items)
+        nth = np.minimum((self._uniform[rows] * unseen.counts).astype(np.int64), unseen.counts - 1)
+        return torch.from_numpy(unseen.nth(nth[:, None])[:, 0])
 
 
 class CandidateSampler:
-    """Each row's target among items that the row does not show, in a random order.
+    """Candidates of each row: its target and unseen items, in random order.
 
-    The others are drawn without replacement, uniformly over the catalogue less the row's history and target; the target
-    is among the candidates even if the history holds it too. The order is uniform, so the target's place reveals
-    nothing. The iLoRA paper (arXiv 2408.10159) ranks the answer among 20 others, its released program among 19.
+    The other candidates are drawn without replacement, uniformly over the catalogue without the row's history and
+    target; the target is a candidate even if the history contains it. The order is uniform, so the position of the
+    target carries no information. The iLoRA paper (arXiv 2408.10159) uses 20 other candidates, its released program 19.
 
     Args:
         data: The split's rows. Samplers that should draw the same candidates need the same history length.
         seed: Seed of the candidates.
-        n_candidates: Items per row, C, the target included; at least 2.
-        split: Name of the split, so that row r of one does not draw what row r of another draws.
+        n_candidates: Candidates per row, C, including the target; at least 2.
+        split: Name of the split; the same row number draws different candidates in different splits.
 
     Raises:
-        ConfigError: If there are fewer than 2 candidates, or a row may leave too few items to draw from.
+        ConfigError: If there are fewer than 2 candidates, or a row may have too few unseen items.
     """
 
     def __init__(self, data: Rows, seed: int, n_candidates: int = 20, *, split: str) -> None:
         if n_candidates < 2:
             raise ConfigError(f"`n_candidates` is {n_candidates}, expected at least 2: the target and one other item.")
-        shown = int(data.lengths.max(initial=0)) + 1
-        left = data.n_items - shown
-        if left < n_candidates - 1:
+        most_seen = int(data.lengths.max(initial=0)) + 1
+        fewest_unseen = data.n_items - most_seen
+        if fewest_unseen < n_candidates - 1:
             raise ConfigError(
-                f"`n_candidates` is {n_candidates}, but a row may show {shown} of the catalogue's {data.n_items} "
-                f"items, which leaves {left} for the {n_candidates - 1} beside the target; ask for at most {left + 1} "
-                "candidates, or shorten histories with `dataset.history_length`."
+                f"`n_candidates` is {n_candidates}, but a row may have only {fewest_unseen} unseen items of the "
+                f"catalogue's {data.n_items}; use at most {fewest_unseen + 1} candidates, or lower "
+                "`dataset.history_length`."
             )
         self._data, self._seed, self._split, self.n_candidates = data, seed, split, n_candidates
 
     def draw(self, rows: NDArray[np.int64], epoch: int | None = None) -> NDArray[np.int64]:
-        """Draw the candidates of some rows; memory grows with their number, not with the catalogue.
+        """Draw the candidates of some rows; memory does not grow with the catalogue.
 
         Args:
             rows: Row numbers in the split, shape ``(B,)``.
-            epoch: Draws anew for each epoch; None for evaluation, whose candidates never change.
+            epoch: Epoch, each with new candidates; None for evaluation, where candidates are fixed.
 
         Returns:
-            Item ids of shape ``(B, C)``; each row holds its target once, at a random place.
+            Item ids of shape ``(B, C)``; each row contains its target once, at a random position.
         """
         n_others = self.n_candidates - 1
         key = derived_seed(self._seed, "candidates", self._split, "stable" if epoch is None else epoch)
         streams = random_words(np.uint64(key), rows.astype(np.uint64))[:, None]
         words = random_words(streams, np.arange(n_others + self.n_candidates, dtype=np.uint64))
-        shown = self._data.shown(rows)  # (B, L + 1), the target last
-        unshown = UnshownItems(shown[:, :-1], shown[:, -1], self._data.n_items)
-        others = unshown.nth(_subsets(words[:, :n_others], unshown.counts))
-        candidates = np.column_stack([shown[:, -1], others])
+        seen = self._data.histories_and_targets(rows)  # (B, L + 1), the target last
+        unseen = UnseenItems(seen[:, :-1], seen[:, -1], self._data.n_items)
+        others = unseen.nth(_subsets(words[:, :n_others], unseen.counts))
+        candidates = np.column_stack([seen[:, -1], others])
         order = np.argsort(words[:, n_others:], axis=1, kind="stable")
         return np.take_along_axis(candidates, order, axis=1)
 
 
 def _subsets(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A uniform subset of ``range(size)`` for each row, by Floyd's algorithm (Bentley, CACM 30(9), 1987).
+    """Draw a uniform subset of ``range(size)`` per row with Floyd's algorithm (Bentley, CACM 30(9), 1987).
 
-    It takes exactly one word for each member, whatever the size; a modulus favours small numbers by 2**-64 * size only.
+    It uses one word per member, independent of the size; the modulo bias is at most 2**-64 * size.
 
     Args:
         words: Uniform words, shape ``(B, K)``.

@@ -1,4 +1,4 @@
-"""The optimizer of a student: AdamW, optionally with row-wise state for huge item tables."""
+"""Optimizer of a student: AdamW, optionally with row-wise state for large item tables."""
 
 import torch
 from torch import nn
@@ -12,17 +12,17 @@ __all__ = ["student_optimizer"]
 
 
 def student_optimizer(model: nn.Module, engine: Engine, item_optimizer: str = "adamw") -> torch.optim.AdamW:
-    """Optimize a student as the engine's training settings say.
+    """Build the optimizer of a student from the engine's training settings.
 
     Args:
-        model: The student, or a model that holds one, before it is wrapped.
-        engine: Whose settings and processes count.
-        item_optimizer: ``adamw`` for all, or ``rowwise`` for the item tables: two numbers of state a row. In one
-            process and without clipping, a loss on sampled negatives then touches the rows of a step only; otherwise,
-            and where a loss has a gradient for all rows, gradients are dense and only the state is small.
+        model: The student, or a model that contains one, before it is wrapped.
+        engine: Training settings and processes.
+        item_optimizer: ``adamw`` for all parameters, or ``rowwise`` for the item tables: two numbers of state per row.
+            With ``rowwise``, one process, no clipping and sampled negatives, a step touches only the rows in use;
+            otherwise gradients are dense and only the state is small.
 
     Raises:
-        ConfigError: If rows are to be updated by DeepSpeed, which cuts parameters up wherever it likes.
+        ConfigError: If ``item_optimizer`` is ``rowwise`` with DeepSpeed, which shards parameters within rows.
     """
     training = engine.training
     tables = [module for module in model.modules() if isinstance(module, ItemTable)]
@@ -30,10 +30,10 @@ def student_optimizer(model: nn.Module, engine: Engine, item_optimizer: str = "a
         return adamw(model, training.learning_rate, training.weight_decay)
     if engine.uses_deepspeed:
         raise ConfigError(
-            "student.item_optimizer is 'rowwise', which DeepSpeed cannot divide among processes; use 'adamw', or a "
-            "launch configuration without DeepSpeed."
+            "student.item_optimizer is 'rowwise', which DeepSpeed does not support; use 'adamw', or a launch "
+            "configuration without DeepSpeed."
         )
     for table in tables:
-        # Processes exchange dense gradients, and a norm is taken of those.
+        # Exchange between processes and clipping need dense gradients.
         table.sparse_gradients = engine.n_processes == 1 and training.max_grad_norm == 0
     return adamw(model, training.learning_rate, training.weight_decay, rowwise=[table.weight for table in tables])

@@ -1,4 +1,4 @@
-"""A few recommendations in words, to look at beside the numbers."""
+"""Sample recommendations as titles, logged to TensorBoard."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,10 +20,10 @@ Answers = Callable[[NDArray[np.int32], NDArray[np.int32], int], Tensor]
 
 
 def log_recommendations(engine: Engine, answers: Answers, rows: Rows, items: Dataset) -> None:
-    """Show in TensorBoard what is recommended to the first rows of a split; all processes have to call it.
+    """Log the recommendations for the first rows of a split to TensorBoard; call it on all processes.
 
     Args:
-        engine: Of the run; where it writes no TensorBoard, nothing is computed.
+        engine: Engine of the run; does nothing if TensorBoard is off.
         answers: Gives for histories ``(B, L)`` of lengths ``(B,)`` the k items most likely to come next, shape
             ``(B, k)``, best first.
         rows: The split.

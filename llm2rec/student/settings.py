@@ -22,11 +22,11 @@ __all__ = [
 
 @dataclass
 class ModelSettings:
-    """Arguments that every student takes; see `llm2rec.student.models`.
+    """Arguments of all students; see `llm2rec.student.models`.
 
     Attributes:
         width: Width of item and user vectors.
-        max_length: Longest history.
+        max_length: Maximum history length.
         dropout: Dropout probability.
         tie_items: Whether one item table serves input and output.
     """
@@ -44,7 +44,7 @@ class SASRecSettings(ModelSettings):
     Attributes:
         n_blocks: Transformer blocks.
         n_heads: Attention heads.
-        positions: ``recent``: positions count from the most recent item; ``oldest``: from the first one read.
+        positions: ``recent`` counts positions from the most recent item, ``oldest`` from the oldest.
     """
 
     n_blocks: int = 1
@@ -73,7 +73,7 @@ class CaserSettings(ModelSettings):
     Attributes:
         n_horizontal: Horizontal filters of each height.
         n_vertical: Vertical filters.
-        heights: Heights of the horizontal filters; null is every height up to ``max_length``.
+        heights: Heights of the horizontal filters; null uses every height up to ``max_length``.
     """
 
     n_horizontal: int = 16
@@ -86,9 +86,9 @@ class DrosSettings:
     """Distributionally robust optimisation (DROS, SIGIR 2023); formula in `llm2rec.student.losses.dros`.
 
     Attributes:
-        weight: Weight of the DROS loss beside the task loss; 0 disables it.
+        weight: Weight of the DROS loss relative to the task loss; 0 disables it.
         beta: Robust radius.
-        propensity_power: Exponent on the popularity of items, which weighs them; 0 weighs all alike.
+        propensity_power: Exponent of item popularity in the propensities; 0 makes them equal.
     """
 
     weight: float = 0.0
@@ -115,20 +115,21 @@ _LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
 class LossSettings:
     """The task loss; formulas in `llm2rec.student.losses`.
 
-    Options that are null take the default of the loss, named below. Options that the loss does not read are rejected.
+    Options that are null take the default of the loss, given below. Options that the loss does not read are rejected.
 
     Attributes:
-        name: ``cross_entropy`` over the whole catalogue, computed in blocks where it is large; or against sampled
-            negatives, at a cost that no catalogue changes: ``sampled_softmax``, ``bce`` (SASRec) or ``gbce`` (gSASRec).
+        name: ``cross_entropy`` over the whole catalogue, computed in tiles if it is large; or a loss with sampled
+            negatives, whose cost does not depend on the catalogue: ``sampled_softmax``, ``bce`` (SASRec) or ``gbce``
+            (gSASRec).
         n_negatives: Negatives, K: 256 for ``sampled_softmax`` and ``gbce``, 1 for ``bce``.
-        sharing: ``row``: each row has negatives of its own, a function of seed, epoch and row, and costs K gathered
-            vectors; the default of ``bce`` and ``gbce``. ``step``: all rows of an optimizer step share theirs, a
-            function of seed and step, and cost one matrix product; the default of ``sampled_softmax``, and the choice
+        sharing: ``row``: separate negatives per row, a function of seed, epoch and row, which gathers K vectors per
+            row; the default of ``bce`` and ``gbce``. ``step``: all rows of an optimizer step share negatives, a
+            function of seed and step, which costs one matrix product; the default of ``sampled_softmax``, recommended
             for many negatives.
-        proposal: How ``sampled_softmax`` draws: ``uniform`` (default) or by ``popularity`` in the training rows; the
-            correction makes either an estimate of the whole sum. The others draw uniformly.
+        proposal: Proposal of ``sampled_softmax``: ``uniform`` (default) or ``popularity`` in the training rows; both
+            are corrected. The other losses draw uniformly.
         calibration: t of ``gbce``, 0 to 1; 0.75 by default, as in the paper.
-        dros: Robust loss in addition, over the whole catalogue whatever the loss.
+        dros: Additional robust loss, always over the whole catalogue.
     """
 
     name: str = "cross_entropy"
@@ -146,7 +147,7 @@ class LossSettings:
             if getattr(self, option) is not None and self.name not in readers:
                 raise ConfigError(
                     f"student.loss.{option} is {getattr(self, option)!r}, which {self.name} does not read; leave it "
-                    f"null, or choose a loss that does: {', '.join(readers)}."
+                    f"null, or use one of the losses {', '.join(readers)}."
                 )
         if self.n_negatives is not None and self.n_negatives < 1:
             raise ConfigError(f"student.loss.n_negatives is {self.n_negatives}, expected at least 1.")
@@ -163,18 +164,18 @@ class LossSettings:
 
 @dataclass
 class StudentSettings:
-    """A student and its training; the schema ``base_student`` is for students without extra arguments.
+    """Student configuration; the schema ``base_student`` is for students without extra arguments.
 
     Attributes:
         name: Name in `llm2rec.student.models.MODELS`.
         model: Arguments of the model.
-        training: Length, batch and rate; distillation uses the same.
-        examples: What a forward pass reads for the training rows: ``windows`` (each row's own history) or
-            ``sequences`` (segments of users' sequences, each predicting many rows; see
-            `llm2rec.student.datamodule.Rows.in_segments`). Every row is trained once an epoch in both, and batch sizes
-            count rows in both; with ``sequences`` they are met on average, because segments stay whole.
-        loss: The task loss; distillation uses the same unless its recipe names another.
-        item_optimizer: ``adamw``, or ``rowwise`` for huge item tables: see `llm2rec.core.train.optimizer`.
+        training: Training settings, shared with distillation.
+        examples: Input of a forward pass in training: ``windows`` (the history of each row) or ``sequences`` (segments
+            of users' sequences, each predicting many rows; see `llm2rec.student.datamodule.Rows.in_segments`). Both
+            train every row once per epoch and count batch sizes in rows; with ``sequences`` they hold on average,
+            because segments are not split.
+        loss: The task loss, shared with distillation unless its recipe sets another.
+        item_optimizer: ``adamw``, or ``rowwise`` for large item tables; see `llm2rec.core.train.optimizer`.
     """
 
     name: str = "???"
@@ -204,9 +205,9 @@ class SASRecStudent(StudentSettings):
         super().__post_init__()
         if self.examples == "sequences" and self.model.positions != "oldest":
             raise ConfigError(
-                f"student.examples=sequences predicts a row at every item it reads, but student.model.positions="
-                f"{self.model.positions} counts from each row's own last item; add `student.model.positions=oldest`, "
-                "or use `student.examples=windows`."
+                "student.examples=sequences needs `student.model.positions=oldest`, but it is "
+                f"{self.model.positions!r}, whose positions differ for each row of a sequence; set it, or use "
+                "`student.examples=windows`."
             )
 
 
@@ -229,6 +230,6 @@ class CaserStudent(StudentSettings):
         super().__post_init__()
         if self.examples == "sequences":
             raise ConfigError(
-                "student.examples=sequences needs a student that reads item by item, which Caser does not; use "
+                "student.examples=sequences needs a causal student, which Caser is not; use "
                 "`student.examples=windows`, or student=sasrec or gru4rec."
             )

@@ -1,4 +1,4 @@
-"""Finished students on disk, in a run folder's ``student/``: configuration, weights, items' ids and titles, a card."""
+"""Save and load students: configuration, weights, item ids and titles, and a model card in ``<run>/student``."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def save_student(
     items: pa.Table | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a student so that `llm2rec.student.models.load_student` needs nothing else.
+    """Save a student in a self-contained folder for `llm2rec.student.models.load_student`.
 
     Args:
         folder: Usually ``<run>/student``.
-        model: The trained model; fused item tables are computed out.
+        model: The trained model; fused item tables are saved as plain tables.
         name: Its name in `MODELS`.
-        arguments: What it was built with, plain values.
-        items: ``raw_id`` and ``title`` of each item, in the order of item ids, so that the folder alone can answer in
-            them; None for a student that is read by item id only.
-        card: Its model card (`llm2rec.cards`); None for a student that belongs to something else.
+        arguments: Constructor arguments, plain values.
+        items: ``raw_id`` and ``title`` of each item, in the order of item ids, for recommendations by raw id or title;
+            None saves a student that is used by item id only.
+        card: Model card (`llm2rec.cards`); None for a student inside another artifact.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")
@@ -53,29 +53,27 @@ def save_student(
 
 
 def load_item_table(folder: Path) -> pa.Table:
-    """Load ``raw_id`` and ``title`` of each item, as `save_student` wrote them.
+    """Load ``raw_id`` and ``title`` of each item, as saved by `save_student`.
 
     Raises:
-        CheckpointError: If there is no such table, or none that can be read.
+        CheckpointError: If the table is missing or damaged.
     """
     file = folder / _ITEMS
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} holds no {_ITEMS}, which names the items; students of earlier versions were saved without it: "
-            "train this one again."
+            f"{folder} lacks {_ITEMS}, the table of item ids and titles, which earlier versions did not save; train "
+            "the student again."
         )
     try:
         table = feather.read_table(str(file), columns=["raw_id", "title"])
         table.validate(full=True)
         return table
     except (pa.ArrowException, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); copy the student's folder again, as a whole."
-        ) from error
+        raise CheckpointError(f"{file} cannot be read ({error}); copy the whole student folder again.") from error
 
 
 def read_student(place: Path | str, revision: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_student` wrote; `llm2rec.student.models.load_student` makes a model of it.
+    """Read a student saved by `save_student`; see `llm2rec.student.models.load_student` to build the model.
 
     Args:
         place: A student's folder, that of its run, or its id on the Hugging Face Hub, ``user/name``.
@@ -85,17 +83,17 @@ def read_student(place: Path | str, revision: str | None = None) -> tuple[Path, 
         The student's folder; its configuration, with ``model`` and ``arguments``; and its weights by name.
 
     Raises:
-        CheckpointError: If the folder holds no student, or a damaged one.
+        CheckpointError: If the folder has no student, or a damaged one.
         HubError: If it cannot be downloaded.
     """
     folder = obtained(place, revision)
     if (folder / "student" / "config.json").is_file():  # of a run
         folder = folder / "student"
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no student (no config.json); name the folder of a finished student run.")
+        raise CheckpointError(f"{folder} has no student (no config.json); pass the folder of a finished student run.")
     try:
         check_hashes(folder)
         config = read_object(folder / "config.json", "model", "arguments")
     except DataError as error:
-        raise CheckpointError(f"{folder} holds no student that can be built: {error}") from error
+        raise CheckpointError(f"the student in {folder} cannot be built: {error}") from error
     return folder, config, read_tensors(folder / "model.safetensors")

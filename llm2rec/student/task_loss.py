@@ -1,4 +1,4 @@
-"""The task loss of a student, as chosen by `LossSettings`."""
+"""The task loss of a student, selected by `LossSettings`."""
 
 from dataclasses import dataclass
 
@@ -28,9 +28,9 @@ class ScoredNegatives:
     """Negatives of some rows with their scores.
 
     Attributes:
-        items: Item ids of shape ``(K,)`` where rows share them, else ``(B, K)``.
+        items: Item ids of shape ``(K,)`` if rows share them, else ``(B, K)``.
         scores: Shape ``(B, K)``.
-        log_expected: How often each was to be expected among the K, ``log(K q_j)``, of the shape of ``items``.
+        log_expected: Log of the expected count of each item among the K, ``log(K q_j)``, of the shape of ``items``.
     """
 
     items: Tensor
@@ -39,16 +39,16 @@ class ScoredNegatives:
 
 
 class TaskLoss:
-    """Losses of rows from their user vectors, with memory that does not grow with rows x catalogue.
+    """Task losses of rows from their user vectors, without a ``(B, N)`` matrix for large catalogues.
 
     Args:
         model: The student, unwrapped; scores with its output table.
-        settings: Which loss.
-        targets: Targets of all training rows, shape ``(M,)``: their popularity.
+        settings: Loss settings.
+        targets: Targets of all training rows, shape ``(M,)``, for item popularity.
         seed: Seed of the run, for negatives.
 
     Raises:
-        ConfigError: If the catalogue has not more items than there are negatives.
+        ConfigError: If the catalogue does not have more items than there are negatives.
     """
 
     def __init__(self, model: SequentialRecommender, settings: LossSettings, targets: Tensor, seed: int) -> None:
@@ -82,12 +82,12 @@ class TaskLoss:
         Args:
             users: User vectors, shape ``(B, D)``.
             targets: Item ids of shape ``(B,)``.
-            rows: Training rows they are, shape ``(B,)``.
+            rows: Row numbers, shape ``(B,)``.
             epoch: Epoch, for the negatives of rows.
             step: Global step, for shared negatives.
-            logits: Scores of all items, shape ``(B, N)``, where the caller needs them anyway.
-            negatives: What `negatives` gave for these rows, likewise.
-            log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, likewise.
+            logits: Scores of all items, shape ``(B, N)``, if already computed.
+            negatives: Result of `negatives` for these rows, if already computed.
+            log_total: `catalogue_logsumexp` of these users, shape ``(B,)``, if already computed.
 
         Returns:
             ``loss``; with DROS ``loss_student`` and ``loss_dros`` beside it. Each of shape ``(B,)``, in nats.
@@ -97,22 +97,22 @@ class TaskLoss:
         if logits is None and on_catalogue and fits_in_a_tile(len(users), self._model.n_items, users.device):
             logits = self._model.score(users)
         if self._negatives is not None:
-            own = self._against(users, targets, negatives or self.negatives(users, rows, epoch=epoch, step=step))
+            loss = self._sampled(users, targets, negatives or self.negatives(users, rows, epoch=epoch, step=step))
         elif logits is None:
-            own = blocked_cross_entropy(users, self._model.output_items, targets, log_total)
+            loss = blocked_cross_entropy(users, self._model.output_items, targets, log_total)
         else:
-            own = cross_entropy(logits, targets)
+            loss = cross_entropy(logits, targets)
         if self._propensity is None:
-            return {"loss": own}
+            return {"loss": loss}
         propensity = self._propensity.to(users.device)
         if logits is None:
             robust = blocked_dros(users, self._model.output_items, targets, propensity, beta)
         else:
             robust = dros(logits, targets.unsqueeze(1), propensity, beta).squeeze(1)
-        return {"loss": own + weight * robust, "loss_student": own, "loss_dros": robust}
+        return {"loss": loss + weight * robust, "loss_student": loss, "loss_dros": robust}
 
     def negatives(self, users: Tensor, rows: NDArray[np.int64], *, epoch: int, step: int) -> ScoredNegatives:
-        """Draw the negatives of some rows and score them; arguments as above. Only their vectors are gathered."""
+        """Draw the negatives of some rows and score them; arguments as in `__call__`."""
         assert self._negatives is not None, f"{self._settings.name} has no negatives"
         items = self._negatives.draw(rows, epoch, step).to(users.device)
         vectors = self._model.output_items(items)  # (K, D) or (B, K, D)
@@ -120,8 +120,8 @@ class TaskLoss:
         log_expected = self._negatives.proposal.log_probability(items) + np.log(self._negatives.n_negatives)
         return ScoredNegatives(items, scores, log_expected)
 
-    def _against(self, users: Tensor, targets: Tensor, negatives: ScoredNegatives) -> Tensor:
-        """Losses against negatives, shape ``(B,)``."""
+    def _sampled(self, users: Tensor, targets: Tensor, negatives: ScoredNegatives) -> Tensor:
+        """Losses with sampled negatives, shape ``(B,)``."""
         settings = self._settings
         positive = (users * self._model.output_items(targets)).sum(dim=1)
         hits = negatives.items == targets.unsqueeze(1)  # (B, K)

@@ -1,4 +1,4 @@
-"""Train a student on its task alone: the baseline that distillation has to beat."""
+"""Train a student without distillation: the baseline."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,14 +22,14 @@ __all__ = ["TaskObjective", "train_baseline"]
 
 
 class TaskObjective:
-    """The student's own task: predict the next item of each training row.
+    """Objective of a baseline student: predict the next item of each training row.
 
     Args:
         model: The student, not wrapped.
         train: Training rows.
         validation: Rows for early stopping.
-        engine: Processes; splits the validation rows.
-        loss: Which loss.
+        engine: Splits the validation rows among processes.
+        loss: Task loss.
         seen: Items to exclude from the validation rankings; None ranks all items.
 
     Raises:
@@ -80,14 +80,14 @@ def train_baseline(
     select_on: str = "ndcg@10",
     seen: SeenItems | None = None,
 ) -> SequentialRecommender:
-    """Train on the student's task and keep the weights that validate best; see `llm2rec.core.train.loop.fit`.
+    """Train on the task loss and keep the weights that validate best; see `llm2rec.core.train.loop.fit`.
 
     Args:
         model: Freshly initialised student.
         train: Training rows.
         validation: Rows for early stopping; the test split is never used here.
         engine: Processes and run folder.
-        loss: The task's loss; full-softmax cross-entropy if None.
+        loss: Task loss; full-softmax cross-entropy if None.
         item_optimizer: ``adamw`` or ``rowwise``; see `student_optimizer`.
         select_on: Validation metric that selects the weights.
         seen: Items to exclude from the validation rankings; None ranks all items.
@@ -96,7 +96,8 @@ def train_baseline(
         The unwrapped model with the best weights, in evaluation mode.
 
     Raises:
-        ConfigError: If the catalogue is too small for the negatives, or DeepSpeed is to update rows.
+        ConfigError: If the catalogue is too small for the negatives, or ``item_optimizer`` is ``rowwise`` with
+            DeepSpeed.
     """
     objective = TaskObjective(model, train, validation, engine, loss or LossSettings(), seen)
     optimizer = student_optimizer(model, engine, item_optimizer)

@@ -14,7 +14,7 @@ FINGERPRINT = "f" * 64
 
 
 def teacher_for(n_rows, n_items, top_k, width=5, seed=0):
-    """A teacher that ranks at random: no item twice in a row, distances rising."""
+    """A teacher with random rankings: unique items per row, ascending distances."""
     generator = np.random.default_rng(seed)
     ranking = np.argsort(generator.random((n_rows, n_items)), axis=1)[:, :top_k].astype(np.int32)
     distance = np.sort(generator.exponential(size=(n_rows, top_k)), axis=1).astype(np.float32)
@@ -23,7 +23,7 @@ def teacher_for(n_rows, n_items, top_k, width=5, seed=0):
 
 
 def write_teacher(folder, teacher, *, kind="neg_log_prob", twin=False, manifest=True, fingerprint=FINGERPRINT):
-    """Write outputs in the layout of DESIGN 4.3; the twin and the manifest on request."""
+    """Write outputs in the layout of DESIGN 4.3, optionally with ``.npy`` files and a manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(teacher.embeddings, folder / "all_embeddings.pt")
     np.savetxt(folder / "myrank_train.txt", teacher.ranking, fmt="%d")
@@ -37,7 +37,7 @@ def write_teacher(folder, teacher, *, kind="neg_log_prob", twin=False, manifest=
 
 
 def write_manifest(folder, **values):
-    """Vouch for what the folder holds now."""
+    """Write a manifest with the hashes of the folder's files."""
     files = sorted(file for file in folder.iterdir() if file.name != "manifest.json")
     about = {"dataset": "toy", "sha256": {file.name: sha256_of_file(file) for file in files}, **values}
     (folder / "manifest.json").write_text(json.dumps(about))

@@ -36,7 +36,7 @@ def settings_of(*, ranking=0.5, fusion=0.3, alignment=0.0, kind="cosine", top_k=
 
 
 def code(**changes):
-    """What `distill=dllm2rec_code` sets, at sizes of these tests; changes of switches by dotted name."""
+    """Settings of `distill=dllm2rec_code` at test sizes; overrides by dotted name."""
     settings = DLLM2RecCodeSettings(teacher_outputs="unused")
     for name, value in {"ranking.top_k": 4, **changes}.items():
         group, _, key = name.rpartition(".")

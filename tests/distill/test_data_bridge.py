@@ -33,7 +33,7 @@ def line_of(file, number, text):
 
 @pytest.mark.parametrize("twin", [True, False])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_what_was_written_is_read(tmp_path, teacher, twin, manifest):
+def test_outputs_round_trip(tmp_path, teacher, twin, manifest):
     outputs = read(write_teacher(tmp_path, teacher, twin=twin, manifest=manifest))
     assert outputs.ranking.tolist() == teacher.ranking.tolist()
     assert outputs.distance.tolist() == teacher.distance.tolist()  # nine digits give every float32 back
@@ -47,7 +47,7 @@ def test_what_was_written_is_read(tmp_path, teacher, twin, manifest):
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_outputs_are_told_from_others(tmp_path, teacher, manifest):
+def test_hash_identifies_outputs(tmp_path, teacher, manifest):
     one, same, other, another = (tmp_path / name for name in ("one", "same", "other", "another"))
     for folder in (one, same):
         write_teacher(folder, teacher, manifest=manifest)
@@ -57,7 +57,7 @@ def test_outputs_are_told_from_others(tmp_path, teacher, manifest):
     assert len({outputs_hash(folder) for folder in (one, other, another)}) == 3
 
 
-def test_distances_of_targets_are_those_of_the_list_or_its_end(teacher):
+def test_target_distance_falls_back_to_the_last_candidate(teacher):
     targets = teacher.ranking[:, 2].astype(np.int64)
     targets[1] = next(item for item in range(ITEMS) if item not in teacher.ranking[1])
     rows = np.array([4, 1, 0])
@@ -71,7 +71,7 @@ def test_distances_of_targets_are_those_of_the_list_or_its_end(teacher):
 def test_outputs_of_the_released_program_are_read_as_distances(tmp_path, teacher, caplog):
     write_teacher(tmp_path, teacher, manifest=False)
     assert read(tmp_path, fingerprint="another").distance.tolist() == teacher.distance.tolist()
-    assert "no manifest.json: scores are read as distances" in caplog.text
+    assert "no manifest.json: assuming distances" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def change_text(name, number, text):
         (lambda f: torch.save(torch.zeros(8, 2), f / "all_embeddings.pt"), r"is \(8, 2\), expected \(9, width\)"),
         (lambda f: torch.save(torch.zeros(9), f / "all_embeddings.pt"), r"is \(9,\), expected \(9, width\)"),
         (lambda f: torch.save(torch.full((9, 2), torch.nan), f / "all_embeddings.pt"), "values that are not finite"),
-        (change_text("myrank", 3, "0 1 2 9"), r"line 3 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"),
-        (change_text("myrank", 3, "0 1 2 -1"), r"line 3 of myrank_train names an item outside 0\.\.8 \(-1\.\.8\)"),
-        (change_text("myrank", 2, "0 1 2.5 3"), r"line 2 of myrank_train\.txt holds a number that is no item id"),
+        (change_text("myrank", 3, "0 1 2 9"), r"line 3 of myrank_train has an item outside 0\.\.8 \(0\.\.9\)"),
+        (change_text("myrank", 3, "0 1 2 -1"), r"line 3 of myrank_train has an item outside 0\.\.8 \(-1\.\.8\)"),
+        (change_text("myrank", 2, "0 1 2.5 3"), r"line 2 of myrank_train\.txt has a number that is not an item id"),
         (
             change_text("myrank", 2, "0 1 4294967297 3"),
-            r"line 2 of myrank_train\.txt holds a number that is no item id",
+            r"line 2 of myrank_train\.txt has a number that is not an item id",
         ),
         (change_text("myrank", 4, "0 1 2"), r"line 4 of myrank_train\.txt has 3 values and line 1 has 4"),
         (change_text("myrank", 4, "0 1 2 3 4"), r"line 4 of myrank_train\.txt has 5 values and line 1 has 4"),
@@ -121,7 +121,7 @@ def change_text(name, number, text):
         (change_text("myrank", 1, "0 1 2 3 4"), r"line 2 of myrank_train\.txt has 4 values and line 1 has 5"),
         (change_text("myrank", 4, ""), r"line 4 of myrank_train\.txt has 0 values and line 1 has 4"),
         (change_text("myrank", 4, "0 1 2 three"), r"value 4 in line 4 of myrank_train\.txt is 'three', expected a num"),
-        (lambda f: (f / "myrank_train.txt").write_text(""), r"myrank_train\.txt holds no numbers"),
+        (lambda f: (f / "myrank_train.txt").write_text(""), r"myrank_train\.txt is empty"),
         (change_text("confidence", 5, "0 1 nan 3"), r"value 3 in line 5 of confidence_train\.txt is NaN"),
         (change_text("confidence", 5, "0 1 2"), r"line 5 of confidence_train\.txt has 3 values and line 1 has 4"),
         (
@@ -130,12 +130,12 @@ def change_text(name, number, text):
         ),
     ],
 )
-def test_damage_is_refused_with_its_own_message(tmp_path, teacher, manifest, damage, message):
+def test_damaged_file_raises_a_specific_error(tmp_path, teacher, manifest, damage, message):
     write_teacher(tmp_path, teacher, manifest=False)
     damage(tmp_path)
-    if manifest:  # made by whoever made the damage, so that the hashes are right
+    if manifest:  # written after the damage, so its hashes match
         write_manifest(tmp_path, confidence="neg_log_prob", fingerprint=FINGERPRINT)
-    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(str(tmp_path))} do not fit: .*{message}{REMEDY}"):
+    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(str(tmp_path))}: .*{message}{REMEDY}"):
         read(tmp_path)
 
 
@@ -143,11 +143,11 @@ def test_damage_is_refused_with_its_own_message(tmp_path, teacher, manifest, dam
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranking": [[0, 1, 2, 3]] * (ROWS - 1) + [[0, 1, 2, 2]]}, r"line 6 of myrank_train names an item twice"),
-        ({"distance": 1}, r"they fall from .* for the best candidate to .* for the last in the mean; negate"),
+        ({"ranking": [[0, 1, 2, 3]] * (ROWS - 1) + [[0, 1, 2, 2]]}, r"line 6 of myrank_train has an item twice"),
+        ({"distance": 1}, r"mean distance falls from .* for the best candidate to .* for the last; negate"),
     ],
 )
-def test_rankings_that_mean_something_else_are_refused(tmp_path, teacher, kind, changes, message):
+def test_repeated_items_and_reversed_distances_raise(tmp_path, teacher, kind, changes, message):
     worst_first = {
         None: [-1, -2, -3, -9], "distance": [4, 3, 2, 1], "neg_log_prob": [9, 5, 3, 1], "log_prob": [-9, -5, -3, -1],
         "prob": [0.1, 0.2, 0.3, 0.4],
@@ -159,11 +159,11 @@ def test_rankings_that_mean_something_else_are_refused(tmp_path, teacher, kind, 
     write_teacher(tmp_path, changed, manifest=False)
     if kind is not None:
         write_manifest(tmp_path, confidence=kind, fingerprint=FINGERPRINT)
-    with pytest.raises(TeacherOutputsError, match=message + r".*\. Write them again"):
+    with pytest.raises(TeacherOutputsError, match=message + r".*\. Export them again"):
         read(tmp_path)
 
 
-def test_vectors_are_read_as_numbers_whatever_they_were_saved_as(tmp_path, teacher):
+def test_embeddings_are_read_as_float32_without_gradient(tmp_path, teacher):
     write_teacher(tmp_path, teacher, manifest=False)
     torch.save(torch.nn.Embedding.from_pretrained(teacher.embeddings, freeze=False).weight, tmp_path / EMBEDDINGS)
     assert not read(tmp_path).embeddings.requires_grad
@@ -172,7 +172,7 @@ def test_vectors_are_read_as_numbers_whatever_they_were_saved_as(tmp_path, teach
         read(tmp_path)
 
 
-def test_a_missing_folder_says_what_makes_it(tmp_path):
+def test_missing_folder_error_names_the_command(tmp_path):
     with pytest.raises(
         TeacherOutputsError, match=rf"no teacher outputs in .*nowhere; run `python -m llm2rec\.teacher`{REMEDY}"
     ):
@@ -182,28 +182,28 @@ def test_a_missing_folder_says_what_makes_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_rows": 7}, "they hold 6 rows, the training split has 7"),
-        ({"n_rows": 5}, "they hold 6 rows, the training split has 5"),
+        ({"n_rows": 7}, "they have 6 rows, but the training split has 7"),
+        ({"n_rows": 5}, "they have 6 rows, but the training split has 5"),
         ({"n_items": 10}, r"all_embeddings\.pt is \(9, 5\), expected \(10, width\)"),
         (
             {"top_k": 5},
-            r"they hold 4 candidates per row, `distill\.ranking\.top_k` asks for 5; lower it or export more",
+            r"they have 4 candidates per row, but `distill\.ranking\.top_k` is 5; lower it or export more",
         ),
         (
             {"fingerprint": "0123456789abcdef"},
-            "made for dataset 'toy' with fingerprint f{12}, this one has 0123456789ab",
+            "belong to dataset 'toy' with fingerprint f{12}, expected 0123456789ab",
         ),
     ],
 )
 @pytest.mark.parametrize("twin", [True, False])
-def test_outputs_of_another_dataset_are_refused(tmp_path, teacher, changes, message, twin):
+def test_outputs_of_another_dataset_raise(tmp_path, teacher, changes, message, twin):
     write_teacher(tmp_path, teacher, twin=twin)
     with pytest.raises(TeacherOutputsError, match=message + REMEDY):
         read(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("name", ["all_embeddings.pt", "myrank_train.txt", "confidence_train.txt", "myrank_train.npy"])
-def test_a_file_changed_after_it_was_written_is_refused(tmp_path, teacher, name):
+def test_changed_file_raises(tmp_path, teacher, name):
     write_teacher(tmp_path, teacher, twin=True)
     content = bytearray((tmp_path / name).read_bytes())
     content[-2] ^= 1
@@ -213,14 +213,14 @@ def test_a_file_changed_after_it_was_written_is_refused(tmp_path, teacher, name)
 
 
 @pytest.mark.parametrize("name", ["myrank_train.npy", "all_embeddings.pt"])
-def test_a_file_the_manifest_lists_must_be_there(tmp_path, teacher, name):
+def test_missing_file_of_the_manifest_raises(tmp_path, teacher, name):
     write_teacher(tmp_path, teacher, twin=True)
     (tmp_path / name).unlink()
-    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(name)} is missing although the manifest lists it"):
+    with pytest.raises(TeacherOutputsError, match=rf"{re.escape(name)} is missing, but the manifest lists it"):
         read(tmp_path)
 
 
-def test_tables_of_unequal_shape_are_refused(tmp_path, teacher):
+def test_tables_of_different_shapes_raise(tmp_path, teacher):
     write_teacher(tmp_path, teacher, manifest=False)
     np.savetxt(tmp_path / "confidence_train.txt", teacher.distance[:, :3])
     with pytest.raises(TeacherOutputsError, match=r"myrank_train has shape \(6, 4\) but confidence_train has \(6, 3\)"):
@@ -228,42 +228,42 @@ def test_tables_of_unequal_shape_are_refused(tmp_path, teacher):
 
 
 @pytest.mark.parametrize("twin", [True, False])
-def test_values_are_checked_in_the_twin_too(tmp_path, teacher, twin):
+def test_values_are_checked_in_text_and_npy_files(tmp_path, teacher, twin):
     teacher.ranking[4, 1] = ITEMS
     write_teacher(tmp_path, teacher, twin=twin)
-    with pytest.raises(TeacherOutputsError, match=r"line 5 of myrank_train names an item outside 0\.\.8 \(0\.\.9\)"):
+    with pytest.raises(TeacherOutputsError, match=r"line 5 of myrank_train has an item outside 0\.\.8 \(0\.\.9\)"):
         read(tmp_path)
 
 
-def test_a_broken_manifest_is_refused(tmp_path, teacher):
+def test_invalid_json_manifest_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(TeacherOutputsError, match=r"manifest\.json is not JSON"):
         read(tmp_path)
 
 
-def test_a_manifest_that_is_no_object_is_refused(tmp_path, teacher):
+def test_manifest_that_is_not_an_object_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher)
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(TeacherOutputsError, match=rf"manifest\.json holds a list, expected an object{REMEDY}"):
         read(tmp_path)
 
 
-def test_a_manifest_says_what_its_numbers_are(tmp_path, teacher):
+def test_manifest_without_confidence_kind_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher, manifest=False)
     write_manifest(tmp_path, fingerprint=FINGERPRINT)
-    with pytest.raises(TeacherOutputsError, match="does not say in `confidence` what kind of numbers"):
+    with pytest.raises(TeacherOutputsError, match="lacks `confidence`, the kind of the confidences"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "found"), [("rows", ROWS), ("top_k", K), ("n_items", ITEMS), ("width", 5)])
-def test_a_manifest_that_says_other_sizes_than_its_files_is_refused(tmp_path, teacher, name, found):
+def test_manifest_with_wrong_sizes_raises(tmp_path, teacher, name, found):
     write_teacher(tmp_path, teacher, manifest=False)
     about = {"fingerprint": FINGERPRINT, "confidence": "distance"}
     write_manifest(tmp_path, **about, **{name: found})
     read(tmp_path)
     write_manifest(tmp_path, **about, **{name: found + 1})
-    message = rf"manifest\.json says `{name}` is {found + 1}, the files hold {found}{REMEDY}"
+    message = rf"`{name}` in manifest\.json is {found + 1}, but the files have {found}{REMEDY}"
     with pytest.raises(TeacherOutputsError, match=message):
         read(tmp_path)
 
@@ -276,7 +276,7 @@ def test_a_manifest_that_says_other_sizes_than_its_files_is_refused(tmp_path, te
         (np.array([None]), r"myrank_train\.npy is damaged"),
     ],
 )
-def test_a_twin_that_is_no_table_is_refused(tmp_path, teacher, twin, message):
+def test_invalid_npy_file_raises(tmp_path, teacher, twin, message):
     write_teacher(tmp_path, teacher, twin=True, manifest=False)
     np.save(tmp_path / "myrank_train.npy", twin)
     write_manifest(tmp_path, confidence="neg_log_prob", fingerprint=FINGERPRINT)
@@ -284,47 +284,47 @@ def test_a_twin_that_is_no_table_is_refused(tmp_path, teacher, twin, message):
         read(tmp_path)
 
 
-def test_a_manifest_without_a_fingerprint_is_refused(tmp_path, teacher):
+def test_manifest_without_fingerprint_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher)
     write_manifest(tmp_path, confidence="neg_log_prob")
-    with pytest.raises(TeacherOutputsError, match="with fingerprint None, this one has"):
+    with pytest.raises(TeacherOutputsError, match="with fingerprint None, expected"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kind", "numbers", "message"),
     [
-        ("prob", [0.5, 0.3, 0.2, 0], r"'prob', above 0 and up to 1, but its numbers lie within 0 and 0\.5"),
-        ("prob", [3, 0.3, 0.2, 0.1], r"'prob', above 0 and up to 1, but its numbers lie within 0\.1 and 3"),
-        ("log_prob", [1, -1, -2, -3], r"'log_prob', 0 or less, but its numbers lie within -3 and 1"),
-        ("neg_log_prob", [-1, 1, 2, 3], r"'neg_log_prob', 0 or more, but its numbers lie within -1 and 3"),
+        ("prob", [0.5, 0.3, 0.2, 0], r"'prob' .* expected above 0 and up to 1, but its numbers lie within 0 and 0\.5"),
+        ("prob", [3, 0.3, 0.2, 0.1], r"'prob' .* expected above 0 and up to 1, but its numbers lie within 0\.1 and 3"),
+        ("log_prob", [1, -1, -2, -3], r"'log_prob' .* expected 0 or less, but its numbers lie within -3 and 1"),
+        ("neg_log_prob", [-1, 1, 2, 3], r"'neg_log_prob' .* expected 0 or more, but its numbers lie within -1 and 3"),
     ],
 )
-def test_numbers_lie_where_those_of_their_kind_do(tmp_path, teacher, kind, numbers, message):
+def test_confidences_out_of_range_raise(tmp_path, teacher, kind, numbers, message):
     write_teacher(tmp_path, replace(teacher, distance=np.asarray([numbers] * ROWS, np.float32)), kind=kind)
     with pytest.raises(TeacherOutputsError, match=message + REMEDY):
         read(tmp_path)
 
 
-def test_sums_that_rounding_has_put_past_their_end_are_taken(tmp_path, teacher):
+def test_confidences_out_of_range_by_rounding_are_accepted(tmp_path, teacher):
     beyond = np.asarray([[-1e-4, 1, 2, 3]] * ROWS, np.float32)
     write_teacher(tmp_path, replace(teacher, distance=beyond), kind="neg_log_prob")
     assert read(tmp_path).distance.tolist() == beyond.tolist()
 
 
-def test_a_manifest_of_another_number_of_training_rows_is_refused(tmp_path, teacher):
+def test_manifest_with_wrong_number_of_training_rows_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher, manifest=False)
     about = {"confidence": "distance", "fingerprint": FINGERPRINT}
     write_manifest(tmp_path, **about, train_rows=ROWS)
     read(tmp_path)
     write_manifest(tmp_path, **about, train_rows=999)
-    with pytest.raises(TeacherOutputsError, match=rf"`train_rows` is 999, the training split has 6{REMEDY}"):
+    with pytest.raises(TeacherOutputsError, match=rf"`train_rows` .* is 999, but the training split has 6{REMEDY}"):
         read(tmp_path)
 
 
-def test_an_unknown_kind_of_score_is_refused(tmp_path, teacher):
+def test_unknown_confidence_kind_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher, kind="logits")
-    with pytest.raises(TeacherOutputsError, match="confidences of kind 'logits' are not known"):
+    with pytest.raises(TeacherOutputsError, match="unknown kind of confidence 'logits'"):
         read(tmp_path)
 
 
@@ -334,7 +334,7 @@ LABELLED = np.array([1, 2, 5])
 
 
 def write_some(folder, teacher, rows=LABELLED, lines=3, **values):
-    """Files of a teacher that was given a budget."""
+    """Write the files of a teacher with a budget."""
     some = TeacherOutputs(teacher.embeddings, teacher.ranking[:lines], teacher.distance[:lines], {})
     write_teacher(folder, some, manifest=False)
     np.save(folder / "rows.npy", rows)
@@ -342,7 +342,7 @@ def write_some(folder, teacher, rows=LABELLED, lines=3, **values):
     return folder
 
 
-def test_rows_are_found_where_only_some_are_labelled(tmp_path, teacher):
+def test_partially_labelled_outputs_are_indexed_by_row(tmp_path, teacher):
     outputs = read(write_some(tmp_path, teacher))
     assert outputs.labelled.tolist() == outputs.rows_labelled(ROWS).tolist() == LABELLED.tolist()
     batch = outputs.batch(np.array([5, 1, 2]), top_k=2, targets=teacher.ranking[[2, 0, 1], 1].astype(np.int64))
@@ -356,30 +356,30 @@ def test_rows_are_found_where_only_some_are_labelled(tmp_path, teacher):
 @pytest.mark.parametrize(
     ("rows", "lines", "message"),
     [
-        (np.array([1, 2]), 3, r"they hold 3 rows, rows\.npy names 2"),
-        (np.array([1, 2, 6]), 3, r"rows\.npy names rows 1 to 6, the training split has 6"),
-        (np.array([-1, 2, 5]), 3, r"rows\.npy names rows -1 to 5, the training split has 6"),
-        (np.array([2, 1, 5]), 3, r"rows\.npy is no list of row numbers in ascending order"),
-        (np.array([1, 1, 5]), 3, r"rows\.npy is no list of row numbers in ascending order"),
-        (np.array([1.0, 2.0, 5.0]), 3, r"rows\.npy is no list of row numbers in ascending order"),
-        (np.array([[1, 2, 5]]), 3, r"rows\.npy is no list of row numbers in ascending order"),
+        (np.array([1, 2]), 3, r"they have 3 rows, but rows\.npy lists 2"),
+        (np.array([1, 2, 6]), 3, r"rows\.npy lists rows 1 to 6, but the training split has 6"),
+        (np.array([-1, 2, 5]), 3, r"rows\.npy lists rows -1 to 5, but the training split has 6"),
+        (np.array([2, 1, 5]), 3, r"rows\.npy is not an ascending list of row numbers"),
+        (np.array([1, 1, 5]), 3, r"rows\.npy is not an ascending list of row numbers"),
+        (np.array([1.0, 2.0, 5.0]), 3, r"rows\.npy is not an ascending list of row numbers"),
+        (np.array([[1, 2, 5]]), 3, r"rows\.npy is not an ascending list of row numbers"),
         (np.array([1, 2, None]), 3, r"rows\.npy is damaged"),
     ],
 )
-def test_labelled_rows_that_do_not_fit_are_refused(tmp_path, teacher, rows, lines, message):
+def test_invalid_labelled_rows_raise(tmp_path, teacher, rows, lines, message):
     with pytest.raises(TeacherOutputsError, match=message + REMEDY):
         read(write_some(tmp_path, teacher, rows, lines))
 
 
-def test_labelled_rows_that_were_changed_are_refused(tmp_path, teacher):
+def test_changed_labelled_rows_raise(tmp_path, teacher):
     write_some(tmp_path, teacher)
     np.save(tmp_path / "rows.npy", np.array([1, 2, 4]))
     with pytest.raises(TeacherOutputsError, match=rf"rows\.npy has changed since it was written{REMEDY}"):
         read(tmp_path)
 
 
-def test_rows_that_nobody_vouches_for_are_not_trusted(tmp_path, teacher):
+def test_labelled_rows_missing_from_the_manifest_are_ignored(tmp_path, teacher):
     write_some(tmp_path, teacher)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(TeacherOutputsError, match="they hold 3 rows, the training split has 6"):
+    with pytest.raises(TeacherOutputsError, match="they have 3 rows, but the training split has 6"):
         read(tmp_path)

@@ -1,4 +1,4 @@
-"""What a teacher says of a row reaches that row when rows are trained many at a time."""
+"""Teacher outputs are matched to their rows when a segment predicts many rows."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ PROGRAM = replace(PROGRAM, ranking=replace(PROGRAM.ranking, top_k=4))
 
 
 class Uneven(SelectionPolicy):
-    """Weights that tell all rows and epochs apart."""
+    """Different weights for all rows and epochs."""
 
     def weights(self, evidence):
         return np.linspace(0, 1 + evidence.epoch, evidence.n_rows, dtype=np.float32)
@@ -74,7 +74,7 @@ def train_in(folder, train, settings, *, name="sasrec", kind=Engine, model_seed=
 @pytest.mark.parametrize("settings", [PAPER, PROGRAM], ids=["paper", "program"])
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
 def test_losses_are_those_of_windows_where_batches_agree(tmp_path, name, settings):
-    """One step an epoch, so that both see the same rows in it; sequences that one segment holds."""
+    """One step per epoch, so both use the same rows; every sequence fits into one segment."""
     sequences = users(L + 1)
     windows = Rows.from_tables(examples_of(sequences, L), sequences_of(sequences), N, L)
     for folder, train in (("windows", windows), ("segments", segments_of(sequences))):
@@ -86,7 +86,7 @@ def test_losses_are_those_of_windows_where_batches_agree(tmp_path, name, setting
         assert losses == pytest.approx({key: other[key] for key in losses}, rel=1e-4)
 
 
-def test_a_killed_run_ends_like_the_unbroken_one(tmp_path):
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path):
     train = segments_of(users(11))
     changes = {"epochs": 2, "batch_size": 12, "micro_batch_size": 5, "dropout": 0.2, "checkpoint_every_steps": 3}
     whole = train_in(tmp_path / "whole", train, PAPER, **changes)
@@ -98,7 +98,7 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path):
 
 
 @pytest.mark.parametrize("labelled", [None, 3], ids=["all labelled", "every third"])
-def test_a_policy_sees_of_each_row_what_it_sees_with_windows(tmp_path, labelled):
+def test_policy_sees_the_same_rows_with_segments_and_windows(tmp_path, labelled):
     sequences = users(L + 1)
     windows = Rows.from_tables(examples_of(sequences, L), sequences_of(sequences), N, L)
     teacher = teacher_for(len(windows), N, K)

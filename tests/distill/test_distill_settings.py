@@ -1,4 +1,4 @@
-"""Settings of distillation that cannot work are refused, each with what to do."""
+"""Validation of the distillation settings."""
 
 import math
 
@@ -13,7 +13,7 @@ from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSet
     [
         ({"weight": -0.1}, r"must not be negative, got weight=-0\.1"),
         ({"gamma_consistency": -1.0}, r"must not be negative.*-1\.0"),
-        ({"gamma_position": 0.0, "gamma_confidence": 0.0}, r"both 0.*set one of them, or `weight: 0`"),
+        ({"gamma_position": 0.0, "gamma_confidence": 0.0}, r"both 0.*set one of them, or .*`weight: 0`"),
         ({"top_k": 0}, r"expected top_k >= 1 and beta > 0, got 0 and 1\.0"),
         ({"beta": 0.0}, r"expected top_k >= 1 and beta > 0, got 10 and 0\.0"),
         ({"weight_floor": -1e-8}, r"weight_floor is -1e-08, expected 0 \(none\) or more"),
@@ -36,16 +36,16 @@ from llm2rec.distill.settings import DistillSettings, DrosSettings, EmbeddingSet
             r"negative \(with loss=ranknet\) is 'one_minus_score', expected 'none' or 'ranked_last'",
         ),
         ({"negative": "ranked_last"}, r"ranking\.negative is 'ranked_last'"),
-        ({"loss": "listwise", "over": "candidates", "top_k": 1}, r"one candidate among itself is always right"),
-        ({"loss": "margin", "top_k": 1}, r"'margin' and `top_k` is 1, which leaves no pair.*negative=ranked_last"),
+        ({"loss": "listwise", "over": "candidates", "top_k": 1}, r"`top_k` is 1, so the loss is always 0"),
+        ({"loss": "margin", "top_k": 1}, r"'margin', which needs pairs, but `top_k` is 1.*negative=ranked_last"),
     ],
 )
-def test_ranking_settings_that_cannot_work_are_refused(settings, message):
+def test_invalid_ranking_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         RankingSettings(**settings)
 
 
-def test_shares_may_be_zero_where_ranking_is_left_out_or_no_weight_is():
+def test_gammas_may_be_zero_without_ranking_loss_or_with_a_floor():
     RankingSettings(weight=0.0, gamma_position=0.0, gamma_confidence=0.0)
     RankingSettings(weight_floor=1e-8, gamma_position=0.0, gamma_confidence=0.0)
 
@@ -59,18 +59,18 @@ def test_shares_may_be_zero_where_ranking_is_left_out_or_no_weight_is():
         ({"in_ranking": "yes"}, r"dros\.in_ranking is 'yes', expected 'none', 'per_row' or 'broadcast'"),
     ],
 )
-def test_robust_settings_that_cannot_work_are_refused(settings, message):
+def test_invalid_dros_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         DrosSettings(**settings)
 
 
-def test_an_unknown_loss_of_the_student_is_refused():
+def test_unknown_task_loss_raises():
     with pytest.raises(ConfigError, match=r"task_loss is 'bpr', expected 'student', 'cross_entropy' or 'sampled_bce'"):
         DistillSettings(task_loss="bpr")
 
 
-def test_dros_of_candidates_needs_their_weights():
-    with pytest.raises(ConfigError, match=r"in_ranking is 'per_row'.*loss=weighted_bce does, and that is 'listwise'"):
+def test_dros_in_ranking_requires_weighted_bce():
+    with pytest.raises(ConfigError, match=r"'per_row', which requires .*loss=weighted_bce, but that is 'listwise'"):
         DistillSettings(ranking=RankingSettings(loss="listwise"), dros=DrosSettings(in_ranking="per_row"))
 
 
@@ -78,20 +78,20 @@ def test_dros_of_candidates_needs_their_weights():
     ("embedding", "teaches"),
     [({}, False), ({"fusion_scale": -0.1}, True), ({"alignment_weight": 0.1}, True), ({"initialise": "pca"}, True)],
 )
-def test_a_recipe_knows_whether_it_takes_anything_from_the_teacher(embedding, teaches):
+def test_teaches_is_true_if_any_part_uses_the_teacher(embedding, teaches):
     given = EmbeddingSettings(**{"fusion_scale": 0.0, **embedding})
     assert DistillSettings(ranking=RankingSettings(weight=0.0), embedding=given).teaches == teaches
     assert DistillSettings(embedding=given).teaches
 
 
-def test_shares_of_weights_are_read_by_the_papers_loss_alone():
+def test_gammas_are_checked_for_weighted_bce_only():
     RankingSettings(loss="listwise", gamma_position=0.0, gamma_confidence=0.0)
     with pytest.raises(ConfigError, match="`gamma_position` and `gamma_confidence` are both 0"):
         RankingSettings(gamma_position=0.0, gamma_confidence=0.0)
 
 
 @pytest.mark.parametrize(("sides", "scale"), [("input", 0.0), ("output", 0.3), ("input", 0.3)])
-def test_one_side_alone_keeps_two_tables_whatever_the_scale(sides, scale):
+def test_one_sided_fusion_unties_tables_at_any_scale(sides, scale):
     assert EmbeddingSettings(fusion_sides=sides, fusion_scale=scale).unties
     assert not EmbeddingSettings(fusion_scale=scale).unties
 
@@ -107,6 +107,6 @@ def test_one_side_alone_keeps_two_tables_whatever_the_scale(sides, scale):
         ({"alignment_weight": -1.0}, r"alignment_weight is -1\.0, expected 0 or more"),
     ],
 )
-def test_embedding_settings_that_cannot_work_are_refused(settings, message):
+def test_invalid_embedding_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         EmbeddingSettings(**settings)

@@ -75,7 +75,7 @@ def test_evaluation_rows(data, written, split, file):
     assert found == list(expected_rows(data, split))
 
 
-def test_frames_are_pickled_for_older_libraries_too(written):
+def test_pickles_are_readable_by_older_pandas(written):
     """No Arrow strings, which pandas before 3 cannot read."""
     for name in ("data_statis.df", "train_data.df"):
         pickled = (written / "data" / "toy" / name).read_bytes()
@@ -83,7 +83,7 @@ def test_frames_are_pickled_for_older_libraries_too(written):
         assert not {word for word in words if "arrow" in word.lower() or "StringDtype" in word}
 
 
-def test_the_teachers_tables(data, written, teacher):
+def test_teacher_tables(data, written, teacher):
     folder = written / "tocf" / "toy"
     assert sorted(file.name for file in folder.iterdir()) == [
         "all_embeddings.pt",
@@ -98,12 +98,12 @@ def test_the_teachers_tables(data, written, teacher):
     assert vectors[:, 7:].abs().sum() == 0
 
 
-def test_our_distillation_trains_on_the_programs_files(data, written, tmp_path, caplog):
-    """Files of its format come without a manifest."""
+def test_distillation_trains_on_exported_files(data, written, tmp_path, caplog):
+    """Files in its format have no manifest."""
     teacher = read_outputs(
         written / "tocf" / "toy", n_rows=len(data.splits["train"]), n_items=data.n_items, fingerprint="none", top_k=10
     )
-    assert "no manifest.json: scores are read as distances" in caplog.text
+    assert "no manifest.json: assuming distances" in caplog.text
     train, validation = (Rows.of(data, split) for split in ("train", "validation"))
     engine = engine_in(tmp_path, epochs=1, batch_size=64, micro_batch_size=64)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_our_distillation_trains_on_the_programs_files(data, written, tmp_path, 
     assert all(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_what_the_program_cannot_use_is_refused(data, teacher, tmp_path):
+def test_unsupported_teacher_outputs_raise(data, teacher, tmp_path):
     n_rows = len(teacher.ranking)
     some = replace(teacher, labelled=np.arange(0, 2 * n_rows, 2))
     with pytest.raises(TeacherOutputsError, match=rf"labelled {n_rows} of {2 * n_rows} training rows.*active=all"):
@@ -131,7 +131,7 @@ def test_what_the_program_cannot_use_is_refused(data, teacher, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_catalogue_smaller_than_the_programs_lists_is_refused(data, tmp_path):
+def test_catalogue_smaller_than_the_metric_cutoff_raises(data, tmp_path):
     small = replace(data, items=data.items.select(range(19)))
     with pytest.raises(ConfigError, match=r"the dataset has 19 items, but the released program's metrics need 20"):
         write_data(tmp_path / "small", small)
@@ -141,7 +141,7 @@ README_WEIGHTS = "--alpha 0.5 --ed_weight 0.3 --lam 0.7"
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "n_candidates", "told"),
+    ("n_rows", "n_candidates", "expected"),
     [
         (97_171, 10, f"--data toy {README_WEIGHTS}"),
         (256, 100, f"--data toy {README_WEIGHTS}"),
@@ -150,11 +150,11 @@ README_WEIGHTS = "--alpha 0.5 --ed_weight 0.3 --lam 0.7"
         (20, 4, f"--data toy --batch_size 20 {README_WEIGHTS} --candidate_topk 4"),
     ],
 )
-def test_the_program_is_told_what_its_defaults_would_not_find(n_rows, n_candidates, told):
-    assert arguments_for("toy", n_rows, n_candidates, DLLM2RecCodeSettings()) == told
+def test_arguments_replace_unsuitable_defaults(n_rows, n_candidates, expected):
+    assert arguments_for("toy", n_rows, n_candidates, DLLM2RecCodeSettings()) == expected
 
 
-def test_the_program_is_told_the_weights_of_another_recipe():
+def test_arguments_include_the_weights_of_the_recipe():
     ranking = RankingSettings(weight=0.8, top_k=20, gamma_position=0.2, gamma_confidence=0.25, gamma_consistency=0)
     settings = DistillSettings(ranking=ranking, embedding=EmbeddingSettings(fusion_scale=0.2))
     gammas = "--gamma_position 0.2 --gamma_confidence 0.25 --gamma_consistency 0"

@@ -1,4 +1,4 @@
-"""Ranking losses that are about candidates, negatives and a sum over the catalogue, of which no scores are held."""
+"""Ranking losses computed from candidates, negatives and a sum over the catalogue, without all scores in memory."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ FEW = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """So that sums over the catalogue take several tiles, as those of large ones do."""
+    """Use small tiles, so that a sum over the catalogue takes several."""
     monkeypatch.setitem(catalogue._TILE, "cpu", N - 1)
 
 
@@ -49,7 +49,7 @@ def trained(folder, settings, loss=SAMPLED, kind=None, seed=0, **changes):
 
 
 def parts(settings, loss, rows):
-    """A student in evaluation mode, and what its losses of some rows are made of."""
+    """A student in evaluation mode, and the inputs of its losses for some rows."""
     model = distilled(settings).eval()
     batch = TRAIN.batch(rows)
     users, own = model(*batch.inputs), TaskLoss(model.student, loss, TRAIN.targets, seed=0)
@@ -60,7 +60,7 @@ def parts(settings, loss, rows):
 
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("loss", [SAMPLED, LossSettings()])
-def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
+def test_sparse_scores_give_the_losses_and_gradients_of_all_scores(kind, loss):
     settings, rows = settings_with(**FEW[kind]), np.arange(7)
     model, users, batch, teacher_batch, weights, own, negatives = parts(settings, loss, rows)
     if negatives is not None:
@@ -86,7 +86,7 @@ def test_few_scores_give_the_losses_and_gradients_of_all(kind, loss):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
+def test_sampling_every_item_equals_the_catalogue(temperature):
     settings, rows = settings_with(loss="listwise", over="sampled", temperature=temperature), np.arange(7)
     model, users, batch, teacher_batch, weights, own, _ = parts(settings, SAMPLED, rows)
     logits = model.score(users)
@@ -116,7 +116,7 @@ def test_a_sample_of_the_whole_catalogue_is_the_catalogue(temperature):
         (FEW["catalogue, flat"], LossSettings(), 2),
     ],
 )
-def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking, loss, n_sums):
+def test_losses_do_not_score_the_catalogue(tmp_path, monkeypatch, ranking, loss, n_sums):
     class Scored(Exception):
         pass
 
@@ -136,7 +136,7 @@ def test_the_catalogue_is_not_scored_for_them(tmp_path, monkeypatch, ranking, lo
 
 
 @pytest.mark.parametrize("loss", [SAMPLED, LossSettings("bce", 3), LossSettings("gbce", 5)])
-def test_a_sampled_listwise_student_trains_and_resumes(tmp_path, loss):
+def test_sampled_listwise_student_trains_and_resumes(tmp_path, loss):
     settings = settings_with(loss="listwise", over="sampled")
     whole = trained(tmp_path / "whole", settings, loss, checkpoint_every_steps=3)
     with pytest.raises(Killed):
@@ -151,21 +151,21 @@ def test_a_sampled_listwise_student_trains_and_resumes(tmp_path, loss):
 
 
 @pytest.mark.parametrize(
-    ("task_loss", "loss", "named"),
+    ("task_loss", "loss", "cause"),
     [
         ("student", LossSettings(), r"student\.loss\.name is 'cross_entropy'"),
         ("sampled_bce", SAMPLED, r"distill\.task_loss is 'sampled_bce'"),
     ],
 )
-def test_a_sample_needs_negatives_of_the_students_own(tmp_path, task_loss, loss, named):
+def test_sampled_listwise_without_negatives_raises(tmp_path, task_loss, loss, cause):
     settings = replace(settings_with(loss="listwise", over="sampled"), task_loss=task_loss)
     with pytest.raises(
-        ConfigError, match=rf"over is 'sampled', which needs the negatives .* but {named}.*over=catalogue"
+        ConfigError, match=rf"over is 'sampled', which needs the negatives .* but {cause}.*over=catalogue"
     ):
         trained(tmp_path, settings, loss)
 
 
-def test_dros_needs_all_scores_and_then_there_is_no_sample():
+def test_sampled_listwise_with_dros_uses_all_scores():
     settings = replace(settings_with(loss="listwise", over="sampled"), dros=DrosSettings(weight=0.3))
     rows, propensity = np.arange(7), torch.linspace(0.1, 1, N)
     model, users, batch, teacher_batch, weights, own, _ = parts(settings, SAMPLED, rows)

@@ -43,7 +43,7 @@ def test_confidence_weights_by_hand():
     torch.testing.assert_close(confidence_weights(distance), torch.tensor([[2 / 3, 1 / 3], [0.5, 0.5]]))
 
 
-def test_a_floor_makes_far_candidates_alike():
+def test_floor_makes_weights_of_far_candidates_uniform():
     distance = torch.tensor([[0.5, 2.0], [40.0, 60.0]])
     floored = torch.exp(-distance.double()) + 1e-8
     expected = (floored / floored.sum(dim=1, keepdim=True)).float()
@@ -87,7 +87,7 @@ def test_consistency_weights_with_a_floor_or_normalised():
     assert consistency_weights(logits, ranking[:, 2:], 2, normalise=True).tolist() == [[0]]
 
 
-def test_consistency_lets_no_gradient_through():
+def test_consistency_weights_have_no_gradient():
     logits = torch.randn(2, 6, requires_grad=True)
     assert not consistency_weights(logits, torch.tensor([[0], [1]]), 2).requires_grad
 
@@ -104,7 +104,7 @@ def test_importance_weights_by_hand():
     torch.testing.assert_close(weights, torch.tensor([[2.3 / 3.5, 1.2 / 3.5], [2.6 / 3, 0.4 / 3]]))
 
 
-def test_importance_weights_may_stay_as_mixed():
+def test_importance_weights_without_renormalisation():
     given = torch.tensor([0.8, 0.2]), torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
     shares = {"gamma_position": 1.0, "gamma_confidence": 2.0, "gamma_consistency": 0.5}
     torch.testing.assert_close(importance_weights(*given, **shares, renormalise=False), torch.tensor([[2.3, 1.2]]))
@@ -112,7 +112,7 @@ def test_importance_weights_may_stay_as_mixed():
     assert nothing.tolist() == [[0, 0]]  # and not 0 / 0
 
 
-def test_a_share_alone_is_its_own_weight():
+def test_single_gamma_gives_its_own_weight():
     position, confidence = position_weights(3, 1.0), torch.tensor([[0.2, 0.3, 0.5]])
     consistency = torch.tensor([[0.0, 1.0, 1.0]])
     shares = {"gamma_position": 0.0, "gamma_confidence": 0.0, "gamma_consistency": 0.0}
@@ -155,7 +155,7 @@ def test_robust_term_by_hand():
     assert robust_term(robust, weights, "broadcast", torch.zeros(2)).tolist() == [0, 0]
 
 
-def test_the_broadcast_term_is_the_mean_of_the_programs_table():
+def test_broadcast_term_equals_the_mean_of_the_released_programs_table():
     torch.manual_seed(0)
     robust, weights = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     table = sum((weights[:, k : k + 1] * robust[:, k]).mean() for k in range(3))  # (5, 1) times (5,) is (5, 5)
@@ -163,7 +163,7 @@ def test_the_broadcast_term_is_the_mean_of_the_programs_table():
 
 
 @pytest.mark.parametrize("term", [negative_term, robust_term])
-def test_a_term_of_unknown_kind_is_refused(term):
+def test_unknown_kind_raises(term):
     with pytest.raises(ValueError, match="`kind` is 'other', expected"):
         term(torch.zeros(1), torch.ones(1, 1), "other")
 

@@ -38,7 +38,7 @@ from llm2rec.student.losses import dros, sampled_bce
 
 
 def rows_by_hand(n_rows=6, seed=0, dtype=torch.float64):
-    """Logits and all that a loss of theirs may ask for."""
+    """Logits and the other inputs of the losses."""
     torch.manual_seed(seed)
     logits = torch.randn(n_rows, N, dtype=dtype, requires_grad=True)
     targets, negatives = torch.arange(n_rows) % N, (torch.arange(n_rows) + 5) % N
@@ -97,7 +97,7 @@ def objective_of(settings, given, distilled=None, **more):
     )
 
 
-def test_the_programs_objective_agrees_with_loops_gradients_included():
+def test_released_objective_equals_loops_including_gradients():
     given = rows_by_hand()
     ours, loops = objective_of(code(), given), program_by_hand(*given, code())
     assert ours.keys() == loops.keys()
@@ -131,7 +131,7 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("loss", BEYOND)
-def test_other_ranking_losses_take_the_papers_place_and_leave_the_rest(loss):
+def test_other_ranking_losses_replace_only_the_ranking_term(loss):
     given, settings = rows_by_hand(), BEYOND[loss]
     logits, _, teacher_batch, negatives, _ = given
     ranked = replace(
@@ -159,7 +159,7 @@ def test_other_ranking_losses_take_the_papers_place_and_leave_the_rest(loss):
         ("margin", "margin", 0.5),
     ],
 )
-def test_each_switch_of_the_other_ranking_losses_changes_them(loss, switch, value):
+def test_each_option_of_the_other_ranking_losses_changes_the_loss(loss, switch, value):
     given, settings = rows_by_hand(), BEYOND[loss]
     changed = replace(settings, ranking=replace(settings.ranking, **{switch: value}))
     whole, other = (objective_of(each, given)["loss"] for each in (settings, changed))
@@ -167,7 +167,7 @@ def test_each_switch_of_the_other_ranking_losses_changes_them(loss, switch, valu
 
 
 @pytest.mark.parametrize("loss", BEYOND)
-def test_other_ranking_losses_are_trained_and_resumed(tmp_path, loss):
+def test_other_ranking_losses_train_and_resume(tmp_path, loss):
     settings = replace(BEYOND[loss], task_loss="cross_entropy")
     whole = train_in(tmp_path / "whole", settings)
     with pytest.raises(Killed):
@@ -194,7 +194,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_each_switch_changes_the_objective(switch):
+def test_each_option_changes_the_objective(switch):
     given = rows_by_hand()
     whole, changed = (
         objective_of(settings, given)["loss"] for settings in (code(), code(**{switch: SWITCHES[switch]}))
@@ -203,14 +203,14 @@ def test_each_switch_changes_the_objective(switch):
 
 
 @pytest.mark.parametrize(("name", "part"), [("dros.in_ranking", "none"), ("ranking.negative", "none")])
-def test_terms_of_the_ranking_loss_can_be_left_out(name, part):
+def test_ranking_terms_can_be_disabled(name, part):
     given = rows_by_hand()
     whole, without = objective_of(code(), given), objective_of(code(**{name: part}), given)
     assert (whole["loss_ranking"] > without["loss_ranking"]).all()
     assert torch.equal(whole["loss_student"], without["loss_student"])
 
 
-def test_without_dros_and_ranking_the_task_loss_is_left_exactly():
+def test_objective_without_dros_and_ranking_equals_the_task_loss():
     given = rows_by_hand(dtype=torch.float32)
     losses = objective_of(code(**{"dros.weight": 0.0, "ranking.weight": 0.0}), given)
     assert losses.keys() == {"loss", "loss_student"}
@@ -219,7 +219,7 @@ def test_without_dros_and_ranking_the_task_loss_is_left_exactly():
     assert torch.equal(robust["loss_dros"], dros(given[0], given[1][:, None], given[4], 1.0)[:, 0])
 
 
-def test_extreme_logits_leave_the_objective_finite():
+def test_objective_of_extreme_logits_is_finite():
     given = rows_by_hand(dtype=torch.float32)
     logits = (given[0].detach() * 1e4).requires_grad_()
     losses = objective_of(code(), (logits, *given[1:]))
@@ -229,7 +229,7 @@ def test_extreme_logits_leave_the_objective_finite():
 
 
 @pytest.mark.parametrize("settings", [code(), code(**{"dros.in_ranking": "per_row"})])
-def test_rows_that_are_not_distilled_tell_the_program_nothing(settings):
+def test_rows_with_weight_zero_do_not_affect_the_released_objective(settings):
     given, distilled = rows_by_hand(), [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
     logits, targets, teacher_batch, negatives, propensity = given
     losses = objective_of(settings, given, distilled)
@@ -242,7 +242,7 @@ def test_rows_that_are_not_distilled_tell_the_program_nothing(settings):
     assert torch.equal(losses["loss_ranking"][own], torch.zeros(3, dtype=torch.float64))
 
 
-def test_the_students_list_may_come_from_a_pass_without_dropout():
+def test_student_top_k_can_come_from_a_pass_without_dropout():
     given = rows_by_hand()
     compared = given[0].detach().flip(1)
     losses = objective_of(code(), given, consistency_logits=compared)
@@ -262,7 +262,7 @@ def test_the_students_list_may_come_from_a_pass_without_dropout():
     assert not torch.equal(found[True]["loss_ranking"], found[False]["loss_ranking"])
 
 
-def test_the_programs_losses_are_logged_by_name_and_add_up(tmp_path):
+def test_released_losses_are_logged_by_name_and_add_up(tmp_path):
     train_in(tmp_path, code(), **WHOLE_STEPS)
     for entry in written(tmp_path, "validation")["history"]:
         parts = {"train/loss_student": 1.0, "train/loss_dros": 0.5, "train/loss_ranking": 0.7}
@@ -274,8 +274,8 @@ def test_the_programs_losses_are_logged_by_name_and_add_up(tmp_path):
     "settings", [code(), code(**{"ranking.confidence": "per_row", "ranking.consistency_dropout": False})]
 )
 @pytest.mark.parametrize(("killed_before", "every"), [(2, 0), (8, 3)])
-def test_a_killed_run_of_the_program_ends_like_the_unbroken_one(tmp_path, settings, killed_before, every):
-    """Negatives are drawn again as they were."""
+def test_killed_and_resumed_released_objective_equals_uninterrupted_run(tmp_path, settings, killed_before, every):
+    """A resumed run draws the same negatives."""
     changes = {"checkpoint_every_steps": every, **WHOLE_STEPS}
     whole = train_in(tmp_path / "whole", settings, **changes)
     with pytest.raises(Killed):
@@ -284,7 +284,7 @@ def test_a_killed_run_of_the_program_ends_like_the_unbroken_one(tmp_path, settin
     assert_same_weights(resumed.state_dict(), whole.state_dict())
 
 
-def test_micro_batches_change_nothing_where_no_loss_is_about_a_whole_step(tmp_path):
+def test_micro_batches_do_not_change_per_row_losses(tmp_path):
     settings = code(**{"dros.in_ranking": "per_row"})
 
     def losses_with(size):
@@ -297,7 +297,7 @@ def test_micro_batches_change_nothing_where_no_loss_is_about_a_whole_step(tmp_pa
     assert losses_with(3) == pytest.approx(losses_with(8), rel=1e-5)
 
 
-def test_a_gpu_that_is_too_small_distils_the_same_student_as_smaller_micro_batches(tmp_path):
+def test_out_of_memory_retry_equals_smaller_micro_batches(tmp_path):
     settings = settings_of(alignment=0.4)
     expected = train_in(tmp_path / "small", settings, batch_size=8, micro_batch_size=2)
     engine = engine_in(tmp_path / "lowered", **{**TRAINING, **WHOLE_STEPS})
@@ -308,7 +308,7 @@ def test_a_gpu_that_is_too_small_distils_the_same_student_as_smaller_micro_batch
     assert_same_weights(model.state_dict(), expected.state_dict())
 
 
-def test_a_broadcast_is_not_split_when_out_of_memory(tmp_path):
+def test_broadcast_is_not_split_when_out_of_memory(tmp_path):
     model, settings = distilled(code()), code()
     out_of_memory_above(model, 4)
     with pytest.raises(OutOfMemoryError, match=r"distill\.dros\.in_ranking=broadcast needs one micro-batch per step"):
@@ -323,20 +323,20 @@ def test_a_broadcast_is_not_split_when_out_of_memory(tmp_path):
         )
 
 
-def test_a_broadcast_over_parts_of_a_step_is_refused(tmp_path):
+def test_broadcast_with_several_micro_batches_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"'broadcast'.*1 processes use 3 micro-batches.*in_ranking=per_row"):
         train_in(tmp_path, code(), batch_size=8, micro_batch_size=3)
     train_in(tmp_path / "none", code(**{"dros.weight": 0.0}), batch_size=8, micro_batch_size=3, epochs=1)
 
 
-def test_only_settings_that_need_them_ask_for_negatives():
+def test_needs_negatives():
     ranked = replace(settings_of(), ranking=RankingSettings(negative="one_minus_score"))
     assert [s.needs_negatives for s in (settings_of(), code(), ranked)] == [False, True, True]
     assert not replace(ranked, ranking=replace(ranked.ranking, weight=0.0)).needs_negatives
     assert not replace(settings_of(), dros=DrosSettings(weight=1.0)).robust_ranking
 
 
-def test_the_ranking_loss_raises_the_candidates_only():
+def test_ranking_loss_raises_only_the_candidates():
     logits = torch.zeros(1, N, requires_grad=True)
     ranking_loss(logits[:, [2, 7]], torch.tensor([[0.5, 0.5]])).sum().backward()
     assert (logits.grad < 0).nonzero()[:, 1].tolist() == [2, 7]

@@ -16,11 +16,11 @@ N, D, WIDTH = 9, 6, 5
 
 
 def moment(n_rows, epoch=0):
-    """What a policy is shown that looks at neither teacher nor student."""
+    """Evidence for a policy that reads neither teacher nor student."""
     return Evidence(n_rows, epoch, np.arange(n_rows), None, None)
 
 
-def test_all_weighs_every_row_one():
+def test_all_gives_every_row_weight_one():
     weights = SelectionPolicyAll().weights(moment(7, epoch=3))
     assert weights.dtype == np.float32
     assert weights.tolist() == [1] * 7
@@ -36,7 +36,7 @@ def test_random_keeps_its_budget(budget, n_rows, chosen):
     assert sorted(weights.tolist(), reverse=True) == [1] * chosen + [0] * (n_rows - chosen)
 
 
-def test_random_is_a_choice_of_its_seed_and_the_same_in_every_epoch():
+def test_random_depends_on_the_seed_and_not_on_the_epoch():
     policy = SelectionPolicyRandom(0.5, seed=1)
     first = policy.weights(moment(100)).tolist()
     assert policy.weights(moment(100, epoch=5)).tolist() == first
@@ -46,14 +46,14 @@ def test_random_is_a_choice_of_its_seed_and_the_same_in_every_epoch():
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, 1.01, float("nan")])
-def test_a_budget_that_is_no_part_is_refused(budget):
+def test_budget_out_of_range_raises(budget):
     with pytest.raises(
-        ConfigError, match=rf"active\.budget is {budget}, expected a part of the rows above 0 and up to 1"
+        ConfigError, match=rf"active\.budget is {budget}, expected a fraction of the rows above 0 and up to 1"
     ):
         SelectionPolicyRandom(budget, seed=0)
 
 
-def test_a_policy_must_say_its_weights():
+def test_policy_without_weights_method_cannot_be_instantiated():
     class Silent(SelectionPolicy):
         pass
 
@@ -112,13 +112,13 @@ def test_fusion_on_the_input_side_scores_with_plain_vectors(name):
     torch.testing.assert_close(served.score(served(history, lengths)), model.score(model(history, lengths)))
 
 
-def test_fusion_on_the_input_side_of_a_single_table_is_refused():
-    with pytest.raises(ConfigError, match=r"vectors of their own; build it with `tie_items=False`"):
+def test_input_fusion_of_tied_tables_raises():
+    with pytest.raises(ConfigError, match=r"separate input and output item tables.*`tie_items=False`"):
         DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False, fusion_sides="input")
     DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=False, fusion_sides="input")
 
 
-def test_a_pass_without_dropout_leaves_mode_and_random_numbers_alone():
+def test_pass_without_dropout_keeps_mode_and_random_state():
     model = DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False)
     history, lengths = torch.tensor([[1, 2, 3, N], [5, N, N, N]]), torch.tensor([3, 1])
     before = torch.get_rng_state()
@@ -138,13 +138,13 @@ def test_teacher_vectors_are_neither_trained_nor_stored():
     assert not any("teacher_vectors" in name for name in model.state_dict())
 
 
-def test_without_fusion_and_alignment_the_student_is_as_it_was():
+def test_student_without_fusion_and_alignment_is_unchanged():
     model = DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=False)
     assert_same_weights(model.student.state_dict(), plain().state_dict())
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain().parameters())
 
 
-def test_alignment_projects_the_items_that_are_read_in():
+def test_alignment_projects_input_item_vectors():
     model = DistilledStudent(plain(tie_items=False), vectors(), fusion_scale=0.0, align=True)
     ids = torch.tensor([4, 4, 0])
     to = model.to_teacher["input"]
@@ -154,7 +154,7 @@ def test_alignment_projects_the_items_that_are_read_in():
     assert model.projected(torch.tensor([2]))["input"].shape == (1, WIDTH)
 
 
-def test_a_fused_student_is_served_without_its_teacher():
+def test_fused_student_is_served_without_teacher_vectors():
     model = DistilledStudent(plain(tie_items=False), vectors(), fusion_scale=0.3, align=True).eval()
     served = plain(tie_items=False).eval()
     served.load_served(model.student.weights_to_serve())
@@ -164,7 +164,7 @@ def test_a_fused_student_is_served_without_its_teacher():
 
 @pytest.mark.parametrize(("sides", "expected"), [("output", ["output"]), ("both", ["input", "output"])])
 @pytest.mark.parametrize("kind", ["mse", "cosine", "contrastive"])
-def test_alignment_pulls_the_sides_it_is_told_to(kind, sides, expected):
+def test_alignment_trains_the_selected_sides(kind, sides, expected):
     model = DistilledStudent(plain(tie_items=False), vectors(), fusion_scale=0.0, align=True, alignment_sides=sides)
     ids = torch.tensor([4, 4, 0])
     tables = {"input": model.student.input_items, "output": model.student.output_items}
@@ -185,7 +185,7 @@ def test_alignment_pulls_the_sides_it_is_told_to(kind, sides, expected):
     assert moved == expected
 
 
-def test_fusion_on_the_output_side_reads_plain_vectors():
+def test_output_fusion_reads_plain_vectors():
     model = DistilledStudent(plain(False), vectors(), fusion_scale=0.3, align=False, fusion_sides="output")
     student = model.student
     assert (type(student.input_items), type(student.output_items)) == (ItemTable, FusedItemTable)
@@ -194,8 +194,8 @@ def test_fusion_on_the_output_side_reads_plain_vectors():
     torch.testing.assert_close(model.score(users), users @ fused.T)
 
 
-def test_one_side_alone_of_a_single_table_is_refused():
-    with pytest.raises(ConfigError, match=r"fusion on the output side alone needs .* build it with `tie_items=False`"):
+def test_one_sided_fusion_of_tied_tables_raises():
+    with pytest.raises(ConfigError, match=r"`fusion_sides` is 'output', which needs .*`tie_items=False`"):
         DistilledStudent(plain(), vectors(), fusion_scale=0.3, align=False, fusion_sides="output")
     with pytest.raises(ConfigError, match=r"alignment_sides is 'both'.*student\.model\.tie_items=false"):
         DistilledStudent(plain(), vectors(), fusion_scale=0.0, align=True, alignment_sides="both")
@@ -203,7 +203,7 @@ def test_one_side_alone_of_a_single_table_is_refused():
 
 
 @pytest.mark.parametrize(("n_items", "width"), [(30, 5), (6, 40)])  # more items than numbers each, and fewer
-def test_main_directions_are_those_of_a_singular_value_decomposition(n_items, width):
+def test_principal_components_equal_svd(n_items, width):
     given = torch.randn(n_items, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     centred = given - given.mean(dim=0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -215,7 +215,7 @@ def test_main_directions_are_those_of_a_singular_value_decomposition(n_items, wi
     torch.testing.assert_close(principal_components(-given, 4).abs(), ours.abs(), rtol=1e-4, atol=1e-5)
 
 
-def test_main_directions_by_hand():
+def test_principal_components_by_hand():
     given = torch.tensor([[3.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [-3.0, 1.0]])  # the second number says nothing
     assert principal_components(given, 2).tolist() in ([[3], [1], [-1], [-3]], [[-3], [-1], [1], [3]])
     assert principal_components(torch.ones(4, 3), 2).shape == (4, 0)
@@ -224,7 +224,7 @@ def test_main_directions_by_hand():
 @pytest.mark.parametrize("tie_items", [True, False])
 @pytest.mark.parametrize("fusion", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["pca", "whitened"])
-def test_item_vectors_start_from_the_teachers(kind, fusion, tie_items):
+def test_item_vectors_are_initialised_from_the_teacher(kind, fusion, tie_items):
     model = DistilledStudent(plain(tie_items), vectors(), fusion_scale=fusion, align=False, initialise=kind)
     student, start = model.student, principal_components(vectors(), D, whiten=kind == "whitened")
     width = start.shape[1]
@@ -237,7 +237,7 @@ def test_item_vectors_start_from_the_teachers(kind, fusion, tie_items):
         assert 0 < table.weight[:N, width:].std() < 0.05  # random, as without
 
 
-def test_a_wide_teacher_gives_as_many_directions_as_the_student_has_numbers():
+def test_wide_teacher_is_reduced_to_the_student_width():
     wide = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     table = ItemTable(50, D)
     table.start_from(principal_components(wide, D))

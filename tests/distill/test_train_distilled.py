@@ -69,7 +69,7 @@ def test_each_loss_is_logged_by_name_and_adds_up(tmp_path, settings):
         assert all(entry[name] > 0 for name in parts)
 
 
-def test_without_any_distillation_it_is_the_baseline_bit_for_bit(tmp_path):
+def test_training_without_distillation_equals_the_baseline_exactly(tmp_path):
     settings = settings_of(ranking=0.0, fusion=0.0)
     model = train_in(tmp_path / "distilled", settings, max_grad_norm=0.5)
     baseline = train_baseline(plain(), TRAIN, VALIDATION, engine_in(tmp_path / "plain", **TRAINING, max_grad_norm=0.5))
@@ -81,7 +81,7 @@ def test_without_any_distillation_it_is_the_baseline_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [LossSettings("bce", 3), LossSettings(dros=student_settings.DrosSettings(weight=0.2))])
-def test_a_distilled_student_has_its_baselines_own_task(tmp_path, loss):
+def test_distilled_student_uses_the_task_loss_of_the_baseline(tmp_path, loss):
     def trained(name, settings):
         engine = engine_in(tmp_path / name, **TRAINING)
         return train_distilled(
@@ -103,10 +103,13 @@ def test_a_distilled_student_has_its_baselines_own_task(tmp_path, loss):
     ("dros", "message"),
     [
         (DrosSettings(weight=0.5), r"student\.loss\.dros\.weight is 0\.2 and distill\.dros\.weight is 0\.5"),
-        (DrosSettings(in_ranking="per_row"), r"in_ranking is 'per_row'.*that is 0; give it the 0\.2 of `student\.loss"),
+        (
+            DrosSettings(in_ranking="per_row"),
+            r"'per_row'.*weight` is 0; set `distill\.dros\.weight=0\.2`",
+        ),
     ],
 )
-def test_dros_twice_or_with_the_weight_of_the_other_is_refused(tmp_path, dros, message):
+def test_conflicting_dros_settings_raise(tmp_path, dros, message):
     settings = replace(settings_of(), dros=dros)
     loss = LossSettings(dros=student_settings.DrosSettings(weight=0.2))
     with pytest.raises(ConfigError, match=message):
@@ -133,7 +136,7 @@ def losses_of(settings, weights=None, teacher=TEACHER, model=None):
     return distillation_losses(model, users, batch, told, counted, settings), model, batch
 
 
-def test_weights_zero_leave_the_task_loss_exactly():
+def test_zero_weights_leave_the_task_loss_exactly():
     losses, model, batch = losses_of(settings_of(ranking=0.0, alignment=0.0))
     own = cross_entropy(model.score(model(batch.history, batch.lengths)), batch.targets)
     assert torch.equal(losses["loss"], own)
@@ -168,7 +171,7 @@ def test_losses_of_a_row_by_hand(kind):
             assert losses["loss"][row].item() == pytest.approx(own + 0.5 * told + 0.25 * aligned, rel=1e-5)
 
 
-def test_only_top_k_candidates_count():
+def test_only_top_k_candidates_are_used():
     settings = settings_of(top_k=2)
     settings = replace(settings, ranking=replace(settings.ranking, confidence="per_candidate"))
     changed = TEACHER.ranking.copy()
@@ -181,7 +184,7 @@ def test_only_top_k_candidates_count():
     assert not torch.equal(losses_of(settings, teacher=other, model=model)[0]["loss"], first)
 
 
-def test_rows_of_weight_zero_tell_nothing():
+def test_rows_with_weight_zero_are_not_distilled():
     settings = settings_of(alignment=0.4)
     weights = [1.0, 0.0, 1.0, 0.0, 0.5, 0.0]
     whole, model, _ = losses_of(settings)
@@ -208,7 +211,7 @@ class Nobody(SelectionPolicy):
         return np.zeros(evidence.n_rows, np.float32)
 
 
-def test_a_policy_that_chooses_nobody_trains_the_plain_student(tmp_path):
+def test_policy_that_selects_no_rows_trains_the_baseline(tmp_path):
     model = train_in(tmp_path / "nobody", settings_of(fusion=0.0), policy=Nobody())
     same = train_in(tmp_path / "plain", settings_of(ranking=0.0, fusion=0.0))
     other = train_in(tmp_path / "all", settings_of(fusion=0.0))
@@ -222,8 +225,8 @@ class Odd(SelectionPolicy):
         return (np.arange(evidence.n_rows) % 2).astype(np.float32)
 
 
-def test_rows_are_chosen_by_the_policy_and_not_by_their_place_in_a_batch(tmp_path):
-    """What the teacher says of rows that are not chosen changes nothing in a whole training, the rest does."""
+def test_row_weights_follow_row_numbers(tmp_path):
+    """Teacher outputs of rows that are not selected do not change the training; those of selected rows do."""
 
     def trained(name, changed):
         ranking = TEACHER.ranking.copy()
@@ -239,7 +242,7 @@ def test_rows_are_chosen_by_the_policy_and_not_by_their_place_in_a_batch(tmp_pat
 
 
 class ByEpoch(SelectionPolicy):
-    """Other rows in every epoch; remembers what it was asked."""
+    """Selects other rows in every epoch and records the epochs."""
 
     def __init__(self):
         self.asked = []
@@ -249,7 +252,7 @@ class ByEpoch(SelectionPolicy):
         return (np.arange(evidence.n_rows) % 3 == evidence.epoch % 3).astype(np.float32)
 
 
-def test_a_policy_is_asked_once_an_epoch(tmp_path):
+def test_policy_is_called_once_per_epoch(tmp_path):
     policy = ByEpoch()
     train_in(tmp_path, settings_of(), policy=policy, epochs=3)
     assert policy.asked == [(37, 0), (37, 1), (37, 2)]
@@ -257,7 +260,7 @@ def test_a_policy_is_asked_once_an_epoch(tmp_path):
 
 @pytest.mark.parametrize("settings", [settings_of(), settings_of(ranking=0.3, fusion=0.2, alignment=0.4, kind="mse")])
 @pytest.mark.parametrize(("killed_before", "every"), [(2, 0), (8, 3), (5, 1)])
-def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, settings, killed_before, every):
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path, settings, killed_before, every):
     changes = {"checkpoint_every_steps": every, "max_grad_norm": 0.5}
     whole = train_in(tmp_path / "whole", settings, policy=ByEpoch(), **changes)
     broken = tmp_path / "broken"
@@ -284,7 +287,7 @@ def test_every_student_can_be_distilled_and_resumed(tmp_path, name, settings):
 
 @pytest.mark.parametrize("initialise", ["pca", "whitened"])
 @pytest.mark.parametrize("alignment_sides", ["output", "both"])
-def test_every_form_of_embedding_distillation_is_trained_and_resumed(tmp_path, initialise, alignment_sides):
+def test_every_form_of_embedding_distillation_trains_and_resumes(tmp_path, initialise, alignment_sides):
     changes = {"fusion_sides": "output", "alignment_sides": alignment_sides, "initialise": initialise}
     base = settings_of(alignment=0.4, kind="contrastive")
     settings = replace(base, embedding=replace(base.embedding, **changes))
@@ -296,8 +299,8 @@ def test_every_form_of_embedding_distillation_is_trained_and_resumed(tmp_path, i
 
 
 @pytest.mark.parametrize("name", ["sasrec", "caser"])  # GRU4Rec learns too slowly for so few steps
-def test_a_good_teacher_helps_where_targets_are_noise(tmp_path, name):
-    """Targets say nothing, the teacher knows what comes next."""
+def test_teacher_helps_if_targets_are_random(tmp_path, name):
+    """Targets are random, and the teacher knows the next item."""
     train, test = counting_rows(150, N, L), counting_rows(60, N, L, seed=3)
     right = train.targets
     train = with_targets(train, np.random.default_rng(0).integers(N, size=150))

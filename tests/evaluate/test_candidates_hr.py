@@ -160,7 +160,7 @@ def test_adding_candidates_keeps_the_full_ranking_and_each_protocol_is_scored_on
 
 
 def test_a_catalogue_too_small_raises_before_any_run_is_scored(data):
-    with pytest.raises(ConfigError, match=f"`n_candidates` is {data.n_items}, but a row may show"):
+    with pytest.raises(ConfigError, match=f"`n_candidates` is {data.n_items}, but a row may have only"):
         score_popularity(data, Protocol((1,), False, data.n_items))
 
 

@@ -109,7 +109,7 @@ def test_a_folder_without_run_and_a_student_of_another_shape_raise(tmp_path, dat
     with pytest.raises(CheckpointError, match=r"config\.json has changed since it was written"):
         score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
     (folder / "student" / "manifest.json").unlink()  # as in earlier versions
-    with pytest.raises(CheckpointError, match="holds other weights than a sasrec"):
+    with pytest.raises(CheckpointError, match="do not match a sasrec"):
         score_run(folder, data, engine_in(tmp_path / "e"), PROTOCOL, tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_a_stage_logs_its_folder_first_and_last_and_little_between(chain):
 def test_the_released_programs_objective_is_trained_by_name(chain):
     folder, _, _ = chain
     done = run(folder, "distill", *STUDENT, "distill=dllm2rec_code")
-    assert "vectors of their own: the teacher is fused on the input side only" in done.stderr
+    assert "separate input and output item tables: fusion_sides=input" in done.stderr
     last = runs(folder)[-1]
     assert json.loads((last / "run.json").read_text())["label"].startswith("sasrec + dllm2rec_code (")
     assert json.loads((last / "student" / "config.json").read_text())["arguments"]["tie_items"] is False

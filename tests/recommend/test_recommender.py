@@ -168,7 +168,7 @@ def test_folders_that_cannot_answer_are_refused(trained, tmp_path):
         Recommender.load(copied(trained, tmp_path / "b", stage="teacher"))
     old = copied(trained, tmp_path / "c")
     (old / "student" / "items.arrow").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no items.arrow.*earlier versions.*train this one again"):
+    with pytest.raises(CheckpointError, match=r"lacks items.arrow.*earlier versions.*train the student again"):
         Recommender.load(old)
     for name in ("items.arrow", "model.safetensors"):
         damaged = copied(trained, tmp_path / f"damaged {name}")

@@ -228,7 +228,7 @@ def test_what_is_no_finished_model_is_refused_before_anything_is_sent(hub, make_
 
 
 def test_a_student_of_another_kind_is_refused(make_run):
-    with pytest.raises(CheckpointError, match=r"holds a SASRec, expected a GRU4Rec; ask `SASRec\.from_pretrained`"):
+    with pytest.raises(CheckpointError, match=r"is a SASRec, expected a GRU4Rec; use `SASRec\.from_pretrained`"):
         GRU4Rec.from_pretrained(make_run())
     assert isinstance(SequentialRecommender.from_pretrained(make_run()), SASRec)
 

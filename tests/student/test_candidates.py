@@ -1,4 +1,4 @@
-"""Candidates: what a row may hold, that all arrangements are equally likely, and that nothing else decides them."""
+"""Candidates: valid items, uniform arrangements, and draws that depend only on seed, split, epoch and row."""
 
 import tracemalloc
 from itertools import permutations
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.student.negatives import CandidateSampler, UnshownItems
+from llm2rec.student.negatives import CandidateSampler, UnseenItems
 
 N = 12
 ITEMS = st.integers(0, N - 1)
@@ -33,14 +33,14 @@ def assert_uniform(outcomes, n_cells):
 
 
 def arrangements(candidates):
-    """Number each row's arrangement of target 5 and two of the five items that (3, 1, 3) -> 5 does not show."""
+    """Number each row's arrangement of target 5 and two of the five unseen items of (3, 1, 3) -> 5."""
     numbers = {each: number for number, each in enumerate(a for a in permutations([0, 2, 4, 5, 6, 7], 3) if 5 in a)}
     return np.array([numbers[tuple(row)] for row in candidates.tolist()]), len(numbers)
 
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS, st.integers(2, 6), st.sampled_from([None, 0, 7]), st.integers(0, 2**40))
-def test_a_row_holds_its_target_once_and_distinct_items_it_does_not_show(rows, n_candidates, epoch, seed):
+def test_candidates_are_the_target_once_and_distinct_unseen_items(rows, n_candidates, epoch, seed):
     data = sequence_data(rows, N, max_length=6)
     drawn = CandidateSampler(data, seed, n_candidates, split="test").draw(np.arange(len(rows)), epoch)
     assert drawn.shape == (len(rows), n_candidates)
@@ -53,9 +53,9 @@ def test_a_row_holds_its_target_once_and_distinct_items_it_does_not_show(rows, n
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
-def test_the_nth_item_not_shown_is_what_a_loop_finds(rows):
+def test_nth_unseen_item_equals_a_loop(rows):
     data = sequence_data(rows, N, max_length=6)
-    unshown = UnshownItems(data.histories()[0], data.targets.numpy(), N)
+    unshown = UnseenItems(data.histories()[0], data.targets.numpy(), N)
     for row, (history, target) in enumerate(rows):
         left = [item for item in range(N) if item not in {*history, target}]
         assert unshown.counts[row] == len(left)
@@ -102,7 +102,7 @@ def test_neighbouring_rows_and_epochs_draw_independently():
 
 
 @pytest.mark.parametrize("epoch", [None, 4])
-def test_neither_order_nor_batches_nor_another_sampler_change_a_row(epoch):
+def test_candidates_do_not_depend_on_order_batches_or_sampler(epoch):
     data = random_rows(200, 50, 6)
     whole = CandidateSampler(data, 5, 7, split="train").draw(np.arange(200), epoch)
     sampler = CandidateSampler(data, 5, 7, split="train")
@@ -115,7 +115,7 @@ def test_neither_order_nor_batches_nor_another_sampler_change_a_row(epoch):
     assert sampler.draw(np.zeros(0, np.int64), epoch).shape == (0, 7)
 
 
-def test_seed_split_epoch_and_row_each_draw_anew():
+def test_candidates_depend_on_seed_split_epoch_and_row():
     data, rows = alike_rows(50, n_items=60), np.arange(50)
     draws = [
         CandidateSampler(data, 0, split="test").draw(rows),
@@ -141,13 +141,13 @@ def test_memory_does_not_grow_with_the_catalogue():
     assert peak < 4_000_000  # less than 8 bytes an item, for all rows together
 
 
-def test_a_catalogue_that_just_suffices_is_accepted_and_a_smaller_one_is_not():
+def test_catalogue_with_too_few_unseen_items_raises():
     rows = [(list(range(10)), 10)]  # shows 11 items; 19 others are needed
     drawn = CandidateSampler(sequence_data(rows, 30, 10), 0, split="test").draw(np.zeros(1, np.int64))
     assert sorted(drawn[0]) == list(range(10, 30))
     with pytest.raises(
         ConfigError,
-        match=r"is 20, but a row may show 11 of the catalogue's 29 items.*leaves 18 for the 19 .*at most 19",
+        match=r"is 20, but a row may have only 18 unseen items of the catalogue's 29; use at most 19",
     ):
         CandidateSampler(sequence_data(rows, 29, 10), 0, split="test")
     with pytest.raises(ConfigError, match="`n_candidates` is 1, expected at least 2"):

@@ -1,4 +1,4 @@
-"""Sums over the catalogue in tiles are those of the whole matrix, gradients included."""
+"""Sums over the catalogue in tiles equal those of the whole matrix, including gradients."""
 
 import copy
 import itertools
@@ -24,7 +24,7 @@ def tiny_tiles(monkeypatch):
 
 
 def peak_bytes(step):
-    """Most bytes that torch holds at once in a step, beyond those before it."""
+    """Peak memory of a step in bytes, beyond the memory before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -62,7 +62,7 @@ def cross_entropy_in_float64(logits, targets):
 
 
 def gradients(losses, users, table):
-    """With another weight for each row, and added to what is there, as the trainer has it."""
+    """With a different weight per row, and added to existing gradients, as in training."""
     table.zero_grad()
     users.grad = None
     (losses * torch.linspace(-1, 2, B, dtype=losses.dtype)).sum().backward()
@@ -71,7 +71,7 @@ def gradients(losses, users, table):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_tiles_give_what_the_whole_matrix_gives(tiny_tiles, form, kind):
+def test_tiles_equal_the_whole_matrix(tiny_tiles, form, kind):
     (users, targets), table = rows_of(), table_of(kind)
     blocked, whole = (function(users, table, targets) for function in FORMS[form])
     torch.testing.assert_close(blocked, whole, rtol=1e-12, atol=1e-12)
@@ -81,14 +81,14 @@ def test_tiles_give_what_the_whole_matrix_gives(tiny_tiles, form, kind):
     assert not ours["weight"][N].any(), "padding"
 
 
-def test_tiles_agree_with_the_losses_in_use_to_rounding(tiny_tiles):
+def test_tiles_equal_the_plain_losses_up_to_rounding(tiny_tiles):
     (users, targets), table = rows_of(torch.float32), table_of("plain", torch.float32)
     blocked, whole = blocked_cross_entropy(users, table, targets), cross_entropy(users @ table.vectors().T, targets)
     torch.testing.assert_close(blocked, whole, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(gradients(blocked, users, table), gradients(whole, users, table), rtol=1e-4, atol=1e-6)
 
 
-def test_the_catalogue_in_one_tile_of_many_rows_or_columns(monkeypatch):
+def test_tiles_of_full_height_or_width(monkeypatch):
     (users, targets), table = rows_of(), table_of("plain")
     whole = cross_entropy_in_float64(users @ table.vectors().T, targets)
     for size in (1, 60, 3000, 2**20):
@@ -115,7 +115,7 @@ def test_extreme_scores_stay_finite(tiny_tiles, scale):
         assert all(torch.isfinite(each).all() for each in gradients(losses, users, table).values())
 
 
-def test_a_single_item_left_out_of_a_tile_of_its_own_is_no_nan(monkeypatch):
+def test_excluding_the_only_item_of_a_tile_gives_no_nan(monkeypatch):
     monkeypatch.setitem(catalogue._TILE, "cpu", 1)
     (users, targets), table = rows_of(), table_of("plain")
     blocked, whole = (function(users, table, targets) for function in FORMS["dros"])
@@ -123,7 +123,7 @@ def test_a_single_item_left_out_of_a_tile_of_its_own_is_no_nan(monkeypatch):
     torch.testing.assert_close(gradients(blocked, users, table), gradients(whole, users, table))
 
 
-def test_narrow_users_are_scored_in_the_tables_precision_under_autocast(tiny_tiles):
+def test_bf16_users_are_scored_in_the_tables_precision_under_autocast(tiny_tiles):
     (users, targets), table = rows_of(torch.float32), table_of("plain", torch.float32)
     narrow = users.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +135,7 @@ def test_narrow_users_are_scored_in_the_tables_precision_under_autocast(tiny_til
     assert narrow.grad.dtype == torch.bfloat16
 
 
-def test_a_tied_table_is_trained_from_both_sides_and_keeps_one_dense_gradient(tiny_tiles):
+def test_tied_table_accumulates_one_dense_gradient_from_both_sides(tiny_tiles):
     torch.manual_seed(0)
     model = SASRec(N, 8, 5, n_blocks=1, dropout=0.0)
     history, lengths, targets = torch.randint(N, (4, 5)), torch.full((4,), 5), torch.randint(N, (4,))
@@ -154,8 +154,8 @@ def test_a_tied_table_is_trained_from_both_sides_and_keeps_one_dense_gradient(ti
     assert found[0]["input_items.weight"][history].abs().sum() > 0
 
 
-def test_gradients_are_the_same_however_they_are_asked_for(tiny_tiles):
-    """Into ``grad``, added to what is there, returned, or of the users alone."""
+def test_gradients_are_equal_for_backward_and_autograd_grad(tiny_tiles):
+    """Accumulated into ``grad``, returned, or for the users only."""
     (users, targets), table = rows_of(), table_of("plain")
     expected = gradients(FORMS["cross_entropy"][1](users, table, targets), users, table)["weight"].clone()
     weights = torch.linspace(-1, 2, B, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_gradients_are_the_same_however_they_are_asked_for(tiny_tiles):
     torch.testing.assert_close(table.weight.grad, expected)
 
 
-def test_a_step_holds_one_gradient_of_a_tied_table():
+def test_step_allocates_one_gradient_of_a_tied_table():
     table, targets = ItemTable(20000, 64), torch.arange(50)
     size = table.weight.numel() * 4
 
@@ -193,7 +193,7 @@ def test_a_step_holds_one_gradient_of_a_tied_table():
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_gradients_of_lookups_alone_are_sparse_only_where_they_are_wanted(copied, wanted):
+def test_lookup_gradients_are_sparse_only_if_enabled(copied, wanted):
     table = table_of("plain")
     table = copy.deepcopy(table) if copied else table
     table.sparse_gradients = wanted
@@ -206,7 +206,7 @@ def test_gradients_of_lookups_alone_are_sparse_only_where_they_are_wanted(copied
     assert torch.equal(table.weight.grad.to_dense(), expected)
 
 
-def test_only_small_batches_times_catalogues_are_one_tile():
+def test_fits_in_a_tile():
     assert fits_in_a_tile(256, 1682, torch.device("cpu"))
     assert not fits_in_a_tile(6400, 10**4, torch.device("cpu"))
     assert fits_in_a_tile(6400, 1000, torch.device("cuda"))

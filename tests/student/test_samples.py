@@ -1,4 +1,4 @@
-"""Recommendations in words, as TensorBoard shows them."""
+"""Sample recommendations in TensorBoard."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ N, L = 9, 7
 ITEMS = Dataset.from_dict({"title": [f"Item {number}" for number in range(N - 1)] + ["Either|Or"]})
 
 
-def test_a_table_of_titles():
+def test_recommendation_table():
     table = recommendation_table([[1, 8], [2]], [3, 4], [[3, 8], [0, 1]], ITEMS)
     assert table.splitlines()[2:] == [
         r"| Item 1; Either\|Or | Item 3 | **Item 3**; Either\|Or |",
@@ -24,7 +24,7 @@ def test_a_table_of_titles():
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
-def test_a_students_best_items_are_shown(tmp_path, tensorboard):
+def test_recommendations_are_logged_to_tensorboard(tmp_path, tensorboard):
     torch.manual_seed(0)
     model, rows = build_model("sasrec", n_items=N, width=8, max_length=L).eval(), random_rows(12, N, L)
     engine = Engine(Run.start(tmp_path, "student", {}), seed=0, tensorboard=tensorboard, show_progress=False)

@@ -1,4 +1,4 @@
-"""Rows trained many at a time are the rows that are trained one at a time."""
+"""Segments train the same rows as windows."""
 
 import numpy as np
 import pytest
@@ -55,8 +55,8 @@ def built(name, seed=0, **changes):
     return model
 
 
-def assert_rows_are_answered(data, split, sequences, stride):
-    """Each row once, at an item before its target, by a pass over what comes before that item and nothing else."""
+def assert_rows_are_predicted_once(data, split, sequences, stride):
+    """Check that each row is predicted once, by a pass over the items before its target only."""
     rows, everything = split.to_list(), data.batch(data.units)
     assert sorted(everything.rows.tolist()) == list(range(len(data))) == list(range(len(rows)))
     longest = everything.history.shape[1]
@@ -75,26 +75,26 @@ def assert_rows_are_answered(data, split, sequences, stride):
 
 @quick
 @given(SEQUENCES, st.integers(1, 8), st.data())
-def test_every_row_is_answered_once_from_what_came_before(sequences, max_length, data):
+def test_every_row_is_predicted_once_from_earlier_items(sequences, max_length, data):
     stride = data.draw(st.integers(1, max_length))
     held_out = data.draw(st.integers(0, 1 if min(map(len, sequences)) > 2 else 0))
     split = examples_of(sequences, max_length, held_out)
     made = segments_of(sequences, max_length, stride, held_out)
-    assert_rows_are_answered(made, split, sequences, stride)
+    assert_rows_are_predicted_once(made, split, sequences, stride)
 
 
-def test_chosen_rows_are_answered_too():
-    """Rows that do not follow each other, and users whose first rows are missing."""
+def test_subsets_of_rows_are_predicted_once():
+    """Rows that are not adjacent, and users without their first rows."""
     sequences = users(5, 14)
     split = examples_of(sequences, L)
     chosen = split.select([row for row in range(len(split)) if row % 7 not in (0, 3)])
-    assert_rows_are_answered(
+    assert_rows_are_predicted_once(
         Rows.from_tables(chosen, sequences_of(sequences), N, L).in_segments(2), chosen, sequences, 2
     )
 
 
 def test_segments_by_hand():
-    """Ten items, of which nine are targets: four rows at first, then two at a time, each pass four items long."""
+    """Ten items with nine targets: four rows first, then two per segment; each pass reads four items."""
     data = segments_of([[0, 1, 2, 3, 4, 5, 6, 7, 8, 0]], max_length=4, stride=2)
     batch = data.batch(data.units)
     assert batch.history.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [5, 6, 7, 8]]
@@ -106,7 +106,7 @@ def test_segments_by_hand():
     assert segments_of([[0, 1, 2, 3, 4, 5, 6, 7, 8, 0]], max_length=4).sizes.tolist() == [4, 2, 2, 1]  # half of L
 
 
-def test_a_batch_is_as_long_as_its_longest_segment_and_in_the_order_asked_for():
+def test_batch_is_padded_to_its_longest_segment_in_order():
     data = segments_of([[1, 2], [3, 4, 5, 6, 7], [8, 0, 1]])
     batch = data.batch(np.array([2, 0]))
     assert batch.history.tolist() == [[8, 0], [1, N]]
@@ -114,8 +114,8 @@ def test_a_batch_is_as_long_as_its_longest_segment_and_in_the_order_asked_for():
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_user_vectors_are_those_of_the_histories_read(name):
-    """Sequences of several segments, row by row: a pass over just what the row's own position has seen."""
+def test_user_vectors_of_segments_equal_those_of_histories(name):
+    """Sequences of several segments, compared row by row with a pass over the items up to the row."""
     data, model = segments_of(users(6, 14)), built(name).double().eval()
     batch = data.batch(data.units)
     found = model(*batch.inputs)
@@ -127,7 +127,7 @@ def test_user_vectors_are_those_of_the_histories_read(name):
 
 
 def losses_and_gradients(model, data):
-    """Loss of every row in row order, and the gradient of a weighted sum that tells rows apart."""
+    """Loss of every row in row order, and the gradient of a sum with different weights per row."""
     batch = data.batch(data.units)
     losses = torch.nn.functional.cross_entropy(model.score(model(*batch.inputs)), batch.targets, reduction="none")
     in_order = torch.empty_like(losses).index_put((torch.from_numpy(batch.rows),), losses)
@@ -136,7 +136,7 @@ def losses_and_gradients(model, data):
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_losses_and_gradients_are_those_of_windows(name):
+def test_losses_and_gradients_equal_those_of_windows(name):
     sequences = users(12, L + 1)  # at most L items and a target, which one segment holds
     windows = windows_of(sequences)
     model = built(name).double().train()
@@ -146,18 +146,18 @@ def test_losses_and_gradients_are_those_of_windows(name):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_negatives_are_those_of_windows():
+def test_negatives_equal_those_of_windows():
     sequences, rows = users(8, 12), np.array([5, 0, 11, 3])
     windows, data = windows_of(sequences), segments_of(sequences)
-    assert np.array_equal(np.sort(data.shown(rows)), np.sort(windows.shown(rows)))
+    assert np.array_equal(np.sort(data.histories_and_targets(rows)), np.sort(windows.histories_and_targets(rows)))
     assert torch.equal(NegativeSampler(data, 3).draw(rows, 2), NegativeSampler(windows, 3).draw(rows, 2))
 
 
 @pytest.mark.parametrize("examples", ["windows", "sequences"])
-def test_no_student_reads_longer_histories_than_it_is_evaluated_on(tmp_path, examples):
+def test_max_length_above_the_history_length_raises(tmp_path, examples):
     data = prepare(Toy(n_users=20, n_items=60, n_worlds=5, history_length=3), tmp_path)
     assert Rows.of(data, "train", 3, examples).max_length == 3
-    with pytest.raises(ConfigError, match=r"max_length is 4, but histories of toy end after 3.*history_length=4"):
+    with pytest.raises(ConfigError, match=r"max_length is 4, but histories of toy have at most 3.*history_length=4"):
         Rows.of(data, "train", 4, examples)
 
 
@@ -175,8 +175,8 @@ def train_in(folder, *, kind=Engine, name="sasrec", model_seed=0, train=TRAIN, d
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_a_whole_training_is_that_of_windows_where_batches_agree(tmp_path, name):
-    """One step an epoch, so that both see the same rows in it."""
+def test_training_equals_that_of_windows_for_equal_batches(tmp_path, name):
+    """One step per epoch, so both use the same rows."""
     sequences = users(12, L + 1)
     windows = windows_of(sequences)
     changes = {"name": name, "dropout": 0.0, "batch_size": 1000, "micro_batch_size": 1000, "epochs": 5}
@@ -187,8 +187,8 @@ def test_a_whole_training_is_that_of_windows_where_batches_agree(tmp_path, name)
     assert ours[-1]["train/loss"] < ours[0]["train/loss"]
 
 
-def test_micro_batches_train_alike(tmp_path):
-    """Also those that hold fewer rows than a segment, some of them none at all."""
+def test_micro_batches_do_not_change_training(tmp_path):
+    """Including micro-batches with fewer rows than a segment, or none."""
     trained = []
     for micro in (1000, 5, 2):
         folder = tmp_path / str(micro)
@@ -199,8 +199,8 @@ def test_micro_batches_train_alike(tmp_path):
         assert losses == pytest.approx(trained[0][1], rel=1e-5)
 
 
-def test_the_loss_is_a_mean_over_rows(tmp_path):
-    """Not over segments, which answer different numbers of them."""
+def test_loss_is_a_mean_over_rows(tmp_path):
+    """Not over segments, which predict different numbers of rows."""
     model = built("sasrec").eval()
     batch = TRAIN.batch(TRAIN.units)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_the_loss_is_a_mean_over_rows(tmp_path):
 
 @pytest.mark.parametrize(("killed_before", "checkpoint_every_steps"), [(1, 0), (PER_EPOCH + 1, 0), (8, 3)])
 @pytest.mark.parametrize("name", BUILD)
-def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, name, killed_before, checkpoint_every_steps):
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path, name, killed_before, checkpoint_every_steps):
     changes = {"name": name, "checkpoint_every_steps": checkpoint_every_steps}
     whole = train_in(tmp_path / "whole", **changes)
     with pytest.raises(Killed):
@@ -223,14 +223,14 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, name, killed_before, 
     assert [entry["step"] for entry in ours["history"]] == [PER_EPOCH, 2 * PER_EPOCH, 3 * PER_EPOCH]
 
 
-def test_users_within_a_history_need_positions_that_do_not_depend_on_its_end():
+def test_at_requires_positions_from_the_oldest():
     batch = TRAIN.batch(TRAIN.units)
-    with pytest.raises(ConfigError, match="need `positions='oldest'`"):
+    with pytest.raises(ConfigError, match="requires `positions='oldest'`"):
         built("sasrec", positions="recent")(*batch.inputs)
     with pytest.raises(ConfigError, match="`positions` is 'first', expected 'recent' or 'oldest'"):
         built("sasrec", positions="first")
 
 
-def test_batches_smaller_than_a_segment_are_refused(tmp_path):
+def test_batch_smaller_than_a_segment_raises(tmp_path):
     with pytest.raises(ConfigError, match="`batch_size` is 3, but up to 4 training rows come in one piece"):
         train_in(tmp_path, batch_size=3)

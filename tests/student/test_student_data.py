@@ -43,12 +43,12 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 @quick
 @given(SEQUENCES, st.integers(1, 8))
-def test_histories_are_padded_as_a_loop_would(sequences, max_length):
+def test_padded_histories_equal_a_loop(sequences, max_length):
     assert_read(examples_of(sequences, max_length), sequences_of(sequences), max_length)
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 10])
-def test_chosen_rows_read_the_same(max_length):
+def test_subsets_of_rows_have_the_same_histories(max_length):
     sequences = [[1, 2, 3, 4, 5], [6, 7], [8, 0, 1], [4, 4, 4, 4]]
     split = examples_of(sequences, max_length)
     for rows in ([5, 1, 6], range(3, 8)):
@@ -56,7 +56,7 @@ def test_chosen_rows_read_the_same(max_length):
 
 
 @pytest.mark.parametrize("max_length", [3, 6])
-def test_histories_are_those_of_the_prepared_split(tmp_path, max_length):
+def test_histories_equal_those_of_the_prepared_split(tmp_path, max_length):
     """`Rows` cuts histories from the sequences as `llm2rec.data` cut the column ``history``."""
     data = prepare(Toy(n_users=30, n_items=60, n_worlds=5, history_length=6), tmp_path)
     for name, split in data.splits.items():
@@ -66,11 +66,11 @@ def test_histories_are_those_of_the_prepared_split(tmp_path, max_length):
             kept = example["history"][-max_length:]
             padded = kept + [60] * (max_length - len(kept))
             assert batch.history[row].tolist() == padded
-            assert rows.shown(np.array([row]))[0].tolist() == [*padded, example["target"]]
+            assert rows.histories_and_targets(np.array([row]))[0].tolist() == [*padded, example["target"]]
             assert (int(batch.lengths[row]), int(batch.targets[row])) == (len(kept), example["target"])
 
 
-def test_a_batch_holds_the_rows_that_were_asked_for():
+def test_batch_contains_the_requested_rows():
     data, rows = random_rows(6, N, 3), np.array([4, 0, 4])
     batch = data.batch(rows)
     expected = dict(zip(("history", "lengths"), data.histories(rows), strict=True)) | {"targets": data.targets[rows]}
@@ -93,7 +93,7 @@ def slow_mask(scores, split, sequences, rows):
 
 @quick
 @given(SEQUENCES, st.randoms(use_true_random=False))
-def test_seen_items_are_masked_as_a_loop_would(sequences, random):
+def test_masked_seen_items_equal_a_loop(sequences, random):
     split, lists = examples_of(sequences, 3), sequences_of(sequences)
     rows = np.array([random.randrange(len(split)) for _ in range(5)])
     scores = torch.arange(5 * N, dtype=torch.float32).view(5, N)
@@ -104,7 +104,7 @@ def test_seen_items_are_masked_as_a_loop_would(sequences, random):
     assert torch.equal(scores, before)  # the scores handed in are not changed
 
 
-def test_all_that_was_seen_is_masked_not_only_the_history_shown():
+def test_items_before_the_history_are_masked_too():
     split, lists = examples_of([[0, 1, 2, 3, 4, 5]], history_length=1), sequences_of([[0, 1, 2, 3, 4, 5]])
     masked = SeenItems(Rows.from_tables(split, lists, N, 1)).mask(torch.zeros(1, N), np.array([4]), torch.tensor([5]))
     assert torch.isinf(masked)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
@@ -112,7 +112,7 @@ def test_all_that_was_seen_is_masked_not_only_the_history_shown():
 
 @pytest.mark.parametrize("mask_seen", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
-def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch_size):
+def test_evaluation_equals_a_plain_computation(tmp_path, mask_seen, batch_size):
     generator = np.random.default_rng(0)
     sequences = [generator.integers(N, size=generator.integers(2, 7)).tolist() for _ in range(12)]
     split, lists = examples_of(sequences, 4), sequences_of(sequences)
@@ -137,7 +137,7 @@ def test_evaluation_is_what_a_plain_computation_gives(tmp_path, mask_seen, batch
     assert not rank_targets(model, data, engine_in(tmp_path), seen=seen).is_inference()
 
 
-def test_what_was_seen_comes_as_pairs():
+def test_seen_items_as_pairs():
     split, lists = examples_of([[0, 1, 0, 2], [4, 5]], 1), sequences_of([[0, 1, 0, 2], [4, 5]])
     seen = SeenItems(Rows.from_tables(split, lists, N, 1))
     place, items = seen.pairs(np.array([2, 3, 0]))

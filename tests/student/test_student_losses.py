@@ -81,7 +81,7 @@ def test_dros_by_hand():
     ],
 )
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
-def test_dros_is_the_programs_expression(items, beta):
+def test_dros_equals_the_released_programs_expression(items, beta):
     logits, items, propensity = random_logits(), torch.tensor(items), torch.linspace(0.5, 1, 7, dtype=torch.float64)
     losses = dros(logits, items, propensity, beta)
     torch.testing.assert_close(losses, dros_directly(logits, items, propensity, beta))
@@ -92,7 +92,7 @@ def test_dros_is_the_programs_expression(items, beta):
 
 
 def plain_dros(logits, items, propensity, beta):
-    """The definition, by autograd: for each item asked about, a sum over the catalogue."""
+    """The definition with autograd: a sum over the catalogue for each item."""
     exponents = propensity * logits.square() / beta
     columns = []
     for item in items.T:
@@ -102,7 +102,7 @@ def plain_dros(logits, items, propensity, beta):
 
 
 @pytest.mark.parametrize("n_asked", [1, 4, 9])
-def test_dros_is_its_definition_with_its_gradients(n_asked):
+def test_dros_and_gradients_equal_the_definition(n_asked):
     torch.manual_seed(0)
     propensity, upstream = torch.rand(9, dtype=torch.float64), torch.randn(5, n_asked, dtype=torch.float64)
     items = torch.stack([torch.randperm(9)[:n_asked] for _ in range(5)])  # of nine, so that nothing may be left
@@ -115,7 +115,7 @@ def test_dros_is_its_definition_with_its_gradients(n_asked):
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4, 1e15])
-def test_dros_of_extreme_logits_is_finite_where_the_programs_is_not(scale):
+def test_dros_of_extreme_logits_is_finite_unlike_the_released_programs(scale):
     logits = torch.tensor([[scale, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
     items, propensity = torch.tensor([[0, 1], [0, 1]]), torch.full((3,), 0.9)
     losses = dros(logits, items, propensity, 1.0)
@@ -126,14 +126,14 @@ def test_dros_of_extreme_logits_is_finite_where_the_programs_is_not(scale):
     assert not torch.isfinite(dros_directly(logits.detach(), items, propensity, 1.0)[0]).all()
 
 
-def test_dros_of_narrow_logits_is_computed_in_float32():
+def test_dros_of_bf16_logits_is_computed_in_float32():
     assert dros(torch.ones(1, 3).bfloat16(), torch.tensor([[0]]), torch.ones(3), 1.0).dtype == torch.float32
 
 
 # ---- negatives -------------------------------------------------------------------------------------------------------
 
 
-def test_negatives_are_items_that_the_row_does_not_show():
+def test_negatives_are_unseen_items():
     data = random_rows(200, N, 4)
     sampler = NegativeSampler(data, seed=0)
     for epoch in range(5):
@@ -141,7 +141,7 @@ def test_negatives_are_items_that_the_row_does_not_show():
         assert (drawn.dtype, drawn.shape) == (torch.int64, (200,))
         for row, item in enumerate(drawn.tolist()):
             assert 0 <= item < N
-            assert item not in data.shown(np.array([row]))[0]
+            assert item not in data.histories_and_targets(np.array([row]))[0]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_negatives_are_items_that_the_row_does_not_show():
         ([0, 8, 4], 2, [1, 3, 5, 6, 7]),
     ],
 )
-def test_every_other_item_is_drawn_as_often(history, target, left):
+def test_negatives_are_uniform_over_unseen_items(history, target, left):
     rows = 20000
     sampler = NegativeSampler(sequence_data([(history, target)] * rows, N, 3), seed=1)
     counts = np.bincount(sampler.draw(np.arange(rows), 0).numpy(), minlength=N)
@@ -162,7 +162,7 @@ def test_every_other_item_is_drawn_as_often(history, target, left):
     assert ((counts[left] - expected) ** 2 / expected).sum() < 25  # chi-square, at most 7 degrees of freedom
 
 
-def test_a_negative_depends_on_seed_epoch_and_row_and_on_nothing_else():
+def test_negative_depends_only_on_seed_epoch_and_row():
     data = random_rows(50, N, 4)
     rows = np.arange(50)
     whole = NegativeSampler(data, seed=3).draw(rows, 2)
@@ -175,7 +175,9 @@ def test_a_negative_depends_on_seed_epoch_and_row_and_on_nothing_else():
     assert not torch.equal(NegativeSampler(data, seed=4).draw(rows, 2), whole)
 
 
-def test_a_catalogue_without_negatives_is_refused():
-    with pytest.raises(ConfigError, match=r"has 5 items and a row may show 5 of them.*`dataset\.history_length`"):
+def test_catalogue_without_negatives_raises():
+    with pytest.raises(
+        ConfigError, match=r"has 5 items, but history and target .* may contain 5.*`dataset\.history_length`"
+    ):
         NegativeSampler(random_rows(3, 5, 4), seed=0)
     NegativeSampler(random_rows(3, 6, 4), seed=0)

@@ -55,7 +55,7 @@ class TestEveryModel:
         longer = torch.cat([short, torch.full((4, 3), N)], dim=1)
         torch.testing.assert_close(model(longer, lengths), model(short, lengths))
 
-    def test_rows_do_not_see_each_other_and_a_batch_may_hold_one(self, name):
+    def test_rows_are_independent_and_a_batch_of_one_works(self, name):
         model, history = built(name), histories()
         together = model(history, LENGTHS)
         alone = torch.cat([model(history[i : i + 1], LENGTHS[i : i + 1]) for i in range(4)])
@@ -63,7 +63,7 @@ class TestEveryModel:
         order = torch.tensor([2, 0, 3, 1])
         torch.testing.assert_close(model(history[order], LENGTHS[order]), together[order])
 
-    def test_every_item_of_the_history_counts(self, name):
+    def test_every_item_of_the_history_has_an_effect(self, name):
         model, history = built(name), histories()
         before = model(history, LENGTHS)
         for position in range(L):
@@ -73,7 +73,7 @@ class TestEveryModel:
             assert not torch.allclose(after[2], before[2], atol=1e-6)
             torch.testing.assert_close(after[[0, 1, 3]], before[[0, 1, 3]])
 
-    def test_order_counts(self, name):
+    def test_order_has_an_effect(self, name):
         model, history = built(name), torch.tensor([[1, 2, 3, 4, 5, 6]])
         swapped = torch.tensor([[2, 1, 3, 4, 5, 6]])
         six = torch.tensor([6])
@@ -92,7 +92,7 @@ class TestEveryModel:
         names = [key for key, _ in model.named_parameters() if "items" in key]
         assert names == ["input_items.weight", "output_items.weight"][: 1 if tie_items else 2]
 
-    def test_dropout_is_for_training_only(self, name):
+    def test_dropout_is_active_in_training_only(self, name):
         model, history = built(name), histories()
         assert torch.equal(model(history, LENGTHS), model(history, LENGTHS))
         model.train()
@@ -106,7 +106,7 @@ class TestEveryModel:
 
     @pytest.mark.parametrize("tie_items", [True, False])
     @pytest.mark.parametrize("fused", [True, False])
-    def test_a_stored_student_answers_like_the_trained_one(self, name, tie_items, fused, tmp_path):
+    def test_saved_student_scores_like_the_trained_one(self, name, tie_items, fused, tmp_path):
         model = built(name, tie_items=tie_items)
         if fused:
             model.input_items = fused_table()
@@ -126,7 +126,7 @@ class TestEveryModel:
         assert sum(p.numel() for p in served.parameters()) == sum(v.numel() for v in model.weights_to_serve().values())
 
     @pytest.mark.parametrize("dropout", [-0.1, 1.0])
-    def test_dropout_out_of_range_is_refused(self, name, dropout):
+    def test_dropout_out_of_range_raises(self, name, dropout):
         with pytest.raises(ConfigError, match=rf"`dropout` is {dropout}, expected 0 to below 1"):
             built(name, dropout=dropout)
 
@@ -136,7 +136,7 @@ def fused_table(seed=0, width=5, scale=0.7):
     return FusedItemTable(torch.randn(N, width), D, scale)
 
 
-def test_a_fused_vector_is_offset_plus_scaled_projection():
+def test_fused_vector_is_offset_plus_scaled_projection():
     table = fused_table()
     ids = torch.tensor([[0, 7, N], [7, 7, 1]])  # repeated, and in no order
     by_hand = table.weight[ids] + 0.7 * (table.teacher_vectors[ids] @ table.projection.weight.T)
@@ -164,13 +164,13 @@ def test_padding_of_a_fused_table_stays_zero_through_training():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_short_way_through_the_last_block_is_the_long_one(training):
+def test_last_position_of_a_block_equals_the_full_pass(training):
     model = built("sasrec", dropout=0.0).train(training)
     block, x = model.last_block, torch.randn(4, L, D)
     torch.testing.assert_close(block.last(x, LENGTHS), block(x)[torch.arange(4), LENGTHS - 1])
 
 
-def test_no_position_of_a_block_sees_a_later_one():
+def test_block_is_causal():
     block, x = built("sasrec").blocks[0], torch.randn(2, L, D)
     before = block(x)
     x = x.clone()
@@ -180,8 +180,8 @@ def test_no_position_of_a_block_sees_a_later_one():
     assert (after[:, 4:] - before[:, 4:]).abs().amax(dim=2).min() > 1e-4
 
 
-def test_positions_are_counted_from_the_most_recent_item():
-    """Histories that end alike agree where attention has no other reason to differ."""
+def test_recency_based_positions():
+    """Histories with the same end agree if attention has no other reason to differ."""
     model = built("sasrec")
     ages = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: ages.append(inputs[0]))
@@ -190,8 +190,8 @@ def test_positions_are_counted_from_the_most_recent_item():
     torch.testing.assert_close(ages[0][0, :2], ages[1][0, 1:])
 
 
-def test_positions_may_be_counted_from_the_oldest_item():
-    """Histories that begin alike agree until they part."""
+def test_positions_from_the_oldest_item():
+    """Histories with the same beginning agree up to the first difference."""
     model = built("sasrec", positions="oldest")
     read = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
@@ -203,7 +203,7 @@ def test_positions_may_be_counted_from_the_oldest_item():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
-def test_users_at_the_last_item_are_those_asked_for_without_a_place(name, training):
+def test_at_the_last_item_equals_the_default(name, training):
     changes = {"positions": "oldest"} if name == "sasrec" else {}
     model, history = built(name, dropout=0.0, **changes).train(training), histories()
     places = torch.arange(4) * L + LENGTHS - 1
@@ -211,7 +211,7 @@ def test_users_at_the_last_item_are_those_asked_for_without_a_place(name, traini
 
 
 def caser_by_loops(model, items):
-    """What Caser answers to one history, a list of ids, as the paper writes it down: no tensors but the weights."""
+    """Caser for one history, a list of ids, as loops over the formulas of the paper."""
     table = model.input_items.weight.tolist()
     vectors = [table[item] for item in items[-model.max_length :]]
     found = []
@@ -233,7 +233,7 @@ def caser_by_loops(model, items):
 
 
 @pytest.mark.parametrize("heights", [None, [2, 3, 4], [6]])
-def test_caser_agrees_with_loops(heights):
+def test_caser_equals_loops(heights):
     model, history = built("caser", heights=heights), histories()
     expected = [caser_by_loops(model, row[:n].tolist()) for row, n in zip(history, LENGTHS, strict=True)]
     torch.testing.assert_close(model(history, LENGTHS), torch.stack(expected))
@@ -285,14 +285,14 @@ def test_vertical_filters_by_hand(history, expected):
     torch.testing.assert_close(answer, torch.tensor([expected]).float())
 
 
-def test_caser_answers_a_short_history_like_a_caser_that_knows_no_longer_ones():
+def test_caser_of_a_short_history_equals_a_shorter_caser():
     long, short = built("caser", heights=[1, 2, 3]), built("caser", heights=[1, 2, 3], max_length=3)
     short.load_state_dict({**long.state_dict(), "vertical.weight": long.vertical.weight[:, -3:]})
     lengths = torch.tensor([1, 3, 2, 3])
     torch.testing.assert_close(long(histories(), lengths), short(histories()[:, :3], lengths))
 
 
-def test_caser_reads_the_most_recent_items_of_a_history_that_is_too_long():
+def test_caser_truncates_long_histories_to_the_most_recent_items():
     model, history = built("caser"), torch.randint(0, N, (2, L + 3))
     lengths = torch.tensor([L + 3, L + 1])
     recent = torch.stack([row[n - L : n] for row, n in zip(history, lengths, strict=True)])
@@ -310,24 +310,24 @@ def test_caser_reads_the_most_recent_items_of_a_history_that_is_too_long():
         ({"heights": [2, 2]}, r"`heights` is \[2, 2\]"),
     ],
 )
-def test_caser_that_cannot_be_built_is_refused(settings, message):
+def test_invalid_caser_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         build_model("caser", n_items=N, max_length=5, **settings)
 
 
 @pytest.mark.parametrize("settings", [{"n_heads": 3}, {"n_blocks": 0}])
-def test_sasrec_that_cannot_be_built_is_refused(settings):
+def test_invalid_sasrec_settings_raise(settings):
     with pytest.raises(ConfigError, match="`n_blocks` >= 1 and `n_heads` that divide `width`"):
         build_model("sasrec", n_items=N, **settings)
 
 
-def test_an_unknown_student_is_refused():
+def test_unknown_student_raises():
     with pytest.raises(ConfigError, match="unknown student 'bert'; expected one of sasrec, gru4rec, caser"):
         build_model("bert", n_items=N)
 
 
-def test_a_folder_without_a_student_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no student.*name the folder of a finished student run"):
+def test_folder_without_a_student_raises(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no student.*pass the folder of a finished student run"):
         load_student(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The command, in this process: what it writes, and what it never looks at."""
+"""The student command, in this process: its outputs, and that it never reads the test split."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ SMALL = [
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """Run the command in ``tmp_path`` and put back what Hydra changes for the whole process."""
+    """Run the command in ``tmp_path`` and restore the process state that Hydra changes."""
     root, cwd = logging.getLogger(), os.getcwd()
     handlers, level = root.handlers[:], root.level
     monkeypatch.chdir(tmp_path)
@@ -49,8 +49,8 @@ def runs(folder):
     return sorted((folder / "result").glob("result_*"))
 
 
-def test_the_test_split_is_never_looked_at(tmp_path, launch):
-    """A run on the same data with other test targets ends with the same weights and the same numbers."""
+def test_training_never_reads_the_test_split(tmp_path, launch):
+    """A run on the same data with other test targets gives the same weights and metrics."""
     first = launch("metrics.mask_seen=true")
     (prepared,) = (tmp_path / "data" / "processed").iterdir()
     table = load_from_disk(str(prepared / "test"))
@@ -74,7 +74,7 @@ def test_the_test_split_is_never_looked_at(tmp_path, launch):
 
 
 @pytest.mark.parametrize("name", ["gru4rec", "caser"])
-def test_a_finished_run_holds_what_the_design_says(launch, name):
+def test_files_of_a_finished_run(launch, name):
     run = launch(f"student={name}")
     record = json.loads((run / "run.json").read_text())
     assert (record["stage"], record["status"], record["label"]) == ("student", "finished", name)

@@ -1,4 +1,4 @@
-"""The student's own task by configuration: formulas, what negatives depend on, and training with each."""
+"""Task losses of students: formulas, draws of negatives, and training with each loss."""
 
 import itertools
 import math
@@ -54,8 +54,8 @@ def test_sampled_softmax_by_hand():
 
 
 @pytest.mark.parametrize("popular", [False, True])
-def test_the_corrected_sum_is_unbiased_over_all_samples(popular):
-    """Every sample of 2 items from 4, with its probability: the mean of the estimated sum is the whole sum."""
+def test_corrected_sum_is_unbiased_over_all_samples(popular):
+    """Over all samples of 2 items from 4, the expectation of the estimated sum is the exact sum."""
     targets = torch.tensor([0, 0, 0, 1, 1, 3])  # q = 4/10, 3/10, 1/10, 2/10
     proposal, scores = Proposal(4, targets if popular else None), torch.tensor([0.3, -1.0, 2.0, 0.5])
     probability = proposal.log_probability(torch.arange(4)).exp()
@@ -70,7 +70,7 @@ def test_the_corrected_sum_is_unbiased_over_all_samples(popular):
         assert mean.item() == pytest.approx(scores.exp().sum().item(), rel=1e-5)
 
 
-def test_many_negatives_come_near_the_whole_catalogue():
+def test_sampled_loss_converges_to_cross_entropy():
     torch.manual_seed(0)
     scores, targets, n = torch.randn(3, 200), torch.tensor([0, 7, 199]), 20000
     whole = cross_entropy(scores, targets)
@@ -95,7 +95,7 @@ def test_binary_cross_entropy_by_hand():
     assert hit.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2)) / 2)
 
 
-def test_the_calibration_of_gbce_by_hand():
+def test_gbce_calibration_by_hand():
     # 25 of 100 other items: a rate of 1/4; t (1/4 - 1) + 1.
     assert [calibration_power(25, 101, t) for t in (0.0, 0.5, 1.0)] == [1.0, 0.625, 0.25]
     assert calibration_power(100, 101, 0.75) == 1.0, "all negatives: nothing to calibrate"
@@ -129,7 +129,7 @@ def test_extreme_scores_stay_finite(scale):
 # ---- negatives -------------------------------------------------------------------------------------------------------
 
 
-def test_negatives_of_a_row_depend_on_seed_epoch_and_row_alone():
+def test_negatives_of_a_row_depend_only_on_seed_epoch_and_row():
     rows, order = np.arange(50), np.random.default_rng(0).permutation(50)
     whole = Negatives(Proposal(1000), 9, False, seed=3).draw(rows, 2, step=100)
     parts = Negatives(Proposal(1000), 9, False, seed=3)
@@ -141,7 +141,7 @@ def test_negatives_of_a_row_depend_on_seed_epoch_and_row_alone():
     assert len(whole.unique(dim=0)) == 50, "rows have negatives of their own"
 
 
-def test_shared_negatives_depend_on_seed_and_step_alone():
+def test_shared_negatives_depend_only_on_seed_and_step():
     shared = Negatives(Proposal(1000), 9, True, seed=3)
     first = shared.draw(np.arange(5), 0, 4)
     assert first.shape == (9,)
@@ -152,7 +152,7 @@ def test_shared_negatives_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("popular", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_items_are_drawn_as_often_as_the_proposal_says(popular, shared):
+def test_negatives_follow_the_proposal(popular, shared):
     targets = torch.arange(10).repeat_interleave(torch.arange(10))
     proposal, n_rows = Proposal(10, targets if popular else None), 4000
     negatives = Negatives(proposal, 5, shared, seed=0)
@@ -179,7 +179,7 @@ def given(n_rows=37):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_rows_loss_ignores_the_other_rows(name):
+def test_loss_of_a_row_ignores_the_other_rows(name):
     loss, _ = own(LOSSES[name])
     users, targets, rows = given()
     whole = loss(users, targets, rows, epoch=1, step=9)
@@ -189,7 +189,7 @@ def test_a_rows_loss_ignores_the_other_rows(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_tiles_and_given_logits_change_nothing(name, monkeypatch):
+def test_tiles_and_given_logits_give_the_same_losses(name, monkeypatch):
     loss, model = own(LOSSES[name])
     users, targets, rows = given()
     whole = loss(users, targets, rows, epoch=1, step=9)
@@ -202,7 +202,7 @@ def test_tiles_and_given_logits_change_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.n_negatives])
-def test_sampled_losses_are_their_formula_of_a_rows_scores(name):
+def test_sampled_losses_equal_their_formulas(name):
     settings = LOSSES[name].completed()
     loss, model = own(LOSSES[name])
     users, targets, rows = given()
@@ -227,7 +227,7 @@ def test_sampled_losses_are_their_formula_of_a_rows_scores(name):
         assert found.get("loss_student", found["loss"])[row].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_dros_is_added_by_its_weight_and_told_by_name():
+def test_dros_is_added_with_its_weight_and_reported_by_name():
     settings = LOSSES["gbce_by_step_dros"]
     whole, _ = own(settings)
     alone, _ = own(replace(settings, dros=DrosSettings()))
@@ -257,19 +257,19 @@ def test_dros_is_added_by_its_weight_and_told_by_name():
         ({"name": "sampled_softmax", "proposal": "zipf"}, r"proposal is 'zipf', expected 'uniform' or 'popularity'"),
     ],
 )
-def test_losses_that_cannot_work_are_refused(settings, message):
+def test_invalid_loss_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         LossSettings(**settings)
 
 
-def test_null_is_the_default_of_the_loss():
+def test_null_options_take_the_defaults_of_the_loss():
     assert LossSettings().completed() == LossSettings()
     assert LossSettings("bce").completed() == LossSettings("bce", 1, "row")
     assert LossSettings("gbce", sharing="step").completed() == LossSettings("gbce", 256, "step", calibration=0.75)
     assert LossSettings("sampled_softmax").completed() == LossSettings("sampled_softmax", 256, "step", "uniform")
 
 
-def test_more_negatives_than_items_are_refused(tmp_path):
+def test_more_negatives_than_items_raise(tmp_path):
     with pytest.raises(ConfigError, match=r"n_negatives is 256, expected fewer than the catalogue's 12 items"):
         train_in(tmp_path, "sampled_softmax", losses={"sampled_softmax": LossSettings("sampled_softmax")})
     own(LossSettings("gbce", N - 1))
@@ -311,7 +311,7 @@ def test_a_simple_pattern_is_learnt_with_each_loss(tmp_path, name, item_optimize
 
 @pytest.mark.parametrize("item_optimizer", ["adamw", "rowwise"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, name, item_optimizer):
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path, name, item_optimizer):
     changes = {"item_optimizer": item_optimizer, "checkpoint_every_steps": 3}
     whole = train_in(tmp_path / "whole", name, **changes)
     with pytest.raises(Killed):
@@ -322,7 +322,7 @@ def test_a_killed_run_ends_like_the_unbroken_one(tmp_path, name, item_optimizer)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_micro_batches_train_alike(tmp_path, name):
+def test_micro_batches_do_not_change_training(tmp_path, name):
     weights = [
         train_in(tmp_path / str(size), name, micro_batch_size=size, dropout=0.0, model="gru4rec", epochs=1).state_dict()
         for size in (8, 3, 1)
@@ -331,7 +331,7 @@ def test_micro_batches_train_alike(tmp_path, name):
         torch.testing.assert_close(each, weights[0], rtol=1e-3, atol=1e-4)
 
 
-def test_rows_that_no_step_touches_stay_as_they_were(tmp_path):
+def test_rowwise_optimizer_leaves_untouched_rows_unchanged(tmp_path):
     model = student()
     engine = engine_in(tmp_path, **SETTINGS)
     optimizer = student_optimizer(model, engine, "rowwise")
@@ -345,17 +345,17 @@ def test_rows_that_no_step_touches_stay_as_they_were(tmp_path):
     assert moved == sorted({3, negative})
 
 
-def test_clipping_takes_dense_gradients(tmp_path):
+def test_clipping_makes_gradients_dense(tmp_path):
     model = student()
     student_optimizer(model, engine_in(tmp_path, **SETTINGS, max_grad_norm=0.5), "rowwise")
     assert not model.input_items.sparse_gradients
     train_in(tmp_path / "clipped", "bce", item_optimizer="rowwise", max_grad_norm=0.5)
 
 
-def test_deepspeed_with_rows_is_refused(tmp_path, monkeypatch):
+def test_rowwise_optimizer_with_deepspeed_raises(tmp_path, monkeypatch):
     engine = engine_in(tmp_path, **SETTINGS)
     monkeypatch.setattr(Engine, "uses_deepspeed", True)
-    with pytest.raises(ConfigError, match=r"item_optimizer is 'rowwise', which DeepSpeed cannot divide.*'adamw'"):
+    with pytest.raises(ConfigError, match=r"item_optimizer is 'rowwise', which DeepSpeed does not support.*'adamw'"):
         student_optimizer(student(), engine, "rowwise")
 
 
@@ -369,7 +369,7 @@ TWO = [(name, "adamw") for name in LOSSES] + [("bce", "rowwise"), ("uniform_by_s
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_equal_one_process(tmp_path):
     debug_launcher(train_all_of_two, args=(tmp_path,), num_processes=2)
     for name, item_optimizer in TWO:
         one = train_in(tmp_path / "one" / name / item_optimizer, name, item_optimizer=item_optimizer, dropout=0.0)

@@ -52,7 +52,7 @@ def test_a_simple_pattern_is_learnt(tmp_path, name):
     assert history[-1]["train/loss"] < history[0]["train/loss"] / 2
 
 
-def test_the_first_loss_is_that_of_guessing(tmp_path):
+def test_first_loss_is_that_of_random_guessing(tmp_path):
     train_in(tmp_path, epochs=1, learning_rate=1e-9)
     loss = written(tmp_path, "validation")["history"][0]["train/loss"]
     assert loss == pytest.approx(torch.tensor(float(N)).log().item(), rel=0.01)  # a mean over rows, in nats
@@ -69,7 +69,7 @@ def test_the_first_loss_is_that_of_guessing(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", BUILD)
-def test_a_killed_run_ends_like_the_unbroken_one(
+def test_killed_and_resumed_run_equals_uninterrupted_run(
     tmp_path, caplog, name, killed_before, checkpoint_every_steps, resumed_from
 ):
     changes = {"name": name, "checkpoint_every_steps": checkpoint_every_steps}
@@ -89,7 +89,7 @@ def test_a_killed_run_ends_like_the_unbroken_one(
     assert load_file(broken / "best.safetensors").keys() == load_file(tmp_path / "whole" / "best.safetensors").keys()
 
 
-def test_a_run_killed_twice_ends_like_the_unbroken_one(tmp_path):
+def test_run_killed_twice_equals_uninterrupted_run(tmp_path):
     whole = train_in(tmp_path / "whole", checkpoint_every_steps=1)
     for step in (3, 11):
         with pytest.raises(Killed):
@@ -99,7 +99,7 @@ def test_a_run_killed_twice_ends_like_the_unbroken_one(tmp_path):
     assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
 
 
-def test_a_run_killed_between_best_weights_and_checkpoint_ends_the_same(tmp_path):
+def test_run_killed_between_best_weights_and_checkpoint_equals_uninterrupted_run(tmp_path):
     class KilledWhenSaving(Engine):
         def save_checkpoint(self, model, optimizer, state):
             if state["step"] == 10:
@@ -113,7 +113,7 @@ def test_a_run_killed_between_best_weights_and_checkpoint_ends_the_same(tmp_path
     assert written(tmp_path / "broken", "validation") == written(tmp_path / "whole", "validation")
 
 
-def test_the_seed_decides_everything_and_matters(tmp_path):
+def test_training_depends_only_on_the_seed(tmp_path):
     first, same, other = (
         train_in(tmp_path / folder, seed=seed, epochs=1) for folder, seed in (("a", 0), ("b", 0), ("c", 1))
     )
@@ -121,7 +121,7 @@ def test_the_seed_decides_everything_and_matters(tmp_path):
     assert not torch.equal(first.input_items.weight, other.input_items.weight)
 
 
-def test_micro_batches_train_alike(tmp_path):
+def test_micro_batches_do_not_change_training(tmp_path):
     weights = []
     for micro in (8, 3, 1):
         engine = engine_in(tmp_path / str(micro), **{**SETTINGS, "epochs": 2, "micro_batch_size": micro})
@@ -132,7 +132,7 @@ def test_micro_batches_train_alike(tmp_path):
         torch.testing.assert_close(each, weights[0], rtol=1e-4, atol=1e-5)
 
 
-def test_training_stops_when_validation_does_not_gain_and_keeps_the_best(tmp_path):
+def test_early_stopping_keeps_the_best_weights(tmp_path):
     engine = engine_in(tmp_path, **{**SETTINGS, "epochs": 100, "patience": 3, "learning_rate": 0.05})
     model = train_baseline(student(), TRAIN, VALIDATION, engine)
     told = written(tmp_path, "validation")
@@ -148,7 +148,7 @@ def test_training_stops_when_validation_does_not_gain_and_keeps_the_best(tmp_pat
     )
 
 
-def test_a_stopped_run_stays_stopped_when_resumed(tmp_path):
+def test_stopped_run_stays_stopped_when_resumed(tmp_path):
     changes = {"epochs": 100, "patience": 2, "learning_rate": 0.05}
     first = train_in(tmp_path, **changes)
     told = written(tmp_path, "validation")
@@ -157,19 +157,19 @@ def test_a_stopped_run_stays_stopped_when_resumed(tmp_path):
     assert written(tmp_path, "validation") == told
 
 
-def test_zero_epochs_leave_the_student_as_it_was(tmp_path):
+def test_zero_epochs_leave_the_student_unchanged(tmp_path):
     model = train_in(tmp_path, epochs=0)
     assert_same_weights(model.state_dict(), student().state_dict())
     assert written(tmp_path, "validation")["best"] is None
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_evaluations_may_come_within_an_epoch(tmp_path):
+def test_evaluation_within_an_epoch(tmp_path):
     train_in(tmp_path, epochs=2, evaluate_every_steps=4)
     assert [entry["step"] for entry in written(tmp_path, "validation")["history"]] == [4, 8, 10]
 
 
-def test_the_metric_of_choice_decides(tmp_path):
+def test_select_on_selects_the_weights(tmp_path):
     engine = engine_in(tmp_path, **SETTINGS)
     train_baseline(student(), TRAIN, VALIDATION, engine, select_on="hr@1")
     told = written(tmp_path, "validation")
@@ -177,13 +177,13 @@ def test_the_metric_of_choice_decides(tmp_path):
     assert told["best"] == max(entry["val/hr@1"] for entry in told["history"])
 
 
-def test_a_resume_of_another_model_is_refused(tmp_path):
+def test_resuming_another_model_raises(tmp_path):
     train_in(tmp_path, epochs=1)
     with pytest.raises(CheckpointError, match="does not fit the model"):
         train_in(tmp_path, epochs=1, name="gru4rec")
 
 
-def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path):
+def test_diverging_run_raises_with_the_step_and_keeps_its_checkpoint(tmp_path):
     engine = engine_in(tmp_path, **{**SETTINGS, "checkpoint_every_steps": 1})
     model = student()
     calls = []
@@ -204,7 +204,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_a_gpu_that_is_too_small_trains_the_same_student_as_smaller_micro_batches(tmp_path, in_backward):
+def test_out_of_memory_retry_equals_smaller_micro_batches(tmp_path, in_backward):
     expected = train_in(tmp_path / "small", micro_batch_size=2)
     model, engine = student(), engine_in(tmp_path / "lowered", **{**SETTINGS, "micro_batch_size": 8})
     seen = out_of_memory_above(model, 2, in_backward=in_backward)
@@ -214,7 +214,7 @@ def test_a_gpu_that_is_too_small_trains_the_same_student_as_smaller_micro_batche
     assert written(tmp_path / "lowered", "validation") == written(tmp_path / "small", "validation")
 
 
-def test_a_student_goes_on_without_the_steps_it_skips(tmp_path):
+def test_training_continues_after_skipped_steps(tmp_path):
     model, engine = student(), engine_in(tmp_path, **{**SETTINGS, "nonfinite": "skip", "max_skipped": 1})
     calls = []
 

@@ -184,7 +184,7 @@ def test_ranks_do_not_depend_on_the_processes(data, llm_folder, tmp_path, engine
 
 def test_a_catalogue_too_small_for_the_candidates_is_refused(data, llm_folder, tmp_path, engine):
     model, _ = title_teacher("ilora", data, llm_folder, tmp_path, prompt={"max_tokens": 600}, n_candidates=45)
-    with pytest.raises(ConfigError, match="`n_candidates` is 45, but a row may show"):
+    with pytest.raises(ConfigError, match="`n_candidates` is 45, but a row may have only"):
         objective_of(model, data, engine)
 
 

@@ -1,1 +1,1 @@
-"""Writes what the released DLLM2Rec program reads, so that it trains on our data and teachers unchanged."""
+"""Export datasets and teacher outputs in the format of the released DLLM2Rec program."""

@@ -1,7 +1,7 @@
 """``python -m llm2rec.distill.export_dllm2rec``: write the files of the released DLLM2Rec program.
 
-Its own command then trains on them: ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>``, with the
-weights of the recipe that this command prints (``distill=dllm2rec_code``: those of the program's README).
+The program trains on them with ``cd data/dllm2rec && python .../DLLM2Rec/main.py --data <dataset>`` and the weights
+that this command prints (with ``distill=dllm2rec_code``, those of the program's README).
 """
 
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @stage("distill.export_dllm2rec")
 def main(cfg: Config, run: Run) -> None:
-    """Write the dataset and the teacher's outputs in the program's layout; one process does it all."""
+    """Write the dataset and the teacher's outputs in the program's layout, on the first process."""
     settings = build(cfg.distill, DistillSettings)
     data = open_data(cfg, run)
     n_rows = len(data.splits["train"])

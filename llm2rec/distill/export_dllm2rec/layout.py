@@ -1,4 +1,4 @@
-"""The files of the released DLLM2Rec program (github.com/istarryn/DLLM2Rec: ``main.py``), written and never read.
+"""Writers for the files of the released DLLM2Rec program (github.com/istarryn/DLLM2Rec: ``main.py``).
 
 data/<name>/data_statis.df        columns seq_size, item_num; one row
 data/<name>/train_data.df         columns seq, len_seq, next; row r is line r of the teacher's tables
@@ -8,8 +8,8 @@ tocf/<name>/all_embeddings.pt     float32 (N, 4096)
 tocf/<name>/myrank_train.txt      (M, K) item ids, best first
 tocf/<name>/confidence_train.txt  (M, K) distances, lower is surer
 
-A history is its last 10 items, padded on the right with N, the number of items. The program fixes both the 10 and the
-4096; narrower teacher vectors get zeros behind them, which its linear map reads as the vectors alone.
+A history is its last 10 items, padded on the right with N, the number of items. The program fixes both 10 and 4096;
+narrower teacher vectors are padded with zeros, which do not change its linear map of them.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ DEFAULTS = {
     "gamma_confidence": 0.5,
     "gamma_consistency": 0.1,
 }
-_PICKLE_PROTOCOL = 4  # what every Python since 3.4 reads
+_PICKLE_PROTOCOL = 4  # readable since Python 3.4
 
 
 def write_data(folder: Path, data: RecData) -> None:
@@ -53,11 +53,11 @@ def write_data(folder: Path, data: RecData) -> None:
         data: The prepared dataset.
 
     Raises:
-        ConfigError: If the catalogue is too small for the program, which takes 20 items for granted.
+        ConfigError: If the catalogue has fewer than 20 items, the minimum of the program.
     """
     if data.n_items < 20:
         raise ConfigError(
-            f"the dataset has {data.n_items} items, but the released program's metrics need 20; take a larger one."
+            f"the dataset has {data.n_items} items, but the released program's metrics need 20; use a larger dataset."
         )
     tables = {split: _table(Rows.of(data, split, min(HISTORY_LENGTH, data.history_length))) for split in data.splits}
     sizes = pd.DataFrame([[HISTORY_LENGTH, data.n_items]], columns=_names("seq_size", "item_num"))
@@ -73,12 +73,12 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
 
     Args:
         folder: ``tocf/<name>``; replaced as a whole.
-        teacher: What the teacher says of all training rows.
+        teacher: The teacher's outputs for all training rows.
         n_rows: Training rows.
 
     Raises:
-        TeacherOutputsError: If the program could not use them: not all rows are labelled, a row has one candidate, or
-            the vectors are too wide.
+        TeacherOutputsError: If the program does not support them: not all rows are labelled, rows have one candidate,
+            or the vectors are too wide.
     """
     if teacher.labelled is not None:
         raise TeacherOutputsError(
@@ -87,8 +87,8 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
         )
     if teacher.ranking.shape[1] < 2:
         raise TeacherOutputsError(
-            "the teacher's rows have one candidate each, which the released program reads as no table; export more "
-            "with `teacher.export.top_k` or `ensemble.top_k`."
+            "the teacher's rows have one candidate each, which the released program cannot read; export more with "
+            "`teacher.export.top_k` or `ensemble.top_k`."
         )
     width = teacher.embeddings.shape[1]
     if width > VECTOR_WIDTH:
@@ -104,16 +104,16 @@ def write_teacher(folder: Path, teacher: TeacherOutputs, n_rows: int) -> None:
 
 
 def arguments_for(name: str, n_rows: int, n_candidates: int, settings: DistillSettings) -> str:
-    """Command-line arguments of its ``main.py``: the weights of a recipe, and no more rows than there are.
+    """Command-line arguments of the program's ``main.py`` for a recipe, with a batch size of at most ``n_rows``.
 
     Args:
-        name: Of the dataset.
-        n_rows: Training rows; the program draws whole batches.
+        name: Name of the dataset.
+        n_rows: Training rows; the program uses full batches only.
         n_candidates: Candidates per row.
-        settings: The recipe. What the program has no option for, such as another ranking loss, is left out.
+        settings: The recipe. Options that the program does not have, such as another ranking loss, are left out.
     """
     ranking = settings.ranking
-    wanted = {
+    values = {
         "batch_size": min(n_rows, int(DEFAULTS["batch_size"])),
         "alpha": settings.dros.weight,
         "beta": settings.dros.beta,
@@ -124,12 +124,12 @@ def arguments_for(name: str, n_rows: int, n_candidates: int, settings: DistillSe
         "gamma_confidence": ranking.gamma_confidence,
         "gamma_consistency": ranking.gamma_consistency,
     }
-    options = [f"--{option} {value:g}" for option, value in wanted.items() if value != DEFAULTS[option]]
+    options = [f"--{option} {value:g}" for option, value in values.items() if value != DEFAULTS[option]]
     return " ".join([f"--data {name}", *options])
 
 
 def _names(*columns: str) -> "pd.Index[str]":
-    """Column names as Python strings: pandas 3 has a type of its own for them, which older ones cannot read."""
+    """Column names as Python strings; older pandas cannot read the string type of pandas 3."""
     return pd.Index(columns, dtype=object)
 
 
