@@ -264,7 +264,10 @@ def test_every_student_has_a_file_with_the_numbers_of_its_constructor(name):
     ("overrides", "message"),
     [
         (["student=caser", "student.examples=sequences"], "which Caser is not; use `student.examples=windows`"),
-        (["student=sasrec", "student.examples=sequences"], "add `student.model.positions=oldest`"),
+        (
+            ["student=sasrec", "student.examples=sequences"],
+            "needs `student.model.positions=oldest`, but it is .recent.",
+        ),
         (["student=gru4rec", "student.examples=rows"], "student.examples is 'rows', expected 'windows' or 'sequences'"),
     ],
 )
@@ -347,7 +350,7 @@ def test_an_installed_package_carries_its_configuration(tmp_path):
     ("arguments", "message"),
     [
         (["student.trainig.epochs=3"], "trainig"),
-        (["resume=result/never"], "`resume` is 'result/never', which holds no run.json"),
+        (["resume=result/never"], "`resume` is 'result/never', which has no run.json"),
         (["metrics.select_on=ndcg@7"], "metrics.select_on is 'ndcg@7'"),
         (["dataset=csv", "dataset.interactions=gone.csv", "dataset.items=gone.csv"], "gone.csv"),
     ],

@@ -1,7 +1,7 @@
 """Errors of this library.
 
-Every message names the problem, the value, the expected value and the remedy. Each class also inherits a builtin
-exception, for callers that catch those.
+Messages state the problem, the value, the expected value and the remedy. Each class also inherits from a builtin
+exception.
 """
 
 import signal
@@ -29,43 +29,43 @@ class Llm2RecError(Exception):
 
 
 class ConfigError(Llm2RecError, ValueError):
-    """A setting, or a combination of settings, that cannot work."""
+    """Invalid setting or combination of settings."""
 
 
 class DataError(Llm2RecError, ValueError):
-    """Raw or prepared data that is missing, malformed or inconsistent."""
+    """Missing, malformed or inconsistent raw or prepared data."""
 
 
 class UnknownItemError(DataError):
-    """An item that a model was not trained on, or a title that several items have."""
+    """Item that a model was not trained on, or ambiguous title."""
 
 
 class TeacherOutputsError(Llm2RecError, ValueError):
-    """Teacher outputs that are missing, malformed or belong to another dataset."""
+    """Teacher outputs that are missing, malformed or of another dataset."""
 
 
 class CheckpointError(Llm2RecError, RuntimeError):
-    """A run folder that cannot be resumed or loaded."""
+    """Run folder that cannot be resumed or loaded."""
 
 
 class NonFiniteError(Llm2RecError, FloatingPointError):
-    """A loss or gradient that is not finite."""
+    """Loss, gradient or score that is not finite."""
 
 
 class OutOfMemoryError(Llm2RecError, MemoryError):
-    """A training step that does not fit into the GPU's memory even with micro-batches of one row."""
+    """Training step that does not fit into the GPU's memory and cannot be retried with smaller micro-batches."""
 
 
 class StorageError(Llm2RecError, OSError):
-    """A file that cannot be written: the disk is full, or permission is missing."""
+    """File that cannot be written because the disk is full or a permission is missing."""
 
 
 class HubError(Llm2RecError, ConnectionError):
-    """A model that cannot be downloaded from, or uploaded to, the Hugging Face Hub."""
+    """Failed download from, or upload to, the Hugging Face Hub."""
 
 
 class Interrupted(Llm2RecError, RuntimeError):
-    """A run that was ended by Ctrl-C or SIGTERM and can be continued.
+    """Run ended by Ctrl-C or SIGTERM that can be resumed.
 
     Args:
         message: What happened.
@@ -98,7 +98,7 @@ def one_of(name: str, value: str, *allowed: str) -> None:
     """Check that an option has one of the allowed values.
 
     Raises:
-        ConfigError: Naming the option, its value and the allowed ones.
+        ConfigError: If it has another value.
     """
     if value not in allowed:
         *others, last = map(repr, allowed)

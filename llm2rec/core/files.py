@@ -51,10 +51,10 @@ _NO_REASON = r"inline_container|PytorchStreamWriter failed|\d+ requested and \d+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn errors of any library that writes ``path`` into one kind.
+    """Convert write errors of any library into `StorageError`.
 
     Raises:
-        StorageError: Instead of errors of a full disk, a quota or a missing permission.
+        StorageError: If the disk or quota is full, or a permission is missing.
     """
     try:
         yield
@@ -64,16 +64,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         if (reason := _refusal(error)) is None:
             raise
         raise StorageError(
-            f"{path} could not be written ({reason}); existing files are unchanged. Free space, or make "
-            "the folder writable, and run the same command again, with `resume=` the run's folder if it has one."
+            f"cannot write {path} ({reason}); existing files are unchanged. Free space, or make the folder writable, "
+            "and run the same command again, with `resume=` the run's folder if it has one."
         ) from error
 
 
 def _refusal(error: Exception) -> str | None:
-    """Why the system did not write, or None if the error is of another kind."""
+    """Reason of a failed write, or None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
-        number = int(found[1])
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(match[1])
     if number is not None:
         return os.strerror(number) if number in _REFUSALS else None
     return "the disk may be full" if re.search(_NO_REASON, str(error)) else None
@@ -99,7 +99,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its place when the block ends without an error.
 
-    A folder that is already there is moved away first, since a rename cannot replace a folder that holds files.
+    An existing folder is moved aside first, since a rename cannot replace a folder that is not empty.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,18 +189,18 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object with certain keys.
+    """Read a JSON object with required keys.
 
     Args:
         path: The file.
-        keys: Keys that must be there.
+        keys: Required keys.
 
     Raises:
-        DataError: If the file is missing, is not JSON, holds something else, or lacks a key.
+        DataError: If the file is missing, is not JSON or not an object, or lacks a key.
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}, expected an object; restore the original file.")
+        raise DataError(f"{path} contains a {type(value).__name__}, expected an object; restore the original file.")
     if missing := [key for key in keys if key not in value]:
         raise DataError(f"{path} lacks {', '.join(map(repr, missing))}; restore the original file.")
     return value
@@ -217,7 +217,7 @@ def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:
 
     Args:
         folder: The folder, complete except for this file.
-        editable: Files to leave out, since they may be edited later.
+        editable: Files without a hash, since users may edit them.
     """
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     write_json(
@@ -226,7 +226,7 @@ def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:
 
 
 def check_hashes(folder: Path) -> None:
-    """Compare the files of a folder with what `write_hashes` wrote there; folders of earlier versions have no hashes.
+    """Compare the files of a folder with the hashes of `write_hashes`, which folders of earlier versions lack.
 
     Raises:
         DataError: If a file is missing or has changed, or the hashes themselves are damaged.
@@ -238,8 +238,8 @@ def check_hashes(folder: Path) -> None:
             raise DataError(f"{folder} lacks {name}; copy the whole folder again.")
         if sha256_of_file(folder / name) != expected:
             raise DataError(
-                f"{folder / name} has changed since it was written (its hash is not that in {_HASHES}); copy the "
-                "whole folder again."
+                f"{folder / name} has changed since it was written (its hash differs from {_HASHES}); copy the whole "
+                "folder again."
             )
 
 

@@ -1,4 +1,4 @@
-"""The code that made a result: commit, uncommitted changes, library versions."""
+"""Code versions for run records: commit, uncommitted changes, library versions."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsa
 
 
 def git_state() -> dict[str, str | bool | None]:
-    """Commit of the checkout this package runs from, and whether it has uncommitted changes.
+    """Commit of the package's checkout, and whether it has uncommitted changes.
 
     Returns:
         ``{"commit": str | None, "dirty": bool | None}``; both None for an installed wheel or without git.

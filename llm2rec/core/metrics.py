@@ -1,7 +1,7 @@
 """Ranking metrics for one relevant item per row.
 
-The rank of a target counts every item that scores at least as high (ties are counted against the model), so a model
-that gives all items the same score gets no credit. Every mean is over all rows: no row is dropped.
+The rank of a target counts every other item that scores at least as high: ties count against the model, so a model with
+equal scores for all items gets no credit. Means are over all rows.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,25 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Rank each row's target among all items.
 
     Args:
-        scores: Scores of shape ``(B, N)``, higher is better. ``-inf`` marks items that are out of the running.
+        scores: Scores of shape ``(B, N)``, higher is better; ``-inf`` for excluded items.
         targets: Target item ids of shape ``(B,)``.
 
     Returns:
         0-based ranks of shape ``(B,)``, int64: the number of other items that score at least as high.
 
     Raises:
-        NonFiniteError: If a score is NaN (it would silently rank the target first), or a target's own score is not
-            finite.
+        NonFiniteError: If a score is NaN (which would rank the target first), or a target's score is not finite.
     """
-    own = scores.gather(1, targets.unsqueeze(1))  # (B, 1)
-    if bool(torch.isnan(scores).any()) or not bool(torch.isfinite(own).all()):
-        raise NonFiniteError("scores hold NaN, or a target's score is not finite; check the model before ranking.")
-    return (scores >= own).sum(dim=1) - 1
+    target_scores = scores.gather(1, targets.unsqueeze(1))  # (B, 1)
+    if bool(torch.isnan(scores).any()) or not bool(torch.isfinite(target_scores).all()):
+        raise NonFiniteError("scores contain NaN, or a target's score is not finite; check the model before ranking.")
+    return (scores >= target_scores).sum(dim=1) - 1
 
 
 def ranking_metrics(ranks: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
     """Average HR, NDCG and MRR over rows with one relevant item each.
 
-    HR@K equals Recall@K here; NDCG@K is ``1 / log2(rank + 2)`` inside the cut-off, its ideal value being 1.
+    With one relevant item, HR@K equals Recall@K, and NDCG@K is ``1 / log2(rank + 2)`` for ranks below K.
 
     Args:
         ranks: 0-based ranks of shape ``(B,)``, B at least 1.

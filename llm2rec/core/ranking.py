@@ -1,13 +1,12 @@
 """Ranks and top-k items over a catalogue of any size, one tile of scores at a time.
 
-A score is the inner product of a user's and an item's vector: the sum in float64 of the exact products, rounded to
-float32, the same number on every path. A matrix product in float32 is far faster, and right but for its
-last bits, which depend on the shapes that are multiplied. So tiles are scored by matrix products, and what lies too
-near a threshold for their rounding to decide is scored again, exactly. Results depend neither on the size of the tiles
-nor on the rows that share a batch, and items with equal vectors have equal scores.
+A score is the inner product of a user vector and an item vector: the float64 sum of the exact products, rounded to
+float32. A float32 matrix product is much faster, but its last bits depend on the shapes of the matrices. Tiles are
+therefore scored by matrix products, and scores within the rounding error of a threshold are recomputed exactly. Results
+depend neither on the tile size nor on the other rows of a batch, and items with equal vectors have equal scores.
 
-The bound on what a product rounds is ``D u |user| |item|``, for a sum of D terms in any order and unit roundoff u
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). No more than a tile of scores is ever held.
+The rounding error of a product is at most ``D u |user| |item|``, for a sum of D terms in any order and unit roundoff u
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Only one tile of scores is in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,24 +20,24 @@ from llm2rec.core.errors import NonFiniteError
 __all__ = ["Catalogue", "Pairs", "pair_scores", "ranks_in_blocks", "top_k_in_blocks"]
 
 Pairs = tuple[Tensor, Tensor]
-"""Row numbers and item ids, both of shape ``(P,)`` and int64; a pair may stand there twice."""
+"""Row numbers and item ids, both of shape ``(P,)`` and int64; may contain duplicates."""
 
-# Scores held at once: 2 MiB on a CPU, where less or more is slower; on a GPU enough to keep it busy.
+# Scores per tile: 2 MiB on a CPU, where smaller and larger tiles are slower; on a GPU enough to keep it busy.
 _TILE_SCORES = {"cpu": 2**19, "cuda": 2**26}
-_ROWS = 64  # searched for their best at once: wide tiles have few contenders, narrow ones many
-_WIDEST = 2**22  # counts of columns must be exact in float32
-_CHUNK = 64  # items of a tile of which only the largest score is looked at first
-_PAIRS = 2**15  # pairs scored exactly at once: bounds memory where all scores are equal
+_ROWS = 64  # rows per top-k search: wide tiles have fewer contenders per score than narrow ones
+_WIDEST = 2**22  # columns per tile; their counts must be exact in float32
+_CHUNK = 64  # items per chunk, of which only the largest score is compared first
+_PAIRS = 2**15  # pairs scored exactly at once, which bounds memory if all scores are equal
 # Unit roundoff of products under each `torch.set_float32_matmul_precision`.
 _ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
-_LONGEST = 1e18  # of vectors: no product of two may come near the largest float32
+_LONGEST = 1e18  # length of vectors; products must not approach the largest float32
 
 
 class Catalogue:
-    """The vectors of all items, prepared once for any number of rankings.
+    """Vectors of all items with their norms, reusable for many rankings.
 
     Args:
-        vectors: Shape ``(N, D)``, on the device to compute on; not copied if they are in float32.
+        vectors: Shape ``(N, D)``, on the device to compute on; not copied if they are float32 and contiguous.
 
     Raises:
         NonFiniteError: If a vector holds NaN or infinity.
@@ -53,7 +52,7 @@ class Catalogue:
 
 
 def pair_scores(users: Tensor, catalogue: Catalogue, pairs: Pairs) -> Tensor:
-    """Score pairs of rows and items: the definition of a score for this module.
+    """Score pairs of rows and items exactly; this is the module's definition of a score.
 
     Args:
         users: User vectors of shape ``(B, D)``, float32.
@@ -67,8 +66,8 @@ def pair_scores(users: Tensor, catalogue: Catalogue, pairs: Pairs) -> Tensor:
     scores = users.new_empty(n_pairs)
     for start in range(0, n_pairs, _PAIRS):
         part = slice(start, start + _PAIRS)
-        mine, theirs = users.index_select(0, rows[part]), catalogue.vectors.index_select(0, items[part])
-        scores[part] = (mine.double() * theirs.double()).sum(dim=1)  # products of 24 by 24 bits are exact
+        user, item = users.index_select(0, rows[part]), catalogue.vectors.index_select(0, items[part])
+        scores[part] = (user.double() * item.double()).sum(dim=1)  # products of 24 by 24 bits are exact
     return scores
 
 
@@ -80,14 +79,14 @@ def ranks_in_blocks(
     *,
     tile_scores: int | None = None,
 ) -> Tensor:
-    """Rank each row's target among all items, as `core.metrics.target_ranks` does with a matrix of all scores.
+    """Rank each row's target among all items; equivalent to `core.metrics.target_ranks` without a score matrix.
 
     Args:
         users: User vectors of shape ``(B, D)``.
         catalogue: The items.
         targets: Target item ids, shape ``(B,)``, int64.
-        seen: Items to leave out of the rows' rankings; a row's own target stays in.
-        tile_scores: Scores to hold at once, by default what suits the device; it changes no rank.
+        seen: Items to exclude from the rows' rankings; the target is never excluded.
+        tile_scores: Scores per tile, by default depending on the device; does not affect results.
 
     Returns:
         0-based ranks of shape ``(B,)``, int64: the number of other items that score at least as high.
@@ -103,7 +102,7 @@ def ranks_in_blocks(
     for tile in _tiles(users, norms, catalogue, left_out, tile_scores):
         low, high = own - tile.doubt(own), own + tile.doubt(own)
         flags = flags if len(flags) else torch.empty_like(tile.scores)
-        # Compared into floats and added up as such: several times as fast as booleans.
+        # Summing comparisons as floats is several times as fast as summing booleans.
         surely = torch.gt(tile.scores, high, out=flags).sum(dim=1)
         perhaps = torch.ge(tile.scores, low, out=flags).sum(dim=1)
         ranks += surely.long()
@@ -125,13 +124,13 @@ def top_k_in_blocks(
     Args:
         users: User vectors of shape ``(B, D)``.
         catalogue: The items.
-        k: How many, at least 1.
-        seen: Items that are not to be found.
-        tile_scores: Scores to hold at once, by default what suits the device; it changes no result.
+        k: Number of items, at least 1.
+        seen: Items to exclude from the rows' rankings.
+        tile_scores: Scores per tile, by default depending on the device; does not affect results.
 
     Returns:
-        Scores, float32, and item ids, int64, of shape ``(B, k)``, best first. Where fewer than k items are left for a
-        row, its last scores are ``-inf`` and their ids -1.
+        Scores, float32, and item ids, int64, of shape ``(B, k)``, best first. If fewer than k items remain for a row,
+        its last scores are ``-inf`` and their ids -1.
 
     Raises:
         NonFiniteError: If a user's vector holds NaN or infinity.
@@ -152,13 +151,13 @@ def top_k_in_blocks(
 
 
 def _norms(vectors: Tensor, what: str) -> Tensor:
-    """Lengths of vectors ``(M, D)``, shape ``(M,)``, such that all their scores are finite."""
+    """Norms of vectors ``(M, D)``, shape ``(M,)``; checks that scores cannot overflow."""
     norms = torch.linalg.vector_norm(vectors, dim=1)
     fit = norms < _LONGEST  # NaN is not
     if not bool(fit.all()):
         row = int(fit.int().argmin())
         raise NonFiniteError(
-            f"the vector of {what} {row} has length {float(norms[row])}, so that scores may not be finite; check the "
+            f"the vector of {what} {row} has length {float(norms[row])}, expected below {_LONGEST:g}; check the "
             "model before ranking."
         )
     return norms
@@ -166,12 +165,12 @@ def _norms(vectors: Tensor, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Scores of all rows for some neighbouring items, right but for rounding.
+    """Scores of all rows for consecutive items, up to rounding.
 
     Attributes:
-        scores: Shape ``(B, C)``, C a multiple of `_CHUNK`; ``-inf`` where an item is left out or past the last.
+        scores: Shape ``(B, C)``, C a multiple of `_CHUNK`; ``-inf`` for excluded items and after the last item.
         start: Id of the first item.
-        rounding: How far the scores of a row may be off, shape ``(B, 1)``.
+        rounding: Bound of the rounding error of each row's scores, shape ``(B, 1)``.
     """
 
     scores: Tensor
@@ -179,14 +178,14 @@ class _Tile:
     rounding: Tensor
 
     def doubt(self, threshold: Tensor) -> Tensor:
-        """By how much a score must differ from a threshold ``(B, 1)`` to be surely above or below it."""
-        return self.rounding + threshold.abs() * 2.0**-22  # what the limits themselves are rounded by
+        """Distance from a threshold ``(B, 1)`` within which scores must be recomputed exactly."""
+        return self.rounding + threshold.abs() * 2.0**-22  # plus the rounding of threshold ± doubt
 
 
 def _tiles(
     users: Tensor, norms: Tensor, catalogue: Catalogue, left_out: Pairs | None, tile_scores: int | None
 ) -> Iterator[_Tile]:
-    """Score the catalogue from the first item to the last, all tiles in one buffer."""
+    """Score the catalogue tile by tile, in one reused buffer."""
     n_rows, n_items = len(users), len(catalogue)
     n_columns = _tile_width(n_rows, n_items, tile_scores or _TILE_SCORES[users.device.type])
     roundoff = 1.01 * (users.shape[1] + 8) * _ROUNDOFF[torch.get_float32_matmul_precision()]
@@ -200,12 +199,12 @@ def _tiles(
         scores[:, len(vectors) :] = -torch.inf
         if out is not None:
             scores[out[0], out[1] - start] = -torch.inf
-        # The last term stands for products too small for a normal number.
+        # The last term bounds the error of subnormal products.
         yield _Tile(scores, start, (norms * longest * roundoff + 1e-37).unsqueeze(1))
 
 
 def _tile_width(n_rows: int, n_items: int, tile_scores: int) -> int:
-    """Columns of each tile: as even as whole chunks allow, so that the last one is not nearly empty."""
+    """Number of columns per tile, a multiple of `_CHUNK` that makes tiles about equally wide."""
     widest = min(_WIDEST, max(1, tile_scores // max(1, n_rows) // _CHUNK) * _CHUNK)
     n_tiles = max(1, -(-n_items // widest))
     return max(1, -(-n_items // (n_tiles * _CHUNK))) * _CHUNK
@@ -215,7 +214,7 @@ def _split_pairs(pairs: Pairs | None, part: Tensor | None, n_parts: int) -> Sequ
     """Split pairs by their part numbers, shape ``(P,)``."""
     if pairs is None or part is None or n_parts <= 1:
         return [pairs] * n_parts
-    order = (part.short() if n_parts < 2**15 else part).argsort()  # short numbers are sorted several times as fast
+    order = (part.short() if n_parts < 2**15 else part).argsort()  # sorting int16 is several times as fast
     counts = torch.bincount(part, minlength=n_parts).tolist()
     rows, items = (each.index_select(0, order).split(counts) for each in pairs)
     return list(zip(rows, items, strict=True))
@@ -227,11 +226,11 @@ def _contenders(tile: _Tile, kth: Tensor, k: int) -> Pairs:
     Args:
         tile: Scores.
         kth: The k-th best scores so far, shape ``(B, 1)``; ``-inf`` while there are fewer.
-        k: How many are looked for.
+        k: Number of items.
     """
     chunks = tile.scores.unflatten(1, (-1, _CHUNK))  # (B, C / _CHUNK, _CHUNK)
     largest = chunks.amax(dim=2)
-    # Different items either way; the k-th largest of few maxima would let too many contenders in.
+    # The k-th largest chunk maximum is a valid bound, but too low if there are few chunks.
     reached = largest if largest.shape[1] >= 4 * k else tile.scores
     if reached.shape[1] >= k and bool((kth == -torch.inf).any()):
         here = reached.topk(k).values[:, -1:]
@@ -239,19 +238,19 @@ def _contenders(tile: _Tile, kth: Tensor, k: int) -> Pairs:
     low = kth - tile.doubt(kth)
     row, chunk = (largest >= low).nonzero(as_tuple=True)
     scores = chunks[row, chunk]
-    hit, column = ((scores >= low[row]) & (scores > -torch.inf)).nonzero(as_tuple=True)
-    return row[hit], chunk[hit] * _CHUNK + column
+    index, column = ((scores >= low[row]) & (scores > -torch.inf)).nonzero(as_tuple=True)
+    return row[index], chunk[index] * _CHUNK + column
 
 
 def _merge(values: Tensor, items: Tensor, pairs: Pairs, scores: Tensor) -> None:
-    """Let contenders, sorted by row and item and with higher ids than all before, take their places among the best."""
+    """Merge contenders into the best items; they are sorted by row and item, with higher ids than earlier tiles."""
     (row, item), k = pairs, values.shape[1]
     changed, place, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
     within = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[place]
     shape = len(changed), int(counts.max())
     new_values = values.new_full(shape, -torch.inf).index_put_((place, within), scores)
     new_items = items.new_full(shape, -1).index_put_((place, within), item)
-    # Where scores are equal, ids ascend already, and a stable sort leaves them so.
+    # Ids are ascending, so a stable sort breaks ties by id.
     best, order = torch.cat([values[changed], new_values], dim=1).sort(dim=1, descending=True, stable=True)
     values[changed] = best[:, :k]
     items[changed] = torch.cat([items[changed], new_items], dim=1).gather(1, order[:, :k])

@@ -1,4 +1,4 @@
-"""Random numbers as functions of seed, step and process, so that a resumed run draws what the unbroken one drew."""
+"""Random numbers as functions of seed, step and process, so that resumed runs reproduce uninterrupted ones."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,12 +28,12 @@ def seed_everything(*parts: int | str) -> None:
     np.random.seed(seed % 2**32)
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # the same numbers; `torch.manual_seed` would format a stack for each kind of device that might still come
+    else:  # the same numbers, without the overhead of `torch.manual_seed` for devices that are not initialised
         torch.default_generator.manual_seed(seed)
 
 
 def random_state() -> Callable[[], None]:
-    """Note the state of Python's, NumPy's and torch's generators (this process's device); returns what restores it."""
+    """Save the state of Python's, NumPy's and torch's generators (this process's device); returns its restore."""
     import random
 
     import torch
@@ -52,7 +52,7 @@ def random_state() -> Callable[[], None]:
 
 
 def mixed_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash words of any shape: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, Stafford's 13).
+    """Hash words of any shape with the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; Stafford's mix 13).
 
     Every bit of the result depends on all bits of the word.
     """
@@ -62,7 +62,7 @@ def mixed_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def random_words(key: np.uint64 | NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Uniform 64-bit words: the values of SplitMix64 with seed ``key`` at ``counters``, without those before.
+    """Uniform 64-bit words: SplitMix64 with seed ``key``, evaluated at ``counters`` only.
 
     Args:
         key: One key, or keys that broadcast against ``counters``.

@@ -1,7 +1,7 @@
 """Statistics over rows: per-row metric values, bootstrap intervals, paired tests, quantile groups. All in float64.
 
-Rows are test rows, and comparisons are paired: two runs rank the same targets. An interval or p-value covers the choice
-of test rows, not the training seed; the report shows the spread over seeds beside it.
+Rows are test rows, and comparisons are paired: two runs rank the same targets. Intervals and p-values cover the
+sampling of test rows, not the training seed; the report shows the standard deviation over seeds separately.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = [
     "sign_flip_p",
 ]
 
-_MAX_DRAWS = 2**20  # random numbers held at once: 8 MiB
+_MAX_DRAWS = 2**20  # random numbers per block: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Difference:
 
 
 def row_values(ranks: NDArray[np.int64], metric: str) -> NDArray[np.float64]:
-    """The value of each row for a metric of `llm2rec.core.metrics.ranking_metrics`, which is their mean.
+    """Per-row values of a metric, whose mean is that of `llm2rec.core.metrics.ranking_metrics`.
 
     Args:
-        ranks: 0-based ranks of the targets, shape ``(M,)``; all ranks at or beyond the cut-off give the same value.
+        ranks: 0-based ranks of the targets, shape ``(M,)``; ranks from the cut-off on give 0.
         metric: ``hr@K``, ``ndcg@K`` or ``mrr@K``.
 
     Returns:
@@ -91,7 +91,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean, or of a ratio of sums, over rows drawn with replacement.
 
-    If all values are equal the interval has no width, which does not mean certainty: with 0 hits in 90 rows the true
+    If all values are equal, the interval has no width, which does not imply certainty: with 0 hits in 90 rows the true
     rate may still be a few percent.
 
     Args:
@@ -111,7 +111,7 @@ def bootstrap_interval(
     if not 0 < level < 1 or n_resamples < 1:
         raise ValueError(f"`level` is {level}, `n_resamples` {n_resamples}; expected between 0 and 1, and at least 1.")
     rows = _value_weight_pairs(values, weights)
-    # Row counts of a resample are multinomial, and equal rows can be drawn together: hits have only two kinds.
+    # Row counts of a resample are multinomial, so equal rows are drawn together (hits have only two kinds).
     kinds, sizes = np.unique(rows, return_counts=True)
     generator, ratios = np.random.default_rng(seed), []
     block = max(1, _MAX_DRAWS // len(kinds))
@@ -131,7 +131,7 @@ def _value_weight_pairs(values: NDArray[np.float64], weights: NDArray[np.float64
             f"`values` and `weights` have shapes {values.shape} and {weights.shape}, expected (M,) both, M at least 1."
         )
     if not np.isfinite(values).all() or not np.isfinite(weights).all():
-        raise ValueError("`values` or `weights` hold NaN or infinity; leave such rows out, or count them as failures.")
+        raise ValueError("`values` or `weights` contain NaN or infinity; drop such rows, or count them as failures.")
     if weights.min() < 0 or weights.max() == 0:
         raise ValueError(f"`weights` lie in [{weights.min()}, {weights.max()}]; expected none below 0, and one above.")
     rows = np.empty(len(values), np.complex128)
@@ -140,7 +140,7 @@ def _value_weight_pairs(values: NDArray[np.float64], weights: NDArray[np.float64
 
 
 def _ratios(counts: NDArray[np.int64], kinds: NDArray[np.complex128]) -> NDArray[np.float64]:
-    """Statistic of each resample; shape ``(resamples,)``, or fewer if a resample has no weight."""
+    """Statistic of each resample, shape ``(resamples,)``; resamples without weight are left out."""
     numerators, denominators = counts @ kinds.real, counts @ kinds.imag
     defined = denominators > 0
     return np.asarray(numerators[defined] / denominators[defined], np.float64)
@@ -173,7 +173,7 @@ def paired_difference(values: NDArray[np.float64], baseline: NDArray[np.float64]
     """
     differences = values - baseline
     low, high = bootstrap_interval(differences)
-    # Means over runs may differ in their last bits, which is no difference.
+    # Differences in the last bits of means over runs are rounding.
     better, worse = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
     return Difference(float(differences.mean()), low, high, sign_flip_p(differences), better, worse)
 
@@ -182,7 +182,7 @@ def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = 10_000, 
     """P-value of a paired permutation test: under the null hypothesis each row's difference has a random sign.
 
     The statistic is the absolute sum of differences under random signs (Good, Permutation Tests, section 3.2). The
-    observed signs count as one of the resamples, so that no p-value is 0 and the test holds its level.
+    observed signs are one of the resamples, so no p-value is 0 and the test keeps its level.
 
     Args:
         differences: One per row, shape ``(M,)``, finite.
@@ -196,8 +196,8 @@ def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = 10_000, 
         ValueError: If a difference is not finite.
     """
     if not np.isfinite(differences).all():
-        raise ValueError("`differences` hold NaN or infinity; leave such rows out, or count them as failures.")
-    # Among n rows of equal magnitude only the number of positive signs matters, which is binomial.
+        raise ValueError("`differences` contain NaN or infinity; drop such rows, or count them as failures.")
+    # For n rows of equal magnitude only the number of positive signs matters, which is binomial.
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
@@ -219,8 +219,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         p_values: One per comparison.
 
     Returns:
-        Adjusted p-values in the same order: the i-th smallest of m (from 0) times m - i, no less than those before it,
-        and at most 1.
+        Adjusted p-values in the same order: the i-th smallest of m (from 0) times m - i, made monotonic and at most 1.
     """
     adjusted, highest = [1.0] * len(p_values), 0.0
     for place, number in enumerate(sorted(range(len(p_values)), key=lambda each: p_values[each])):
@@ -234,10 +233,10 @@ def quantile_groups(values: NDArray[np.int64], n_groups: int) -> list[NDArray[np
 
     Args:
         values: One value per row, shape ``(M,)``, M at least 1.
-        n_groups: Groups wanted.
+        n_groups: Number of groups.
 
     Returns:
-        Row numbers of each group, groups by ascending values: ``n_groups``, or fewer if many values are equal.
+        Row numbers of each group, by ascending values; fewer than ``n_groups`` if many values are equal.
     """
     order = np.sort(values)
     # Each group ends with the value at its quantile.

@@ -147,7 +147,7 @@ class LossSettings:
             if getattr(self, option) is not None and self.name not in readers:
                 raise ConfigError(
                     f"student.loss.{option} is {getattr(self, option)!r}, which {self.name} does not read; leave it "
-                    f"null, or use one of the losses {', '.join(readers)}."
+                    f"null, or use student.loss.name={' or '.join(readers)}."
                 )
         if self.n_negatives is not None and self.n_negatives < 1:
             raise ConfigError(f"student.loss.n_negatives is {self.n_negatives}, expected at least 1.")

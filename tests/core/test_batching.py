@@ -140,7 +140,9 @@ def test_units_by_hand():
 
 
 def test_a_unit_larger_than_a_batch_is_refused():
-    with pytest.raises(ConfigError, match="`batch_size` is 4, but one sequence holds up to 5 training rows; raise it"):
+    with pytest.raises(
+        ConfigError, match="`batch_size` is 4, but one sequence has up to 5 training rows; set it to at"
+    ):
         epoch_batches(TrainingUnits(np.arange(3), np.array([1, 5, 2])), 4, 0, 0)
 
 

@@ -117,7 +117,7 @@ def test_a_full_disk_raises_a_storage_error_and_keeps_what_was_there(tmp_path, l
             WRITERS[writer](aside if replaced is replaced_file else aside / "file")
 
     with pytest.raises(
-        StorageError, match=rf"{re.escape(str(path))} could not be written \((File too large|the disk may be full)\)"
+        StorageError, match=rf"cannot write {re.escape(str(path))} \((File too large|the disk may be full)\)"
     ):
         write()
     assert kept.read_text() == "old"
@@ -142,7 +142,7 @@ def read_only():
 @pytest.mark.parametrize("write", [write_json, lambda path, _: replaced_folder(path).__enter__()])
 @pytest.mark.parametrize("name", ["kept", "new", "deep/new"])
 def test_a_folder_that_may_not_be_written_to_raises_a_storage_error(read_only, write, name):
-    with pytest.raises(StorageError, match=r"could not be written \(Permission denied\); existing .* make the folder"):
+    with pytest.raises(StorageError, match=r"cannot write .* \(Permission denied\); existing .* make the folder"):
         write(read_only / name, {})
     assert [(file.name, file.read_text()) for file in read_only.iterdir()] == [("kept", "old")]
 
@@ -222,7 +222,7 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path):
 
 @pytest.mark.parametrize("resume", ["result/missing", "."])
 def test_resuming_what_is_no_run_is_refused(tmp_path, resume):
-    with pytest.raises(CheckpointError, match=rf"`resume` is '{re.escape(resume)}', which holds no run.json"):
+    with pytest.raises(CheckpointError, match=rf"`resume` is '{re.escape(resume)}', which has no run.json"):
         run_folder("result", resume, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

@@ -50,7 +50,7 @@ def test_missing_file_other_kind_and_missing_key_are_named(tmp_path):
     with pytest.raises(DataError, match=r"b\.json cannot be read"):
         read_json(tmp_path / "b.json")
     write_json(tmp_path / "c.json", [1])
-    with pytest.raises(DataError, match=r"c\.json holds a list, expected an object"):
+    with pytest.raises(DataError, match=r"c\.json contains a list, expected an object"):
         read_object(tmp_path / "c.json")
     write_json(tmp_path / "d.json", {"a": 1})
     assert read_object(tmp_path / "d.json", "a") == {"a": 1}
@@ -64,7 +64,7 @@ def test_missing_file_other_kind_and_missing_key_are_named(tmp_path):
         ({"stage": "student"}, "lacks 'status'"),
         ({"stage": "student", "status": "finished", "dataset": "toy"}, "says 'toy' of its `dataset`"),
         ({"stage": "student", "status": "finished", "dataset": {"name": "toy"}}, "expected a name and a fingerprint"),
-        ([], "holds a list"),
+        ([], "contains a list"),
     ],
 )
 def test_a_damaged_record_of_a_run_is_named(tmp_path, record, message):

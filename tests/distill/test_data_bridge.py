@@ -245,7 +245,7 @@ def test_invalid_json_manifest_raises(tmp_path, teacher):
 def test_manifest_that_is_not_an_object_raises(tmp_path, teacher):
     write_teacher(tmp_path, teacher)
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(TeacherOutputsError, match=rf"manifest\.json holds a list, expected an object{REMEDY}"):
+    with pytest.raises(TeacherOutputsError, match=rf"manifest\.json contains a list, expected an object{REMEDY}"):
         read(tmp_path)
 
 

@@ -232,5 +232,5 @@ def test_at_requires_positions_from_the_oldest():
 
 
 def test_batch_smaller_than_a_segment_raises(tmp_path):
-    with pytest.raises(ConfigError, match="`batch_size` is 3, but up to 4 training rows come in one piece"):
+    with pytest.raises(ConfigError, match="`batch_size` is 3, but one sequence has up to 4 training rows"):
         train_in(tmp_path, batch_size=3)

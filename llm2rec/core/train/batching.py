@@ -129,8 +129,8 @@ def _cut(units: NDArray[np.int64], batch_size: int, sizes: NDArray[np.int64] | N
     rows = sizes[units]
     if rows.max(initial=0) > batch_size:
         raise ConfigError(
-            f"`batch_size` is {batch_size}, but one sequence holds up to {rows.max()} training rows; raise it to at "
-            "least that."
+            f"`batch_size` is {batch_size}, but one sequence has up to {rows.max()} training rows; set it to at least "
+            f"{rows.max()}."
         )
     last_row = np.cumsum(rows) - 1
     return np.split(units, np.flatnonzero(np.diff(last_row // batch_size)) + 1)
