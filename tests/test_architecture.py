@@ -52,10 +52,6 @@ WORDS_LEFT: dict[str, int] = {
     "llm2rec/core": 15,
     "llm2rec/data": 28,
     "llm2rec/distill": 40,
-    "llm2rec/ensemble": 21,
-    "llm2rec/plan": 4,
-    "llm2rec/recommend": 1,
-    "llm2rec/share": 3,
     "llm2rec/student": 2,
     "llm2rec/teacher": 38,
 }

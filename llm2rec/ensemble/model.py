@@ -25,12 +25,11 @@ __all__ = ["Ensemble", "ensemble_of", "load_ensemble", "rank_targets", "save_ens
 class Ensemble:
     """Averages the distributions of its members, and mixes in item neighbours with a weight.
 
-    Members have seen the targets of the rows that they were trained on; neighbours score a training row without the
-    pairs of its own user, so they are as uncertain there as on other rows. Seen items are not masked: the caller does
-    that.
+    Members were trained on the targets of the training rows. Neighbours score a training row without the pairs of its
+    own user, so that their scores are comparable with those of other rows. The caller masks seen items.
 
     Args:
-        members: Trained students, which read histories of one length.
+        members: Trained students with the same maximum history length.
         neighbours: Item neighbours; None if ``share`` is 0.
         share: Weight of the neighbours, 0 to 1.
         device: Device of the members.

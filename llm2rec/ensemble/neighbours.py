@@ -3,9 +3,9 @@
 The score of item x after a history is a sum over the history, ``Σ_j 0.6^j · near(h_j, x)`` with j = 0 for the most
 recent item, and ``near(a, x)`` counts how often x came up to five steps after a (a weight of 0.7 a step, half of that
 for x before a), over ``sqrt((c_a + 100)(c_x + 100))`` with the counts c of both: pairs with few observations stay
-small. It is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and cosine, and
-the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The numbers were chosen on validation rows of
-Amazon games, where this alone is as good as a tuned SASRec (NDCG@20 .0861 and .0869); elsewhere they are untuned.
+small. This is the item-based collaborative filtering of Deshpande and Karypis (2004) with its shrinkage and cosine, and
+the decayed transitions of sequential rules (Ludewig and Jannach, 2018). The constants were tuned on validation rows of
+Amazon games only, where neighbours alone nearly match a tuned SASRec (NDCG@20 .0861 and .0869).
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ _ROUNDING = 1e-12  # rounding left after subtracting a user's own counts, in flo
 
 
 class Neighbours:
-    """Nearness of all pairs of items.
+    """Similarity of all pairs of items.
 
     Args:
-        sequences: Items of each user, oldest first, without what is held out.
+        sequences: Items of each user, oldest first, without held-out items.
         n_items: Number of items, N; also the padding id of histories.
     """
 
@@ -45,7 +45,7 @@ class Neighbours:
 
     @property
     def n_pairs(self) -> int:
-        """Pairs of items that are near each other at all."""
+        """Pairs of items with a similarity above 0."""
         return int(self._near.values().numel())
 
     def scores(self, history: Tensor, lengths: Tensor, users: NDArray[np.int64] | None = None) -> Tensor:
@@ -53,10 +53,9 @@ class Neighbours:
 
         Args:
             history: Item ids, shape ``(B, L)``, oldest first, padded on the right.
-            lengths: Real items of each, shape ``(B,)``.
-            users: Whose they are, shape ``(B,)``: the pairs of these users' own sequences are taken out of their
-                scores, for rows that were counted (the counts of single items, hundreds mostly, keep them). None for
-                rows that were not.
+            lengths: Items of each history, shape ``(B,)``.
+            users: Users of training rows, shape ``(B,)``: pairs of a user's own sequence are subtracted from the scores
+                (the counts of single items, hundreds mostly, still include them). None for rows that were not counted.
 
         Returns:
             Shape ``(B, N)``, float32, 0 or more, on the CPU.
@@ -64,8 +63,8 @@ class Neighbours:
         history, lengths = history.cpu(), lengths.cpu()
         ages = lengths.unsqueeze(1) - 1 - torch.arange(history.shape[1])  # (B, L)
         rows, slots = torch.nonzero(ages >= 0, as_tuple=True)
-        # In float64, so that nothing remains of pairs that are taken out: made a distribution, the least rest would be
-        # a certainty where nobody else has a say, and it is the row's own target.
+        # In float64, so that subtracted pairs leave no remainder: if no other pair scores an item, normalisation would
+        # turn the smallest remainder into a probability of 1, and that item is the row's own target.
         weights = torch.zeros(self._n_items, len(history), dtype=torch.float64)  # of each item in each history
         weights.index_put_((history[rows, slots], rows), FORGETTING ** ages[rows, slots].double(), accumulate=True)
         scores = (self._near @ weights).T.contiguous()  # (B, N)
@@ -80,13 +79,13 @@ class Neighbours:
 
 
 def sharpened(scores: Tensor) -> Tensor:
-    """A distribution of scores of 0 or more, ``(B, N)``: the best stand out more. Rows without any stay 0."""
+    """Sharpen non-negative scores ``(B, N)`` and normalise each row to a distribution; rows of zeros stay zero."""
     powers = scores**SHARPNESS
     return powers / powers.sum(dim=1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
 
 
 def training_sequences(data: RecData) -> list[NDArray[np.int64]]:
-    """Items of each user up to the last target of the training split, oldest first: nothing that is held out."""
+    """Items of each user up to the last target of the training split, oldest first, without held-out items."""
     train = Rows.of(data, "train")
     rows = np.arange(len(train))
     ends = np.zeros(len(data.sequences), np.int64)
@@ -98,7 +97,7 @@ def training_sequences(data: RecData) -> list[NDArray[np.int64]]:
 
 
 def _pairs(sequence: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Pairs of items that are near in a sequence: of which, to which, and how much it counts."""
+    """Pairs of nearby items in a sequence: first item, second item and weight."""
     first, second, weight = [sequence[:0]], [sequence[:0]], [np.empty(0)]
     for distance in range(1, min(STEPS, len(sequence) - 1) + 1):
         earlier, later, value = sequence[:-distance], sequence[distance:], DECAY ** (distance - 1)

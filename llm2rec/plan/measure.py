@@ -1,7 +1,7 @@
 """Peak memory of a training step, measured by running the step on the meta device: shapes without data.
 
 The step is the real one: transformers' model, the adapter, pooling, the loss and backward. On a CPU the same counter
-measures a step with data, which is how the plan is checked.
+measures a step with data; `benchmarks/plan_check.py` compares the two.
 """
 
 import weakref
@@ -119,7 +119,7 @@ def _attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Fused attention as torch's CPU and CUDA kernels have it, whose inner steps are no operations of their own.
+    """Fused attention as in torch's CPU and CUDA kernels, as one operation.
 
     Args:
         module: The attention layer.
@@ -128,16 +128,16 @@ def _attention(
         value: As ``key``.
         attention_mask: Shape ``(B, 1, T, T)``, True where a token is seen; None for a causal mask.
         scaling: Factor on the scores.
-        dropout: Probability of dropping.
+        dropout: Dropout probability.
 
     Returns:
-        Shape ``(B, T, heads, width)``, and no weights.
+        Shape ``(B, T, heads, width)``, and None for the attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     bias = None
-    if attention_mask is not None:  # torch makes numbers of it, in every layer anew, and keeps them for backward
+    if attention_mask is not None:  # torch converts it to a bias in every layer and keeps that for backward
         bias = torch.zeros_like(attention_mask, dtype=query.dtype)
         bias = bias.masked_fill_(attention_mask.logical_not(), -torch.inf).expand(-1, query.shape[1], -1, -1)
     mixed = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -149,7 +149,7 @@ def _attention(
 def _cpu_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of a CPU, whose fused kernel knows no dropout: with it, scores are tensors like all others."""
+    """Attention on a CPU, whose fused kernel does not support dropout: with dropout, scores are ordinary tensors."""
     dropout = options.get("dropout", 0.0)
     if dropout == 0:
         return _attention(module, query, key, value, attention_mask, **options)
@@ -160,7 +160,7 @@ def _cpu_attention(
 
 
 def _mask(batch_size: int, q_length: int, kv_length: int, device: Any = "meta", **_: Any) -> Tensor:
-    """The mask of prompts that are padded, whose values nobody knows."""
+    """The mask of padded prompts; its values are not known."""
     return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
 
 
