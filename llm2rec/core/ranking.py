@@ -96,11 +96,11 @@ def ranks_in_blocks(
     """
     users, norms = users.float(), _norms(users.float(), "user")
     rows = torch.arange(len(users), device=users.device)
-    own = pair_scores(users, catalogue, (rows, targets)).unsqueeze(1)  # (B, 1)
+    target_scores = pair_scores(users, catalogue, (rows, targets)).unsqueeze(1)  # (B, 1)
     left_out = (rows, targets) if seen is None else (torch.cat([rows, seen[0]]), torch.cat([targets, seen[1]]))
     ranks, flags = torch.zeros_like(targets), users.new_empty(0)
     for tile in _tiles(users, norms, catalogue, left_out, tile_scores):
-        low, high = own - tile.doubt(own), own + tile.doubt(own)
+        low, high = target_scores - tile.doubt(target_scores), target_scores + tile.doubt(target_scores)
         flags = flags if len(flags) else torch.empty_like(tile.scores)
         # Summing comparisons as floats is several times as fast as summing booleans.
         surely = torch.gt(tile.scores, high, out=flags).sum(dim=1)
@@ -111,7 +111,7 @@ def ranks_in_blocks(
             scores = tile.scores[near]
             row, column = ((scores >= low[near]) & (scores <= high[near])).nonzero(as_tuple=True)
             row = near[row]
-            wins = pair_scores(users, catalogue, (row, tile.start + column)) >= own[row, 0]
+            wins = pair_scores(users, catalogue, (row, tile.start + column)) >= target_scores[row, 0]
             ranks.index_add_(0, row, wins.long())
     return ranks
 

@@ -337,7 +337,7 @@ class Caser(SequentialRecommender):
 
 
 def _at_least_1(**sizes: int) -> None:
-    """Raise a `ConfigError` that names the first size below 1."""
+    """Raise a `ConfigError` for the first size below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"`{name}` is {value}, expected at least 1.")

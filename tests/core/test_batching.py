@@ -48,7 +48,7 @@ def test_micro_batch_count_by_hand():
 
 @settings(max_examples=150, deadline=None)
 @given(**SIZES)
-def test_every_row_is_seen_once_and_every_micro_batch_fits(n_rows, batch_size, micro, n_processes, epoch, by_length):
+def test_every_row_is_used_once_in_micro_batches_that_fit(n_rows, batch_size, micro, n_processes, epoch, by_length):
     rows, batches = batches_of(n_rows, batch_size, epoch, by_length)
     count = micro_batch_count(batch_size, micro, n_processes)
     seen = []
@@ -67,7 +67,7 @@ def test_every_row_is_seen_once_and_every_micro_batch_fits(n_rows, batch_size, m
     assert sorted(seen) == rows.tolist()
 
 
-def test_processes_without_rows_get_a_filler_that_counts_nothing():
+def test_processes_without_rows_get_a_filler_of_weight_zero():
     shares = split(np.array([7, 9]), 2, 2)
     assert [[part.units.tolist() for part in mine] for mine in shares] == [[[7], [9]], [[7], [7]]]
     assert [[part.weights.tolist() for part in mine] for mine in shares] == [[[1], [1]], [[0], [0]]]
@@ -79,7 +79,7 @@ def test_only_the_last_batch_is_smaller():
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-def test_order_is_a_function_of_seed_and_epoch(by_length):
+def test_order_depends_only_on_seed_and_epoch(by_length):
     def order(epoch, seed):
         return np.concatenate(batches_of(60, 8, epoch, by_length, seed)[1]).tolist()
 
@@ -110,7 +110,7 @@ UNITS = {
 
 @settings(max_examples=150, deadline=None)
 @given(**UNITS)
-def test_units_of_several_rows_stay_whole(unit_sizes, extra, micro, n_processes, epoch, by_length):
+def test_units_of_several_rows_are_not_split(unit_sizes, extra, micro, n_processes, epoch, by_length):
     sizes = np.array(unit_sizes)
     batch_size = int(sizes.max()) + extra
     units = TrainingUnits(np.arange(len(sizes)), sizes, sizes if by_length else None)
@@ -132,14 +132,14 @@ def test_units_of_several_rows_stay_whole(unit_sizes, extra, micro, n_processes,
 
 
 def test_units_by_hand():
-    """Rows 0-2 | 3 4 | 5-8 | 9 in steps of 4: a unit belongs to the batch of its last row."""
+    """Units 0-2 | 3 4 | 5-8 | 9 with batches of 4 rows: a unit belongs to the batch of its last row."""
     units = TrainingUnits(np.arange(4), np.array([3, 2, 4, 1]))
     order = np.concatenate(epoch_batches(units, 10, 0, 0))
     ends, batches = np.cumsum(units.sizes[order]) - 1, epoch_batches(units, 4, 0, 0)
     assert [batch.tolist() for batch in batches] == [order[ends // 4 == step].tolist() for step in range(3)]
 
 
-def test_a_unit_larger_than_a_batch_is_refused():
+def test_unit_larger_than_a_batch_raises():
     with pytest.raises(
         ConfigError, match="`batch_size` is 4, but one sequence has up to 5 training rows; set it to at"
     ):
@@ -147,7 +147,7 @@ def test_a_unit_larger_than_a_batch_is_refused():
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
-def test_batches_by_cost_hold_each_row_once_and_keep_the_bound(counts, bound):
+def test_batches_by_cost_contain_each_row_once_within_the_bound(counts, bound):
     counts = np.array(counts, np.int64)
     batches = batches_by_cost(counts, bound)
     assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(counts)))

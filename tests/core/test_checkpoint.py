@@ -29,7 +29,7 @@ def train(model, optimizer, n_steps, seed=0):
         optimizer.step()
 
 
-def test_adamw_decays_matrices_only_and_takes_trained_parameters_only():
+def test_adamw_uses_trainable_parameters_and_decays_only_matrices():
     model = model_of()
     groups = adamw(model, lr=0.1, weight_decay=0.5).param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
@@ -37,7 +37,7 @@ def test_adamw_decays_matrices_only_and_takes_trained_parameters_only():
     assert all(p is not model[2].bias for group in groups for p in group["params"])
 
 
-def test_an_optimizer_goes_on_bit_for_bit(tmp_path):
+def test_optimizer_state_round_trip_is_exact(tmp_path):
     model = model_of()
     optimizer = adamw(model, 0.05, 0.1)
     train(model, optimizer, 3)
@@ -60,14 +60,14 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_frozen_weights_are_not_stored(tmp_path):
+def test_frozen_weights_are_not_saved(tmp_path):
     weights = trainable_weights(model_of())
     assert "2.bias" not in weights
     assert "2.weight" in weights
 
 
 class Running(nn.Module):
-    """A frozen and a trained module with running statistics, and buffers that no file should hold."""
+    """A frozen and a trained module with running statistics, and buffers that are not saved."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Running(nn.Module):
         return self.trained(self.frozen(x))
 
 
-def test_running_statistics_of_trained_modules_are_stored_and_loaded(tmp_path):
+def test_running_statistics_of_trained_modules_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     model = Running()
     for _ in range(3):
@@ -97,7 +97,7 @@ def test_running_statistics_of_trained_modules_are_stored_and_loaded(tmp_path):
     assert torch.equal(other.frozen.running_mean, torch.zeros(3))
 
 
-def test_a_file_without_the_running_statistics_is_refused(tmp_path):
+def test_file_without_running_statistics_raises(tmp_path):
     weights = trainable_weights(Running())
     del weights["trained.running_var"]
     save_file(weights, tmp_path / "model.safetensors")
@@ -105,7 +105,7 @@ def test_a_file_without_the_running_statistics_is_refused(tmp_path):
         load_weights(Running(), tmp_path / "model.safetensors")
 
 
-def test_stored_weights_do_not_change_with_the_model():
+def test_saved_weights_are_copies():
     model = model_of()
     weights = trainable_weights(model)
     before = weights["0.weight"].clone()
@@ -113,7 +113,7 @@ def test_stored_weights_do_not_change_with_the_model():
     assert torch.equal(weights["0.weight"], before)
 
 
-def test_tied_and_transposed_tensors_are_written(tmp_path):
+def test_tied_and_transposed_tensors_are_saved(tmp_path):
     table = torch.arange(6.0).view(2, 3)
     save_tensors({"a": table, "b": table, "c": table.T}, tmp_path / "x.safetensors")
     stored = load_file(tmp_path / "x.safetensors")
@@ -138,7 +138,7 @@ def damaged(tmp_path, change):
         (lambda weights: weights.update({"0.weight": torch.zeros(1, 4)}), r"0\.weight has shape \(1, 4\), expected"),
     ],
 )
-def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path, change, message):
+def test_weights_of_another_model_raise_and_change_nothing(tmp_path, change, message):
     model = model_of(seed=3)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(CheckpointError, match=rf"does not fit the model: .*{message}"):
@@ -146,7 +146,7 @@ def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path, chang
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_optimizer_state_of_another_model_is_refused(tmp_path):
+def test_optimizer_state_of_another_model_raises(tmp_path):
     model = model_of()
     optimizer = adamw(model, 0.05, 0.1)
     train(model, optimizer, 1)

@@ -56,7 +56,7 @@ def steps_taken(engine, *, epochs=1):
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 5, 4, 1])
-def test_a_step_follows_the_gradient_of_the_mean_over_its_rows(tmp_path, micro_batch_size):
+def test_step_uses_the_gradient_of_the_mean_over_its_rows(tmp_path, micro_batch_size):
     engine = engine_in(tmp_path, epochs=1, batch_size=8, micro_batch_size=micro_batch_size)
     taken = steps_taken(engine)
     assert [len(step["rows"]) for step in taken] == [8, 3]
@@ -69,7 +69,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_rows(tmp_path, micro_b
         torch.testing.assert_close(step["gradients"], list(expected), rtol=1e-12, atol=1e-14)
 
 
-def test_micro_batches_train_the_same_model(tmp_path):
+def test_micro_batches_do_not_change_the_model(tmp_path):
     ends = []
     for micro in (8, 1):
         engine = engine_in(tmp_path / str(micro), epochs=3, batch_size=8, micro_batch_size=micro)
@@ -84,7 +84,7 @@ def test_gradients_are_clipped_over_the_whole_step(tmp_path):
         assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_accumulation_is_the_engines_and_not_the_launchers(tmp_path, monkeypatch):
+def test_accumulation_ignores_the_launcher_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
     engine = engine_in(tmp_path, epochs=1, batch_size=8, micro_batch_size=4)
     assert len(steps_taken(engine)) == 2
@@ -100,7 +100,7 @@ def test_one_process_has_all_rows(tmp_path):
 
 
 @pytest.mark.parametrize(("n_rows", "n_processes"), [(5, 2), (7, 3), (2, 4), (0, 2), (8, 4)])
-def test_blocks_of_all_processes_hold_every_row_once(n_rows, n_processes):
+def test_blocks_of_all_processes_partition_the_rows(n_rows, n_processes):
     from llm2rec.core.train.engine import Engine
 
     def block(rank, lockstep):
@@ -120,7 +120,7 @@ def drawn():
     return random.random(), np.random.rand(), torch.rand(3).tolist()
 
 
-def test_each_step_draws_its_own_numbers_whatever_came_before(tmp_path):
+def test_random_numbers_of_a_step_do_not_depend_on_earlier_steps(tmp_path):
     engine = engine_in(tmp_path, seed=4)
     optimizer = SimpleNamespace(param_groups=[])
     engine.begin_step(7, 10, optimizer)
@@ -141,7 +141,7 @@ def test_seeds_depend_on_all_parts():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_an_engine_seeds_the_initial_weights(tmp_path):
+def test_engine_seeds_the_initial_weights(tmp_path):
     engine_in(tmp_path / "a", seed=3)
     first = torch.rand(4)
     torch.rand(10)
@@ -153,7 +153,7 @@ def test_an_engine_seeds_the_initial_weights(tmp_path):
     assert torch.equal(torch.rand(4), first)
 
 
-def test_rates_follow_the_schedule_and_a_groups_own_ratio(tmp_path):
+def test_learning_rates_follow_schedule_and_group_ratio(tmp_path):
     engine = engine_in(tmp_path, learning_rate=0.2, warmup_ratio=0.5, min_learning_rate_ratio=0.1)
     optimizer = SimpleNamespace(param_groups=[{}, {"lr_ratio": 0.5}])
     rates = []
@@ -164,7 +164,7 @@ def test_rates_follow_the_schedule_and_a_groups_own_ratio(tmp_path):
     assert np.array(rates) == pytest.approx(np.array([[0, 0], [0.08, 0.04], [0.2, 0.1], [0.02, 0.01]]))
 
 
-def test_steps_go_on_in_the_middle_of_an_epoch(tmp_path):
+def test_steps_resume_in_the_middle_of_an_epoch(tmp_path):
     engine = engine_in(tmp_path, epochs=3, batch_size=4)
     units = TrainingUnits(np.arange(10))
     whole = [(step.number, step.epoch, step.units.tolist()) for step in engine.steps(units)]
@@ -175,7 +175,7 @@ def test_steps_go_on_in_the_middle_of_an_epoch(tmp_path):
 
 
 def statistics_of_two(folder):
-    """In each of two processes: running statistics of its own rows, averaged, and what the checkpoint holds."""
+    """In each of two processes: running statistics of its rows, their average, and the checkpoint."""
     torch.set_num_threads(1)
     engine = engine_in(folder)
     model = nn.BatchNorm1d(2)
@@ -194,7 +194,7 @@ def statistics_of_two(folder):
 
 
 @pytest.mark.slow
-def test_processes_agree_on_running_statistics(tmp_path):
+def test_running_statistics_are_averaged_over_processes(tmp_path):
     debug_launcher(statistics_of_two, args=(tmp_path,), num_processes=2)
 
 
@@ -224,7 +224,7 @@ def test_only_the_newest_checkpoint_is_kept_and_loaded(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
+def test_keep_checkpoints(tmp_path):
     engine = engine_in(tmp_path, keep_checkpoints=2)
     model, optimizer = trained(engine)
     for step in (9, 10, 200, 201):
@@ -235,7 +235,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
     ]
 
 
-def test_the_best_weights_outlive_the_checkpoints_of_their_step(tmp_path):
+def test_best_weights_are_kept_after_their_checkpoint_is_deleted(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
     state = TrainingState(engine, "ndcg@10")
@@ -250,7 +250,7 @@ def test_the_best_weights_outlive_the_checkpoints_of_their_step(tmp_path):
     assert model.bias.tolist() == [1, 1]
 
 
-def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path):
+def test_incomplete_checkpoint_is_ignored(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
     engine.save_checkpoint(model, optimizer, {"step": 1})
@@ -260,7 +260,7 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path):
     assert engine.load_checkpoint(model, optimizer) == {"step": 1}
 
 
-def test_a_failed_writer_leaves_the_older_checkpoint(tmp_path):
+def test_failed_save_keeps_the_older_checkpoint(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
     engine.save_checkpoint(model, optimizer, {"step": 1})
@@ -270,7 +270,7 @@ def test_a_failed_writer_leaves_the_older_checkpoint(tmp_path):
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path):
+def test_full_disk_raises_and_keeps_the_older_checkpoint(tmp_path):
     engine = engine_in(tmp_path)
     model, optimizer = trained(engine)
     engine.save_checkpoint(model, optimizer, {"step": 1})
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path):
     assert engine.load_checkpoint(model, optimizer) == {"step": 1}
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_checkpoint_of_another_model_raises(tmp_path):
     engine = engine_in(tmp_path)
     engine.save_checkpoint(*trained(engine), {"step": 1})
     other = nn.Linear(4, 2)
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         engine.load_checkpoint(other, optimizer)
 
 
-def test_a_resumed_state_has_the_means_over_rows_of_an_unbroken_one(tmp_path):
+def test_resumed_state_has_the_means_of_an_uninterrupted_run(tmp_path):
     engine = engine_in(tmp_path, patience=2)
     engine.learning_rate = 0.1
     model = nn.Linear(1, 1)
@@ -317,7 +317,7 @@ def test_a_resumed_state_has_the_means_over_rows_of_an_unbroken_one(tmp_path):
     assert resumed.to_dict()["history"][1]["train/loss"] == 0.5  # counted from the last evaluation
 
 
-def test_a_training_without_evaluation_leaves_the_model(tmp_path):
+def test_training_without_evaluation_keeps_the_weights(tmp_path):
     engine = engine_in(tmp_path)
     model = nn.Linear(1, 1)
     before = model.weight.item()

@@ -1,4 +1,4 @@
-"""Files that are not as they were written are found before anybody reads them."""
+"""Changed and damaged files are detected when they are read."""
 
 import json
 
@@ -62,7 +62,10 @@ def test_missing_file_other_kind_and_missing_key_are_named(tmp_path):
     ("record", "message"),
     [
         ({"stage": "student"}, "lacks 'status'"),
-        ({"stage": "student", "status": "finished", "dataset": "toy"}, "says 'toy' of its `dataset`"),
+        (
+            {"stage": "student", "status": "finished", "dataset": "toy"},
+            "is 'toy', expected a name and a fingerprint",
+        ),
         ({"stage": "student", "status": "finished", "dataset": {"name": "toy"}}, "expected a name and a fingerprint"),
         ([], "contains a list"),
     ],

@@ -1,4 +1,4 @@
-"""The training loop: equal to the textbook's, one host read per step, resumed where it was killed."""
+"""The training loop: equal to the textbook loop, one host read per step, resumable after a kill."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def trained(folder, kind=None, validate=lambda step: {"ndcg@10": float(step)}, *
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 3])
-def test_it_trains_as_the_textbook_loop_does(tmp_path, micro_batch_size):
+def test_fit_equals_the_textbook_loop(tmp_path, micro_batch_size):
     model, written = trained(tmp_path, micro_batch_size=micro_batch_size)
     expected, engine = network(), engine_in(tmp_path / "order", **SETTINGS)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=0.05, weight_decay=0.0)
@@ -66,7 +66,7 @@ def test_it_trains_as_the_textbook_loop_does(tmp_path, micro_batch_size):
     assert (rows, written["best_step"]) == (EPOCHS * N_ROWS, 12)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path):
     whole, written = trained(tmp_path / "whole", checkpoint_every_steps=1)
     with pytest.raises(Killed):
         trained(tmp_path / "killed", killed_at(6), checkpoint_every_steps=1)
@@ -92,7 +92,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 1])
-def test_a_step_reads_numbers_from_the_device_once(tmp_path, micro_batch_size):
+def test_step_synchronises_with_the_device_once(tmp_path, micro_batch_size):
     """`Tensor.tolist` of the step's three numbers, whatever the number of micro-batches."""
     model = network()
     engine = engine_in(tmp_path, micro_batch_size=micro_batch_size, **SETTINGS)

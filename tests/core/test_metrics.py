@@ -35,7 +35,7 @@ def test_ranks_agree_with_counting():
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_nan_is_refused_wherever_it_is(position):
+def test_nan_score_raises(position):
     scores = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
     scores[1, position] = math.nan
     with pytest.raises(NonFiniteError, match="NaN"):
@@ -43,7 +43,7 @@ def test_nan_is_refused_wherever_it_is(position):
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_a_target_out_of_the_running_is_refused(value):
+def test_target_with_non_finite_score_raises(value):
     with pytest.raises(NonFiniteError, match="target's score is not finite"):
         target_ranks(torch.tensor([[value, 0.0]]), torch.tensor([0]))
 
@@ -71,12 +71,12 @@ def test_a_catalogue_smaller_than_the_cut_off_counts_every_row():
     assert metrics["ndcg@20"] == pytest.approx((1 / math.log2(4) + 1) / 2)
 
 
-def test_names_are_those_of_the_metrics():
+def test_metric_names():
     assert list(ranking_metrics(torch.tensor([3]))) == metric_names()
     assert list(ranking_metrics(torch.tensor([3]), [2, 7])) == metric_names([2, 7])
     assert {f"ndcg@{k}" for k in CUTOFFS} < set(metric_names())
 
 
-def test_no_rows_are_refused():
+def test_empty_ranks_raise():
     with pytest.raises(ValueError, match="`ranks` is empty"):
         ranking_metrics(torch.zeros(0, dtype=torch.int64))

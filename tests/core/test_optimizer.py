@@ -41,7 +41,7 @@ def named(model, group):
     return {names[id(p)] for p in group["params"]}
 
 
-def test_parameters_are_grouped_by_decay_and_by_a_whole_component_of_their_name():
+def test_parameter_groups_by_decay_and_name_component():
     model = Parts()
     groups = adamw(model, 0.1, 0.5, {"gate": 3.0}).param_groups
     found = {(group["weight_decay"], group["lr_ratio"]): named(model, group) for group in groups}
@@ -53,7 +53,7 @@ def test_parameters_are_grouped_by_decay_and_by_a_whole_component_of_their_name(
     }
 
 
-def test_the_first_component_that_fits_counts():
+def test_first_matching_component_applies():
     model = Parts()
     model.head = nn.ModuleDict({"default": model.head})
     groups = adamw(model, 0.1, 0.0, {"gate": 3.0, "default": 2.0}).param_groups
@@ -61,7 +61,7 @@ def test_the_first_component_that_fits_counts():
     assert found == {"gate_proj.weight": 1.0, "gate.default.weight": 3.0, "head.default.weight": 2.0}
 
 
-def test_a_part_learns_at_its_own_rate(tmp_path):
+def test_lr_ratio_scales_the_learning_rate(tmp_path):
     """The first step of Adam moves every weight by its learning rate, whatever the gradient."""
     engine = engine_in(tmp_path, learning_rate=0.01)
     model = Parts()
@@ -76,20 +76,20 @@ def test_a_part_learns_at_its_own_rate(tmp_path):
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])
-def test_ratios_that_cannot_train_are_refused(ratio):
+def test_invalid_ratio_raises(ratio):
     with pytest.raises(ConfigError, match=rf"ratio of 'gate' is {ratio}, expected a positive finite number"):
         adamw(Parts(), 0.1, 0.0, {"gate": ratio})
 
 
 @pytest.mark.parametrize("component", ["gates", "frozen"])
-def test_a_ratio_for_nothing_that_is_trained_is_refused(component):
-    with pytest.raises(ConfigError, match=f"given for {component}, which no trained parameter"):
+def test_ratio_without_trainable_parameter_raises(component):
+    with pytest.raises(ConfigError, match=f"given for {component}, which match no trainable parameter"):
         adamw(Parts(), 0.1, 0.0, {component: 2.0})
 
 
 @pytest.mark.parametrize("stored_with", [{"gate": 3.0}, None])
-def test_a_state_goes_on_bit_for_bit_whatever_groups_it_was_stored_with(tmp_path, stored_with):
-    """State is stored by name, so groups may differ, as may the number of them in older checkpoints."""
+def test_state_resumes_exactly_with_other_parameter_groups(tmp_path, stored_with):
+    """State is saved by parameter name, so the groups may differ."""
     model = Parts()
     optimizer = adamw(model, 0.05, 0.1, {"gate": 3.0})
     train(model, optimizer, 3)

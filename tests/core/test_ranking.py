@@ -1,4 +1,4 @@
-"""Streaming ranks and best items are what a matrix of all scores gives, however they are cut into tiles."""
+"""Ranks and top-k items in tiles equal those of the whole score matrix."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ KINDS = ["random", "tied", "near", "whole", "outlier"]
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_rows", "n_items"), [(7, 300), (3, 64), (1, 1000), (40, 5)])
-def test_ranks_are_those_of_the_whole_matrix(kind, n_rows, n_items, tile):
+def test_ranks_equal_those_of_the_whole_matrix(kind, n_rows, n_items, tile):
     users, vectors, targets, seen = case(n_rows, n_items, 16, 1, kind)
     catalogue = Catalogue(vectors)
     for each in (None, seen, (torch.arange(n_rows), targets)):
@@ -81,7 +81,7 @@ def test_ranks_are_those_of_the_whole_matrix(kind, n_rows, n_items, tile):
 @pytest.mark.parametrize(
     ("n_rows", "n_items", "k"), [(7, 300, 1), (7, 300, 20), (3, 64, 64), (1, 1000, 10), (40, 5, 5)]
 )
-def test_the_best_are_those_of_the_whole_matrix(kind, n_rows, n_items, k, tile):
+def test_top_k_equals_that_of_the_whole_matrix(kind, n_rows, n_items, k, tile):
     users, vectors, _, seen = case(n_rows, n_items, 16, 2, kind)
     for each in (None, seen):
         values, items = top_k_in_blocks(users, Catalogue(vectors), k, each, tile_scores=tile)
@@ -90,8 +90,8 @@ def test_the_best_are_those_of_the_whole_matrix(kind, n_rows, n_items, k, tile):
         assert torch.equal(values, expected_values)
 
 
-def test_whole_numbers_rank_as_the_float32_matrix_does():
-    """Where float32 computes exactly, nothing differs from the matrix product, bit for bit."""
+def test_integer_scores_equal_the_float32_matrix():
+    """If float32 is exact, results equal the matrix product bit for bit."""
     users, vectors, targets, _ = case(50, 700, 24, 3, "whole")
     assert torch.equal(ranks_in_blocks(users, Catalogue(vectors), targets), target_ranks(users @ vectors.T, targets))
 
@@ -103,7 +103,7 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 @given(
     st.integers(1, 9), st.integers(1, 400), st.integers(1, 70), st.integers(0, 2**31), st.sampled_from(KINDS), st.data()
 )
-def test_any_division_gives_the_same(n_rows, n_items, width, seed, kind, data):
+def test_results_do_not_depend_on_tiles(n_rows, n_items, width, seed, kind, data):
     users, vectors, targets, seen = case(n_rows, n_items, width, seed, kind)
     catalogue, k = Catalogue(vectors), data.draw(st.integers(1, n_items))
     one, other = data.draw(st.lists(st.integers(1, 5000), min_size=2, max_size=2))
@@ -121,8 +121,8 @@ def test_any_division_gives_the_same(n_rows, n_items, width, seed, kind, data):
         assert torch.equal(top_k_in_blocks(users[row : row + 1], catalogue, k, alone)[1][0], items[row])
 
 
-def test_matrix_products_alone_would_not_do(monkeypatch):
-    """Taking tiles at their word counts near-ties wrongly: the test above can fail."""
+def test_matrix_products_alone_miscount_near_ties(monkeypatch):
+    """Without exact recomputation near-ties are miscounted, so the test above can fail."""
     users, vectors, targets, _ = case(20, 2000, 64, 4, "near")
     expected = plain_ranks(users, vectors, targets)
     assert torch.equal(ranks_in_blocks(users, Catalogue(vectors), targets), expected)
@@ -130,7 +130,7 @@ def test_matrix_products_alone_would_not_do(monkeypatch):
     assert not torch.equal(ranks_in_blocks(users, Catalogue(vectors), targets), expected)
 
 
-def test_a_model_that_scores_all_alike_gets_the_last_rank_and_the_first_items():
+def test_equal_scores_give_the_last_rank_and_the_first_items():
     users, vectors = torch.zeros(2, 8), torch.randn(500, 8)
     targets = torch.tensor([0, 499])
     assert ranks_in_blocks(users, Catalogue(vectors), targets).tolist() == [499, 499]
@@ -141,21 +141,21 @@ def test_a_model_that_scores_all_alike_gets_the_last_rank_and_the_first_items():
     assert values.abs().max() == 0
 
 
-def test_what_is_left_of_a_row_is_all_that_is_found():
+def test_rows_with_fewer_than_k_items():
     seen = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2, 3, 1])
     values, items = top_k_in_blocks(torch.ones(2, 1), Catalogue(torch.tensor([[3.0], [1], [2], [4]])), 3, seen)
     assert items.tolist() == [[1, -1, -1], [3, 0, 2]]
     assert values.tolist() == [[1, -torch.inf, -torch.inf], [4, 3, 2]]
 
 
-def test_no_rows_are_no_ranks():
+def test_empty_batch():
     catalogue = Catalogue(torch.randn(9, 4))
     assert ranks_in_blocks(torch.zeros(0, 4), catalogue, torch.zeros(0, dtype=torch.int64)).shape == (0,)
     assert top_k_in_blocks(torch.zeros(0, 4), catalogue, 2)[1].shape == (0, 2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_vectors_that_are_not_finite_are_refused(value):
+def test_non_finite_vectors_raise(value):
     bad = torch.randn(5, 4)
     bad[3, 2] = value
     with pytest.raises(NonFiniteError, match="the vector of item 3 has length"):
@@ -167,8 +167,8 @@ def test_vectors_that_are_not_finite_are_refused(value):
         top_k_in_blocks(bad, catalogue, 2)
 
 
-def test_never_more_than_a_tile_of_scores_is_held(monkeypatch):
-    """Not even where every score has to be computed twice."""
+def test_memory_is_bounded_by_one_tile(monkeypatch):
+    """Even if every score is recomputed."""
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -188,7 +188,7 @@ def test_never_more_than_a_tile_of_scores_is_held(monkeypatch):
     assert n_items > largest >= tile
 
 
-def test_pairs_are_scored_one_by_one_as_together():
+def test_pair_scores_do_not_depend_on_the_batch():
     users, vectors, _, pairs = case(9, 100, 37, 5)
     together = pair_scores(users, Catalogue(vectors), pairs)
     alone = [pair_scores(users, Catalogue(vectors), (row[None], item[None])) for row, item in zip(*pairs, strict=True)]

@@ -21,7 +21,7 @@ def optimized(model, lr=0.1, decay=0.0):
 
 
 def gradient_of(rows, sparse, seed):
-    """A gradient of some rows, one of which comes in two parts."""
+    """A sparse gradient with a repeated row."""
     values = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(seed))
     found = torch.sparse_coo_tensor(torch.tensor([rows]), values, (ROWS, WIDTH), check_invariants=True)
     return found if sparse else found.to_dense()
@@ -36,7 +36,7 @@ def stepped(sparse, decay=0.0, steps=((0, 2, 2), (2, 5), (0, 1, 6)), model=None,
     return model, optimizer
 
 
-def test_a_step_by_hand():
+def test_step_by_hand():
     model = Tables()
     optimizer, before = optimized(model, decay=0.5), model.table.detach().clone()
     average, steps = 0.0, 0
@@ -51,7 +51,7 @@ def test_a_step_by_hand():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_sparse_and_dense_gradients_make_the_same_steps(decay):
+def test_sparse_and_dense_gradients_give_the_same_steps(decay):
     (sparse, one), (dense, other) = stepped(True, decay), stepped(False, decay)
     torch.testing.assert_close(sparse.table, dense.table)
     torch.testing.assert_close(one.state[sparse.table], other.state[dense.table])
@@ -66,7 +66,7 @@ def test_rows_without_gradient_keep_weights_and_state(sparse):
     assert (state["exp_avg_sq"].squeeze(1) > 0).tolist() == [True, True, True, False, False, True, True]
 
 
-def test_other_parameters_are_adamws():
+def test_other_parameters_use_adamw():
     model, plain = Tables(), Tables()
     for each, optimizer in ((model, optimized(model)), (plain, adamw(plain, 0.1, 0.0))):
         for _ in range(3):
@@ -78,13 +78,13 @@ def test_other_parameters_are_adamws():
     assert type(optimized(model)) is RowwiseAdamW
 
 
-def test_the_state_is_two_numbers_a_row():
+def test_state_has_two_numbers_per_row():
     model, optimizer = stepped(True)
     assert sum(value.numel() for value in optimizer.state[model.table].values()) == 2 * ROWS
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_a_state_goes_on_where_it_was(tmp_path, sparse):
+def test_state_round_trip(tmp_path, sparse):
     model, optimizer = stepped(sparse)
     save_tensors(optimizer_tensors(model, optimizer), tmp_path / "optimizer.safetensors")
     other = Tables()

@@ -8,7 +8,7 @@ from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.core.train.state import EarlyStopping
 
 
-def test_warm_up_is_a_line_and_decay_half_a_cosine():
+def test_linear_warmup_and_cosine_decay():
     rates = [warmup_cosine(step, max_steps=10, warmup_steps=4, lr=1.0, min_lr=0.1) for step in range(11)]
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert rates[7] == pytest.approx(0.55)  # half-way down
@@ -16,27 +16,27 @@ def test_warm_up_is_a_line_and_decay_half_a_cosine():
     assert rates[5] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 6)))
 
 
-def test_after_the_last_step_the_rate_stays():
+def test_rate_is_constant_after_the_last_step():
     assert warmup_cosine(99, max_steps=10, warmup_steps=0, lr=1.0, min_lr=0.2) == pytest.approx(0.2)
 
 
-def test_warm_up_may_start_above_zero_and_be_all_there_is():
+def test_warmup_start_above_zero_over_the_whole_training():
     rates = [warmup_cosine(s, max_steps=2, warmup_steps=2, lr=1.0, warmup_start_lr=0.5) for s in range(3)]
     assert rates == pytest.approx([0.5, 0.75, 1.0])
 
 
-def test_equal_rates_stay_constant():
+def test_equal_rates_are_constant():
     assert {warmup_cosine(s, max_steps=7, warmup_steps=0, lr=0.3, min_lr=0.3) for s in range(9)} == {0.3}
 
 
-def test_stopping_waits_for_patience_evaluations_without_gain():
+def test_stops_after_patience_evaluations_without_improvement():
     stopping = EarlyStopping(patience=2)
     outcomes = [(stopping.update(value, step), stopping.should_stop) for step, value in enumerate([0.1, 0.3, 0.3, 0.2])]
     assert outcomes == [(True, False), (True, False), (False, False), (False, True)]  # equal is no gain
     assert (stopping.best, stopping.best_step) == (0.3, 1)
 
 
-def test_a_gain_starts_the_wait_again():
+def test_improvement_resets_the_patience():
     stopping = EarlyStopping(patience=2)
     for step, value in enumerate([0.1, 0.0, 0.2, 0.0]):
         stopping.update(value, step)
@@ -50,7 +50,7 @@ def test_nan_is_never_the_best():
     assert stopping.should_stop
 
 
-def test_stopping_goes_on_from_its_state():
+def test_stopping_state_round_trip():
     first, second = EarlyStopping(patience=3), EarlyStopping(patience=3)
     for step, value in enumerate([0.5, 0.4, 0.3]):
         first.update(value, step)
@@ -60,7 +60,7 @@ def test_stopping_goes_on_from_its_state():
     assert second.should_stop
 
 
-def test_an_evaluation_may_leave_the_patience_alone():
+def test_evaluation_without_patience():
     stopping = EarlyStopping(patience=1)
     stopping.update(0.5, 0)
     assert stopping.update(0.4, 1, uses_patience=False) is False
@@ -88,17 +88,17 @@ def test_an_evaluation_may_leave_the_patience_alone():
         ("checkpoint_every_steps", -1),
     ],
 )
-def test_training_settings_that_cannot_train_are_named_with_their_value(name, value):
+def test_invalid_training_setting_raises_with_its_value(name, value):
     with pytest.raises(ConfigError, match=rf"`{name}` is {value}, expected "):
         TrainingSettings(**{name: value})
 
 
-def test_training_settings_name_all_problems_at_once():
+def test_training_settings_report_all_problems():
     with pytest.raises(ConfigError, match=r"`batch_size` is 0.*`patience` is 0"):
         TrainingSettings(batch_size=0, patience=0)
 
 
-def test_evaluations_and_checkpoints_fall_where_the_settings_say():
+def test_steps_of_evaluations_and_checkpoints():
     settings = TrainingSettings(epochs=2, batch_size=4, evaluate_every_steps=0, checkpoint_every_steps=2)
     steps = range(1, 7)  # 10 rows make 3 steps an epoch
     assert settings.steps_per_epoch(10) == 3

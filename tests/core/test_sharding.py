@@ -35,7 +35,7 @@ def launch(monkeypatch):
 
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_quantised_weights_are_not_divided(name, precision, launch):
+def test_sharding_quantised_weights_raises(name, precision, launch):
     check_launch(precision)  # no launch, nothing to refuse
     launch(name)
     with pytest.raises(ConfigError, match=f"{precision}.*precision=bfloat16.*multi_gpu_ddp"):
@@ -44,7 +44,7 @@ def test_quantised_weights_are_not_divided(name, precision, launch):
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_one_process_has_nothing_to_divide(name, launch, monkeypatch):
+def test_one_process_does_not_shard(name, launch, monkeypatch):
     launch(name)
     assert shards_frozen_weights()
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -52,26 +52,26 @@ def test_one_process_has_nothing_to_divide(name, launch, monkeypatch):
 
 
 @pytest.mark.parametrize(("variable", "value"), [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true")])
-def test_what_fsdp_can_do_elsewhere_is_refused(variable, value, launch):
+def test_unsupported_fsdp_options_raise(variable, value, launch):
     launch("fsdp", **{variable: value})
     with pytest.raises(ConfigError, match=f"{variable.lower()}={value}.*multi_gpu_fsdp2"):
         shards_frozen_weights()
 
 
-def test_deepspeed_that_is_not_installed_is_named(launch, monkeypatch):
+def test_missing_deepspeed_raises(launch, monkeypatch):
     launch("zero3")
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"DeepSpeed, which is not installed.*multi_gpu_ddp"):
         processes.process_arguments()
 
 
-def test_a_model_that_names_no_blocks_is_refused():
+def test_model_without_block_names_raises():
     model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"Linear does not name its blocks.*multi_gpu_ddp"):
         shard(model, model, (), torch.device("cpu"))
 
 
-def test_accelerate_is_told_of_plain_data_parallelism(launch):
+def test_accelerate_sees_plain_data_parallelism(launch):
     launch("zero3", ACCELERATE_USE_FSDP="true")
     with processes.launch_hidden():
         assert not processes.uses_deepspeed()
@@ -80,28 +80,28 @@ def test_accelerate_is_told_of_plain_data_parallelism(launch):
     assert processes.uses_fsdp()
 
 
-def test_zero2_is_deepspeeds_own(launch):
+def test_zero2_uses_deepspeed(launch):
     launch("zero3", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
     with processes.launch_hidden():
         assert processes.uses_deepspeed()
     assert not shards_frozen_weights()
 
 
-def test_weights_go_where_the_launch_says(launch, monkeypatch):
+def test_weights_are_loaded_on_the_device_of_the_launch(launch, monkeypatch):
     assert zero3_config(torch.bfloat16)["bf16"] == {"enabled": True}
     assert zero3_config(torch.float32)["zero_optimization"]["offload_param"]["device"] == "none"
     launch("zero3", ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu")
     assert zero3_config(torch.float32)["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
 
 
-def test_a_parameter_is_counted_whole():
+def test_full_numel_of_a_sharded_parameter():
     parameter = nn.Parameter(torch.ones(3, 2))
     assert full_numel(parameter) == 6
     parameter.ds_numel = 12
     assert full_numel(parameter) == 12
 
 
-def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
+def test_offload_without_enough_host_memory_raises(tmp_path, monkeypatch):
     assert available_bytes() > 0
     check_host_memory(1, "nothing", "")
     with pytest.raises(ConfigError, match=r"weights on the host needs 1000000000.0 GB, but only .*; buy more"):

@@ -30,7 +30,7 @@ def plain_interval(values, weights, level, n_resamples, seed):
     return np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
 
 
-def test_the_interval_of_a_rate_is_the_binomial_one():
+def test_interval_of_a_rate_equals_the_binomial_one():
     hits = np.array([1.0] * 300 + [0.0] * 700)
     low, high = bootstrap_interval(hits)
     error = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
@@ -39,7 +39,7 @@ def test_the_interval_of_a_rate_is_the_binomial_one():
 
 @pytest.mark.parametrize("level", [0.5, 0.95])
 @pytest.mark.parametrize("kind", ["mean", "ratio"])
-def test_it_is_the_interval_of_resampled_rows(kind, level):
+def test_interval_equals_that_of_resampled_rows(kind, level):
     generator = np.random.default_rng(1)
     valid = (generator.random(200) < 0.7).astype(np.float64) if kind == "ratio" else np.ones(200)
     values = valid * generator.gamma(0.5, size=200)  # skewed, so that a symmetric interval would be wrong
@@ -48,28 +48,28 @@ def test_it_is_the_interval_of_resampled_rows(kind, level):
     assert bootstrap_interval(values, level=level, n_resamples=20000, **given) == pytest.approx(expected, rel=0.02)
 
 
-def test_invalid_rows_count_in_the_denominator_by_their_weight_only():
-    """Hits over valid answers have the interval of the valid rows, though how many are drawn changes."""
+def test_rows_without_weight_do_not_count():
+    """Hits over valid answers have the interval of the valid rows, although their number varies between resamples."""
     hits, valid = np.array([1.0] * 40 + [0.0] * 40 + [0.0] * 20), np.array([1.0] * 80 + [0.0] * 20)
     low, high = bootstrap_interval(hits, weights=valid)
     assert low < 0.5 < high
     assert (low, high) == pytest.approx(bootstrap_interval(hits[:80]), abs=0.02)
 
 
-def test_values_that_are_alike_have_no_width_and_lost_resamples_are_left_out():
+def test_equal_values_have_no_width_and_undefined_resamples_are_dropped():
     assert bootstrap_interval(np.ones(9)) == (1.0, 1.0)
     one_valid = np.array([1.0] + [0.0] * 9)  # more than a third of the resamples do not hold it
     assert bootstrap_interval(one_valid, weights=one_valid) == (1.0, 1.0)
 
 
-def test_it_depends_on_the_seed_alone_and_not_on_the_order_of_rows():
+def test_interval_depends_on_the_seed_and_not_on_row_order():
     values = np.random.default_rng(0).random(50)
     assert bootstrap_interval(values) == bootstrap_interval(values.copy())
     assert bootstrap_interval(values) == pytest.approx(bootstrap_interval(values[::-1].copy()), abs=1e-12)
     assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
 
 
-def test_blocks_change_nothing_but_the_memory(monkeypatch):
+def test_blocks_do_not_change_the_interval(monkeypatch):
     values = np.random.default_rng(0).random(1000)
     whole = bootstrap_interval(values, n_resamples=300)
     monkeypatch.setattr(statistics, "_MAX_DRAWS", 7000)
@@ -94,12 +94,12 @@ def test_blocks_change_nothing_but_the_memory(monkeypatch):
         ([1.0], {"n_resamples": 0}, "`n_resamples` 0"),
     ],
 )
-def test_what_has_no_interval_is_refused(values, options, message):
+def test_invalid_interval_arguments_raise(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(np.array(values), **options)
 
 
-def test_values_of_rows_are_what_the_metrics_are_means_of():
+def test_means_of_row_values_equal_the_metrics():
     ranks = np.array([0, 1, 4, 5, 9, 10, 700])
     metrics = ranking_metrics(torch.from_numpy(ranks), (1, 5, 10))
     for name in metrics.keys() - {"mrr"}:
@@ -108,7 +108,7 @@ def test_values_of_rows_are_what_the_metrics_are_means_of():
 
 
 def exact_p(differences):
-    """Every choice of signs, one by one."""
+    """All choices of signs."""
     sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=len(differences))]
     return np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
 
@@ -127,14 +127,14 @@ def test_signs_enumerated_by_hand(differences, p):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_signs_come_near_to_all_signs(seed):
+def test_random_signs_approximate_all_signs(seed):
     generator = np.random.default_rng(seed)
     # Few different magnitudes, as of NDCG, and some that are all different.
     differences = generator.choice([-0.5, 0.0, 0.25, 0.5, 1.0], 12) + (seed % 2) * generator.normal(0.1, 0.3, 12)
     assert sign_flip_p(differences) == pytest.approx(exact_p(differences), abs=0.02)
 
 
-def test_the_test_holds_its_level_and_finds_what_is_there():
+def test_level_and_power():
     generator = np.random.default_rng(0)
     null = np.array([sign_flip_p(generator.normal(size=40), n_resamples=500) for _ in range(300)])
     assert 0.02 < (null < 0.05).mean() < 0.09
@@ -142,7 +142,7 @@ def test_the_test_holds_its_level_and_finds_what_is_there():
     assert sign_flip_p(generator.normal(1, 1, 100)) == 1 / 10001  # none of 10,000 resamples, and the observed one
 
 
-def test_a_p_value_of_nothing_is_one_and_does_not_depend_on_units_or_direction():
+def test_p_value_of_no_difference_and_invariance():
     assert sign_flip_p(np.zeros(5)) == 1
     differences = np.random.default_rng(1).normal(0.2, 1, 50)
     p = sign_flip_p(differences)
@@ -152,8 +152,8 @@ def test_a_p_value_of_nothing_is_one_and_does_not_depend_on_units_or_direction()
         sign_flip_p(np.array([0.1, np.nan]))
 
 
-def test_memory_is_bounded_without_another_result(monkeypatch):
-    """Blocks draw the same kind of numbers, in another order."""
+def test_sign_flip_blocks_do_not_change_the_p_value(monkeypatch):
+    """Blocks draw from the same distribution, in another order."""
     differences = np.random.default_rng(2).normal(0.1, 1, 200)
     whole = sign_flip_p(differences)
     monkeypatch.setattr(statistics, "_MAX_DRAWS", 1000)
@@ -168,7 +168,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_a_difference_by_hand():
+def test_paired_difference_by_hand():
     found = paired_difference(np.array([1.0, 0.5, 0.0, 0.3]), np.array([0.0, 0.5, 0.5, 0.1 + 0.2]))
     assert found.mean == pytest.approx(0.125)
     assert (found.better, found.worse) == (1, 1)  # 0.1 + 0.2 is 0.3 but for its last bit
@@ -176,7 +176,7 @@ def test_a_difference_by_hand():
     assert found.p == pytest.approx(exact_p(np.array([1.0, 0.0, -0.5, 0.0])), abs=0.02)
 
 
-def test_an_estimate_over_runs_by_hand():
+def test_estimate_over_runs_by_hand():
     found = estimate(np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
     assert found.mean == 0.375
     assert found.runs == (0.5, 0.25)
@@ -185,7 +185,7 @@ def test_an_estimate_over_runs_by_hand():
     assert estimate(np.array([[1.0, 0.0]])).spread is None
 
 
-def test_groups_are_even_and_keep_equal_values_together():
+def test_quantile_groups():
     values = np.array([5, 1, 1, 1, 2, 9, 3, 7])
     # In order 1 1 | 1 2 | 3 5 | 7 9: the third 1 joins the first two.
     assert [values[rows].tolist() for rows in quantile_groups(values, 4)] == [[1, 1, 1], [2], [5, 3], [9, 7]]

@@ -1,4 +1,4 @@
-"""A step is taken whole or not at all: losses and gradients that are not finite, GPUs that are too small, spikes."""
+"""Steps are atomic: non-finite losses and gradients, out-of-memory errors, loss spikes."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ N_ROWS = 24  # 3 steps an epoch
 
 
 def network():
-    """Dropout and running statistics, both of which a pass that fails has moved on."""
+    """Dropout and running statistics, both of which a failed pass changes."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3))
 
@@ -51,7 +51,7 @@ SETTINGS = {"epochs": 2, "batch_size": 8, "learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_out_of_memory_trains_as_smaller_micro_batches_do(tmp_path, caplog, in_backward):
+def test_out_of_memory_retry_equals_smaller_micro_batches(tmp_path, caplog, in_backward):
     model = network()
     seen = out_of_memory_above(model, 3, in_backward=in_backward)
     engine = engine_in(tmp_path / "lowered", micro_batch_size=8, **SETTINGS)
@@ -68,8 +68,8 @@ def test_out_of_memory_trains_as_smaller_micro_batches_do(tmp_path, caplog, in_b
     assert_same_weights(model.state_dict(), small.state_dict())  # running statistics too
 
 
-def test_a_later_step_may_be_the_first_that_does_not_fit(tmp_path):
-    """And nothing that was done before it is lost."""
+def test_out_of_memory_at_a_later_step(tmp_path):
+    """Earlier steps keep their effect."""
 
     def after_two(module, n_rows):
         fails = Counter()
@@ -92,7 +92,7 @@ def test_a_later_step_may_be_the_first_that_does_not_fit(tmp_path):
     assert_same_weights(model.state_dict(), expected.state_dict())
 
 
-def test_a_resumed_run_goes_on_with_what_has_fitted(tmp_path):
+def test_resumed_run_keeps_the_reduced_micro_batch_size(tmp_path):
     def ended(folder, stop):
         model = network()
         out_of_memory_above(model, 4)
@@ -107,7 +107,7 @@ def test_a_resumed_run_goes_on_with_what_has_fitted(tmp_path):
     assert_same_weights(model.state_dict(), expected)
 
 
-def test_a_single_row_that_does_not_fit_says_what_helps(tmp_path):
+def test_single_row_out_of_memory_raises_with_remedies(tmp_path):
     model = without_statistics()  # batch normalisation takes no single row
     seen = out_of_memory_above(model, 0)
     with pytest.raises(OutOfMemoryError, match=r"at step 0 with micro-batches of 1 rows \(CUDA.*use shorter histories"):
@@ -123,7 +123,7 @@ def test_whole_steps_are_not_split(tmp_path):
         trained(engine, model)
 
 
-def test_other_errors_are_not_taken_for_it(tmp_path):
+def test_other_errors_are_not_retried(tmp_path):
     model = network()
     seen = []
     model.register_forward_hook(lambda *_: seen.append(1) or 1 / 0)
@@ -133,7 +133,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path):
 
 
 class BadBackward(torch.autograd.Function):
-    """Leaves a loss as it is and gives it a gradient that is not finite."""
+    """Keeps a loss and gives it a non-finite gradient."""
 
     @staticmethod
     def forward(ctx, losses):
@@ -153,7 +153,7 @@ def bad_gradient(steps):
 
 
 @pytest.mark.parametrize(("poison", "what"), [(bad_loss([2]), "loss"), (bad_gradient([2]), "gradient norm")])
-def test_a_bad_number_stops_with_step_and_examples_and_the_weights_as_they_were(tmp_path, poison, what):
+def test_non_finite_number_raises_with_step_and_examples(tmp_path, poison, what):
     model = network()
     expected, _ = trained(engine_in(tmp_path / "before", micro_batch_size=8, **SETTINGS), stop=2)
     with pytest.raises(NonFiniteError, match=rf"the {what} is not finite at step 2, over .* examples (\d+, ){{7}}\d+;"):
@@ -161,15 +161,15 @@ def test_a_bad_number_stops_with_step_and_examples_and_the_weights_as_they_were(
     assert_same_weights(model.state_dict(), expected.state_dict())
 
 
-def test_only_the_micro_batch_with_the_bad_loss_is_named(tmp_path):
+def test_only_the_micro_batch_with_the_bad_loss_is_reported(tmp_path):
     with pytest.raises(NonFiniteError, match=r"training examples (\d+, )?7(, \d+)?; lower"):
         trained(engine_in(tmp_path, micro_batch_size=2, **SETTINGS), poison=bad_loss(range(9), row=7))
 
 
 @pytest.mark.parametrize("poison", [bad_loss([1, 4]), bad_gradient([1, 4])])
 @pytest.mark.parametrize("micro_batch_size", [8, 3])
-def test_a_skipped_step_leaves_nothing_behind(tmp_path, caplog, poison, micro_batch_size):
-    """As if its rows had not been there: weights, running statistics and Adam's averages."""
+def test_skipped_step_changes_nothing(tmp_path, caplog, poison, micro_batch_size):
+    """Weights, running statistics and Adam's averages are as without its rows."""
     settings = {**SETTINGS, "micro_batch_size": micro_batch_size, "nonfinite": "skip", "max_skipped": 2}
     with caplog.at_level(logging.WARNING):
         model, optimizer = trained(engine_in(tmp_path / "skipped", **settings), poison=poison)
@@ -182,13 +182,13 @@ def test_a_skipped_step_leaves_nothing_behind(tmp_path, caplog, poison, micro_ba
 
 
 def without_steps(left_out, engine, model=None, stop=None):
-    """A training that does not come to some of its steps."""
+    """A training without some of its steps."""
     whole = engine.steps
     engine.steps = lambda *arguments: (each for each in whole(*arguments) if each.number not in left_out)
     return trained(engine, model, stop=stop)
 
 
-def test_steps_are_skipped_up_to_a_bound_that_a_resumed_run_keeps(tmp_path):
+def test_max_skipped_applies_across_resumes(tmp_path):
     settings = {**SETTINGS, "micro_batch_size": 8, "nonfinite": "skip", "max_skipped": 1}
     trained(engine_in(tmp_path, **settings), poison=bad_loss([1]), stop=3, save=True)
     with pytest.raises(NonFiniteError, match=r"not finite at step 4,.*1 steps have been skipped already"):
@@ -204,20 +204,20 @@ def test_steps_are_skipped_up_to_a_bound_that_a_resumed_run_keeps(tmp_path):
         ({"keep_checkpoints": 0}, "`keep_checkpoints` is 0, expected at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes, message):
+def test_invalid_settings_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrainingSettings(**changes)
 
 
 def without_statistics():
-    """Each process would have running statistics of its own."""
+    """Running statistics differ among processes."""
     model = network()
     model[1] = nn.Identity()
     return model
 
 
 def together(folder):
-    """In each of two processes: what only the second one meets, both answer in the same way."""
+    """In each of two processes: both react in the same way to an error of the second one."""
     torch.set_num_threads(1)
     model, engine = without_statistics(), engine_in(folder / "lowered", micro_batch_size=4, **SETTINGS)
     seen = out_of_memory_above(model, 2 if engine.rank == 1 else 99)
@@ -238,14 +238,14 @@ def together(folder):
 
 
 @pytest.mark.slow
-def test_processes_decide_alike(tmp_path):
+def test_processes_agree(tmp_path):
     debug_launcher(together, args=(tmp_path,), num_processes=2)
     first, second = ((tmp_path / f"message_{rank}").read_text() for rank in range(2))
     assert first == second
     assert re.search(r"step 3, over the training examples (\d+, ){3}\d+; .* 1 steps have been skipped already", first)
 
 
-def test_a_spike_warns_once_and_is_measured_against_the_median(caplog):
+def test_spike_warns_once_relative_to_the_median(caplog):
     detector = SpikeDetector("loss", 10)
     values = [1.0] * 15 + [50.0] + [1.0] * 5 + [11.0, 12.0, float("nan"), 1.0, 9.0, 30.0]
     with caplog.at_level(logging.WARNING):
@@ -261,14 +261,14 @@ def test_a_spike_warns_once_and_is_measured_against_the_median(caplog):
     assert not SpikeDetector("loss", 0).add(1e9, 0)
 
 
-def test_a_lasting_change_is_the_new_measure():
+def test_median_follows_a_lasting_change():
     detector = SpikeDetector("loss", 10)
     spikes = [detector.add(1.0 if step < 64 else 20.0, step) for step in range(128)]
     assert 20 < sum(spikes) < 40, "until half of the window is new"
     assert detector.median == 20
 
 
-def test_spikes_of_training_are_warned_of_and_kept_in_checkpoints(tmp_path, caplog):
+def test_spikes_are_logged_and_detector_state_is_saved(tmp_path, caplog):
     settings = {**SETTINGS, "epochs": 7, "micro_batch_size": 8}
     with caplog.at_level(logging.WARNING):
         trained(
@@ -286,7 +286,7 @@ def test_spikes_of_training_are_warned_of_and_kept_in_checkpoints(tmp_path, capl
     assert len(state["steps"]["grad_norm"]["values"]) == 19
 
 
-def test_a_checkpoint_of_a_skipped_step_holds_finite_weights(tmp_path):
+def test_checkpoint_of_a_skipped_step_has_finite_weights(tmp_path):
     settings = {**SETTINGS, "micro_batch_size": 8, "nonfinite": "skip"}
     trained(engine_in(tmp_path, **settings), poison=bad_loss([2]), stop=3, save=True)
     stored = load_file(tmp_path / "checkpoints" / "step_000000003" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What a run leaves in TensorBoard's files, read back."""
+"""TensorBoard files of a run, read back."""
 
 import numpy as np
 import pytest
@@ -54,13 +54,13 @@ class TestOneRun:
         trained(tmp_path)
         assert texts_of(tmp_path) == {"recommendations": "| a | b |"}
 
-    def test_what_is_shown_changes_no_weight(self, tmp_path):
+    def test_logging_does_not_change_weights(self, tmp_path):
         shown, quiet = trained(tmp_path / "shown"), trained(tmp_path / "quiet", tensorboard=False)
         assert all(torch.equal(shown[name], quiet[name]) for name in quiet)
         assert not (tmp_path / "quiet" / "tensorboard").exists()
 
 
-def test_speed_leaves_out_what_lies_between_steps(monkeypatch):
+def test_throughput_excludes_time_between_steps(monkeypatch):
     clock, throughput = time_goes_by(monkeypatch, "llm2rec.core.train.trackers"), Throughput()
     for _ in range(4):
         with throughput.timed():
@@ -71,7 +71,7 @@ def test_speed_leaves_out_what_lies_between_steps(monkeypatch):
     assert throughput.scalars() == {}, "counted once"
 
 
-def test_memory_is_what_the_process_holds():
+def test_memory_in_use():
     before = memory_in_use(torch.device("cpu"))["memory/process_gib"]
     held = np.ones(2**28, np.uint8)
     grown = memory_in_use(torch.device("cpu"))["memory/process_gib"] - before

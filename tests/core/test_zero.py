@@ -40,8 +40,8 @@ def on_two_processes(name, folder, *stops):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_processes")
-def test_resting_groups_and_checkpoints_are_those_of_one_process(tmp_path):
-    """Under ZeRO-2 on the host: resting groups keep their state, in training and in checkpoints of either launch."""
+def test_zero2_frozen_groups_and_checkpoints_equal_one_process(tmp_path):
+    """Under ZeRO-2 on the host: frozen groups keep their state, in training and in checkpoints of either launch."""
     pytest.importorskip("deepspeed")
     zero_program.main(tmp_path / "alone", [zero_program.N_STEPS])
     expected = load_file(tmp_path / "alone" / "end.safetensors")

@@ -1,4 +1,4 @@
-"""A program: train with a group that is frozen now and then, stop in the middle, go on; a test compares the weights."""
+"""Program for a test: train with a group that is frozen in some steps, stop in the middle, and resume."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ class Model(nn.Module):
 
 
 def train(folder, steps):
-    """Go on from the checkpoint in ``folder``, if there is one, to the last of ``steps``; returns the model."""
+    """Resume from the checkpoint in ``folder``, if there is one, up to the last of ``steps``; returns the model."""
     engine = engine_in(folder, epochs=N_STEPS, batch_size=N_ROWS, micro_batch_size=3, learning_rate=0.05)
     torch.manual_seed(0)
     model = Model()
@@ -45,7 +45,7 @@ def train(folder, steps):
 
 
 def main(folder, stops):
-    """Train up to each of the steps in ``stops``, with fresh objects each time."""
+    """Train up to each of the steps in ``stops``, with new objects each time."""
     for steps in stops:
         engine, model = train(folder, steps)
     if engine.is_main:

@@ -1,11 +1,11 @@
-"""Which rows each optimizer step trains on: a pure function of seed, epoch and number of processes.
+"""Batches of optimizer steps, as pure functions of seed, epoch and number of processes.
 
-The effective batch does not depend on how it is split into micro-batches and among processes. Since all of it is known
-ahead, a loss can be summed over rows and divided by the rows of the whole step, and a resumed run continues at the next
-step without any sampler state.
+The effective batch does not depend on its split into micro-batches and processes. It is known in advance, so losses are
+summed over rows and divided by the rows of the whole step, and a resumed run continues at the next step without sampler
+state.
 
-What is shuffled and split are units: usually single training rows, but a unit may hold several rows that one forward
-pass scores together. Batch sizes and numbers of steps always count rows.
+Batches consist of units: usually single training rows, but a unit may contain several rows that one forward pass scores
+together. Batch sizes and numbers of steps always count rows.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ _WINDOW = 64  # effective batches whose rows are sorted together by length
 
 @dataclass(frozen=True)
 class TrainingUnits:
-    """What an epoch shuffles.
+    """Units of training rows that an epoch shuffles.
 
     Attributes:
         numbers: Numbers of the units, shape ``(U,)``, the same on every process.
         sizes: Rows of each unit by its number; None means 1 each.
-        lengths: Tokens of each unit, shape ``(U,)``, to put units of similar length into one batch; None shuffles all.
+        lengths: Tokens of each unit, shape ``(U,)``, to batch units of similar length; None ignores lengths.
     """
 
     numbers: NDArray[np.int64]
@@ -50,12 +50,12 @@ class TrainingUnits:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process computes in one forward and backward pass.
+    """Input of one forward and backward pass on one process.
 
     Attributes:
         units: Numbers of the units, shape ``(b,)``, never empty.
-        weights: 1 for each row of these units, in their order; 0 for rows that only fill an otherwise empty
-            micro-batch, so that all processes run the same number of passes. Shape ``(B,)``.
+        weights: 1 for each row of these units, in their order; 0 for rows that fill an empty micro-batch, so that all
+            processes run the same number of passes. Shape ``(B,)``.
         step: Optimizer step, from 0.
         epoch: Epoch, from 0.
     """
@@ -86,20 +86,20 @@ class OptimizerStep:
 
 
 def micro_batch_count(batch_size: int, micro_batch_size: int, n_processes: int) -> int:
-    """Micro-batches per process and optimizer step, so that none holds more than ``micro_batch_size`` rows."""
+    """Micro-batches per process and optimizer step, of at most ``micro_batch_size`` rows each."""
     return -(-batch_size // (micro_batch_size * n_processes))
 
 
 def epoch_batches(units: TrainingUnits, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Shuffle units and cut them into effective batches; the last one may be smaller.
+    """Shuffle units and split them into effective batches; the last one may be smaller.
 
-    Units stay whole: a unit belongs to the batch in which its last row would fall if rows were counted off
-    ``batch_size`` at a time. There are as many batches as for single rows, and each misses ``batch_size`` by less than
-    the largest unit. With ``units.lengths`` each window of 64 batches is sorted by length (less padding), then the
-    batches are shuffled.
+    Units are not split: a unit belongs to the batch of its last row when rows are counted off ``batch_size`` at a time.
+    The number of batches is the same as for single rows, and batch sizes differ from ``batch_size`` by less than the
+    largest unit. With ``units.lengths`` each window of 64 batches is sorted by length (less padding), then the batches
+    are shuffled.
 
     Args:
-        units: What to shuffle.
+        units: Units to shuffle.
         batch_size: Rows per optimizer step, over all processes.
         seed: Seed of the run.
         epoch: Epoch, from 0; each has its own order.
@@ -108,7 +108,7 @@ def epoch_batches(units: TrainingUnits, batch_size: int, seed: int, epoch: int) 
         Numbers of the units of each effective batch. Every unit occurs exactly once.
 
     Raises:
-        ConfigError: If a unit is larger than a batch, so that some batch might be empty.
+        ConfigError: If a unit is larger than a batch.
     """
     numbers, lengths, sizes = units.numbers, units.lengths, units.sizes
     generator = np.random.default_rng([seed, epoch])
@@ -154,23 +154,23 @@ def micro_batches(step: OptimizerStep, n_micro_batches: int, rank: int, n_proces
     return [
         MicroBatch(
             units,
-            weigh(len(units) if step.sizes is None else int(step.sizes[units].sum()), np.float32),
+            weights_of(len(units) if step.sizes is None else int(step.sizes[units].sum()), np.float32),
             step.number,
             step.epoch,
         )
-        for units, weigh in filled
+        for units, weights_of in filled
     ]
 
 
 def batches_by_cost(costs: NDArray[np.int64], max_cost: int) -> list[NDArray[np.int64]]:
-    """Cut rows that are scored, not trained on, into batches of similar cost, such as tokens with their padding.
+    """Split rows for inference into batches of similar cost, such as the number of tokens.
 
     Args:
         costs: Cost of each row, shape ``(M,)``.
-        max_cost: Bound of rows times costliest row; a single costlier row is a batch of its own.
+        max_cost: Upper bound of a batch's rows times its largest cost; a row above the bound forms its own batch.
 
     Returns:
-        Positions ``0..M-1``, each once, costliest rows first (so that running out of memory shows at once).
+        Positions ``0..M-1``, each once, most expensive rows first, so that out-of-memory errors occur early.
     """
     order = np.argsort(-costs, kind="stable")
     batches, start = [], 0

@@ -1,6 +1,6 @@
 """Trained weights and optimizer state as safetensors, the same files for one process, DDP and ZeRO-1/2.
 
-Tensors are stored whole under their parameter's name, so a run may continue on another number of processes. Nothing
+Tensors are stored unsharded under their parameter's name, so a run may resume on another number of processes. Nothing
 is pickled.
 """
 
@@ -27,10 +27,10 @@ __all__ = [
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers of modules with trained parameters of their own, by name: running statistics.
+    """Persistent buffers of modules with trainable parameters, by name, such as running statistics.
 
-    Buffers that no trained parameter lies beside belong to the frozen base, or follow from the settings, unless their
-    module says that it ``has_trained_buffers``.
+    Buffers of other modules belong to the frozen base model or follow from the settings, unless their module sets
+    ``has_trained_buffers``.
     """
     return {
         f"{prefix}.{name}" if prefix else name: buffer
@@ -38,16 +38,13 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
         if getattr(module, "has_trained_buffers", False)
         or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         for name, buffer in module.named_buffers(recurse=False)
-        # torch has no public way to ask; `state_dict()` of the whole model would copy a quantised base.
+        # No public API; `state_dict()` of the whole model would copy a quantised base model.
         if name not in module._non_persistent_buffers_set
     }
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name, on the CPU and contiguous: trained parameters and the buffers beside them.
-
-    A frozen base model is not among them.
-    """
+    """Trainable parameters and `trained_buffers` by name, on the CPU and contiguous; no frozen base model."""
     return {name: _to_cpu(tensor) for name, tensor in _trained(model).items()}
 
 
@@ -57,34 +54,34 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Copy what `trainable_weights` returned into the model.
+    """Load the result of `trainable_weights` into the model.
 
     Raises:
         CheckpointError: If names or shapes differ from those of the model.
     """
     stored = read_tensors(file)
-    own = _trained(model)
-    problems = [f"missing {name}" for name in own.keys() - stored.keys()]
-    problems += [f"unknown {name}" for name in stored.keys() - own.keys()]
+    trained = _trained(model)
+    problems = [f"missing {name}" for name in trained.keys() - stored.keys()]
+    problems += [f"unknown {name}" for name in stored.keys() - trained.keys()]
     problems += [
         f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in own.items()
+        for name, tensor in trained.items()
         if name in stored and stored[name].shape != tensor.shape
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit the model: {'; '.join(sorted(problems)[:5])}.")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in trained.items():
             tensor.copy_(stored[name])
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write tensors by name; tied ones are written once each, as copies."""
+    """Write tensors by name; tied tensors are written as copies."""
     save_file({name: _to_cpu(tensor) for name, tensor in tensors.items()}, file)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote.
+    """Read tensors written by `save_tensors`.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -92,7 +89,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); put it back as it was written.") from error
+        raise CheckpointError(f"cannot read {file} ({error}); restore the original file.") from error
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
@@ -104,7 +101,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
     Args:
         model: The unwrapped model.
-        optimizer: A torch optimizer, or DeepSpeed's around one.
+        optimizer: A torch optimizer, or a DeepSpeed optimizer that wraps one.
     """
     if is_zero(optimizer):
         return zero_tensors(model, optimizer)
@@ -117,10 +114,10 @@ def optimizer_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
-    """Restore what `optimizer_tensors` returned.
+    """Restore the result of `optimizer_tensors`.
 
     Raises:
-        CheckpointError: If a stored parameter is not the optimizer's.
+        CheckpointError: If the optimizer does not have a stored parameter.
     """
     stored: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(file).items():
@@ -134,7 +131,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
     parameters = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     unknown = stored.keys() - set(parameters)
     if unknown:
-        raise CheckpointError(f"{file} holds optimizer state of unknown parameters: {', '.join(sorted(unknown)[:5])}.")
+        raise CheckpointError(f"{file} has optimizer state of unknown parameters: {', '.join(sorted(unknown)[:5])}.")
     state_dict["state"] = {index: stored[name] for index, name in enumerate(parameters) if name in stored}
     optimizer.load_state_dict(state_dict)
 

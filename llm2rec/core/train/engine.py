@@ -1,7 +1,6 @@
-"""The one abstraction over `accelerate.Accelerator` that all stages share.
+"""Engine of all stages: a layer over `accelerate.Accelerator` for processes, logging and checkpoints.
 
-It joins processes, prepares model and optimizer, logs, checkpoints and resumes. It knows no model and no loss; the
-training loop is `llm2rec.core.train.loop`.
+It is independent of models and losses; the training loop is `llm2rec.core.train.loop`.
 """
 
 import logging
@@ -50,7 +49,7 @@ Item = TypeVar("Item")
 
 
 class Engine:
-    """Runs training loops on one or many processes.
+    """Processes, batches, logging and checkpoints of a run.
 
     Args:
         run: The run folder, for logs and checkpoints.
@@ -59,8 +58,8 @@ class Engine:
         training: Batch sizes, clipping and schedule; None for stages that do not train.
         tensorboard: Whether to log to TensorBoard.
         show_progress: Whether to draw progress bars.
-        lockstep: Whether all processes compute all rows together instead of a share each: a model with sharded weights
-            needs each of its passes on every process.
+        lockstep: Whether every process computes all rows instead of its share, which a model with sharded weights
+            requires, since each of its passes runs on all processes.
         finish: Whether to end training where the run's newest checkpoint is, with the best weights so far.
     """
 
@@ -115,7 +114,7 @@ class Engine:
 
     @property
     def n_processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes."""
         return self.accelerator.num_processes
 
     @property
@@ -125,26 +124,26 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where batches belong."""
+        """Device of this process."""
         return self.accelerator.device
 
     def first_process_first(self) -> AbstractContextManager[None]:
-        """Let the first process prepare what the others then only load."""
+        """Context that the first process runs before the others, which then find its files."""
         return self.accelerator.main_process_first()
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
     def my_rows(self, n_rows: int) -> NDArray[np.int64]:
-        """This process's block of ``range(n_rows)``; together the blocks hold every row once. In lockstep, all rows."""
+        """This process's block of ``range(n_rows)``; the blocks partition the rows. In lockstep, all rows."""
         if self.lockstep:
             return np.arange(n_rows)
         share = math.ceil(n_rows / self.n_processes)
         return np.arange(min(self.rank * share, n_rows), min((self.rank + 1) * share, n_rows))
 
     def gather_rows(self, mine: Tensor, n_rows: int) -> Tensor:
-        """Put the results of all blocks of `my_rows` together, on every process.
+        """Concatenate the results of all blocks of `my_rows`, on every process.
 
         Args:
             mine: Results of this process's block, shape ``(block, ...)``.
@@ -161,13 +160,12 @@ class Engine:
         return cast(Tensor, gathered)[:n_rows].to(mine.device)
 
     def my_missing(self, files: list[Path]) -> list[int]:
-        """This process's share of the files that are not there yet, as positions in ``files``; a collective.
+        """This process's share of the missing files, as positions in ``files``; a collective.
 
-        Work that is written file by file continues where it stopped when it is split like this. In lockstep, every
-        process computes and writes all of them.
+        An interrupted stage that writes file by file resumes this way. In lockstep, every process computes all files.
         """
         missing = [number for number, file in enumerate(files) if not file.is_file()]
-        self.wait()  # all processes have looked before any writes
+        self.wait()  # no process writes before all have listed the files
         return missing if self.lockstep else missing[self.rank :: self.n_processes]
 
     # Training -------------------------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ class Engine:
     def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, Any]:
         """Wrap model and optimizer for the processes and devices of this launch."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None:  # what DeepSpeed would read from a data loader, which it does not get
+        if plugin is not None:  # DeepSpeed would read these values from a data loader
             complete_deepspeed_config(plugin.deepspeed_config, model, self.training, self.n_micro_batches)
         if self.lockstep:
             exclude_frozen_from_ddp(model)
@@ -185,19 +183,19 @@ class Engine:
 
     @property
     def n_micro_batches(self) -> int:
-        """Micro-batches per process and step; more of them once a GPU has run out of memory."""
+        """Micro-batches per process and step; increases when a GPU runs out of memory."""
         return self.stepper.n_micro_batches
 
     def max_steps(self, n_rows: int) -> int:
-        """Optimizer steps of a whole training over ``n_rows`` rows."""
+        """Optimizer steps of the whole training over ``n_rows`` rows."""
         return self.training.epochs * self.training.steps_per_epoch(n_rows)
 
     def steps(self, units: TrainingUnits, start: int = 0) -> Iterator[OptimizerStep]:
-        """Effective batches of all optimizer steps, over all epochs; SIGTERM and Ctrl-C wait for the end of a step.
+        """Effective batches of all optimizer steps, over all epochs; defers SIGTERM and Ctrl-C to the end of a step.
 
         Args:
             units: Training rows, the same on every process.
-            start: Steps already done.
+            start: Finished steps.
 
         Yields:
             The steps, in order.
@@ -222,8 +220,8 @@ class Engine:
         Args:
             step: Global step, from 0.
             n_steps: Steps of the whole training.
-            optimizer: What `prepare` returned.
-            frozen: Names of parameter groups that this step does not train.
+            optimizer: Optimizer as `prepare` returned it.
+            frozen: Names of parameter groups that are frozen in this step.
         """
         seed_everything(self.seed, "step", step, self.rank)
         settings = self.training
@@ -240,13 +238,13 @@ class Engine:
 
     @contextmanager
     def timed(self, step: OptimizerStep) -> Iterator[None]:
-        """Time a step, for the throughput that is logged."""
+        """Time a step, for logging throughput."""
         self.count(rows=step.n_rows)
         with self._throughput.timed():
             yield
 
     def parameter_counts(self, model: nn.Module) -> tuple[int, int]:
-        """Trainable and all parameters of a model."""
+        """Number of trainable parameters and of all parameters of a model."""
         sizes = [(full_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
@@ -263,13 +261,13 @@ class Engine:
             self.accelerator.log({name: markdown}, step)
 
     def count(self, **amounts: int) -> None:
-        """Add what a step processes over all processes, such as ``tokens``, for the throughput that is logged."""
+        """Add amounts of a step over all processes, such as ``tokens``, for logging throughput."""
         self._throughput.count(**amounts)
 
     def log_steps(self, step: int) -> None:
         """Log gradient norm, learning rates, throughput and memory of the last steps.
 
-        Learning rates are those of the optimizer's groups; ``rest`` is the group without a name, which has no ratio.
+        There is one learning rate per parameter group; the group without a name is logged as ``rest``.
         """
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         rates = {f"learning_rate/{group.get('name') or 'rest'}": float(group["lr"]) for group in groups}
@@ -277,23 +275,23 @@ class Engine:
 
     def sum_over_processes(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Sums of ``values`` over all processes; a collective."""
-        # In double precision, as Python adds, so that sums stored in a checkpoint go on exactly.
+        # In double precision, like Python floats, so that sums from a checkpoint resume exactly.
         if not values:
             return {}
-        mine = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]
-        return dict(zip(values, self.sum_tensor(torch.stack(mine)).tolist(), strict=True))
+        tensors = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]
+        return dict(zip(values, self.sum_tensor(torch.stack(tensors)).tolist(), strict=True))
 
     def sum_tensor(self, mine: Tensor) -> Tensor:
         """Sum of a tensor over all processes; a collective."""
         return cast(Tensor, self.accelerator.reduce(mine, reduction="sum"))
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Average the running statistics, which each process gathers from its own rows; a collective.
+        """Average running statistics over processes, each of which updates them from its rows; a collective.
 
-        They are linear in their inputs, so how often they are averaged changes nothing but rounding.
+        Running statistics are linear in their inputs, so the frequency of averaging affects only rounding.
         """
         for buffer in trained_buffers(model).values():
-            if buffer.is_floating_point():  # a count of batches is the same everywhere
+            if buffer.is_floating_point():  # counts of batches are equal on all processes
                 buffer.copy_(cast(Tensor, self.accelerator.reduce(buffer, reduction="mean")))
 
     def progress(
@@ -310,25 +308,25 @@ class Engine:
         return progress(iterable, description, total, unit, initial=initial, at_most=at_most, shown=shown)
 
     def rows_progress(self, description: str, n_rows: int) -> Progress:
-        """Progress over rows that are scored in batches, on the first process; a context."""
+        """Context with the progress of rows scored in batches, on the first process."""
         return Progress(description, n_rows, "row", shown=self._show_progress and self.is_main)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     @property
     def _checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first; a killed writer leaves only names that begin with a dot."""
+        """Complete checkpoints, oldest first; incomplete ones have names that begin with a dot."""
         return sorted((self.run.folder / "checkpoints").glob("step_*"))
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the run continues from a checkpoint; a collective."""
+        """Whether the run resumes from a checkpoint; a collective."""
         return bool(agree(bool(self._checkpoints)))
 
     def checkpoint_is_due(self, steps_done: int, n_rows: int) -> bool:
-        """Whether to write a checkpoint after ``steps_done`` steps: as the settings say, and on a signal; a collective.
+        """Whether to write a checkpoint after ``steps_done`` steps: by the settings, or on a signal; a collective.
 
-        One process may have received the signal before the others: all of them end at the same step.
+        If any process has received a signal, all of them stop at the same step.
         """
         ending = [number in self._termination.received for number in _ENDING]
         if self.n_processes > 1:
@@ -337,18 +335,18 @@ class Engine:
         return self._ending is not None or self.training.checkpoint_is_due(steps_done, n_rows)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        """Write a checkpoint of now, then delete older ones; a collective.
+        """Write a checkpoint, then delete older ones; a collective.
 
         Args:
-            model: The model as it was before `prepare`; its trained weights are stored.
+            model: The unwrapped model; its trained weights are saved.
             optimizer: Optimizer as `prepare` returned it.
-            state: Plain values the loop needs to go on from here, ``step`` among them.
+            state: Plain values of the training state, including ``step``.
 
         Raises:
-            Interrupted: If a signal ended the run; the checkpoint is there.
+            Interrupted: If the run has received a signal, after writing the checkpoint.
         """
         tensors = optimizer_tensors(model, optimizer.optimizer)
-        self.average_buffers(model)  # those of the first process are stored
+        self.average_buffers(model)  # the first process saves its buffers
         if self.is_main:
             older = self._checkpoints
             target = self.run.folder / "checkpoints" / f"step_{state['step']:09d}"
@@ -366,11 +364,11 @@ class Engine:
         """Restore the run's newest checkpoint, if there is one.
 
         Args:
-            model: The model as it was before `prepare`.
+            model: The unwrapped model.
             optimizer: Optimizer as `prepare` returned it.
 
         Returns:
-            The loop's state, or None for a fresh start.
+            The training state, or None without a checkpoint.
         """
         folder: Path | None = agree(self._checkpoints[-1] if self._checkpoints else None)
         if folder is None:
@@ -383,9 +381,9 @@ class Engine:
         return state
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints of a finished run, whose best weights are kept elsewhere; the last thing a stage does.
+        """Delete the checkpoints of a finished run, after its best weights are saved; the last call of a stage.
 
-        The run is marked first: killed in between, it would otherwise begin anew when resumed.
+        The run is marked as finished first, so that a run killed in between does not restart when resumed.
         """
         if self.is_main:
             self.run.note(status="finished")

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
-    """What a model is trained to do, and on which rows.
+    """Training objective of a model: rows, losses and validation.
 
     Attributes:
         units: The training rows, as an epoch shuffles them.
@@ -34,7 +34,7 @@ class Objective(Protocol):
     def losses(self, model: nn.Module, micro: MicroBatch) -> AbstractContextManager[dict[str, Tensor]]:
         """Losses of a micro-batch by name, each of shape ``(B,)``; ``loss`` is minimised.
 
-        The context stays open during the backward pass: what the pass needs, such as gates, lives until it closes.
+        The context stays open during the backward pass, so that its resources, such as gates, are available there.
 
         Args:
             model: The model as `Engine.prepare` wrapped it.
@@ -57,10 +57,9 @@ def fit(
     description: str,
     select_on: str = "ndcg@10",
 ) -> None:
-    """Train a model until its steps or the patience of early stopping are used up; keep the weights that validate best.
+    """Train a model for all its steps or until early stopping, and load the weights that validate best.
 
-    The run continues from its newest checkpoint, if it has one. The model ends in evaluation mode, with its best
-    weights.
+    The run resumes from its newest checkpoint, if it has one. The model ends in evaluation mode.
 
     Args:
         model: The model, not wrapped.
@@ -73,8 +72,8 @@ def fit(
     Raises:
         CheckpointError: If a run is to finish with what it has trained, which is nothing.
         NonFiniteError: If a loss or gradient is not finite and the step may not be skipped.
-        OutOfMemoryError: If a step does not fit into memory, whatever the micro-batch size.
-        Interrupted: If SIGTERM or Ctrl-C was received; a checkpoint is written first.
+        OutOfMemoryError: If a step does not fit into memory with any micro-batch size.
+        Interrupted: On SIGTERM or Ctrl-C, after a checkpoint.
     """
     settings, units = engine.training, objective.units
     n_rows, n_steps = units.n_rows, engine.max_steps(units.n_rows)
@@ -112,7 +111,7 @@ def train_step(
 
     Args:
         wrapped: The model as `Engine.prepare` returned it, in training mode.
-        objective: What to minimise.
+        objective: Training objective.
         engine: Processes, accumulation, clipping.
         optimizer: The optimizer as `Engine.prepare` returned it.
         step: The effective batch.
@@ -140,7 +139,7 @@ def train_step(
 def _forward_backward(
     wrapped: nn.Module, objective: Objective, engine: Engine, attempt: Attempt, micro: MicroBatch
 ) -> None:
-    """Add the gradient of a micro-batch; a function of its own, so that a failed pass leaves no tensor alive."""
+    """Add the gradient of a micro-batch; a separate function, so that a failed pass keeps no tensors alive."""
     with attempt.accumulate(wrapped), objective.losses(wrapped, micro) as losses:
         # Accelerate and DeepSpeed divide by the number of micro-batches and average over processes; `scale` turns that
         # into the mean over all rows of the step.
@@ -149,7 +148,7 @@ def _forward_backward(
 
 
 def _log_summary(model: nn.Module, engine: Engine, description: str, n_rows: int, n_steps: int, step: int) -> None:
-    """Log what is about to be trained."""
+    """Log batch sizes, steps and parameters before training starts."""
     settings, n_micro = engine.training, engine.n_micro_batches
     trainable, total = engine.parameter_counts(model)
     logger.info(

@@ -1,4 +1,4 @@
-"""AdamW with learning rates of its own for parts of a model, row-wise state for huge tables, and the schedule."""
+"""AdamW with learning-rate ratios for parts of a model, row-wise AdamW for large tables, and the schedule."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,23 +20,23 @@ def adamw(
     weight_decays: Mapping[str, float] | None = None,
     rowwise: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """Optimize the trained parameters of ``model``; vectors (biases, norms) are not decayed.
+    """Build AdamW for the trainable parameters of ``model``, without weight decay on vectors (biases, norms).
 
     Args:
         model: The model, before it is wrapped.
         lr: Learning rate.
         weight_decay: Decoupled weight decay of matrices.
-        lr_ratios: Factors on the learning rate of the parameters that have this component in their dotted name
-            (``"gate"`` means ``layer.gate.weight``, not ``layer.gate_proj.weight``); the first that fits counts.
-        weight_decays: Weight decays of the same components, where they differ from ``weight_decay``.
-        rowwise: Tables that are updated row by row, with two numbers of state a row; see `RowwiseAdamW`.
+        lr_ratios: Learning-rate factors by component of the dotted parameter name (``"gate"`` matches
+            ``layer.gate.weight``, not ``layer.gate_proj.weight``); the first match applies.
+        weight_decays: Weight decays of the same components, if they differ from ``weight_decay``.
+        rowwise: Tables with row-wise updates, two numbers of state per row; see `RowwiseAdamW`.
 
     Returns:
-        The optimizer. Its groups carry their component as ``name`` and their factor as ``lr_ratio``, which
-        `Engine.begin_step` reads.
+        The optimizer. Its groups have their component as ``name`` and their factor as ``lr_ratio``, for
+        `Engine.begin_step`.
 
     Raises:
-        ConfigError: If a factor is not a positive finite number, or no trained parameter has its component.
+        ConfigError: If a factor is not a positive finite number, or matches no trainable parameter.
     """
     ratios, decays = dict(lr_ratios or {}), dict(weight_decays or {})
     _check(ratios, decays)
@@ -44,23 +44,23 @@ def adamw(
     groups: dict[tuple[bool, str | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            named = next((each for each in ratios if each in name.split(".")), None)
-            groups.setdefault((parameter.ndim >= 2, named, id(parameter) in tables), []).append(parameter)
-    if unmatched := ratios.keys() - {named for _, named, _ in groups}:
+            component = next((each for each in ratios if each in name.split(".")), None)
+            groups.setdefault((parameter.ndim >= 2, component, id(parameter) in tables), []).append(parameter)
+    if unmatched := ratios.keys() - {component for _, component, _ in groups}:
         raise ConfigError(
-            f"learning-rate ratios are given for {', '.join(sorted(unmatched))}, which no trained parameter has as a "
-            "part of its name; correct the name, or leave it out."
+            f"learning-rate ratios are given for {', '.join(sorted(unmatched))}, which match no trainable parameter; "
+            "correct the name, or remove it."
         )
     return (RowwiseAdamW if tables else torch.optim.AdamW)(
         [
             {
                 "params": parameters,
-                "weight_decay": decays.get(named or "", weight_decay) if is_matrix else 0.0,
-                "name": named,
-                "lr_ratio": 1.0 if named is None else ratios[named],
+                "weight_decay": decays.get(component or "", weight_decay) if is_matrix else 0.0,
+                "name": component,
+                "lr_ratio": 1.0 if component is None else ratios[component],
                 "rowwise": is_table,
             }
-            for (is_matrix, named, is_table), parameters in groups.items()
+            for (is_matrix, component, is_table), parameters in groups.items()
         ],
         lr=lr,
         fused=True,
@@ -68,16 +68,16 @@ def adamw(
 
 
 def _check(ratios: Mapping[str, float], decays: Mapping[str, float]) -> None:
-    if strangers := decays.keys() - ratios.keys():
+    if unmatched := decays.keys() - ratios.keys():
         raise ConfigError(
-            f"weight decays are given for {', '.join(sorted(strangers))}, expected components that have a "
-            "learning-rate ratio too; give them one, 1 for the rate of the rest."
+            f"weight decays are given for {', '.join(sorted(unmatched))}, which have no learning-rate ratio; add one, "
+            "1 for the common rate."
         )
     for component, ratio in ratios.items():
         if not 0 < ratio < float("inf"):
             raise ConfigError(
-                f"the learning-rate ratio of {component!r} is {ratio}, expected a positive finite number; 1 trains it "
-                "at the rate of the rest."
+                f"the learning-rate ratio of {component!r} is {ratio}, expected a positive finite number; 1 is the "
+                "common rate."
             )
 
 
@@ -87,7 +87,7 @@ def warmup_cosine(
     """Warm up linearly, then decay along half a cosine (the schedule of the released iLoRA program).
 
     Args:
-        step: Optimizer steps already done, from 0.
+        step: Number of finished optimizer steps.
         max_steps: Step at which ``min_lr`` is reached.
         warmup_steps: Steps from ``warmup_start_lr`` to ``lr``; 0 starts at ``lr``.
         lr: Peak learning rate.
@@ -104,16 +104,16 @@ def warmup_cosine(
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """AdamW; parameter groups with ``rowwise`` set are tables, updated row by row instead.
+    """AdamW with row-wise updates for parameter groups with ``rowwise`` set.
 
-    A row has one second moment, the mean over its D columns, no first moment, and a count of its own steps for the
-    correction of the bias (as in the row-wise optimizers of DLRM and TorchRec, with Adam's running average in the place
-    of Adagrad's sum, so that one learning rate serves the whole model). That is 8 bytes a row where AdamW has 8·D:
+    A row has one second moment (the mean over its D columns), no first moment, and its own step count for bias
+    correction, as in the row-wise optimizers of DLRM and TorchRec, but with Adam's running average instead of Adagrad's
+    sum, so that one learning rate serves the whole model. This takes 8 bytes per row instead of AdamW's 8·D:
 
         v_r ← β₂ v_r + (1 - β₂) mean(g_r²),   w_r ← (1 - lr·decay) w_r - lr g_r / (√(v_r / (1 - β₂^t_r)) + ε)
 
-    A row without a gradient, or with nothing but zeros, keeps weights and state: sparse and dense gradients of the same
-    numbers give the same steps, and with sparse ones the cost of a step does not depend on the table.
+    Rows whose gradient is missing or zero keep weights and state, so sparse and dense gradients give the same steps.
+    With sparse gradients the cost of a step does not depend on the size of the table.
     """
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         ]
         gradients = [parameter.grad for parameter, _ in tables]
         for parameter, _ in tables:
-            parameter.grad = None  # which AdamW leaves out
+            parameter.grad = None  # AdamW skips parameters without gradients
         result = super().step(closure)
         for (parameter, group), gradient in zip(tables, gradients, strict=True):
             if gradient is not None:
@@ -149,7 +149,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 
 
 def _advance(gradient: Tensor, steps: Tensor, average: Tensor, group: dict[str, Any]) -> Tensor:
-    """Move the state ``(R, 1)`` of rows on, in place; returns the rows' learning rates, 0 without gradient."""
+    """Update the state ``(R, 1)`` of rows in place; returns their learning rates, 0 for rows without gradient."""
     _, beta = group["betas"]
     square = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square_().div_(gradient.shape[1])
     touched = square > 0

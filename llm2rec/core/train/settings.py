@@ -1,4 +1,4 @@
-"""Training configuration that all stages share."""
+"""Training configuration of all stages."""
 
 from dataclasses import dataclass
 
@@ -12,24 +12,25 @@ class TrainingSettings:
     """Training configuration (Hydra structured config).
 
     Attributes:
-        epochs: Passes over the training rows at most; 0 leaves the model as it was initialised.
+        epochs: Maximum passes over the training rows; 0 keeps the initial model.
         batch_size: Rows per optimizer step, over all processes and micro-batches. With
-            `student.examples=sequences` the rows of a sequence stay together, and the number is met on average.
-        micro_batch_size: Rows per process and forward pass at most; a smaller one needs less memory and gives the same
+            `student.examples=sequences` sequences are not split, and it holds on average.
+        micro_batch_size: Maximum rows per process and forward pass; smaller values need less memory and give the same
             results. It is halved when a GPU runs out of memory.
         learning_rate: Peak learning rate.
-        min_learning_rate_ratio: Learning rate at the last step, as a part of the peak; 1 keeps it constant.
-        warmup_ratio: Part of all steps in which the learning rate rises linearly to its peak.
-        warmup_start_ratio: Learning rate at the first step of that rise, as a part of the peak.
+        min_learning_rate_ratio: Learning rate at the last step as a fraction of the peak; 1 keeps it constant.
+        warmup_ratio: Fraction of all steps with linear warm-up.
+        warmup_start_ratio: Learning rate at the first step of the warm-up as a fraction of the peak.
         weight_decay: Decoupled weight decay (AdamW), on matrices only.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
+        max_grad_norm: Maximum gradient norm for clipping; 0 disables it.
         patience: Evaluations without improvement after which training stops.
         evaluate_every_steps: Optimizer steps between evaluations; 0 means once an epoch.
-        checkpoint_every_steps: Optimizer steps between checkpoints, besides one after each evaluation; 0 for none.
+        checkpoint_every_steps: Optimizer steps between checkpoints, in addition to one after each evaluation; 0
+            disables it.
         keep_checkpoints: Newest checkpoints to keep during the run, in addition to the best weights.
-        nonfinite: What to do about a loss or gradient that is not finite: ``stop`` the run, or ``skip`` the step.
-        max_skipped: Steps that may be skipped in the whole run; the next one stops it.
-        spike_ratio: Loss and gradient norm above this multiple of their recent median are logged; 0 logs none.
+        nonfinite: Action if a loss or gradient is not finite: ``stop`` the run, or ``skip`` the step.
+        max_skipped: Maximum number of skipped steps in a run; the next one stops it.
+        spike_ratio: Log loss and gradient norm above this multiple of their recent median; 0 disables it.
     """
 
     epochs: int = 100
@@ -77,11 +78,11 @@ class TrainingSettings:
             raise ConfigError("training settings: " + "; ".join(problems) + ".")
 
     def steps_per_epoch(self, n_rows: int) -> int:
-        """Optimizer steps in one pass over ``n_rows`` rows; the last may hold fewer rows."""
+        """Optimizer steps in one pass over ``n_rows`` rows; the last may have fewer rows."""
         return -(-n_rows // self.batch_size)
 
     def evaluation_is_due(self, steps_done: int, n_rows: int) -> bool:
-        """Whether to evaluate after ``steps_done`` steps: at the interval, and after the very last one."""
+        """Whether to evaluate after ``steps_done`` steps: at the interval, and after the last step."""
         per_epoch = self.steps_per_epoch(n_rows)
         return steps_done % (self.evaluate_every_steps or per_epoch) == 0 or steps_done == self.epochs * per_epoch
 

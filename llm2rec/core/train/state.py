@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Validation:
-    """What an evaluation on the validation split gave.
+    """Result of an evaluation on the validation split.
 
     Attributes:
         metrics: Validation metrics by name.
         scalars: Other values to log under ``train/``.
-        uses_patience: Whether early stopping counts this evaluation if it is not the best.
+        uses_patience: Whether early stopping counts this evaluation if it does not improve.
     """
 
     metrics: dict[str, float]
@@ -35,7 +35,7 @@ class Validation:
 
 @dataclass
 class EarlyStopping:
-    """Keeps the best validation value seen; larger is better.
+    """Early stopping on a validation value; larger is better.
 
     Attributes:
         patience: Evaluations without improvement after which training stops.
@@ -50,12 +50,12 @@ class EarlyStopping:
     waited: int = 0
 
     def update(self, value: float, step: int, *, uses_patience: bool = True) -> bool:
-        """Add a value; returns whether it is the best so far. NaN never is.
+        """Add a value and return whether it is the best so far; NaN never is.
 
         Args:
-            value: Larger is better.
+            value: Validation value.
             step: Step of the value.
-            uses_patience: Whether a value that is not the best counts against the patience.
+            uses_patience: Whether a value without improvement counts against the patience.
         """
         if value == value and (self.best is None or value > self.best):
             self.best, self.best_step, self.waited = value, step, 0
@@ -69,25 +69,25 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
+        """State for checkpoints."""
         return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `to_dict` returned."""
+        """Restore the result of `to_dict`."""
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
 
 
 class TrainingState:
-    """Steps done, losses since the last evaluation, the history of evaluations, and when to stop.
+    """Training state: finished steps, losses since the last evaluation, evaluation history, early stopping.
 
     Losses stay on the device until they are logged.
 
     Args:
         engine: Processes and run folder; the folder gets ``best.safetensors`` and ``metrics/validation.json``.
-        select_on: Validation metric that selects the weights that are kept; larger is better.
+        select_on: Validation metric that selects the weights; larger is better.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Finished optimizer steps.
     """
 
     def __init__(self, engine: Engine, select_on: str) -> None:
@@ -126,11 +126,11 @@ class TrainingState:
             self.engine.run.note(ended_early=True)
 
     def finish_step(self, step: OptimizerStep, losses: Mapping[str, Tensor] | None) -> None:
-        """Count a step.
+        """Record a finished step.
 
         Args:
-            step: The step that is done.
-            losses: Sums of its losses over this process's rows, by name; None for a step that was skipped.
+            step: The step.
+            losses: Sums of its losses over this process's rows, by name; None for a skipped step.
         """
         self.step = step.number + 1
         if losses is None:
@@ -156,16 +156,16 @@ class TrainingState:
         self.engine.log_steps(self.step)
         self._history.append({"step": self.step, **values})
         best = self.stopping.update(metrics[self.select_on], self.step, uses_patience=validation.uses_patience)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        marked = " (best so far)" if best else ""
-        logger.info("step %d: %s, val/%s %.4f%s", self.step, shown, self.select_on, metrics[self.select_on], marked)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        note = " (best so far)" if best else ""
+        logger.info("step %d: %s, val/%s %.4f%s", self.step, text, self.select_on, metrics[self.select_on], note)
         if best and self.engine.is_main:
             with replaced_file(self._best_file) as aside:
                 save_tensors(trainable_weights(model), aside)
         self._sums, self._n_rows = {}, 0
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores; a collective."""
+        """State for checkpoints; a collective."""
         return {
             "step": self.step,
             "losses": self.engine.sum_over_processes(self._sums) if self._sums else {},
@@ -181,7 +181,7 @@ class TrainingState:
             self.restore(state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `to_dict` returned."""
+        """Restore the result of `to_dict`."""
         self.step, self._n_rows, self._history = state["step"], state["n_rows"], state["history"]
         self._sums = dict(state["losses"]) if self.engine.is_main else dict.fromkeys(state["losses"], 0.0)
         self.stopping.restore(state["stopping"])
@@ -189,7 +189,7 @@ class TrainingState:
     def finish(self, model: nn.Module) -> None:
         """Load the best weights into ``model`` (not wrapped) and write the history; a collective.
 
-        Without any evaluation the model stays as it is.
+        Without an evaluation the model keeps its weights.
         """
         self.engine.run.write_metrics(
             "validation",

@@ -1,8 +1,7 @@
 """Exceptions of an optimizer step: out-of-memory errors, numbers that are not finite, frozen parameter groups.
 
-A step is taken as a whole or not at all. A loss or gradient that is not finite, or an out-of-memory error, shows before
-the weights change, and what the passes have changed by then is restored: gradients, running statistics, the state of
-the random generators.
+A step is atomic. Non-finite losses or gradients and out-of-memory errors are detected before the weights change, and
+everything that the passes have changed by then is restored: gradients, running statistics, random states.
 """
 
 import gc
@@ -31,8 +30,8 @@ from llm2rec.core.train.trackers import SpikeDetector
 __all__ = ["Attempt", "Stepper"]
 
 logger = logging.getLogger(__name__)
-_DRY_RUNS = 3  # steps of a launch: the first is without the optimizer's state, the next are not
-_MAX_IDS = 50  # named in an error message
+_DRY_RUNS = 3  # steps per launch; the first has no optimizer state yet
+_MAX_IDS = 50  # listed in an error message
 
 
 class _NamesExamples(Protocol):
@@ -40,10 +39,10 @@ class _NamesExamples(Protocol):
 
 
 class Attempt:
-    """One try at the forward and backward passes of a step. As a context it ends at an out-of-memory error.
+    """Attempt at the forward and backward passes of a step. As a context, it catches out-of-memory errors.
 
     Args:
-        stepper: Whose step it is.
+        stepper: The stepper.
         step: The step.
         synchronised: Whether processes exchange gradients in the last micro-batch; False for a dry run.
 
@@ -52,7 +51,7 @@ class Attempt:
         scale: Factor on the sum of a micro-batch's losses that gives the mean over the rows of the step.
         sums: Sums of the losses over this process's rows by name, float64, on the device.
         finite: Whether each micro-batch's loss is finite, on the device.
-        error: Message of the out-of-memory error that has ended the attempt, or None.
+        error: Message of an out-of-memory error, or None.
     """
 
     def __init__(self, stepper: "Stepper", step: OptimizerStep, synchronised: bool) -> None:
@@ -64,18 +63,18 @@ class Attempt:
         self.error: str | None = None
 
     def __enter__(self) -> Self:
-        self._accelerator.step = 0  # of its count of micro-batches; a failed attempt may have left some
+        self._accelerator.step = 0  # reset the count of micro-batches after a failed attempt
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error or ""):
-            # The text alone: a traceback would hold the frames, and they the memory.
-            self.error = ". ".join(str(error).split(". ")[:2])  # then come pages of advice
+            # Keep the text only: a traceback references frames, and these the memory.
+            self.error = ". ".join(str(error).split(". ")[:2])  # the rest is generic advice
             return True
         return False
 
     def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
-        """Context of one micro-batch: gradients are exchanged in the last one only, in a dry run never."""
+        """Context of a micro-batch: processes exchange gradients in the last one, and never in a dry run."""
         return self._accelerator.accumulate(wrapped) if self._synchronised else self._accelerator.no_sync(wrapped)
 
     def sum_over_rows(self, micro: MicroBatch, losses: Mapping[str, Tensor]) -> Tensor:
@@ -100,20 +99,20 @@ class Attempt:
 
 
 class Stepper:
-    """Handles what `llm2rec.core.train.loop.train_step` does not show.
+    """Exception handling of `llm2rec.core.train.loop.train_step`.
 
     Args:
-        accelerator: Of this launch.
-        training: Batch sizes, clipping, and what to do about numbers that are not finite.
+        accelerator: Accelerator of this launch.
+        training: Batch sizes, clipping, and the handling of non-finite numbers.
         log: Logs scalars by name at a step.
-        lockstep: Whether processes wait for each other within passes, as those of a sharded model do: one that runs out
-            of memory then ends the launch.
+        lockstep: Whether processes wait for each other within passes, as with a sharded model; running out of memory
+            then ends the launch.
 
     Attributes:
-        micro_batch_size: Rows of a micro-batch at most; smaller once memory has run out.
+        micro_batch_size: Maximum rows per micro-batch; decreases when memory runs out.
         n_micro_batches: Micro-batches per process and step.
-        whole_steps: Setting that needs each step in one micro-batch, or an empty text.
-        skipped: Steps skipped so far.
+        whole_steps: Setting that requires one micro-batch per step, or an empty string.
+        skipped: Number of skipped steps.
     """
 
     def __init__(
@@ -131,14 +130,14 @@ class Stepper:
         self._norm = SpikeDetector("gradient norm", training.spike_ratio)
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
-        """Take over the model, not wrapped, and its optimizer as `Engine.prepare` returns it."""
+        """Set the unwrapped model and its optimizer as `Engine.prepare` returns it."""
         self._model, self._optimizer = model, optimizer
         self.uses_deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         self._buffers: list[Tensor] | None = None
         if self.uses_deepspeed and self.training.nonfinite == "skip":
             raise ConfigError(
-                "`nonfinite` is 'skip', but DeepSpeed takes each step within its backward pass, where nothing can keep "
-                "it back; use `nonfinite=stop`, or a launch configuration without DeepSpeed."
+                "`nonfinite` is 'skip', but DeepSpeed updates the weights within its backward pass and cannot skip a "
+                "step; use `nonfinite=stop`, or a launch configuration without DeepSpeed."
             )
 
     def set_micro_batch_size(self, micro_batch_size: int) -> None:
@@ -147,24 +146,24 @@ class Stepper:
         self.n_micro_batches = micro_batch_count(
             self.training.batch_size, micro_batch_size, self.accelerator.num_processes
         )
-        # Set here, not in the accelerator's constructor, where the launcher's environment would win.
+        # In the accelerator's constructor the launcher's environment would take precedence.
         self.accelerator.gradient_accumulation_steps = self.n_micro_batches
 
     # Attempts -------------------------------------------------------------------------------------------------------
 
     def attempts(self, step: OptimizerStep, objective: _NamesExamples, frozen: Collection[str]) -> Iterator[Attempt]:
-        """Attempts at a step until one fits into memory; each after the first has smaller micro-batches.
+        """Yield attempts at a step until one fits into memory; retries use smaller micro-batches.
 
-        On several processes the first steps of a launch are tried in a dry run, without any exchange of gradients: a
+        With several processes the first steps of a launch begin with a dry run without gradient exchange, because a
         process that ran out of memory in the step itself would leave the others waiting.
 
         Args:
             step: The step.
-            objective: Names the examples of a micro-batch.
-            frozen: Names of parameter groups that keep weights and optimizer state in this step.
+            objective: Provides the example ids of a micro-batch.
+            frozen: Names of parameter groups that are frozen in this step.
 
         Raises:
-            OutOfMemoryError: If the step does not fit, whatever the micro-batch size.
+            OutOfMemoryError: If the step does not fit with any micro-batch size.
         """
         self._step, self._objective, self._frozen = step, objective, frozenset(frozen)
         self._note_state()
@@ -185,7 +184,7 @@ class Stepper:
             yield self._attempt
             if self._attempt.error is None:
                 return
-            # Other processes may wait for this one's gradients, and DeepSpeed has kept some of them.
+            # Other processes may wait for this one's gradients, and DeepSpeed has accumulated some of them.
             self._use_smaller_micro_batches(self._attempt.error, possible=not several and not self.uses_deepspeed)
 
     @property
@@ -194,8 +193,8 @@ class Stepper:
         return self._attempt.sums
 
     def _note_state(self) -> None:
-        """Note what the passes change besides gradients."""
-        if self._buffers is None:  # not before the model is on its device
+        """Save buffers and random states, which the passes change."""
+        if self._buffers is None:  # only now is the model on its device
             self._buffers = list(trained_buffers(self._model).values())
         self._restore_random, self._values = random_state(), [buffer.clone() for buffer in self._buffers]
 
@@ -208,10 +207,10 @@ class Stepper:
                 buffer.copy_(value)
 
     def _use_smaller_micro_batches(self, message: str, possible: bool = True) -> None:
-        """Halve the micro-batches, from this step on."""
+        """Halve the micro-batches from this step on."""
         self._restore_state()
         step, n_processes = self._step, self.accelerator.num_processes
-        # Those of this very step, which may be smaller than others; over all processes, so that all halve alike.
+        # Rows of this step, which may be smaller than others; computed over all processes, so that all agree.
         rows = -(-min(step.n_rows, self.training.batch_size) // (n_processes * self.n_micro_batches))
         failed = f"out of memory at step {step.number} with micro-batches of {rows} rows ({message})"
         if self.whole_steps:
@@ -220,8 +219,8 @@ class Stepper:
             raise OutOfMemoryError(f"{failed}; resume with a smaller `micro_batch_size`, which gives the same results.")
         if rows == 1:
             raise OutOfMemoryError(
-                f"{failed}; use shorter histories, a smaller model, `gradient_checkpointing=true` or a smaller "
-                "precision for a teacher, or a larger GPU."
+                f"{failed}; use shorter histories, a smaller model, `gradient_checkpointing=true` or a lower precision "
+                "for a teacher, or a larger GPU."
             )
         self.set_micro_batch_size((rows + 1) // 2)
         gc.collect()
@@ -238,7 +237,7 @@ class Stepper:
     def clip_gradients(self) -> None:
         """Clip all gradients to `TrainingSettings.max_grad_norm`; the norm stays on the device."""
         max_norm = self.training.max_grad_norm
-        if self.uses_deepspeed:  # it has clipped and taken the step by now
+        if self.uses_deepspeed:  # has already clipped gradients and updated weights
             norm = self.accelerator.clip_grad_norm_(self._model.parameters(), max_norm)
             self._total = torch.as_tensor(0.0 if norm is None else norm)
             return
@@ -248,12 +247,12 @@ class Stepper:
             clip_grads_with_norm_(with_gradient, max_norm, self._total)
 
     def is_finite(self) -> bool:
-        """Whether losses and gradients of the step are finite on all processes; if not, the step is undone.
+        """Whether losses and gradients of the step are finite on all processes; if not, undo the step.
 
-        The only place of a step at which the host waits for the device.
+        This is the only synchronisation of host and device in a step.
 
         Raises:
-            NonFiniteError: If they are not, and the step may not be skipped.
+            NonFiniteError: If they are not finite and the step may not be skipped.
         """
         attempt, device = self._attempt, self.accelerator.device
         mine = torch.stack([(~torch.stack(attempt.finite)).sum().double(), attempt.sums["loss"]])
@@ -274,17 +273,17 @@ class Stepper:
         return True
 
     def check_before_deepspeed_steps(self, attempt: Attempt) -> None:
-        """Stop at a loss that is not finite before DeepSpeed's last backward pass, which takes the step.
+        """Check losses before DeepSpeed's last backward pass, which updates the weights.
 
         Raises:
-            NonFiniteError: If there is one.
+            NonFiniteError: If a loss is not finite.
         """
         if not bool(torch.stack(attempt.finite).all()):
             self._attempt = attempt
             self._skip_or_stop("loss", only_bad=True)
 
     def _skip_or_stop(self, what: str, *, only_bad: bool) -> None:
-        """Count the step as skipped, or stop; all processes do the same, and name the same examples."""
+        """Skip the step or raise, the same on all processes and with the same example ids."""
         attempt = self._attempt
         ids = [
             example
@@ -299,7 +298,7 @@ class Stepper:
             already = f" {self.skipped} steps have been skipped already." if self.skipped else ""
             raise NonFiniteError(
                 f"{message}; lower `learning_rate`, set `max_grad_norm`, or train in a wider number format. The last "
-                f"checkpoint is untouched.{already}"
+                f"checkpoint is unchanged.{already}"
             )
         self.skipped += 1
         self._log({"train/skipped_steps": self.skipped}, self._step.number)
@@ -307,26 +306,26 @@ class Stepper:
             logger.warning("%s; skipped (%d of at most %d)", message, self.skipped, self.training.max_skipped)
 
     def keep_frozen_groups(self) -> None:
-        """Let the parameter groups that are frozen in this step keep their weights and their optimizer state."""
-        if self._frozen_states is not None:  # DeepSpeed has stepped by now
+        """Keep weights and optimizer state of the parameter groups that are frozen in this step."""
+        if self._frozen_states is not None:  # DeepSpeed has already updated all groups
             self._frozen_states.restore()
         for group in self._optimizer.param_groups:
             if group.get("name") in self._frozen:
                 for parameter in group["params"]:
-                    parameter.grad = None  # AdamW skips it; a gradient of zero would move its averages
+                    parameter.grad = None  # AdamW skips it; a zero gradient would change its averages
 
     def _sum_over_processes(self, value: float) -> float:
         mine = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
         return float(self.accelerator.reduce(mine, reduction="sum"))
 
     def scalars(self) -> dict[str, float]:
-        """What to log of the last steps."""
+        """Scalars of the last steps, for logging."""
         return {} if self._norm.median is None else {"train/grad_norm": self._norm.median}
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
+        """State for checkpoints."""
         return {
             "micro_batch_size": self.micro_batch_size,
             "skipped": self.skipped,
@@ -335,7 +334,7 @@ class Stepper:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `to_dict` returned."""
+        """Restore the result of `to_dict`."""
         self.set_micro_batch_size(min(state["micro_batch_size"], self.training.micro_batch_size))
         self.skipped = state["skipped"]
         self._loss.restore(state["loss"])
@@ -343,7 +342,7 @@ class Stepper:
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
-    """The numbers of a gradient; those of a sparse one are summed up first, as its optimizer would."""
+    """Values of a gradient; a sparse gradient is coalesced first."""
     gradient = parameter.grad
     assert gradient is not None, "only parameters with gradients"
     if not gradient.is_sparse:

@@ -1,4 +1,4 @@
-"""What a training logs besides losses and metrics: throughput, memory, loss spikes."""
+"""Throughput, memory and loss spikes of training, for logging."""
 
 import logging
 import math
@@ -16,12 +16,12 @@ from llm2rec.core.host_memory import resident_bytes
 __all__ = ["SpikeDetector", "Throughput", "memory_in_use"]
 
 logger = logging.getLogger(__name__)
-_WINDOW = 64  # steps whose median is the reference
-_FEWEST = 16  # steps before which nothing counts as a spike
+_WINDOW = 64  # steps in the reference median
+_FEWEST = 16  # steps before detection starts
 
 
 class Throughput:
-    """Rows and tokens per second of training steps; what lies between steps, such as an evaluation, does not count."""
+    """Rows and tokens per second of training steps, without the time between steps, such as evaluations."""
 
     def __init__(self) -> None:
         self._seconds, self._done = 0.0, dict[str, int]()
@@ -31,11 +31,11 @@ class Throughput:
         """Time a step."""
         start = time.perf_counter()
         yield
-        # A GPU may still be updating the weights, which the next step waits for.
+        # On a GPU the weight update may still be running; the next step waits for it.
         self._seconds += time.perf_counter() - start
 
     def count(self, **amounts: int) -> None:
-        """Add what a step has processed, by name."""
+        """Add the amounts of a step, by name."""
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0) + amount
 
@@ -56,13 +56,12 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
 
 
 class SpikeDetector:
-    """Compares each step's value with the median of the steps before, and warns where a row of high values begins.
+    """Detects values far above the median of the previous steps, and warns at the first of consecutive spikes.
 
-    A median ignores the spikes themselves, so that the first does not hide the second, and follows a lasting change
-    after half a window.
+    The median is robust against the spikes themselves and follows a lasting change after half a window.
 
     Args:
-        name: What is measured, for the warning.
+        name: Name of the value, for the warning.
         ratio: A value above this multiple of the median is a spike; 0 detects none.
     """
 
@@ -93,9 +92,9 @@ class SpikeDetector:
         return is_high
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
+        """State for checkpoints."""
         return {"values": list(self._values), "is_high": self._is_high}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `to_dict` returned."""
+        """Restore the result of `to_dict`."""
         self._values, self._is_high = deque(state["values"], maxlen=_WINDOW), state["is_high"]

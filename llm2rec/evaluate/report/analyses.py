@@ -242,7 +242,7 @@ def top_items(
         Item ids of shape ``(B, k)``, best first; -1 if fewer are left.
 
     Raises:
-        CheckpointError: If the folder holds no student.
+        CheckpointError: If the folder has no student.
     """
     model = load_student(folder / "student").to(device)
     batch = Rows.of(data, split, model.max_length).batch(rows, device)

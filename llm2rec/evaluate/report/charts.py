@@ -75,19 +75,19 @@ class _Scale:
 
     def ticks(self, n: int) -> list[float]:
         """About ``n`` round numbers inside the scale, at least 3."""
-        found: list[float] = []
+        ticks: list[float] = []
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for steps in ((1,), (1, 3), (1, 2, 5)):  # a decade
                 powers = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-                found = [each for each in powers if self.low <= each <= self.high]
-                if len(found) >= 3:
+                ticks = [each for each in powers if self.low <= each <= self.high]
+                if len(ticks) >= 3:
                     break
-        while len(found) < 3:  # also for a logarithmic scale with a small range
+        while len(ticks) < 3:  # also for a logarithmic scale with a small range
             step = _round_step((self.high - self.low) / n)
-            found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+            ticks = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
             n += 1
-        return found
+        return ticks
 
 
 def _round_step(rough: float) -> float:

@@ -77,8 +77,8 @@ def rank_among_candidates(
 
     def rank(rows: RowNumbers) -> Tensor:
         scores = score(rows)
-        own = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
-        return rank_among(scores, candidates.draw(rows), own)
+        row_targets = targets[torch.from_numpy(rows)].to(scores.device, torch.int64)
+        return rank_among(scores, candidates.draw(rows), row_targets)
 
     return rank_rows(rank, len(targets), engine, batches_within_cost(lambda mine: costs[mine], max_cost))
 

@@ -147,8 +147,8 @@ class FinishedTitleTeacher(_FinishedTeacher):
         def rank(numbers: RowNumbers) -> Tensor:
             gate_inputs = torch.from_numpy(rows.gate_inputs[numbers]).to(self._engine.device)
             items = self._best(numbers, k, seen, gate_inputs)  # (B, k)
-            found = items == rows.data.targets[torch.from_numpy(numbers)].unsqueeze(1)
-            return torch.where(found.any(dim=1), found.int().argmax(dim=1), n_items)
+            is_target = items == rows.data.targets[torch.from_numpy(numbers)].unsqueeze(1)
+            return torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1), n_items)
 
         return rank_rows(rank, len(rows.rows), self._engine, batches_within_cost(token_counts, _BATCH_TOKENS))
 
@@ -210,9 +210,9 @@ class FinishedTitleTeacher(_FinishedTeacher):
         titles = [fold_title(text) for text in model.prompts.decoded(model.prompts.answer_tokens())]
         judged = torch.zeros(len(mine), 2, dtype=torch.bool)
         if len(mine):
-            shown = [[titles[item] for item in row] for row in drawn.tolist()]
+            candidate_titles = [[titles[item] for item in row] for row in drawn.tolist()]
             answers = [titles[item] for item in rows.data.targets.numpy()[mine].tolist()]
-            matches = judge(texts, shown, answers, cast(MatchingRule, model.settings.hit_rule))
+            matches = judge(texts, candidate_titles, answers, cast(MatchingRule, model.settings.hit_rule))
             judged = torch.from_numpy(np.stack([matches.valid, matches.correct], axis=1))
         judged = self._engine.gather_rows(judged.int(), len(rows.rows)).bool()
         return TitleMatches(judged[:, 0].numpy(), judged[:, 1].numpy())
