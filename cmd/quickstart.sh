@@ -9,4 +9,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 help_if_asked "$@"
 
-exec bash cmd/run_all_pipeline.sh dataset=toy llm=tiny_random "$@"
+exec bash "$root/cmd/run_all_pipeline.sh" dataset=toy llm=tiny_random "$@"

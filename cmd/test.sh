@@ -17,4 +17,5 @@ ensure_environment
 
 # One thread per worker: several workers that each take all cores are slower than one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+cd "$root"
 exec .venv/bin/python -m pytest -n "${LLM2REC_TEST_WORKERS:-auto}" --maxprocesses 8 --dist worksteal "$@"

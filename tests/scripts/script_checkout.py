@@ -24,7 +24,10 @@ case "$*" in
   "-m pip"*"install uv"*) printf '#!/bin/sh\\necho "uv $*" >>"$CALLS"\\n' >"$here/uv" && chmod +x "$here/uv" && exit ;;
   "-m pip"*"-r "*) cp "${!#}" "$CALLS.requirements" && exit "${PIP_STATUS:-0}" ;;
   "-m pip"*) exit ;;
-  "-m accelerate"*) case "$*" in *"${FAILING_STAGE:-nothing fails}"*) exit 3 ;; esac; exit 0 ;;
+  "-m llm2rec."* | *"/cmd/_launch.py "*)
+    echo "precision ${ACCELERATE_MIXED_PRECISION:-of the file}" >>"$CALLS"
+    case "$*" in *"${FAILING_STAGE:-nothing fails}"*) exit 3 ;; esac
+    exit 0 ;;
   "-m ruff check"*) exit "${RUFF_STATUS:-0}" ;;
   "-m ruff"* | "-m mypy"* | "-m pytest"*) exit ;;
   *" check "*) exit "${CHECK_STATUS:-0}" ;;

@@ -7,8 +7,12 @@ import pytest
 from script_checkout import Checkout
 
 
+def launches(checkout: Checkout) -> list[str]:
+    return checkout.calls(r"-m llm2rec\.")
+
+
 def stages(checkout: Checkout) -> list[str]:
-    return [re.search(r"-m llm2rec\.(\w+)", call).group(1) for call in checkout.calls("accelerate")]  # type: ignore[union-attr]
+    return [re.search(r"-m llm2rec\.(\w+)", call).group(1) for call in launches(checkout)]  # type: ignore[union-attr]
 
 
 def test_pipeline_runs_every_stage_in_order_with_the_overrides(ready: Checkout) -> None:
@@ -16,14 +20,14 @@ def test_pipeline_runs_every_stage_in_order_with_the_overrides(ready: Checkout) 
     assert run.returncode == 0, run.stderr
     order = list(dict.fromkeys(stages(ready)))
     assert order == ["data", "student", "teacher", "distill", "evaluate"]
-    assert all("seed=7" in call for call in ready.calls("accelerate"))
+    assert all("seed=7" in call for call in launches(ready))
 
 
 @pytest.mark.parametrize(("arguments", "reuse"), [(["seed=7"], "true"), (["seed=7", "--force"], "false"), ([], "true")])
 def test_pipeline_takes_what_is_up_to_date_unless_forced(ready: Checkout, arguments: list[str], reuse: str) -> None:
     run = ready.run("cmd/run_all_pipeline.sh", *arguments)
     assert run.returncode == 0, run.stderr
-    *others, evaluate = ready.calls("accelerate")
+    *others, evaluate = launches(ready)
     assert len(others) == 5
     assert all(call.endswith(f" reuse={reuse}") for call in others)
     assert "reuse" not in evaluate
@@ -40,8 +44,8 @@ def test_quickstart_sets_up_and_takes_the_toy(checkout: Checkout) -> None:
     run = checkout.run("cmd/quickstart.sh", "seed=3")
     assert run.returncode == 0, run.stderr
     assert len(checkout.calls("--require-hashes")) == 1
-    assert all("dataset=toy llm=tiny_random" in call for call in checkout.calls("accelerate"))
-    assert all("seed=3" in call for call in checkout.calls("accelerate"))
+    assert all("dataset=toy llm=tiny_random" in call for call in launches(checkout))
+    assert all("seed=3" in call for call in launches(checkout))
 
 
 @pytest.mark.parametrize(
@@ -51,23 +55,23 @@ def test_quickstart_sets_up_and_takes_the_toy(checkout: Checkout) -> None:
 def test_each_command_launches_its_stage(ready: Checkout, script: str, stage: str) -> None:
     assert ready.run(f"cmd/{script}.sh", "dataset=toy", "note='two words'").returncode == 0
     assert stages(ready) == [stage]
-    assert ready.calls("accelerate")[0].endswith("dataset=toy note='two words'")
+    assert launches(ready)[0].endswith("dataset=toy note='two words'")
 
 
-@pytest.mark.parametrize(
-    ("gpu", "setting", "file"),
-    [
-        (False, "", "accelerate_configs/cpu.yaml"),
-        (True, "", "accelerate_configs/single_a100.yaml"),
-        (True, "cpu", "accelerate_configs/cpu.yaml"),
-        (False, "multi_gpu_zero2", "accelerate_configs/multi_gpu_zero2.yaml"),
-    ],
-)
-def test_launch_configuration_fits_the_machine(ready: Checkout, gpu: bool, setting: str, file: str) -> None:
+@pytest.mark.parametrize(("gpu", "setting", "precision"), [(False, "", "no"), (True, "", "bf16"), (True, "cpu", "no")])
+def test_launch_configuration_fits_the_machine(ready: Checkout, gpu: bool, setting: str, precision: str) -> None:
     ready.gpu(gpu)
     run = ready.run("cmd/run_student_baseline.sh", ACCELERATE_CONFIG=setting)
     assert run.returncode == 0, run.stderr
-    assert f"--config_file {file} " in ready.calls("accelerate")[0]
+    assert ready.calls("^precision") == [f"precision {precision}"]
+    assert launches(ready) == ["python -m llm2rec.student"]  # in this very process
+
+
+def test_several_processes_are_launched_by_accelerate(ready: Checkout) -> None:
+    assert ready.run("cmd/run_student_baseline.sh", ACCELERATE_CONFIG="multi_gpu_zero2").returncode == 0
+    (call,) = launches(ready)
+    file = f"{ready.root}/accelerate_configs/multi_gpu_zero2.yaml"
+    assert call == f"python {ready.root}/cmd/_launch.py --config_file {file} -m llm2rec.student"
 
 
 def test_unknown_launch_configuration_is_named(ready: Checkout) -> None:
@@ -75,7 +79,7 @@ def test_unknown_launch_configuration_is_named(ready: Checkout) -> None:
     assert run.returncode == 1
     assert "'tpu'" in run.stderr
     assert "single_a100" in run.stderr
-    assert ready.calls("accelerate") == []
+    assert launches(ready) == []
 
 
 def test_tests_run_in_several_processes(ready: Checkout) -> None:
