@@ -22,6 +22,7 @@ CARD = "README.md"
 """Model card; the one file of a model's folder that people edit."""
 PLACE = "FOLDER"
 """Placeholder in a card's example for the model's folder; `llm2rec.share` replaces it with the Hub id."""
+_OF_RUNS = re.compile(r"results?|result_\d{8}_\d{6}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -31,11 +32,13 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_hub_id(place: Path | str) -> bool:
-    """Whether a place is a Hub id: a text ``user/name`` with no local folder ``user``.
+    """Whether a place is a Hub id: a text ``user/name`` with no local folder ``user`` and not named as run folders are.
 
-    A mistyped run in a local results folder is therefore not looked up on the Hub. A `Path` is always local.
+    A run that is mistyped or not there is therefore not looked up on the Hub. A `Path` is always local.
     """
-    return isinstance(place, str) and is_hub_name(place) and not Path(place).parent.exists()
+    if not isinstance(place, str) or not is_hub_name(place) or Path(place).parent.exists():
+        return False
+    return not any(_OF_RUNS.fullmatch(part) for part in place.split("/"))
 
 
 def obtained(place: Path | str, revision: str | None = None) -> Path:

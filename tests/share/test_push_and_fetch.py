@@ -235,10 +235,13 @@ def test_a_student_of_another_kind_is_refused(make_run):
 
 def test_only_what_cannot_lie_here_is_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "result").mkdir()
+    (tmp_path / "mine").mkdir()
     assert is_hub_id("ann/shop-sasrec")
     for place in (
         "result/result_20260101_000000",
+        "elsewhere/result_20260101_000000",
+        "result_20260101_000000/3",
+        "mine/teacher",
         "./ann/shop",
         "/ann/shop",
         "ann",
