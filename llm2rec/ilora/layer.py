@@ -216,7 +216,8 @@ class _AddMixtureOfDropped(torch.autograd.Function):
         rows, up = _flat_rows(result), up.to(dtype)
         # One pass over (N, out) where the types allow it, instead of a product, a copy and a sum.
         rows = torch.addmm(rows, mixed, up.T) if rows.dtype == dtype else rows + linear(mixed, up).to(rows.dtype)
-        return rows.view(result.shape)
+        # Not `view`: autograd refuses changes in place (Falcon's rotation) of a view made inside a function of its own.
+        return cast(Tensor, torch.ops.aten._unsafe_view(rows, result.shape))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .errors import GateError, refuse_merge
+from .errors import GateError, ILoraError, refuse_merge
 from .gate import build_gate
 from .keys import PREFIX, check_keys
 from .layer import ILoraLinear
@@ -155,6 +155,31 @@ class ILoraModel(BaseTuner):
         with self.slot.repeating(n_prompts):
             return model.generate(*args, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around forward and generate, before it drops the arguments of other methods.
+
+        Raises:
+            ILoraError: If adapters are chosen by row, or offsets of aLoRA are given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ILoraError(
+                f"`adapter_names` is {kwargs['adapter_names']!r}, and iLoRA cannot choose an adapter for each row; call "
+                f"`set_adapter` with one of {sorted(self._adapted)} and run the rows of each adapter as a batch."
+            )
+        if kwargs.get("alora_offsets") is not None:
+            raise ILoraError("`alora_offsets` is for aLoRA adapters, and iLoRA ignores it; leave it out.")
+        yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, without arguments that PEFT handles.
+
+        Raises:
+            ILoraError: If adapters are chosen by row.
+        """
+        with self._enable_peft_forward_hooks(**kwargs):
+            return super().forward(*args, **kwargs)
+
     def _only_active_adapter(self) -> str:
         active = self.active_adapters
         if len(active) != 1:
@@ -272,6 +297,20 @@ class ILoraModel(BaseTuner):
             if not layer.ilora_A:
                 self.model.set_submodule(name, layer.base_layer)
 
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse what PEFT refuses for LoRA, such as the ``out_proj`` of Mamba; the name is PEFT's.
+
+        Raises:
+            ValueError: If the architecture reads the layer's weight without calling the layer.
+        """
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+        except ValueError as error:
+            raise ValueError(
+                f"layer {target_name!r} of a {type(model).__name__} cannot be adapted: the model may read its weight "
+                "without calling it, so that the adapter would be ignored; leave it out with `exclude_modules`."
+            ) from error
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -291,6 +330,11 @@ class ILoraModel(BaseTuner):
                 )
             target.update_layer(adapter_name, config)
             return
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise TypeError(
+                f"layer {current_key!r} cannot be adapted: in evaluation nn.TransformerEncoderLayer reads the weights of "
+                "its layers and never calls them, so the adapter would be ignored; leave it out with `exclude_modules`."
+            )
         try:
             layer = ILoraLinear(target, current_key, adapter_name, config, self.slot)
         except TypeError as error:

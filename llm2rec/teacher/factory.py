@@ -1,6 +1,5 @@
 """Build a teacher from its settings, with a fresh adapter."""
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,12 +20,21 @@ from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.injection import ItemProjector
-from llm2rec.teacher.llm import load_model, load_tokenizer, model_identity, readable, resolve_precision, weights_hash
+from llm2rec.teacher.llm import (
+    load_model,
+    load_tokenizer,
+    model_identity,
+    readable,
+    resolve_precision,
+    weights_hash,
+    without_head,
+)
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors, read_titles, title_vectors
-from llm2rec.teacher.title.likelihood import check_attention
+from llm2rec.teacher.title.likelihood import MAX_SCORED_ROWS
 from llm2rec.teacher.title.model import TitleRecommender
+from llm2rec.teacher.title.probe import check_side_by_side
 from llm2rec.teacher.title.prompts import TitlePrompts
 
 __all__ = [
@@ -37,6 +46,9 @@ __all__ = [
     "popularity_bias",
     "with_adapter",
 ]
+
+
+_OTHER_MODEL = "Use another one, a decoder or an encoder, such as `llm=llama2_7b`."
 
 
 @dataclass(frozen=True)
@@ -148,10 +160,11 @@ def build_teacher(
     with readable(ConfigError, problem, remedy):
         base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
     _check_positions(base, llm.prompt)
-    if recipe.objective == "title":
-        _check_side_by_side(base, llm.prompt)
+    if isinstance(prompts, TitlePrompts):
+        _check_side_by_side(base, prompts, llm.prompt)
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
-    items = _read_items(base, prompts, recipe, bias, device)
+    with readable(ConfigError, f"a language model of type {base.config.model_type!r} cannot read texts", _OTHER_MODEL):
+        items = _read_items(base, prompts, recipe, bias, device)
     model = base if config is None else with_adapter(base, config)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -205,9 +218,17 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     if isinstance(config, LoraConfig) and config.target_modules is None:  # the same layers as iLoRA
         config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        model = get_peft_model(base, config)
     except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
         raise ConfigError(f"teacher.adapter: {error}") from error
+    for name, parent in model.named_modules():  # iLoRA itself refuses them
+        skipped = [each for each, layer in parent.named_children() if isinstance(layer, BaseTunerLayer)]
+        if skipped and isinstance(parent, nn.TransformerEncoderLayer):
+            raise ConfigError(
+                f"teacher.adapter: layer {name}.{skipped[0]} cannot be adapted: in evaluation "
+                "nn.TransformerEncoderLayer never calls its layers; leave it out with `exclude_modules`."
+            )
+    return cast(PeftModel, model)
 
 
 def _read_items(
@@ -215,8 +236,8 @@ def _read_items(
 ) -> dict[str, Tensor]:
     """Tensors of ``items.safetensors``, from a language model without adapter."""
     if isinstance(prompts, TitlePrompts):
-        return read_titles(base.base_model, prompts, recipe.pooling, device)._asdict()
-    return {"vectors": title_vectors(base.base_model, prompts, recipe.pooling, device), "bias": bias}
+        return read_titles(without_head(base), prompts, recipe.pooling, device)._asdict()
+    return {"vectors": title_vectors(without_head(base), prompts, recipe.pooling, device), "bias": bias}
 
 
 def adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftConfig | None:
@@ -273,21 +294,16 @@ def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
         )
 
 
-def _check_side_by_side(base: PreTrainedModel, prompt: PromptSettings) -> None:
+def _check_side_by_side(base: PreTrainedModel, prompts: TitlePrompts, prompt: PromptSettings) -> None:
     """Raise if titles cannot be scored side by side, before the model is trained for an epoch."""
-    check_attention(base)
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise ConfigError(
-            f"`teacher.objective=title` needs a model that accepts `position_ids`, and {type(base).__name__} does not; "
-            "use another decoder, such as `llm=llama2_7b`."
-        )
-    config = base.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and prompt.max_tokens > window:
-        raise ConfigError(
-            f"`llm.prompt.max_tokens` is {prompt.max_tokens} but layers of the model attend to {window} tokens, and "
-            f"titles are scored after whole prompts; use at most {window}."
-        )
+    titles = prompts.answer_tokens()
+    n_read = max(map(len, titles))  # the last token of an answer is only predicted
+    check_side_by_side(
+        base,
+        list(dict.fromkeys(int(token) for title in titles[:64] for token in title)),
+        max_tokens=prompt.max_tokens,
+        longest_row=prompt.max_tokens + min(len(titles), MAX_SCORED_ROWS) * n_read,
+    )
 
 
 def assemble(

@@ -101,6 +101,11 @@ class LLMTeacher(nn.Module, ITeacherRecommender):
         self.gate_input, self.recommender, self.projector = gate_input, recommender, projector
 
     @property
+    def model_type(self) -> str:
+        """Type of the language model, such as ``llama``."""
+        return str(getattr(self.llm.config, "model_type", type(self.llm).__name__))
+
+    @property
     def is_hybrid(self) -> bool:
         """Whether prompts carry injected vectors."""
         return self.projector is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_precision",
     "weights_changed",
     "weights_hash",
+    "without_head",
 ]
 
 logger = logging.getLogger(__name__)
@@ -222,6 +224,15 @@ def _loaded(kind: Any, source: str, settings: LLMSettings, precision: str, devic
     # Keep the random state, so that adapters are initialised alike on all processes.
     with torch.random.fork_rng(), torch.device("meta"):
         return kind.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def without_head(model: PreTrainedModel) -> nn.Module:
+    """The part of a language model that returns hidden states.
+
+    `PreTrainedModel.base_model` is the model itself, head included, where its prefix names no module (Llama 4).
+    """
+    body: nn.Module = model.base_model
+    return cast(nn.Module, model.model) if body is model and hasattr(model, "lm_head") else body
 
 
 def check_launch(precision: str) -> None:

@@ -17,6 +17,7 @@ from llm2rec.core.train.loop import Validation, fit
 from llm2rec.core.train.optimizer import adamw
 from llm2rec.student.datamodule import SeenItems
 from llm2rec.student.losses import cross_entropy
+from llm2rec.teacher.dry_run import check_trained_tensors
 from llm2rec.teacher.evaluator import rank_targets
 from llm2rec.teacher.gate_cache import TeacherRows
 from llm2rec.teacher.gates import GateMonitor, balance_losses, mean_gates
@@ -185,7 +186,21 @@ def train_teacher(
         shown = model.prompts.readable(task.prompts(_PROMPTS_SHOWN))
         engine.log_text("prompts", "\n\n".join(f"    {prompt}" for prompt in shown))  # indented: not to be rendered
     objective = TeacherObjective(model, task, engine, settings)
+    _check_first_pass(model, task, engine)
     fit(model, objective, engine, _optimizer(model, settings), description="teacher", select_on=select_on)
+
+
+def _check_first_pass(model: LLMTeacher, task: TeacherTask, engine: Engine) -> None:
+    """Raise if trained tensors take no part in the loss; see `check_trained_tensors`. Reads the shortest row."""
+    row = np.array([int(task.train.token_counts.argmin())])
+    gate_input = torch.from_numpy(task.train.gate_inputs[row]).to(engine.device)
+
+    def loss() -> Tensor:
+        with engine.accelerator.autocast():
+            return task.losses(model, row, hybrid=model.is_hybrid, epoch=0).sum()
+
+    with model.use_gates(gate_input):
+        check_trained_tensors(model, loss, model.model_type, engine.n_processes)
 
 
 def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:

@@ -282,6 +282,6 @@ def test_a_gpu_that_is_too_small_trains_the_same_teacher_as_smaller_micro_batche
     model, _ = build("llama", llm_folder, data, adapter=adapter)
     seen = out_of_memory_above(model, 2, in_backward=in_backward)
     fit(model, *rows, engine_in(tmp_path / "lowered", **{**settings, "micro_batch_size": 8}), balance_loss=0.5)
-    assert seen[:3] == [8, 4, 2]
+    assert [n_rows for n_rows in seen if n_rows > 1][:3] == [8, 4, 2]  # the dry run has one row
     assert_same_weights(model.state_dict(), expected.state_dict())
     assert history(tmp_path / "lowered") == history(tmp_path / "small")

@@ -24,9 +24,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, Mi
 from llm2rec.core.errors import ConfigError
 from llm2rec.recommend.names import ItemNames
 from llm2rec.recommend.teacher import TeacherRecommender
-from llm2rec.teacher.factory import _check_side_by_side
 from llm2rec.teacher.llm import load_model
-from llm2rec.teacher.settings import ExportSettings, PromptSettings, TeacherSettings, TitleSettings
+from llm2rec.teacher.settings import ExportSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.store import load_teacher, save_teacher
 from llm2rec.teacher.title import beam
 
@@ -288,7 +287,7 @@ def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
     [
         (
             BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50),
-            "BloomForCausalLM does not; use another decoder",
+            "type 'bloom' cannot do here .its forward pass takes no `position_ids`.; use another decoder",
         ),
         (
             MistralConfig(
@@ -300,13 +299,15 @@ def test_a_model_that_reads_backwards_is_refused(data, llm_folder):
                 vocab_size=50,
                 sliding_window=64,
             ),
-            r"`llm.prompt.max_tokens` is 96 but layers of the model attend to 64 tokens",
+            r"take 96 tokens, but layers of this model attend to 64; shorten the prompt .`llm.prompt.max_tokens`",
         ),
     ],
 )
 def test_models_whose_titles_cannot_be_scored_side_by_side_are_refused_before_training(config, message):
     with pytest.raises(ConfigError, match=message):
-        _check_side_by_side(AutoModelForCausalLM.from_config(config), PromptSettings(max_tokens=96))
+        check_side_by_side(
+            AutoModelForCausalLM.from_config(config).eval(), range(3, 40), max_tokens=96, longest_row=400
+        )
 
 
 def test_a_confidence_that_there_is_not_is_refused():

@@ -10,7 +10,19 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["Hold", "Prefix", "check_attention", "prefill", "title_log_probs"]
+__all__ = [
+    "MAX_SCORED_ROWS",
+    "Hold",
+    "Prefix",
+    "check_attention",
+    "check_cache",
+    "first_log_probs",
+    "prefill",
+    "rest_log_probs",
+    "title_log_probs",
+]
+
+MAX_SCORED_ROWS = 256  # continuations per forward pass
 
 # Holds these gates for the adapter, one row per row of the forward passes inside; None: no gates.
 Hold = Callable[[Tensor | None], AbstractContextManager[Any]]
@@ -73,7 +85,7 @@ def title_log_probs(
     lengths: Tensor,
     *,
     mean: bool = False,
-    max_rows: int = 256,
+    max_rows: int = MAX_SCORED_ROWS,
 ) -> Tensor:
     """Log-probabilities of C continuations of each prompt, summed over their tokens.
 
@@ -103,24 +115,24 @@ def title_log_probs(
     check_attention(llm)
     with hold(gates):
         prefix = prefill(llm, inputs_embeds, attention_mask)
-        _check_cache(prefix.cache, inputs_embeds.shape[1] + continuations.shape[2])
-        total = _first_log_probs(prefix.logits, continuations[:, :, 0])
+        check_cache(prefix.cache, inputs_embeds.shape[1] + continuations.shape[2])
+        total = first_log_probs(prefix.logits, continuations[:, :, 0])
         width = max(1, max_rows // len(continuations))
         for start in range(0, continuations.shape[1], width):
             chosen = slice(start, start + width)
-            total[:, chosen] += _rest_log_probs(
+            total[:, chosen] += rest_log_probs(
                 llm, prefix, attention_mask, continuations[:, chosen], lengths[:, chosen]
             )
     return total / lengths if mean else total
 
 
-def _first_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+def first_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities of tokens ``(B, C)`` under logits ``(B, V)``, in float32."""
     logits = logits.float()
     return logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)
 
 
-def _rest_log_probs(
+def rest_log_probs(
     llm: nn.Module, prefix: Prefix, attention_mask: Tensor, continuations: Tensor, lengths: Tensor
 ) -> Tensor:
     """Sums over all tokens of continuations ``(B, C, t)`` except the first, shape ``(B, C)``."""
@@ -195,8 +207,17 @@ def check_attention(llm: nn.Module) -> None:
         )
 
 
-def _check_cache(cache: Any, n_tokens: int) -> None:
-    """Raise for models whose cache is not the keys and values of every token."""
+def check_cache(cache: Any, n_tokens: int) -> None:
+    """Raise for models whose cache is not the keys and values of every token, ``n_tokens`` of them.
+
+    Raises:
+        ConfigError: If a layer of the cache is of another kind, or has a window of fewer tokens.
+    """
+    if not getattr(cache, "layers", None):
+        raise ConfigError(
+            f"the model returns {type(cache).__name__} instead of a cache of keys and values; use a model with plain "
+            "attention in all layers."
+        )
     for layer in cache.layers:
         if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
             raise ConfigError(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from llm2rec.core.errors import ConfigError
 from llm2rec.ilora import frozen_base
 from llm2rec.teacher.ilora_model import LLMTeacher, without_history
+from llm2rec.teacher.llm import without_head
 from llm2rec.teacher.prompt_layout import IGNORED_LABEL
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TitleSettings
@@ -61,7 +62,7 @@ class TitleRecommender(LLMTeacher):
     def encoder(self) -> nn.Module:
         """The language model without its language-model head."""
         model = self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
-        return cast(PreTrainedModel, model).base_model
+        return without_head(cast(PreTrainedModel, model))
 
     @property
     def item_vectors(self) -> Tensor:
