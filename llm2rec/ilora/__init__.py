@@ -14,12 +14,12 @@ from typing import Any
 from peft import mapping
 
 from .config import DEFAULT_TARGET_MODULES, PEFT_TYPE, ILoraConfig
-from .errors import AdapterKeysError, GateError, ILoraError, MergeError
+from .errors import AdapterKeysError, GateError, ILoraError, MergeError, RowAdaptersError
 from .folding import fold
 from .frozen import frozen_base
 from .gate import Gate
 from .health import GateCollapseWarning, GateHealth, balance_loss, gate_health
-from .layer import ILoraLinear
+from .layer import ILoraLinear, check_parent
 from .model import ILoraModel
 from .slot import segments_of
 
@@ -35,7 +35,9 @@ __all__ = [
     "ILoraLinear",
     "ILoraModel",
     "MergeError",
+    "RowAdaptersError",
     "balance_loss",
+    "check_parent",
     "fold",
     "frozen_base",
     "gate_health",

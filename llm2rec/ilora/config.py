@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from torch import nn
 
-__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling"]
+__all__ = ["DEFAULT_TARGET_MODULES", "PEFT_TYPE", "Bias", "GateKind", "ILoraConfig", "Scaling", "hidden_size"]
 
 
 class _PeftType(str, Enum):  # noqa: UP042  PEFT reads the name off the `str` of such a class, and a StrEnum has another
@@ -280,3 +281,21 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Hidden size of a model by its configuration.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"`gate_input_size` is None and {type(model).__name__} has no `config.hidden_size`; set it to the width "
+            "of the vectors passed to `use_gates` or `gate`."
+        )
+    return size

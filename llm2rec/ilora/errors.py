@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-__all__ = ["AdapterKeysError", "GateError", "ILoraError", "MergeError", "refuse_merge"]
+__all__ = [
+    "AdapterKeysError",
+    "GateError",
+    "ILoraError",
+    "MergeError",
+    "RowAdaptersError",
+    "not_called",
+    "refuse_merge",
+    "refuse_row_adapters",
+]
 
 
 class ILoraError(Exception):
@@ -21,6 +31,33 @@ class MergeError(ILoraError, NotImplementedError):
 
 class AdapterKeysError(ILoraError, ValueError):
     """An adapter file lacks tensors of the adapter or holds foreign ones."""
+
+
+class RowAdaptersError(ILoraError, ValueError):
+    """An adapter, or where it starts, is chosen for each row of a batch."""
+
+
+def refuse_row_adapters(arguments: Mapping[str, Any], adapters: Sequence[str]) -> None:
+    """Raise for arguments of a forward pass that PEFT takes out and iLoRA would ignore.
+
+    Raises:
+        RowAdaptersError: If ``adapter_names`` or ``alora_offsets`` is given.
+    """
+    if arguments.get("adapter_names") is not None:
+        raise RowAdaptersError(
+            f"`adapter_names` is {arguments['adapter_names']!r}, and iLoRA cannot choose an adapter for each row; call "
+            f"`set_adapter` with one of {list(adapters)} and run the rows of each adapter as a batch of their own."
+        )
+    if arguments.get("alora_offsets") is not None:
+        raise RowAdaptersError("`alora_offsets` is given, which is for aLoRA and not read by iLoRA; leave it out.")
+
+
+def not_called(layer: str, model: str) -> ValueError:
+    """The error for a layer whose weight a model reads without calling the layer."""
+    return ValueError(
+        f"layer {layer!r} cannot be adapted: {model} may read its weight without calling it, so the adapter would be "
+        "ignored; leave it out with `exclude_modules`."
+    )
 
 
 def refuse_merge() -> NoReturn:

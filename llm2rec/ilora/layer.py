@@ -12,11 +12,11 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .config import ILoraConfig
-from .errors import refuse_merge
+from .errors import not_called, refuse_merge
 from .gate import build_gate
 from .slot import GateSlot, RankLayout
 
-__all__ = ["ILoraLinear", "add_mixture"]
+__all__ = ["ILoraLinear", "add_mixture", "check_parent"]
 
 
 class ILoraLinear(nn.Module, BaseTunerLayer):
@@ -157,6 +157,20 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         f"iLoRA adapts linear layers (nn.Linear, transformers' Conv1D, bitsandbytes 8-bit and 4-bit), got "
         f"{type(layer).__name__}; name other layers in `target_modules`, or use 'all-linear'."
     )
+
+
+def check_parent(parent: nn.Module, name: str) -> None:
+    """Raise for layers that their parent skips in evaluation.
+
+    Args:
+        parent: The module that holds the layer.
+        name: Full name of the layer.
+
+    Raises:
+        ValueError: If the parent is an ``nn.TransformerEncoderLayer``, whose fast path reads weights only.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise not_called(name, "the fast path of nn.TransformerEncoderLayer")
 
 
 def _keep_differentiable(layer: nn.Module) -> None:

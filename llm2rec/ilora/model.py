@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .config import DEFAULT_TARGET_MODULES, ILoraConfig
-from .errors import GateError, ILoraError, refuse_merge
+from .config import DEFAULT_TARGET_MODULES, ILoraConfig, hidden_size
+from .errors import GateError, not_called, refuse_merge, refuse_row_adapters
 from .gate import build_gate
 from .keys import PREFIX, check_keys
-from .layer import ILoraLinear
+from .layer import ILoraLinear, check_parent
 from .slot import GateSlot, check_segments
 
 __all__ = ["ILoraModel"]
@@ -162,13 +162,7 @@ class ILoraModel(BaseTuner):
         Raises:
             ILoraError: If adapters are chosen by row, or offsets of aLoRA are given.
         """
-        if kwargs.get("adapter_names") is not None:
-            raise ILoraError(
-                f"`adapter_names` is {kwargs['adapter_names']!r}, and iLoRA cannot choose an adapter for each row; call "
-                f"`set_adapter` with one of {sorted(self._adapted)} and run the rows of each adapter as a batch."
-            )
-        if kwargs.get("alora_offsets") is not None:
-            raise ILoraError("`alora_offsets` is for aLoRA adapters, and iLoRA ignores it; leave it out.")
+        refuse_row_adapters(kwargs, sorted(self._adapted))
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +225,7 @@ class ILoraModel(BaseTuner):
             )
         if config.gate_input_size is None:
             # Set in the configuration, so that it is saved with the adapter.
-            config.gate_input_size = _hidden_size(self.model)
+            config.gate_input_size = hidden_size(self.model)
         return super()._prepare_adapter_config(config, model_config)
 
     def inject_adapter(
@@ -306,10 +300,7 @@ class ILoraModel(BaseTuner):
         try:
             super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
         except ValueError as error:
-            raise ValueError(
-                f"layer {target_name!r} of a {type(model).__name__} cannot be adapted: the model may read its weight "
-                "without calling it, so that the adapter would be ignored; leave it out with `exclude_modules`."
-            ) from error
+            raise not_called(target_name, type(model).__name__) from error
 
     def _create_and_replace(
         self,
@@ -330,11 +321,7 @@ class ILoraModel(BaseTuner):
                 )
             target.update_layer(adapter_name, config)
             return
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            raise TypeError(
-                f"layer {current_key!r} cannot be adapted: in evaluation nn.TransformerEncoderLayer reads the weights of "
-                "its layers and never calls them, so the adapter would be ignored; leave it out with `exclude_modules`."
-            )
+        check_parent(parent, current_key)
         try:
             layer = ILoraLinear(target, current_key, adapter_name, config, self.slot)
         except TypeError as error:
@@ -412,16 +399,3 @@ class ILoraModel(BaseTuner):
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
         check_keys(remapped.keys(), model, adapter_name, biases.keys())
         return remapped
-
-
-def _hidden_size(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    size = getattr(config, "hidden_size", None)
-    if not isinstance(size, int):
-        raise ValueError(
-            f"`gate_input_size` is None and {type(model).__name__} has no `config.hidden_size`; set it to the width "
-            "of the vectors passed to `use_gates` or `gate`."
-        )
-    return size

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
@@ -19,7 +19,9 @@ __all__ = ["check_trained_tensors"]
 _MAX_NAMED = 4  # layers in an error message
 
 
-def check_trained_tensors(model: nn.Module, loss: Callable[[], Tensor], model_type: str, n_processes: int = 1) -> None:
+def check_trained_tensors(
+    model: nn.Module, loss: Callable[[], AbstractContextManager[Tensor]], model_type: str, n_processes: int = 1
+) -> None:
     """Run one row forward and backward and raise unless every trained tensor takes part; the model stays as it was.
 
     Layers whose weights a model reads without calling them (Mamba's ``dt_proj``), or that only other inputs reach (the
@@ -30,7 +32,7 @@ def check_trained_tensors(model: nn.Module, loss: Callable[[], Tensor], model_ty
 
     Args:
         model: The teacher, not wrapped.
-        loss: Computes the loss of one row, a scalar, with gradient if enabled.
+        loss: Computes the loss of one row, a scalar; the context lasts until the backward pass is done, with the gates.
         model_type: The language model's type, for messages.
         n_processes: Processes of the launch.
 
@@ -44,7 +46,8 @@ def check_trained_tensors(model: nn.Module, loss: Callable[[], Tensor], model_ty
             called = _called_layers(model.eval(), loss)
             _check_rows(model, called, model_type)
             model.train()
-            loss().backward()
+            with loss() as value:
+                value.backward()
             unused = {name for name, each in trained.items() if each.grad is None}
     except (MemoryError, torch.OutOfMemoryError):  # the first step reports it, or retries with smaller micro-batches
         return
@@ -67,7 +70,7 @@ def check_trained_tensors(model: nn.Module, loss: Callable[[], Tensor], model_ty
         )
 
 
-def _called_layers(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
+def _called_layers(model: nn.Module, loss: Callable[[], AbstractContextManager[Tensor]]) -> dict[str, int]:
     """Adapted layers that a forward pass in evaluation calls, where models may take other paths, and rows they read.
 
     Adapters are off meanwhile: one that reads another number of rows would raise.
@@ -84,8 +87,8 @@ def _called_layers(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, in
     try:
         for layer in enabled:
             layer._disable_adapters = True
-        with torch.no_grad():
-            loss()
+        with torch.no_grad(), loss():
+            pass
     finally:
         for layer in enabled:
             layer._disable_adapters = False
@@ -101,8 +104,8 @@ def _check_rows(model: nn.Module, called: Mapping[str, int], model_type: str) ->
     }
     if wrong:
         raise ConfigError(
-            f"a language model of type {model_type!r} flattens (B, T, d) to (B*T, d) before layers, where the rows of a "
-            f"batch, and so their gates, are unknown: {_adapters_of(wrong, called, what='')}; `teacher.tuning=lora` "
+            f"a language model of type {model_type!r} flattens (B, T, d) to (B*T, d) before layers, which leaves the "
+            f"gates of a token unknown: {_adapters_of(wrong, called, what='')}; `teacher.tuning=lora` "
             "adapts them."
         )
 

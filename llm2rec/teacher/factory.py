@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.data import RecData
-from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig
+from llm2rec.ilora import DEFAULT_TARGET_MODULES, ILoraConfig, check_parent
 from llm2rec.teacher.borrowed_student import BorrowedStudent
 from llm2rec.teacher.heads import JoinedHead, build_head
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
@@ -219,15 +219,11 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
         config.target_modules = DEFAULT_TARGET_MODULES.get(base.config.model_type)
     try:
         model = get_peft_model(base, config)
+        for name, parent in model.named_modules():
+            if any(isinstance(layer, BaseTunerLayer) for layer in parent.children()):
+                check_parent(parent, name)  # iLoRA has done so
     except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
         raise ConfigError(f"teacher.adapter: {error}") from error
-    for name, parent in model.named_modules():  # iLoRA itself refuses them
-        skipped = [each for each, layer in parent.named_children() if isinstance(layer, BaseTunerLayer)]
-        if skipped and isinstance(parent, nn.TransformerEncoderLayer):
-            raise ConfigError(
-                f"teacher.adapter: layer {name}.{skipped[0]} cannot be adapted: in evaluation "
-                "nn.TransformerEncoderLayer never calls its layers; leave it out with `exclude_modules`."
-            )
     return cast(PeftModel, model)
 
 

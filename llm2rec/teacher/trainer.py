@@ -25,7 +25,7 @@ from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
 from llm2rec.teacher.prompts import TokenBatch
 from llm2rec.teacher.settings import TeacherSettings, is_hybrid
 
-__all__ = ["ItemObjective", "TeacherObjective", "TeacherTask", "train_teacher"]
+__all__ = ["ItemObjective", "TeacherObjective", "TeacherTask", "check_first_pass", "train_teacher"]
 
 logger = logging.getLogger(__name__)
 _PROMPTS_SHOWN = 3
@@ -186,21 +186,23 @@ def train_teacher(
         shown = model.prompts.readable(task.prompts(_PROMPTS_SHOWN))
         engine.log_text("prompts", "\n\n".join(f"    {prompt}" for prompt in shown))  # indented: not to be rendered
     objective = TeacherObjective(model, task, engine, settings)
-    _check_first_pass(model, task, engine)
+    check_first_pass(model, task, engine)
     fit(model, objective, engine, _optimizer(model, settings), description="teacher", select_on=select_on)
 
 
-def _check_first_pass(model: LLMTeacher, task: TeacherTask, engine: Engine) -> None:
+def check_first_pass(model: LLMTeacher, task: TeacherTask, engine: Engine) -> None:
     """Raise if trained tensors take no part in the loss; see `check_trained_tensors`. Reads the shortest row."""
     row = np.array([int(task.train.token_counts.argmin())])
     gate_input = torch.from_numpy(task.train.gate_inputs[row]).to(engine.device)
 
-    def loss() -> Tensor:
-        with engine.accelerator.autocast():
-            return task.losses(model, row, hybrid=model.is_hybrid, epoch=0).sum()
+    @contextmanager
+    def loss() -> Iterator[Tensor]:
+        with model.use_gates(gate_input):
+            with engine.accelerator.autocast():
+                value = task.losses(model, row, hybrid=model.is_hybrid, epoch=0).sum()
+            yield value
 
-    with model.use_gates(gate_input):
-        check_trained_tensors(model, loss, model.model_type, engine.n_processes)
+    check_trained_tensors(model, loss, model.model_type, engine.n_processes)
 
 
 def _optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:

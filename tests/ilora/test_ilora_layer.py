@@ -128,7 +128,7 @@ def test_layer_refuses_to_merge():
     [
         (nn.Embedding(4, 5), "adapts linear layers .* got Embedding"),
         (nn.Conv2d(1, 2, 3), "got Conv2d"),
-        (nn.MultiheadAttention(4, 2).out_proj, "forward is never called"),
+        (nn.MultiheadAttention(4, 2).out_proj, "never calls its forward"),
     ],
 )
 def test_layers_that_are_not_linear_are_refused(base, message):

@@ -9,7 +9,16 @@ from ilora_helpers import EXPERTS, adapt, batch, gate_inputs, layers, outputs, t
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from llm2rec.ilora import AdapterKeysError, GateError, ILoraConfig, fold, frozen_base, gate_health, segments_of
+from llm2rec.ilora import (
+    AdapterKeysError,
+    GateError,
+    ILoraConfig,
+    RowAdaptersError,
+    fold,
+    frozen_base,
+    gate_health,
+    segments_of,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -142,6 +151,24 @@ def test_a_checkpointed_backward_under_gates_that_saw_no_forward_is_refused():
         loss.backward()
     with model.base_model.use_gates(gate_inputs()):
         outputs(model, **batch()).sum().backward()  # as it should be
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("names", [["default"] * 3, ["default", "__base__", "nobody"]])
+def test_adapters_chosen_by_row_are_refused(names, task):
+    """PEFT takes the argument out before the model is called: without a check it would be ignored."""
+    model = adapt(tiny("llama"), task_type=task)
+    calls = [lambda **given: model(**batch(), **given), lambda **given: model.base_model(**batch(), **given)]
+    calls.append(lambda **given: model.generate(**batch(), max_new_tokens=1, **given))
+    for call in calls:
+        with (
+            model.base_model.use_gates(gate_inputs()),
+            pytest.raises(RowAdaptersError, match=r"`adapter_names` is .*set_adapter` with one of \['default'\]"),
+        ):
+            call(adapter_names=names)
+    with model.base_model.use_gates(gate_inputs()), pytest.raises(RowAdaptersError, match="`alora_offsets` is given"):
+        model(**batch(), alora_offsets=[1, 1, 1])
+    assert torch.equal(result_of(model), result_of(model))
 
 
 def test_without_an_active_adapter_there_are_no_gates_to_hold():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ilora_helpers import adapt, batch, gate_inputs, tiny
+from ilora_helpers import WIDTH, adapt, batch, gate_inputs, layers, tiny
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel
@@ -94,3 +94,30 @@ def test_a_model_without_default_must_be_told():
     model = adapt(Unknown(), target_modules=["lin"], gate_input_size=3)
     with model.base_model.use_gates(gate_inputs(2, 3)):
         assert model(torch.zeros(2, 4)).shape == (2, 4)
+
+
+class Encoder(nn.Module):
+    """One encoder layer of torch, which in evaluation reads the weights of its linear layers and does not call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x))
+
+
+@pytest.mark.parametrize("target", ["linear1", "linear2"])
+def test_layers_under_a_fast_path_are_refused(target):
+    with pytest.raises(ValueError, match=rf"layer 'layer.{target}' cannot be adapted: the fast path of .*exclude_mod"):
+        adapt(Encoder(), target_modules=[target, "head"], gate_input_size=WIDTH)
+    assert layers(adapt(Encoder(), target_modules=["head"], gate_input_size=WIDTH))
+
+
+def test_layers_that_peft_excludes_for_lora_are_refused():
+    base = AutoModel.from_config(AutoConfig.for_model("mamba", hidden_size=16, state_size=4, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="layer 'out_proj' cannot be adapted: MambaModel may read its weight"):
+        adapt(base, target_modules="all-linear")
+    adapted = adapt(base, target_modules="all-linear", exclude_modules=["out_proj"])
+    assert not any(name.endswith("out_proj") for name in adapted.base_model.targeted_module_names)

@@ -28,6 +28,7 @@ from llm2rec.teacher.llm import load_model
 from llm2rec.teacher.settings import ExportSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.store import load_teacher, save_teacher
 from llm2rec.teacher.title import beam
+from llm2rec.teacher.title.probe import check_side_by_side
 
 
 @pytest.fixture(params=KINDS)

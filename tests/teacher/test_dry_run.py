@@ -1,0 +1,77 @@
+"""Adapters that no forward pass uses are refused before the first step, and the dry run leaves no trace."""
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from teacher_helpers import build, engine_in, fit, split, teacher_rows
+from torch import nn
+
+from llm2rec.core.errors import ConfigError
+from llm2rec.teacher.dry_run import check_trained_tensors, exclusion
+from llm2rec.teacher.trainer import ItemObjective, check_first_pass
+
+
+def rows_for(model, data):
+    return [teacher_rows(model, split(data, name), np.arange(8)) for name in ("train", "validation")]
+
+
+@pytest.mark.parametrize("tuning", ["ilora", "lora"])
+def test_layers_that_no_pass_uses_are_named_and_the_proposed_exclusion_works(tuning, data, llm_folder, tmp_path):
+    adapter = {"target_modules": "all-linear"} | ({} if tuning == "ilora" else {"num_experts": 4})
+    model, _ = build("bert", llm_folder, data, adapter=adapter, tuning=tuning)
+    with pytest.raises(ConfigError, match=r"'bert' uses the adapters of pooler\.dense .*exclude_modules='pooler\.\*'"):
+        fit(model, *rows_for(model, data), engine_in(tmp_path / "run", epochs=1), tuning=tuning)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    model, _ = build("bert", llm_folder, data, adapter=adapter | {"exclude_modules": "pooler.*"}, tuning=tuning)
+    fit(model, *rows_for(model, data), engine_in(tmp_path / "again", epochs=1), tuning=tuning)
+
+
+def test_the_dry_run_leaves_no_trace(data, llm_folder, tmp_path):
+    """Weights, running statistics, gradients, modes and random numbers; the convolutional gate has all of them."""
+    model, _ = build("llama", llm_folder, data, adapter={"gate": "conv", "dropout": 0.3})
+    model.train()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    engine, state = engine_in(tmp_path / "run"), torch.get_rng_state()
+    check_first_pass(model, ItemObjective(model, *rows_for(model, data), engine), engine)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_tensor_outside_of_an_adapter_is_named():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ConfigError, match="'x' uses these trained tensors: bias"):
+        check_trained_tensors(model, lambda: nullcontext(model.weight.sum()), "x")
+
+
+def test_an_out_of_memory_error_is_left_to_the_first_step():
+    def loss():
+        raise torch.OutOfMemoryError
+
+    check_trained_tensors(nn.Linear(2, 1), loss, "x")
+
+
+def test_errors_of_a_models_own_code_are_readable():
+    def loss():
+        raise TypeError("forward() got an unexpected keyword")
+
+    with pytest.raises(ConfigError, match="'x' fails on the first training row with TypeError: forward"):
+        check_trained_tensors(nn.Linear(2, 1), loss, "x")
+
+
+@pytest.mark.parametrize(
+    ("unused", "used", "expected"),
+    [
+        (["0.mixer.dt_proj", "1.mixer.dt_proj"], ["0.mixer.in_proj"], "[dt_proj]"),
+        (["pooler.dense"], ["encoder.0.dense"], "'pooler.*'"),
+        (["vision.a.q", "vision.b.q"], ["text.0.q"], "'vision.*'"),
+        (["layers.1.k"], ["layers.0.k", "layers.10.k"], "[layers.1.k]"),
+        (["layers.2.k", "layers.3.k"], ["layers.0.k", "layers.2.q"], "'layers.2.k.*|layers.3.*'"),
+    ],
+)
+def test_the_proposed_exclusion_leaves_out_what_is_unused_alone(unused, used, expected):
+    assert exclusion(unused, used) == expected
