@@ -160,17 +160,13 @@ class ILoraModel(BaseTuner):
         """Called by PEFT around forward and generate, before it drops the arguments of other methods.
 
         Raises:
-            ILoraError: If adapters are chosen by row, or offsets of aLoRA are given.
+            RowAdaptersError: If adapters are chosen by row, or offsets of aLoRA are given.
         """
         refuse_row_adapters(kwargs, sorted(self._adapted))
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, without arguments that PEFT handles.
-
-        Raises:
-            ILoraError: If adapters are chosen by row.
-        """
+        """Run the model; raises `RowAdaptersError` if adapters are chosen by row."""
         with self._enable_peft_forward_hooks(**kwargs):
             return super().forward(*args, **kwargs)
 

@@ -37,8 +37,8 @@ def check_trained_tensors(
         n_processes: Processes of the launch.
 
     Raises:
-        ConfigError: If a trained tensor gets no gradient, evaluation skips an adapted layer, a layer of iLoRA cannot
-            tell rows apart, or the model fails.
+        ConfigError: If a trained tensor gets no gradient, evaluation skips an adapted layer, a layer of iLoRA reads
+            tokens instead of rows, or the model fails.
     """
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     try:
