@@ -262,6 +262,8 @@ def _embeddings(folder: Path, n_items: int) -> Tensor:
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != n_items:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise _invalid(folder, f"{EMBEDDINGS} is {shape}, expected ({n_items}, width)")
+    if embeddings.layout != torch.strided or embeddings.is_quantized:
+        raise _invalid(folder, f"{EMBEDDINGS} is a sparse or quantized tensor, expected a dense one")
     if not embeddings.is_floating_point() or embeddings.shape[1] == 0:
         raise _invalid(
             folder, f"{EMBEDDINGS} is {tuple(embeddings.shape)} of {embeddings.dtype}, expected floating point"

@@ -1,10 +1,11 @@
 """Raw ids and titles of items, and their item ids in a model."""
 
 import difflib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -85,8 +86,10 @@ class ItemNames:
         """
         check_choice("by", by, By)
         check_choice("unknown", unknown, Unknown)
-        if isinstance(history, str) or not all(isinstance(name, str) for name in history):
-            raise DataError(f"a history is a list of {by}s, each a string; got {history!r}.")
+        expected = f"a history is a list of {by}s, each a string"
+        history = _listed(history, expected)
+        if not all(isinstance(name, str) for name in history):
+            raise DataError(f"{expected}; got {reprlib.repr(history)}.")
         if not history:
             raise DataError("the history is empty; give at least one item, or recommend popular items.")
         found = [self._item(name, by) for name in history]
@@ -103,8 +106,10 @@ class ItemNames:
         self, histories: Sequence[Sequence[str]], by: By = "id", unknown: Unknown = "error"
     ) -> list[list[int]]:
         """Find the items of several histories; see `items`. Errors name the number of the history."""
-        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
-            raise DataError("`histories` is a list of histories, each a list of strings; for one, `recommend_one`.")
+        expected = "`histories` is a list of histories, each a list of strings; for one, `recommend_one`"
+        histories = _listed(histories, expected, most_dimensions=2)
+        if any(isinstance(history, str) for history in histories):
+            raise DataError(f"{expected}.")
         found = []
         for number, history in enumerate(histories):
             try:
@@ -115,14 +120,18 @@ class ItemNames:
                 raise type(error)(f"history {number}: {error}") from error
         return found
 
-    def check_k(self, k: int) -> None:
-        """Check ``k``.
+    def check_k(self, k: int) -> int:
+        """Check ``k``, which may be an integer of NumPy.
+
+        Returns:
+            It as Python's.
 
         Raises:
-            ConfigError: If ``k`` is not between 1 and the size of the catalogue.
+            ConfigError: If ``k`` is not a whole number between 1 and the size of the catalogue.
         """
-        if not 1 <= k <= len(self):
-            raise ConfigError(f"`k` is {k}, expected 1 to the {len(self)} items of the catalogue.")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(self):
+            raise ConfigError(f"`k` is {k!r}, expected 1 to the {len(self)} items of the catalogue, a whole number.")
+        return int(k)
 
     def _item(self, name: str, by: By) -> int | None:
         if by == "id":
@@ -151,6 +160,18 @@ class ItemNames:
         nearest = np.argpartition(distance, n_compared - 1)[:n_compared]
         folded = {self.titles[item].casefold(): self.titles[item] for item in np.sort(nearest).tolist()}
         return [folded[each] for each in difflib.get_close_matches(title.casefold(), folded, n=_SHOWN)]
+
+
+def _listed(values: Any, expected: str, most_dimensions: int = 1) -> list[Any]:
+    """The elements of a list, array or Series.
+
+    Raises:
+        DataError: If it is something else, such as a string or a dictionary.
+    """
+    is_other = isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable)
+    if is_other or hasattr(values, "columns") or not 1 <= getattr(values, "ndim", 1) <= most_dimensions:
+        raise DataError(f"{expected}; got {type(values).__name__}.")
+    return list(values)
 
 
 def check_choice(name: str, value: str, kind: object) -> None:

@@ -92,8 +92,8 @@ class Recommender:
         """Find the best items for each of several histories.
 
         Args:
-            histories: Raw ids (or titles, see ``by``), oldest first. The model reads the most recent ones, as many as
-                it was trained for.
+            histories: Lists, arrays or Series of raw ids (or titles, see ``by``), oldest first. The model reads the
+                most recent ones, as many as it was trained for.
             k: How many items; a history that leaves fewer gets fewer.
             by: ``id`` or ``title``: what the histories consist of.
             unknown: ``error`` refuses items that the model was not trained on, ``drop`` ignores them.
@@ -107,7 +107,7 @@ class Recommender:
             DataError: If a history is empty, or none of its items is known.
             ConfigError: If ``k`` or a choice is invalid.
         """
-        self.names.check_k(k)
+        k = self.names.check_k(k)
         items = self.names.histories(histories, by, unknown)
         found: list[list[Recommendation]] = []
         for start in range(0, len(items), _BATCH_ROWS):
@@ -126,7 +126,7 @@ class Recommender:
         """Find the best items for one history; see `recommend`.
 
         Args:
-            history: Raw ids (or titles, see ``by``), oldest first.
+            history: List, array or Series of raw ids (or titles, see ``by``), oldest first.
             k: How many items.
             by: ``id`` or ``title``.
             unknown: ``error`` or ``drop``.

@@ -71,7 +71,8 @@ class TeacherRecommender:
         """Find the items that are likeliest to come next, for each of several histories.
 
         Args:
-            histories: Raw ids (or titles, see ``by``), oldest first; the most recent ones are read.
+            histories: Lists, arrays or Series of raw ids (or titles, see ``by``), oldest first; the most recent ones
+                are read.
             k: How many items; fewer where the teacher excludes the history and fewer remain.
             by: ``id`` or ``title``: what the histories consist of.
             unknown: ``error`` rejects items that are not in the data, ``drop`` ignores them.
@@ -85,7 +86,7 @@ class TeacherRecommender:
             DataError: If a history is empty, or none of its items is known.
             ConfigError: If ``k`` or a choice is invalid.
         """
-        self.names.check_k(k)
+        k = self.names.check_k(k)
         items = [history[-self.max_length :] for history in self.names.histories(histories, by, unknown)]
         found: list[list[Recommendation]] = []
         for start in range(0, len(items), batch_size):
@@ -98,7 +99,7 @@ class TeacherRecommender:
         """Find the likeliest items for one history; see `recommend`.
 
         Args:
-            history: Raw ids (or titles, see ``by``), oldest first.
+            history: List, array or Series of raw ids (or titles, see ``by``), oldest first.
             k: How many items.
             by: ``id`` or ``title``.
             unknown: ``error`` or ``drop``.

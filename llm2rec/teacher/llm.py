@@ -131,10 +131,19 @@ def readable(kind: type[Llm2RecError], problem: str, remedy: str) -> Iterator[No
 
 
 def load_tokenizer(source: str, settings: LLMSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; without a padding token it pads with the end-of-text token (padding is masked anyway)."""
+    """Load the tokenizer; without a padding token it pads with the end-of-text token (padding is masked anyway).
+
+    Raises:
+        ConfigError: If it has neither.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {source!r} has neither a padding nor an end-of-text token; set `pad_token` in its "
+            "tokenizer_config.json to any of its tokens (padding is masked)."
+        )
     return tokenizer
 
 

@@ -113,6 +113,10 @@ class PromptBuilder:
         rows = zip(tokens.input_ids, tokens.attention_mask.bool(), strict=True)
         return self.tokenizer.batch_decode([ids[is_real].tolist() for ids, is_real in rows])
 
+    def largest_token(self) -> int:
+        """The largest number among the tokens of all prompts, without the placeholder, which is never looked up."""
+        return max(int(self._histories.tokens[:-1].max()), self.pad_id)
+
     def title_token_counts(self) -> NDArray[np.int64]:
         """Tokens of each title, separator included, shape ``(N,)``."""
         return self._histories.lengths[: self.n_items]

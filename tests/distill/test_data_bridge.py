@@ -107,6 +107,7 @@ def change_text(name, number, text):
         (lambda f: torch.save([1], f / "all_embeddings.pt"), r"is list, expected \(9, width\)"),
         (lambda f: torch.save(torch.zeros(8, 2), f / "all_embeddings.pt"), r"is \(8, 2\), expected \(9, width\)"),
         (lambda f: torch.save(torch.zeros(9), f / "all_embeddings.pt"), r"is \(9,\), expected \(9, width\)"),
+        (lambda f: torch.save(torch.ones(9, 2).to_sparse(), f / "all_embeddings.pt"), "sparse or quantized tensor"),
         (lambda f: torch.save(torch.full((9, 2), torch.nan), f / "all_embeddings.pt"), "values that are not finite"),
         (change_text("myrank", 3, "0 1 2 9"), r"line 3 of myrank_train has an item outside 0\.\.8 \(0\.\.9\)"),
         (change_text("myrank", 3, "0 1 2 -1"), r"line 3 of myrank_train has an item outside 0\.\.8 \(-1\.\.8\)"),

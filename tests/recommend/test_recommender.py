@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -144,6 +145,16 @@ def test_in_large_catalogues_titles_of_a_similar_length_are_compared(monkeypatch
         ("t00001", {}, DataError, "for one, `recommend_one`"),
         ([["t00001"]], {"k": 0}, ConfigError, "`k` is 0, expected 1 to the 120 items"),
         ([["t00001"]], {"k": 121}, ConfigError, "`k` is 121"),
+        ([["t00001"]], {"k": 3.0}, ConfigError, "`k` is 3.0, .* a whole number"),
+        ([["t00001"]], {"k": True}, ConfigError, "`k` is True, .* a whole number"),
+        (None, {}, DataError, "for one, `recommend_one`; got NoneType"),
+        ([None], {}, DataError, "a history is a list of ids, each a string; got NoneType"),
+        ([{"t00001": 1}], {}, DataError, "a history is a list of ids, each a string; got dict"),
+        ([{"t00001"}], {}, DataError, "a history is a list of ids, each a string; got set"),
+        ([np.array([1, 2])], {}, DataError, "a history is a list of ids, each a string; got "),
+        ([np.array([["t00001"]])], {}, DataError, "a history is a list of ids, each a string; got ndarray"),
+        ([pd.Series(["t00001", None])], {}, DataError, "each a string; got "),
+        (pd.DataFrame({"id": ["t00001"]}), {}, DataError, "for one, `recommend_one`; got DataFrame"),
         ([["t00001"]], {"by": "name"}, ConfigError, "`by` is 'name', expected one of id, title"),
         ([["t00001"]], {"unknown": "ignore"}, ConfigError, "`unknown` is 'ignore', expected one of error, drop"),
     ],
@@ -151,6 +162,14 @@ def test_in_large_catalogues_titles_of_a_similar_length_are_compared(monkeypatch
 def test_questions_without_sense_are_refused(recommender, histories, options, error, message):
     with pytest.raises(error, match=message):
         recommender.recommend(histories, **options)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pd.Series, lambda ids: pd.Series(ids, index=range(len(ids), 0, -1))])
+def test_arrays_and_series_are_histories_too(recommender, data, kind):
+    history = histories_of(data)[0]
+    expected = recommender.recommend_one(history, 3)
+    assert recommender.recommend_one(kind(history), np.int64(3)) == expected
+    assert recommender.recommend(kind([kind(history[-4:])]), 3) == recommender.recommend([history[-4:]], 3)
 
 
 def copied(trained, folder, **changes):

@@ -114,6 +114,11 @@ class TitlePrompts(PromptBuilder):
         rows = PromptRows(history, lengths, candidates, hybrid)
         return self._fitting_layout(rows).token_counts(rows, targets)
 
+    def largest_token(self) -> int:
+        """As of `PromptBuilder`, answers included."""
+        layouts = (self._open, self._closed)
+        return max(super().largest_token(), *(int(layout.tokens[:-1].max()) for layout in layouts))
+
     def answer_tokens(self) -> list[NDArray[np.int64]]:
         """Tokens of each item's answer without the end token; no two are equal."""
         return [np.array(tokens, np.int64) for tokens in self._title_tokens]
