@@ -20,6 +20,8 @@ from command_helpers import (
     runs,
     student,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.slow
 N_ROWS = 424
@@ -136,3 +138,20 @@ def test_zero2_trains_as_one_process_and_resumes(zero2, one, tmp_path):
     assert history(killed) == history(whole)
     assert equal(adapter(killed), adapter(whole))
     assert np.array_equal(outputs(folder)[0], outputs(tmp_path / "whole")[0])
+
+
+def test_adapters_that_no_pass_uses_are_refused_in_one_sentence(tmp_path):
+    """DDP would wait for their gradients, and report a reduction that did not finish."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "bert")
+    BertModel(BertConfig(vocab_size=4, **sizes)).save_pretrained(tmp_path / "bert")
+    overrides = [each for each in TEACHER if not each.startswith("llm")]
+    overrides += ["llm=minilm", f"llm.path={tmp_path / 'bert'}", "teacher.adapter.target_modules=all-linear"]
+    done = run(tmp_path, "teacher", *overrides, launcher=TORCHRUN, check=False)
+    assert done.returncode
+    assert "uses the adapters of pooler.dense" in done.stderr
+    assert "exclude_modules='pooler.*'" in done.stderr
+    assert "finished reduction" not in done.stderr

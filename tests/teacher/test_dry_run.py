@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from teacher_helpers import build, engine_in, fit, split, teacher_rows
 from torch import nn
 
@@ -40,6 +41,28 @@ def test_the_dry_run_leaves_no_trace(data, llm_folder, tmp_path):
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Mixture(nn.Module):
+    """Two experts, of which the one row uses the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 1)}) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[0]["up"](x).sum()
+
+
+def test_an_expert_that_the_row_does_not_reach_is_refused_on_several_processes_only():
+    model = get_peft_model(Mixture(), LoraConfig(target_modules=["up"]))
+
+    def loss():
+        return nullcontext(model(torch.ones(1, 2)))
+
+    check_trained_tensors(model, loss, "x")
+    with pytest.raises(ConfigError, match=r"'x' uses the adapters of .*experts\.1\.up"):
+        check_trained_tensors(model, loss, "x", n_processes=2)
 
 
 def test_a_tensor_outside_of_an_adapter_is_named():

@@ -47,8 +47,8 @@ def check_side_by_side(llm: nn.Module, tokens: Sequence[int], *, max_tokens: int
     """
     try:
         check_attention(llm)
-        _check_generation(llm)
         difference = _largest_difference(llm, tokens, max_tokens, longest_row)
+        _check_generation(llm)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except ConfigError as error:
