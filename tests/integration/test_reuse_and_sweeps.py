@@ -38,7 +38,7 @@ def test_a_stage_runs_again_only_where_something_has_changed(tmp_path):
     assert is_up_to_date(tmp_path, "data", *TOY, "hydra.run.dir=mine")
     assert [each.name for each in (tmp_path / "mine").iterdir()] == ["kept.txt"]
     refused = run(tmp_path, "evaluate", *TOY, "reuse=true", check=False)
-    assert "`reuse` is true, but evaluate is always run" in refused.stderr
+    assert "`reuse` is true, but evaluate cannot reuse runs" in refused.stderr
 
 
 def test_a_student_is_distilled_again_when_its_teacher_has_written_again(tmp_path):
