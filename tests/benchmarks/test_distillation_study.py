@@ -47,13 +47,13 @@ def test_every_arm_gets_as_many_tries_and_knows_every_option(arm):
     first = arm.name == study_plan.BASELINE
     tries = study_plan.draw(arm.space, budget.tries if first else budget.more_tries, arm.name)
     assert len(tries) == (6 if first else 4)
-    recipe = OmegaConf.load(ROOT / "conf" / "distill" / "dllm2rec.yaml")
-    student = OmegaConf.load(ROOT / "conf" / "student" / "sasrec.yaml")
-    known = {"distill": recipe, "student": student}
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        known = compose("config", overrides=["student=sasrec", "distill=dllm2rec"])
     for config in tries:
         whole = {"student.loss.name": "cross_entropy", **arm.fixed, **config}
         for name in study_plan.fitting(whole):
-            assert OmegaConf.select(OmegaConf.create(known), name, default="?", throw_on_missing=False) != "?", name
+            assert OmegaConf.select(known, name, default="?", throw_on_missing=False) != "?", name
 
 
 def test_the_baseline_goes_on_around_its_best():

@@ -172,5 +172,5 @@ def test_jobs_of_a_sweep_that_have_not_finished_stay_out(chain, tmp_path):
     sweep = shutil.copytree(chain["sweep"], tmp_path / "sweep")
     (sweep / "1" / "run.json").unlink()
     log = run(tmp_path, "ensemble", *STUDENT, *SMALL, f"runs=[{sweep}]").stderr
-    assert "sweep/1 is not finished and stays out of the ensemble" in log
+    assert "sweep/1 is not finished and is left out of the ensemble" in log
     assert [member["run"] for member in outputs_in(tmp_path)[2]["members"]] == ["sweep/0"]

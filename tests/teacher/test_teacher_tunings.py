@@ -183,12 +183,12 @@ def test_the_saved_tokenizer_knows_its_slots_once(teacher, data, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("recommender/config.json", "lacks recommender/config.json; copy the folder"),
-        ("recommender/model.safetensors", "lacks recommender/model.safetensors; copy the folder"),
-        ("head.safetensors", "lacks head.safetensors; copy the folder"),
-        ("items.safetensors", "lacks items.safetensors; copy the folder"),
-        ("adapter/adapter_model.safetensors", "lacks adapter/adapter_model.safetensors; copy the folder"),
-        ("adapter/tokenizer_config.json", "lacks adapter/tokenizer_config.json; copy the folder"),
+        ("recommender/config.json", "lacks recommender/config.json"),
+        ("recommender/model.safetensors", "lacks recommender/model.safetensors"),
+        ("head.safetensors", "lacks head.safetensors"),
+        ("items.safetensors", "lacks items.safetensors"),
+        ("adapter/adapter_model.safetensors", "lacks adapter/adapter_model.safetensors"),
+        ("adapter/tokenizer_config.json", "lacks adapter/tokenizer_config.json"),
     ],
 )
 def test_a_teacher_that_lacks_a_part_is_refused_before_its_model_is_loaded(
