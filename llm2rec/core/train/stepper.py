@@ -307,8 +307,10 @@ class Stepper:
 
     def keep_frozen_groups(self) -> None:
         """Keep weights and optimizer state of the parameter groups that are frozen in this step."""
-        if self._frozen_states is not None:  # DeepSpeed has already updated all groups
-            self._frozen_states.restore()
+        if self.uses_deepspeed:  # it has already updated all groups, and keeps gradients in buffers of its own
+            if self._frozen_states is not None:
+                self._frozen_states.restore()
+            return
         for group in self._optimizer.param_groups:
             if group.get("name") in self._frozen:
                 for parameter in group["params"]:
