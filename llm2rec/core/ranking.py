@@ -157,8 +157,8 @@ def _norms(vectors: Tensor, what: str) -> Tensor:
     if not bool(fit.all()):
         row = int(fit.int().argmin())
         raise NonFiniteError(
-            f"the vector of {what} {row} has length {float(norms[row])}, expected below {_LONGEST:g}; check the "
-            "model before ranking."
+            f"the vector of {what} {row} has length {float(norms[row])}, expected a finite length below {_LONGEST:g}; "
+            "check the model before ranking."
         )
     return norms
 

@@ -24,11 +24,14 @@ ENCODERS = (
 NO_POSITIONS = "cannot do here .its forward pass takes no `position_ids`"
 NO_KEYS = "cannot do here .this model's cache has layers of type"
 # Per case: what its error for either objective says; a case that is not here works.
-NO_ITEM = {"t5": "'t5' cannot read texts", "xlnet": "`llm.prompt.max_tokens`|cannot read texts"}
+NO_ITEM = {
+    "t5": "needs a model that gives a hidden state for each token",
+    "xlnet": "leaves the gates of a token unknown",  # its only linear layers
+}
 NO_TITLE = {
     **dict.fromkeys(ENCODERS, "needs a model that writes text"),
     **dict.fromkeys(("bloom", "mamba", "mamba2"), NO_POSITIONS),
-    **dict.fromkeys(("lfm2", "qwen3_next", "falcon_h1"), NO_KEYS),
+    **dict.fromkeys(("lfm2", "qwen3_next", "falcon_h1"), "cannot do here"),
     **dict.fromkeys(("openai-gpt", "recurrent_gemma", "rwkv", "mpt", "falcon, alibi"), "cannot do here"),
     "gpt_neo, short window": "'gpt_neo' cannot do here .log-probabilities side by side differ",
     "modernbert-decoder": "layers of this model attend to 64",
