@@ -23,6 +23,8 @@ from llm2rec.student.datamodule import Rows
 @pytest.fixture
 def fresh_processes():
     """Forget the state that Accelerate keeps per process, so that each test opens its engines like a new launch."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()  # of tests elsewhere: processes that a test forks would take it over
     yield
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()

@@ -1,6 +1,7 @@
 """Run folders: the record of a run, its metrics and phases; and the folders of sweeps (DESIGN 4.2)."""
 
 import datetime
+import logging
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -148,23 +149,30 @@ class Run:
 
 def discard(folder: Path) -> None:
     """Remove the folder of a run that made nothing: what every run writes, and the folder if that was all."""
-    record = folder / "run.json"
+    record, logs = folder / "run.json", {"log.txt", *_open_logs(folder)}
     if record.is_file():
         with suppress(CheckpointError):
             if read_record(folder)["status"] == "finished":
                 return
         files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-        if not all(file in _OF_EVERY_RUN or file.startswith((".hydra", "tensorboard")) for file in files):
+        if not all(file in _OF_EVERY_RUN | logs or file.startswith((".hydra", "tensorboard")) for file in files):
             return
-        for name in _OF_EVERY_RUN - {"log.txt"}:
+        for name in _OF_EVERY_RUN - logs:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         with suppress(OSError):
             (folder / "metrics").rmdir()
     shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    (folder / "log.txt").unlink(missing_ok=True)
+    for name in logs:
+        (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # a folder that was there before keeps its other files
         folder.rmdir()
+
+
+def _open_logs(folder: Path) -> list[str]:
+    """Names of the log files in a folder that this process writes, such as that of ``hydra/job_logging=default``."""
+    files = [Path(each.baseFilename) for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
+    return [file.name for file in files if file.parent == folder.absolute()]
 
 
 def described(record: dict[str, Any]) -> str:
