@@ -315,8 +315,10 @@ def _check_hidden_states(base: PreTrainedModel, source: str) -> None:
     """Raise unless the model turns tokens, and nothing else, into a hidden state each."""
     problem = f"teacher.objective=item needs a model that gives a hidden state for each token, and {source!r} does not"
     remedy = "Use a decoder or an encoder, not a model that is both, such as `llm=llama2_7b` or `llm=minilm`."
-    device = base.get_input_embeddings().weight.device
-    ids = torch.arange(1, 5, device=device)[None]  # type: ignore[arg-type]
+    embeddings = base.get_input_embeddings()
+    device = cast(Tensor, embeddings.weight).device
+    n_tokens = getattr(embeddings, "num_embeddings", 5)  # a tiny vocabulary may have fewer than the ids below
+    ids = (torch.arange(1, 5, device=device) % n_tokens)[None]
     with readable(ConfigError, problem, remedy):
         states = base(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     if states.shape[:2] != ids.shape:
