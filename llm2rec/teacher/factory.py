@@ -29,6 +29,7 @@ from llm2rec.teacher.llm import (
     weights_hash,
     without_head,
 )
+from llm2rec.teacher.model_limits import check_hidden_states, check_positions, check_vocabulary
 from llm2rec.teacher.prompts import PromptBuilder
 from llm2rec.teacher.settings import LLMSettings, PromptSettings, TeacherSettings, TitleSettings
 from llm2rec.teacher.text_vectors import TitleVectors, read_titles, title_vectors
@@ -159,12 +160,12 @@ def build_teacher(
         prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
     with readable(ConfigError, problem, remedy):
         base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
-    _check_positions(base, llm.prompt)
-    _check_vocabulary(base, prompts, source)
+    check_positions(base, llm.prompt)
+    check_vocabulary(base, prompts.largest_token(), tokenizer, source)
     if isinstance(prompts, TitlePrompts):
         _check_side_by_side(base, prompts, llm.prompt)
     else:
-        _check_hidden_states(base, source)
+        check_hidden_states(base, source, "teacher.objective=item")
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
     with readable(ConfigError, f"a language model of type {base.config.model_type!r} cannot read texts", _OTHER_MODEL):
         items = _read_items(base, prompts, recipe, bias, device)
@@ -280,49 +281,6 @@ def _check_export(settings: TeacherSettings, data: RecData) -> None:
             f"for one row, since its history of up to {data.history_length} items is excluded; use at most {left}, or "
             "set `teacher.exclude_history=false`."
         )
-
-
-def _check_positions(base: PreTrainedModel, prompt: PromptSettings) -> None:
-    """Raise if prompts may be longer than the model's position table, whose look-up would fail in mid-run."""
-    config = base.config.get_text_config()
-    n_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
-    if n_positions is None or n_positions < 1:  # XLNet: -1 for any length
-        return
-    # RoBERTa and its relatives number positions from the padding token on, and the table holds the numbers before too.
-    tables = (each for name, each in base.named_modules() if name.endswith("position_embeddings"))
-    unused = max((each.padding_idx + 1 for each in tables if getattr(each, "padding_idx", None) is not None), default=0)
-    if prompt.max_tokens > n_positions - unused:
-        raise ConfigError(
-            f"`llm.prompt.max_tokens` is {prompt.max_tokens} but the model has {n_positions - unused} positions; use "
-            f"at most {n_positions - unused}."
-        )
-
-
-def _check_vocabulary(base: PreTrainedModel, prompts: PromptBuilder, source: str) -> None:
-    """Raise if a prompt has a token without a row in the embedding, whose look-up would crash in mid-run."""
-    n_rows = getattr(base.get_input_embeddings(), "num_embeddings", None)
-    if n_rows is not None and (largest := prompts.largest_token()) >= n_rows:
-        token = prompts.tokenizer.convert_ids_to_tokens(largest)
-        raise ConfigError(
-            f"the tokenizer of {source!r} gives token {largest} ({token!r}), but the model's embedding has {n_rows} "
-            "rows; they do not belong together. Fetch both from one source, or give the model the missing rows: "
-            "`model.resize_token_embeddings(len(tokenizer))`, then `model.save_pretrained`."
-        )
-
-
-@torch.no_grad()
-def _check_hidden_states(base: PreTrainedModel, source: str) -> None:
-    """Raise unless the model turns tokens, and nothing else, into a hidden state each."""
-    problem = f"teacher.objective=item needs a model that gives a hidden state for each token, and {source!r} does not"
-    remedy = "Use a decoder or an encoder, not a model that is both, such as `llm=llama2_7b` or `llm=minilm`."
-    embeddings = base.get_input_embeddings()
-    device = cast(Tensor, embeddings.weight).device
-    n_tokens = getattr(embeddings, "num_embeddings", 5)  # a tiny vocabulary may have fewer than the ids below
-    ids = (torch.arange(1, 5, device=device) % n_tokens)[None]
-    with readable(ConfigError, problem, remedy):
-        states = base(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    if states.shape[:2] != ids.shape:
-        raise ConfigError(f"{problem} (of {ids.shape[1]} tokens it gives {tuple(states.shape)}). {remedy}")
 
 
 def _check_side_by_side(base: PreTrainedModel, prompts: TitlePrompts, prompt: PromptSettings) -> None:

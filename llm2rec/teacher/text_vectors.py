@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llm2rec.core.logging import Progress
 from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.vectors import standardised
 from llm2rec.teacher.prompts import PromptBuilder, TokenBatch
 from llm2rec.teacher.title.prompts import TitlePrompts
 
-__all__ = ["TitleVectors", "pool", "read_texts", "read_titles", "title_vectors"]
+__all__ = ["TitleVectors", "pool", "pooled_states", "read_texts", "read_titles", "title_vectors"]
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
@@ -59,7 +60,7 @@ def title_vectors(
         Shape ``(N, d)``, float32, centred over the catalogue and of unit length, on the CPU.
     """
     counts = prompts.title_token_counts()
-    return standardised(_pooled(llm, counts, prompts.titles, pooling, device, batch_tokens, use_gates))
+    return standardised(pooled_states(llm, counts, prompts.titles, pooling, device, batch_tokens, use_gates))
 
 
 class TitleVectors(NamedTuple):
@@ -107,7 +108,7 @@ def read_texts(
         rows, width = torch.from_numpy(part), int(counts[part].max())
         return TokenBatch(tokens.input_ids[rows, :width], tokens.attention_mask[rows, :width])
 
-    return _pooled(encoder, counts, batch, pooling, device, batch_tokens)
+    return pooled_states(encoder, counts, batch, pooling, device, batch_tokens)
 
 
 def read_titles(encoder: nn.Module, prompts: TitlePrompts, pooling: str, device: torch.device) -> TitleVectors:
@@ -122,7 +123,7 @@ def read_titles(encoder: nn.Module, prompts: TitlePrompts, pooling: str, device:
 
 
 @torch.no_grad()
-def _pooled(
+def pooled_states(
     encoder: nn.Module,
     counts: NDArray[np.int64],
     batch: Callable[[NDArray[np.int64]], TokenBatch],
@@ -130,8 +131,23 @@ def _pooled(
     device: torch.device,
     batch_tokens: int,
     use_gates: Callable[[NDArray[np.int64]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Pooled states of M texts with ``counts`` tokens each, shape ``(M, d)``, on the CPU; ``batch`` gives some rows."""
+    """Pooled hidden states of texts.
+
+    Args:
+        encoder: Language model without language-model head, in evaluation mode.
+        counts: Tokens of each text, shape ``(M,)``, M at least 1.
+        batch: Tokens of some texts, given their numbers ``(B,)``.
+        pooling: ``last``, ``mean`` or ``cls``.
+        device: Device of the model.
+        batch_tokens: Tokens per forward pass, padding included.
+        use_gates: Holds the gates of some texts; unused without adapter.
+        progress: Counts the texts done; None shows nothing.
+
+    Returns:
+        Shape ``(M, d)``, float32, neither centred nor scaled, on the CPU.
+    """
     vectors: Tensor | None = None
     for rows in batches_by_cost(counts, batch_tokens):
         tokens = batch(rows).to(device)
@@ -140,5 +156,7 @@ def _pooled(
         pooled = pool(hidden, tokens.attention_mask, pooling).cpu()
         vectors = pooled.new_empty(len(counts), pooled.shape[1]) if vectors is None else vectors
         vectors[torch.from_numpy(rows)] = pooled
+        if progress is not None:
+            progress.advance(len(rows), tokens=int(counts[rows].sum()))
     assert vectors is not None, "there is at least one text"
     return vectors
