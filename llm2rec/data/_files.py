@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -12,9 +13,18 @@ from typing import IO, cast
 
 from llm2rec.core.errors import DataError
 
-__all__ = ["data_suffix", "digest_of_files", "existing_file", "numbered_lines", "shorten"]
+__all__ = ["data_suffix", "digest_of_files", "existing_file", "marked_encoding", "numbered_lines", "opened", "shorten"]
 
 _CHUNK_BYTES = 1 << 20
+
+# That of UTF-16 is the beginning of that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8"),
+)
 
 
 def shorten(text: object, limit: int = 120) -> str:
@@ -64,12 +74,30 @@ def digest_of_files(paths: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
+def opened(raw: IO[bytes]) -> IO[bytes]:
+    """Open the content of a binary file, which may be gzipped.
+
+    Compression is recognised by the content, not the name, since published files are often renamed.
+    """
+    buffered = io.BufferedReader(raw, _CHUNK_BYTES) if isinstance(raw, io.RawIOBase) else raw
+    is_gzip = buffered.read(2) == b"\x1f\x8b"
+    buffered.seek(0)
+    return cast(IO[bytes], gzip.open(buffered)) if is_gzip else buffered
+
+
+def marked_encoding(content: IO[bytes], encoding: str) -> str:
+    """Return the encoding that a byte-order mark at the start of a file names; without a mark the one given."""
+    start = content.read(4)
+    content.seek(0)
+    return next((named for mark, named in _MARKS if start.startswith(mark)), encoding)
+
+
 def numbered_lines(path: Path, encoding: str = "utf-8", remedy: str = "") -> Iterator[tuple[int, str]]:
     """Yield the non-blank lines of a text file, gzipped or plain, with their numbers from 1.
 
     Args:
         path: The file.
-        encoding: Of its text.
+        encoding: Of its text; a byte-order mark goes first.
         remedy: What to do if the text has another encoding; by default, to save it in this one.
 
     Raises:
@@ -84,17 +112,12 @@ def decoded_lines(
 ) -> Iterator[tuple[int, str]]:
     """Yield the non-blank lines of an open binary file with their numbers from 1; `path` is for messages.
 
-    Compression is recognised by the content, not the name, since published files are often renamed.
-
     Raises:
         DataError: If the content is not text in this encoding, or its compression is broken.
     """
-    buffered = io.BufferedReader(raw, _CHUNK_BYTES) if isinstance(raw, io.RawIOBase) else raw
-    is_gzip = buffered.read(2) == b"\x1f\x8b"
-    buffered.seek(0)
-    stream: IO[bytes] = cast(IO[bytes], gzip.open(buffered)) if is_gzip else buffered
-    number = 0
+    stream, number = opened(raw), 0
     try:
+        encoding = marked_encoding(stream, encoding)
         # Split on "\n" alone, in bytes: str.splitlines would also split at characters that titles may hold.
         for number, line in enumerate(_lines(stream, encoding), start=1):
             text = line.decode(encoding).rstrip("\r\n")

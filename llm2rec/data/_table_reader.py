@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
+import logging
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,17 +23,20 @@ import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
 from llm2rec.core.errors import DataError
-from llm2rec.data._files import data_suffix, numbered_lines, shorten
+from llm2rec.data._files import data_suffix, marked_encoding, numbered_lines, opened, shorten
 from llm2rec.data._spill import Spill
 
 __all__ = ["Column", "Table", "read_table"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHER_DELIMITERS = (",", ";", "\t", "|")
 _JSON_LINES = (".jsonl", ".ndjson")
 
 # The csv module's default limit of 128 KiB per field is too small for long descriptions.
 _FIELD_LIMIT_CHARS = 1 << 27
 _ROWS_PER_PART = 1 << 14
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,28 +106,65 @@ def read_table(path: Path, wanted: Mapping[str, Column], work: Path | None = Non
     )
 
 
-def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str]) -> None:
+def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str], hint: str = "") -> None:
     for column in wanted.values():
         if column.name not in there:
-            raise DataError(
-                f"{path}: there is no column `{column.name}`; the columns are {', '.join(there)}. Name the right one: "
-                f"dataset.{column.option}=COLUMN"
-            )
+            alike = next((each for each in there if _plain(each) == _plain(column.name)), None)
+            names = ", ".join(each if each == each.strip() != "" else repr(each) for each in there)
+            remedy = "Name the right one: " + _override(column.option, "COLUMN" if alike is None else alike)
+            if alike is not None and alike != alike.strip():
+                remedy += f", or remove the spaces around {alike!r} in the file"
+            raise DataError(f"{path}: there is no column `{column.name}`; the columns are {names}{hint}. {remedy}")
         if there.count(column.name) > 1:
             raise DataError(f"{path}: column `{column.name}` is there {there.count(column.name)} times; keep one.")
 
 
-def _read_delimited(path: Path, wanted: Mapping[str, Column], delimiter: str, spill: Spill, encoding: str) -> Table:
+def _plain(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _override(option: str, name: str) -> str:
+    """The override that names a column, quoted for a shell where that is needed."""
+    return f"dataset.{option}={name}" if re.fullmatch(r"\w+", name) else f"'dataset.{option}=\"{name}\"'"
+
+
+def _delimiter(path: Path, wanted: Mapping[str, Column], usual: str, encoding: str) -> str:
+    """Return the delimiter under which the first line holds most of the wanted columns, then most columns.
+
+    Args:
+        path: The file.
+        wanted: The columns.
+        usual: The delimiter of the file's suffix, which is preferred.
+        encoding: Of the text.
+    """
+    names = {column.name for column in wanted.values()}
+
+    def found(delimiter: str) -> tuple[int, int]:
+        try:
+            header = next(_rows(path, delimiter, encoding), (0, []))[1]
+        except DataError:  # raised again when the file is read
+            return 0, 0
+        return len(names.intersection(header)), len(header)
+
+    best = max((usual, *_OTHER_DELIMITERS), key=found)
+    if best != usual:
+        _log.info("%s: columns are separated by %r, not by %r", path, best, usual)
+    return best
+
+
+def _read_delimited(path: Path, wanted: Mapping[str, Column], usual: str, spill: Spill, encoding: str) -> Table:
     """Read with the csv module in its strict mode.
 
     Arrow reads several times faster, but after an unclosed quote it silently swallows the rows up to the next quote;
     and data is prepared only once.
     """
+    delimiter = _delimiter(path, wanted, usual, encoding)
     rows = _rows(path, delimiter, encoding)
     header = next(rows, (0, []))[1]
     if not header:
         raise DataError(f"{path} is empty; expected a first line with the column names.")
-    _require_columns(path, wanted, header)
+    hint = " (a separator must be a comma, a semicolon, a tab or |)" if len(header) == 1 else ""
+    _require_columns(path, wanted, header, hint)
     at = [header.index(column.name) for column in wanted.values()]
     empty = pa.table({ours: pa.array([], pa.large_string()) for ours in wanted})
     spill.append(empty)
@@ -161,16 +202,18 @@ def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list
     Raises:
         DataError: If quotes are wrong, the file is not text in this encoding, or its compression is broken.
     """
-    without_mark = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     csv.field_size_limit(_FIELD_LIMIT_CHARS)
     last = 0
     try:
-        with _opened(path) as raw, io.TextIOWrapper(raw, encoding=without_mark, newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
-            for fields in reader:
-                last = reader.line_num
-                if fields:
-                    yield last, fields
+        with path.open("rb") as raw, opened(raw) as content:
+            encoding = marked_encoding(content, encoding)
+            without_mark = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+            with io.TextIOWrapper(content, encoding=without_mark, newline="") as text:
+                reader = csv.reader(text, delimiter=delimiter, strict=True)
+                for fields in reader:
+                    last = reader.line_num
+                    if fields:
+                        yield last, fields
     except UnicodeDecodeError:
         # The text layer decodes whole blocks; reading line by line finds the bad line.
         for _ in _lines(path, encoding):
@@ -183,10 +226,6 @@ def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read after line {last} ({error}); fetch the file again.") from error
-
-
-def _opened(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:

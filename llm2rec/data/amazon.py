@@ -57,7 +57,8 @@ class AmazonReviews(DatasetSpec):
 
     Both files are JSON lines, gzipped or plain; the keys of the first row decide the layout. Timestamps are
     kept as published: seconds in 2014 and 2018, milliseconds in 2023. Titles have HTML entities decoded and white
-    space normalised. Repeated metadata rows are counted and the first title is kept.
+    space normalised. Repeated metadata rows are counted and the first title is kept. A product without metadata
+    follows `missing_title`, unless `missing_items` is `drop`.
 
     Attributes:
         reviews: Path of the reviews.
@@ -96,8 +97,8 @@ class AmazonReviews(DatasetSpec):
                 f"{metadata} names none of the {len(reviewed)} products reviewed in {reviews} (the first is "
                 f"{next(iter(reviewed))!r}); give the metadata of the same category and year: dataset.metadata=FILE"
             )
-        untitled = [item for item in reviewed if item not in titles]
-        titles.update(dict.fromkeys(untitled, ""))
+        if self.missing_items == "error":  # products without metadata are products without a title
+            titles |= {item: "" for item in reviewed if item not in titles}
         items = pd.DataFrame(
             {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}
         )

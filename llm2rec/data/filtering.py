@@ -6,6 +6,7 @@ counts, and duplicates and order are found user by user.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from llm2rec.data.spec import DatasetSpec, RawParts
 __all__ = ["Sequences", "check_titles", "filter_and_number"]
 
 _SHOWN = 5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class Sequences:
 def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences:
     """Apply the filters of `spec` and number the remaining users and items.
 
-    The order is: titles, rating threshold, exact duplicates (same user, item and timestamp; the first stays),
-    then k-core and short users together until neither removes anything. Interactions are sorted by user, time
-    and original row, so that equal timestamps keep the order of the source. Items without interactions are
-    left out of the catalogue.
+    The order is: items that the item table lacks, titles, rating threshold, exact duplicates (same user, item and
+    timestamp; the first stays), then k-core and short users together until neither removes anything. Interactions are
+    sorted by user, time and original row, so that equal timestamps keep the order of the source. Items without
+    interactions are left out of the catalogue.
 
     Args:
         raw: Tables as the source yields them.
@@ -124,6 +127,8 @@ class _Numbering:
         self.of_users, self.raw_of_users = np.zeros((2, 1024), np.int64)
         self.counts = {**raw.notes, "raw_interactions": 0, "rows_without_title": 0}
         self.counts["items_without_title"] = int((~self._has_title).sum())
+        if spec.missing_items == "drop":
+            self.counts["rows_with_missing_items"] = self.counts["missing_items"] = 0
         if spec.min_rating is not None:
             self.counts["rows_below_min_rating"] = 0
 
@@ -131,7 +136,7 @@ class _Numbering:
         """Yield the remaining interactions, part by part.
 
         Raises:
-            DataError: At the end, if interactions name unknown items.
+            DataError: At the end, if interactions name unknown items and these are not to be dropped.
         """
         for part in self._raw.interactions():
             self.counts["raw_interactions"] += len(part)
@@ -146,11 +151,13 @@ class _Numbering:
             rows["user"], rows["item"], rows["time"] = user[keep], item[keep], part["timestamp"].to_numpy()[keep]
             self._count(user, rows["user"])
             yield rows
-        self._check_unknown()
+        self._settle_unknown()
 
     def _kept(self, part: pd.DataFrame, item: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        keep = self._has_title[item]
-        self.counts["rows_without_title"] += int((~keep).sum())
+        known = item >= 0
+        keep = known.copy()
+        keep[known] = self._has_title[item[known]]
+        self.counts["rows_without_title"] += int((known & ~keep).sum())
         if self._spec.min_rating is not None:
             rated = _ratings(part) >= self._spec.min_rating
             self.counts["rows_below_min_rating"] += int((keep & ~rated).sum())
@@ -178,14 +185,22 @@ class _Numbering:
         ids[:] = list(self._users)
         return ids
 
-    def _check_unknown(self) -> None:
-        if self._unknown:
-            named = ", ".join(shorten(each) for each in list(self._unknown)[:_SHOWN])
+    def _settle_unknown(self) -> None:
+        if not self._unknown:
+            return
+        named = ", ".join(shorten(each) for each in list(self._unknown)[:_SHOWN])
+        found = (
+            f"{self._n_unknown} interactions name {len(self._unknown)} items that are not among the "
+            f"{len(self._items)} items ({named}{', ...' * (len(self._unknown) > _SHOWN)})"
+        )
+        if self._spec.missing_items == "error":
             raise DataError(
-                f"{self._n_unknown} interactions name {len(self._unknown)} items that are not among the "
-                f"{len(self._items)} items ({named}{', ...' * (len(self._unknown) > _SHOWN)}). Add these items with "
-                "their titles, or remove the interactions; ids are compared as text, so '7' and '007' differ."
+                f"{found}. Add these items with their titles, or leave these interactions out with "
+                "dataset.missing_items=drop; ids are compared as text, so '7' and '007' differ."
             )
+        _log.warning("%s; dropped", found)
+        self.counts["rows_with_missing_items"] = self._n_unknown
+        self.counts["missing_items"] = len(self._unknown)
 
 
 def _check_times(buckets: Buckets, raw_of_users: npt.NDArray[np.int64], spec: DatasetSpec) -> None:
@@ -327,6 +342,7 @@ def _nothing_left(spec: DatasetSpec, counts: dict[str, int]) -> str:
     lost = ", ".join(
         f"{counts[key]:,} {what}"
         for key, what in (
+            ("rows_with_missing_items", "with items that are not in the item table"),
             ("rows_without_title", "without a title"),
             ("rows_below_min_rating", f"rated below {spec.min_rating}"),
             ("duplicate_rows", "exact duplicates"),

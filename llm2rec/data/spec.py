@@ -14,16 +14,18 @@ import pandas as pd
 from llm2rec.core.errors import ConfigError, Ignored
 from llm2rec.data._files import digest_of_files
 
-__all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "path_field"]
+__all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "new_field", "path_field", "side_field"]
 
 MISSING = "???"
 """OmegaConf's mark of a required value that is missing."""
 
 SPLITS = ("leave_one_out", "global_time")
 MISSING_TITLE_POLICIES = ("error", "drop", "id")
+MISSING_ITEM_POLICIES = ("error", "drop")
 
 _IS_PATH = "is_path"
 _NOT_CONTENT = "not_content"
+_NEW = "new"
 
 SpecT = TypeVar("SpecT", bound="DatasetSpec")
 
@@ -36,6 +38,14 @@ def path_field(default: str | None = MISSING) -> Any:
 def side_field(default: Any) -> Any:
     """Declare a field that cannot change the result: not part of `settings`."""
     return field(default=default, metadata={_NOT_CONTENT: True})
+
+
+def new_field(default: Any) -> Any:
+    """Declare a field that is part of `settings` only where it differs from its default.
+
+    Fingerprints of datasets that were prepared before the field existed stay as they were.
+    """
+    return field(default=default, metadata={_NEW: True})
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class DatasetSpec:
         min_interactions: Users with fewer interactions after the filters are counted and left out.
         missing_title: An item without a title is an `error`, is dropped with its interactions (`drop`), or is
             titled with its own id (`id`).
+        missing_items: Interactions with items that the source's item table lacks are an `error`, or are dropped,
+            counted and logged (`drop`).
         history_length: The most recent interactions an example's history holds, L.
         split: `leave_one_out` (each user's last interaction tests, the one before validates) or `global_time`
             (everybody's latest interactions test).
@@ -107,6 +119,7 @@ class DatasetSpec:
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     num_proc: int = side_field(1)
+    missing_items: str = new_field("error")
 
     IGNORED: ClassVar[tuple[Ignored, ...]] = (
         Ignored(("validation_fraction", "test_fraction"), "split", ("leave_one_out",)),
@@ -133,6 +146,9 @@ class DatasetSpec:
         if self.missing_title not in MISSING_TITLE_POLICIES:
             allowed = ", ".join(MISSING_TITLE_POLICIES)
             problems.append(f"`missing_title` must be one of {allowed}, got {self.missing_title!r}")
+        if self.missing_items not in MISSING_ITEM_POLICIES:
+            allowed = ", ".join(MISSING_ITEM_POLICIES)
+            problems.append(f"`missing_items` must be one of {allowed}, got {self.missing_items!r}")
         # Leave-one-out needs a history, a validation target and a test target; one target and a history do otherwise.
         lowest_length = 3 if self.split == "leave_one_out" else 2
         for key, lowest in (
@@ -170,7 +186,9 @@ class DatasetSpec:
         own = {
             each.name: getattr(self, each.name)
             for each in dataclasses.fields(self)
-            if not each.metadata.get(_NOT_CONTENT) and each.name != "_target_"
+            if not each.metadata.get(_NOT_CONTENT)
+            and each.name != "_target_"
+            and not (each.metadata.get(_NEW) and getattr(self, each.name) == each.default)
         }
         return {"source": type(self).__name__, **own}
 

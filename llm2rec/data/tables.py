@@ -26,7 +26,8 @@ class CsvTables(DatasetSpec):
     The suffix decides the format: `.csv`, `.tsv`, `.parquet`, `.jsonl` (or `.ndjson`); all but parquet may end
     in `.gz`. Ids are text and kept exactly (`007` stays `007`). Timestamps are integers of any unit, decimal
     numbers (taken as seconds and kept to the microsecond) or ISO 8601 dates (kept to the microsecond; without a
-    zone they are UTC). Titles have their white space normalised.
+    zone they are UTC). Titles have their white space normalised. Columns of `.csv` and `.tsv` may be separated by
+    commas, semicolons, tabs or `|`, whichever gives the first line the columns that are asked for.
 
     Attributes:
         interactions: Path of the interactions.
@@ -37,7 +38,8 @@ class CsvTables(DatasetSpec):
         rating_column: Column of the interactions that holds the rating; None where there are none.
         item_id_column: Column of the items that holds the item id.
         title_column: Column of the items that holds the title.
-        encoding: Of both files' text, by a name that Python knows (``cp1252``, ``shift_jis``, ``utf-16``).
+        encoding: Of both files' text, by a name that Python knows (``cp1252``, ``shift_jis``, ``utf-16``). A
+            byte-order mark of UTF-8, UTF-16 or UTF-32 at the start of a file goes first.
     """
 
     _target_: str = "llm2rec.data.tables.CsvTables"

@@ -34,8 +34,12 @@ def filter_and_number(raw, spec):
     user_ids = np.asarray(distinct_users, dtype=object)
     timestamp = raw.interactions["timestamp"].to_numpy(dtype=np.int64)
 
-    keep = (titles != "")[item]
-    counts["rows_without_title"] = int((~keep).sum())
+    known = item >= 0
+    if spec.missing_items == "drop":
+        counts["rows_with_missing_items"] = int((~known).sum())
+        counts["missing_items"] = raw.interactions["item_id"][~known].nunique()
+    keep = known & np.append(titles != "", False)[item]
+    counts["rows_without_title"] = int((known & ~keep).sum())
     counts["items_without_title"] = int((titles == "").sum())
     if spec.min_rating is not None:
         rated = raw.interactions["rating"].to_numpy() >= spec.min_rating

@@ -67,6 +67,13 @@ def test_reviewed_product_without_title_follows_the_policy(tmp_path, lost):
     assert without in prepare(AmazonReviews(**paths, missing_title="id"), tmp_path).titles
 
 
+def test_reviewed_product_without_metadata_is_dropped_on_request(tmp_path):
+    paths = write(tmp_path, 2018, titles=["One", "", *TITLES[2:4]])
+    data = prepare(AmazonReviews(**paths, missing_items="drop", missing_title="id"), tmp_path)
+    assert data.titles == ["One", "B002", "Three", "Four"]
+    assert data.statistics["removed"]["rows_with_missing_items"] == 3
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -35,7 +35,8 @@ class InParts(DatasetSpec):
     def read_parts(self, work=None):
         frame = pd.DataFrame(self.rows, columns=["user_id", "item_id", "timestamp", "rating"])
         frame = frame.astype({"user_id": "str", "item_id": "str", "timestamp": "int64", "rating": "float64"})
-        ids = pd.Series(sorted(set(frame.item_id)), dtype="str")
+        lacking = {"i6"} if self.missing_items == "drop" else set()
+        ids = pd.Series(sorted(set(frame.item_id) - lacking), dtype="str")
         titles = ids.where(ids != "i0", "")
         parts = [frame[start : start + self.part] for start in range(0, max(1, len(frame)), self.part)]
         return RawParts(lambda: iter(parts), pd.DataFrame({"item_id": ids, "title": titles}), {"seen": 3})
@@ -74,11 +75,15 @@ visits = st.lists(
 
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(rows=visits, part=st.integers(1, 40), k_core=st.integers(0, 4), length=st.integers(1, 4), rated=st.booleans())
+@given(
+    rows=visits, part=st.integers(1, 40), k_core=st.integers(0, 4), length=st.integers(1, 4), switches=st.integers(0, 3)
+)
 def test_any_interactions_give_what_the_plain_way_gives(
-    small_buckets, tmp_path_factory, split, rows, part, k_core, length, rated
+    small_buckets, tmp_path_factory, split, rows, part, k_core, length, switches
 ):
+    rated, missing_items = bool(switches & 1), "drop" if switches & 2 else "error"
     spec = InParts(rows=rows, part=part, split=split, k_core=k_core, history_length=length, missing_title="drop")
+    spec.missing_items = missing_items
     spec.min_rating = 3 if rated else None
     spec.validation_fraction = spec.test_fraction = 0.25
     check_equal(spec, tmp_path_factory.mktemp("processed"))

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import logging
+import re
+import shlex
 
 import pandas as pd
 import pytest
 from data_files import csv_pair
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llm2rec.core.errors import ConfigError, DataError
 from llm2rec.data import CsvTables, prepare
@@ -129,6 +133,72 @@ def test_missing_file_folder_and_unknown_format_are_refused(tmp_path):
         CsvTables(interactions=paths["interactions"], items=str(tmp_path / "items.xlsx")).read()
 
 
+@pytest.mark.parametrize(("suffix", "usual"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_another_separator_is_recognised_by_the_columns(tmp_path, caplog, suffix, usual, separator):
+    caplog.set_level(logging.INFO, "llm2rec.data")
+    paths = {}
+    for name, rows, columns in (
+        ("interactions", ROWS, ["user_id", "item_id", "timestamp"]),
+        ("items", ITEMS, ["item_id", "title"]),
+    ):
+        paths[name] = str(tmp_path / f"{name}{suffix}")
+        frame = pd.DataFrame(rows, columns=columns).assign(**{"note, or ; like this": "a"})
+        frame.to_csv(paths[name], index=False, sep=separator, quoting=1)
+    raw = CsvTables(**paths).read()
+    assert list(raw.interactions.itertuples(index=False, name=None)) == ROWS
+    assert raw.items.item_id.tolist() == [item for item, _ in ITEMS]
+    assert (f"columns are separated by {separator!r}, not by {usual!r}" in caplog.text) == (separator != usual)
+    with pytest.raises(DataError, match=r"no column `who`; the columns are user_id, item_id"):
+        CsvTables(**paths, user_column="who").read()
+
+
+def test_a_separator_that_is_not_known_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id::item_id::timestamp\nu::i::1\n")
+    with pytest.raises(DataError, match=r"are user_id::item_id::timestamp \(a separator must be a comma, a semicolon"):
+        CsvTables(interactions=str(tmp_path / "a.csv"), items=csv_pair(tmp_path)["items"]).read()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl.gz"])
+@pytest.mark.parametrize("given", ["utf-8", "cp1252"])
+def test_a_byte_order_mark_goes_before_the_option(tmp_path, encoding, suffix, given):
+    items, visits = "item_id,title\ni1,Pok\u00e9mon \u4eba\n", "user_id,item_id,timestamp\nu,i1,1\n"
+    if "jsonl" in suffix:
+        items = '{"item_id": "i1", "title": "Pok\u00e9mon \u4eba"}\n'
+        visits = '{"user_id": "u", "item_id": "i1", "timestamp": 1}\n'
+    paths = {}
+    for name, text in (("items", items), ("interactions", visits)):
+        content = ("\ufeff" + text).encode(encoding)
+        paths[name] = str(tmp_path / f"{name}{suffix}")
+        (tmp_path / f"{name}{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    raw = CsvTables(**paths, encoding=given).read()
+    assert raw.items.title.tolist() == ["Pok\u00e9mon \u4eba"]
+    assert raw.interactions.values.tolist() == [["u", "i1", 1]]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", [" title", "Title", " Title\xa0(en)"])
+def test_a_column_name_with_spaces_or_capitals_is_quoted_with_the_fix(tmp_path, suffix, name):
+    frame = pd.DataFrame({"item_id": [f"i{n}" for n in range(1, 6)], name: "One"})
+    path = tmp_path / f"items{suffix}"
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        frame.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    paths = {"interactions": csv_pair(tmp_path / "raw")["interactions"], "items": str(path)}
+    wanted = "title\xa0(EN) " if "en" in name else "title"
+    shown = re.escape(repr(name)) if name != "Title" else "Title"
+    with pytest.raises(DataError, match=rf"no column `.*`; the columns are item_id, {shown}\.") as refused:
+        CsvTables(**paths, title_column=wanted).read()
+    fix = str(refused.value).split("Name the right one: ")[1].split(", or remove the spaces")[0]
+    override = OverridesParser.create().parse_override(shlex.split(fix)[0])
+    assert override.key_or_group == "dataset.title_column"
+    assert CsvTables(**paths, title_column=override.value()).read().items.title.tolist() == ["One"] * 5
+
+
 @pytest.mark.parametrize("content", ["", "\n\n"])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_empty_file_is_refused(tmp_path, content, suffix):
@@ -184,9 +254,30 @@ def test_item_without_title_is_an_error_dropped_or_named_by_its_id(tmp_path):
     assert prepare(CsvTables(**paths, missing_title="id"), tmp_path).titles == ["One", "i2", "Three", "Four", "Five"]
 
 
+def test_interactions_with_items_that_the_table_lacks_are_dropped_on_request(tmp_path, caplog):
+    rows = [f"{user},{item},{time}" for user in "abc" for time, item in enumerate(("i1", "x", "i3", "i4", "i5", "y"))]
+    data = prepare(CsvTables(**csv_pair(tmp_path, rows), missing_items="drop"), tmp_path / "processed")
+    assert data.items["raw_id"][:] == ["i1", "i3", "i4", "i5"]
+    assert data.sequences["items"][:] == [[0, 1, 2, 3]] * 3
+    removed = data.statistics["removed"]
+    assert (removed["rows_with_missing_items"], removed["missing_items"], removed["rows_without_title"]) == (6, 2, 0)
+    assert "6 interactions name 2 items that are not among the 5 items ('x', 'y'); dropped" in caplog.text
+    with pytest.raises(DataError, match=r"left of 2 \(2 with items that are not in the item table\)"):
+        prepare(CsvTables(**csv_pair(tmp_path, ["a,x,1", "a,y,2"]), missing_items="drop"), tmp_path / "processed")
+
+
+def test_an_option_at_its_default_leaves_the_settings_as_they_were(tmp_path):
+    paths = csv_pair(tmp_path)
+    assert "missing_items" not in CsvTables(**paths).settings()
+    assert CsvTables(**paths, missing_items="drop").settings()["missing_items"] == "drop"
+    with pytest.raises(ConfigError, match="`missing_items` must be one of error, drop, got 'skip'"):
+        CsvTables(**paths, missing_items="skip")
+
+
 def test_interaction_with_an_unknown_item_names_it_and_how_many(tmp_path):
     rows = ["a,i1,1", "a,07,2", "a,i2,3", "b,07,1", "b,x,2"]
-    with pytest.raises(DataError, match=r"3 interactions name 2 items that are not among the 5 items \('07', 'x'\)"):
+    message = r"3 interactions name 2 items that are not among the 5 items \('07', 'x'\).* dataset\.missing_items=drop"
+    with pytest.raises(DataError, match=message):
         prepare(CsvTables(**csv_pair(tmp_path, interactions=rows)), tmp_path / "processed")
 
 
