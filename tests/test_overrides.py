@@ -84,6 +84,7 @@ def test_numbers_stay_numbers_and_null_stays_null():
         (["llm.path=folder"], "llm.path"),
         (["llm.trust_remote_code=true"], "llm.trust_remote_code"),
         (["dataset.test_fraction=0.2"], "dataset.test_fraction"),
+        (["dataset.ties=item", "dataset.ties_seed=1"], "dataset.ties_seed"),
         (["metrics.candidates_seed=1"], "metrics.candidates_seed"),
         (["active=random", "active.budget=0.5", "active.over_epochs=3"], "active.over_epochs"),
         (["student.loss.dros.beta=2"], "student.loss.dros.beta"),

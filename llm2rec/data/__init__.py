@@ -6,7 +6,7 @@ from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
 from llm2rec.data.recdata import RecData, load
 from llm2rec.data.spec import DatasetSpec, RawData
-from llm2rec.data.summary import doubts, format_statistics
+from llm2rec.data.summary import doubts, format_statistics, tie_doubt
 from llm2rec.data.tables import CsvTables
 from llm2rec.data.toy import Toy
 
@@ -24,6 +24,7 @@ __all__ = [
     "format_statistics",
     "load",
     "prepare",
+    "tie_doubt",
     "title_agreement",
 ]
 

@@ -4,7 +4,7 @@ import logging
 
 from llm2rec.config import Config
 from llm2rec.core.run import Run
-from llm2rec.data import doubts, format_statistics, title_agreement
+from llm2rec.data import doubts, format_statistics, tie_doubt, title_agreement
 from llm2rec.stage import open_data, stage
 
 logger = logging.getLogger("llm2rec.data")
@@ -16,7 +16,7 @@ def main(cfg: Config, run: Run) -> None:
     data = open_data(cfg, run)
     run.write_metrics("statistics", data.statistics)
     logger.info("%s\n%s", data.folder, format_statistics(data.statistics))
-    for doubt in [*doubts(data.statistics), title_agreement(data).doubt()]:
+    for doubt in [*doubts(data.statistics), tie_doubt(data), title_agreement(data).doubt()]:
         if doubt is not None:
             logger.info("note: %s", doubt)
 

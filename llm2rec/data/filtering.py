@@ -18,6 +18,7 @@ import pandas as pd
 from llm2rec.core.errors import ConfigError, DataError
 from llm2rec.data._buckets import ROW, Buckets, Rows, partitioned
 from llm2rec.data._files import shorten
+from llm2rec.data._ties import TieKey, tie_key
 from llm2rec.data.spec import DatasetSpec, RawParts
 
 __all__ = ["Sequences", "check_titles", "filter_and_number"]
@@ -58,8 +59,8 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
 
     The order is: items that the item table lacks, titles, rating threshold, exact duplicates (same user, item and
     timestamp; the first stays), then k-core and short users together until neither removes anything. Interactions are
-    sorted by user, time and original row, so that equal timestamps keep the order of the source. Items without
-    interactions are left out of the catalogue.
+    sorted by user, time, the key of `spec.ties` and original row, so that equal timestamps keep the order of the source
+    where there is no such key. Items without interactions are left out of the catalogue.
 
     Args:
         raw: Tables as the source yields them.
@@ -94,10 +95,11 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
     counts["items_dropped"] = int((~kept_items).sum())
     if not kept_users.any():
         raise DataError(_nothing_left(spec, counts))
-    _finish(buckets, kept_users, kept_items)
+    item_ids = raw.items["item_id"].to_numpy(dtype=object)
+    _finish(buckets, kept_users, kept_items, tie_key(spec, user_ids, item_ids))
     return Sequences(
         user_ids=user_ids[kept_users],
-        item_ids=raw.items["item_id"].to_numpy(dtype=object)[kept_items],
+        item_ids=item_ids[kept_items],
         titles=titles[kept_items],
         lengths=of_users[kept_users],
         buckets=buckets,
@@ -233,14 +235,19 @@ def _n_rows(buckets: Buckets) -> int:
     return sum(file.stat().st_size for file in buckets.files) // ROW.itemsize
 
 
-def _finish(buckets: Buckets, kept_users: npt.NDArray[np.bool_], kept_items: npt.NDArray[np.bool_]) -> None:
+def _finish(
+    buckets: Buckets,
+    kept_users: npt.NDArray[np.bool_],
+    kept_items: npt.NDArray[np.bool_],
+    key: TieKey,
+) -> None:
     """Drop removed users and items from the buckets, renumber and sort."""
     user_number, item_number = np.cumsum(kept_users) - 1, np.cumsum(kept_items) - 1
 
     def finished(rows: Rows) -> Rows:
         rows = rows[kept_users[rows["user"]] & kept_items[rows["item"]]]
-        # Stable: equal users and timestamps stay in the order of the source.
-        rows = rows[np.lexsort((rows["time"], rows["user"]))]
+        # Stable: equal keys stay in the order of the source.
+        rows = rows[np.lexsort((key(rows), rows["time"], rows["user"]))]
         rows["user"], rows["item"] = user_number[rows["user"]], item_number[rows["item"]]
         return rows
 

@@ -22,6 +22,7 @@ MISSING = "???"
 SPLITS = ("leave_one_out", "global_time")
 MISSING_TITLE_POLICIES = ("error", "drop", "id")
 MISSING_ITEM_POLICIES = ("error", "drop")
+TIES = ("source", "item", "shuffle")
 
 _IS_PATH = "is_path"
 _NOT_CONTENT = "not_content"
@@ -97,6 +98,9 @@ class DatasetSpec:
             titled with its own id (`id`).
         missing_items: Interactions with items that the source's item table lacks are an `error`, or are dropped,
             counted and logged (`drop`).
+        ties: The order of a user's interactions with equal timestamps: that of the `source`, ascending item ids as
+            text (`item`), or a seeded `shuffle` of each user's ties.
+        ties_seed: Seed of that shuffle.
         history_length: The most recent interactions an example's history holds, L.
         split: `leave_one_out` (each user's last interaction tests, the one before validates) or `global_time`
             (everybody's latest interactions test).
@@ -120,9 +124,12 @@ class DatasetSpec:
     test_fraction: float = 0.1
     num_proc: int = side_field(1)
     missing_items: str = new_field("error")
+    ties: str = new_field("source")
+    ties_seed: int = new_field(0)
 
     IGNORED: ClassVar[tuple[Ignored, ...]] = (
         Ignored(("validation_fraction", "test_fraction"), "split", ("leave_one_out",)),
+        Ignored(("ties_seed",), "ties", ("source", "item")),
     )
 
     def __post_init__(self) -> None:
@@ -143,12 +150,13 @@ class DatasetSpec:
             problems.append("`domain` is blank: give the word for one item, such as 'movie'")
         if self.split not in SPLITS:
             problems.append(f"`split` must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        if self.missing_title not in MISSING_TITLE_POLICIES:
-            allowed = ", ".join(MISSING_TITLE_POLICIES)
-            problems.append(f"`missing_title` must be one of {allowed}, got {self.missing_title!r}")
-        if self.missing_items not in MISSING_ITEM_POLICIES:
-            allowed = ", ".join(MISSING_ITEM_POLICIES)
-            problems.append(f"`missing_items` must be one of {allowed}, got {self.missing_items!r}")
+        for key, allowed in (
+            ("missing_title", MISSING_TITLE_POLICIES),
+            ("missing_items", MISSING_ITEM_POLICIES),
+            ("ties", TIES),
+        ):
+            if getattr(self, key) not in allowed:
+                problems.append(f"`{key}` must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
         # Leave-one-out needs a history, a validation target and a test target; one target and a history do otherwise.
         lowest_length = 3 if self.split == "leave_one_out" else 2
         for key, lowest in (

@@ -9,13 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llm2rec.data.columns import column_numbers
 from llm2rec.data.filtering import Sequences
+from llm2rec.data.recdata import RecData
 from llm2rec.data.splitting import SPLIT_NAMES
 
-__all__ = ["SplitCounts", "compute_statistics", "doubts", "format_statistics"]
+__all__ = ["SplitCounts", "compute_statistics", "doubts", "format_statistics", "tie_doubt"]
 
 _SHORT = 5  # interactions of the median user, below which order carries little information
 _COLD = 0.01  # share of test targets
+_TIED = 0.01  # share of users
 _ROUGH = 0.02  # half the width of the 95 % interval of an HR@10 of .1, a fifth of it
 
 
@@ -137,6 +140,24 @@ def doubts(statistics: Mapping[str, Any]) -> list[str]:
             "within noise"
         )
     return found
+
+
+def tie_doubt(data: RecData) -> str | None:
+    """A warning if many users have their validation and test targets at one time; None if few have."""
+    settings = data.manifest["settings"]
+    if settings["split"] != "leave_one_out":
+        return None
+    every = np.arange(len(data.sequences))
+    validation, test = (column_numbers(data.splits[name], "timestamp")[every] for name in SPLIT_NAMES[1:])
+    share = float((validation == test).mean())
+    if share <= _TIED:
+        return None
+    decides = {"item": "their item ids decide", "shuffle": "a seeded shuffle decides"}
+    return (
+        f"{share:.0%} of the users have their validation and test items at the same time: "
+        f"{decides.get(settings.get('ties', 'source'), 'the order of the file decides')} which is which "
+        "(`dataset.ties`)"
+    )
 
 
 def _summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:

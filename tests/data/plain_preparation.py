@@ -52,8 +52,15 @@ def filter_and_number(raw, spec):
     rows = _dense_enough(rows, user, item, spec, counts)
     counts["users_dropped"] = len(user_ids) - len(np.unique(user[rows]))
     counts["items_dropped"] = len(titles) - len(np.unique(item[rows]))
-    # Stable: equal users and timestamps stay in the order of the source.
-    rows = rows[np.lexsort((timestamp[rows], user[rows]))]
+    item_ids = raw.interactions["item_id"].tolist()
+
+    def place(row):
+        of_tie = {"source": row, "item": item_ids[row]}
+        if spec.ties == "shuffle":
+            of_tie["shuffle"] = _hash(f"{spec.ties_seed}\t{user_ids[user[row]]}\t{item_ids[row]}")
+        return user[row], timestamp[row], of_tie[spec.ties]
+
+    rows = np.array(sorted(rows.tolist(), key=place), dtype=np.int64)
     kept_users, lengths = np.unique(user[rows], return_counts=True)
     kept_items, numbered = np.unique(item[rows], return_inverse=True)
     return Sequences(
@@ -65,6 +72,10 @@ def filter_and_number(raw, spec):
         timestamps=timestamp[rows],
         counts=counts,
     )
+
+
+def _hash(text):
+    return hashlib.md5(text.encode()).hexdigest()[:16]
 
 
 def _dense_enough(rows, user, item, spec, counts):

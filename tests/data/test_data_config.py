@@ -91,6 +91,7 @@ def test_problems_are_named_together():
         ({"name": "a/b"}, "`name` must be"),
         ({"min_interactions": 2}, "`min_interactions` must be at least 3"),
         ({"missing_title": "guess"}, "`missing_title` must be one of error, drop, id"),
+        ({"ties": "random"}, "`ties` must be one of source, item, shuffle, got 'random'"),
         ({"split": "global_time", "test_fraction": 1.0}, "sum to less than 1"),
         ({"domain": " "}, "`domain` is blank"),
         ({"n_items": 7}, "`n_items` must be a multiple"),

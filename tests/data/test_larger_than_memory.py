@@ -76,14 +76,19 @@ visits = st.lists(
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
-    rows=visits, part=st.integers(1, 40), k_core=st.integers(0, 4), length=st.integers(1, 4), switches=st.integers(0, 3)
+    rows=visits,
+    part=st.integers(1, 40),
+    k_core=st.integers(0, 4),
+    length=st.integers(1, 4),
+    switches=st.integers(0, 11),
 )
 def test_any_interactions_give_what_the_plain_way_gives(
     small_buckets, tmp_path_factory, split, rows, part, k_core, length, switches
 ):
     rated, missing_items = bool(switches & 1), "drop" if switches & 2 else "error"
+    ties, ties_seed = ("source", "item", "shuffle")[switches // 4], part
     spec = InParts(rows=rows, part=part, split=split, k_core=k_core, history_length=length, missing_title="drop")
-    spec.missing_items = missing_items
+    spec.missing_items, spec.ties, spec.ties_seed = missing_items, ties, ties_seed
     spec.min_rating = 3 if rated else None
     spec.validation_fraction = spec.test_fraction = 0.25
     check_equal(spec, tmp_path_factory.mktemp("processed"))

@@ -20,7 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm2rec.core.errors import ConfigError, DataError
-from llm2rec.data import CsvTables, MovieLens100K, RawData, RecData, Toy, doubts, format_statistics, load, prepare
+from llm2rec.data import (
+    CsvTables,
+    MovieLens100K,
+    RawData,
+    RecData,
+    Toy,
+    doubts,
+    format_statistics,
+    load,
+    prepare,
+    tie_doubt,
+)
 from llm2rec.data.filtering import check_titles
 from llm2rec.data.spec import DatasetSpec
 
@@ -127,6 +138,41 @@ def test_global_time_takes_few_times_that_are_no_positions(tmp_path, change):
 def test_equal_times_keep_the_order_of_the_source(tmp_path):
     data = prepare(InMemory(rows=[("a", item, 7) for item in "dbca"]), tmp_path)
     assert sequences_of(data) == {"a": [3, 1, 2, 0]}
+
+
+TIED = [(user, item, 7 + (item == "e")) for user in ("ann", "bob", "cy", "dan") for item in "dbcae"]
+
+
+def test_equal_times_ascend_by_item_id(tmp_path):
+    data = prepare(InMemory(rows=TIED, ties="item"), tmp_path)
+    assert list(sequences_of(data).values()) == [[0, 1, 2, 3, 4]] * 4
+    assert data.manifest["settings"]["ties"] == "item"
+
+
+def test_equal_times_are_shuffled_whatever_the_order_of_the_file(tmp_path):
+    shuffled = [sequences_of(prepare(InMemory(rows=TIED, ties="shuffle", ties_seed=n), tmp_path)) for n in range(3)]
+    again = sequences_of(prepare(InMemory(rows=sorted(TIED), ties="shuffle"), tmp_path))
+    assert again == shuffled[0]
+    orders = {tuple(each) for seed in shuffled for each in seed.values()}
+    assert len(orders) > 6  # of 24, drawn 12 times: neither one order for all users nor one for all seeds
+    assert all(sorted(each[:4]) == [0, 1, 2, 3] and each[4] == 4 for each in orders)
+
+
+def test_the_default_order_of_ties_leaves_the_settings_as_they_were(tmp_path):
+    assert InMemory().settings().keys().isdisjoint({"ties", "ties_seed"})
+    fingerprints = [prepare(InMemory(rows=TIED, ties=ties), tmp_path).fingerprint for ties in ("source", "item")]
+    assert fingerprints[0] != fingerprints[1]
+
+
+def test_many_tied_targets_are_reported(tmp_path):
+    tied = [(user, item, 7 - (item == "d")) for user, item, _ in TIED if item != "e"]
+    data = prepare(InMemory(rows=[*tied, *(("eve", item, time) for time, item in enumerate("abcd"))]), tmp_path)
+    assert tie_doubt(data).startswith("80% of the users have their validation and test items at the same time: the or")
+    assert tie_doubt(prepare(InMemory(rows=TIED), tmp_path)) is None
+    assert "item ids decide" in tie_doubt(prepare(InMemory(rows=tied, ties="item"), tmp_path))
+    timed = [(user, item, 2 * time) for user, item, time in POSITIONS]
+    spec = InMemory(rows=timed, split="global_time", validation_fraction=0.2, test_fraction=0.2)
+    assert tie_doubt(prepare(spec, tmp_path)) is None
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):
