@@ -186,7 +186,7 @@ def test_values_that_cannot_work_are_refused_when_the_settings_are_built(overrid
 
 
 # What a file sets on purpose other than the class that it configures.
-MEANT = {"dataset": {"k_core"}}  # the usual 5-core of the Amazon data
+MEANT = {"dataset": {"k_core", "name", "domain", "category"}}  # the usual 5-core, and which Amazon data
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from llm2rec.data.agreement import TitleAgreement, title_agreement
 from llm2rec.data.amazon import AmazonReviews
+from llm2rec.data.amazon_2014 import Amazon2014
 from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
 from llm2rec.data.recdata import RecData, load
@@ -12,6 +13,7 @@ from llm2rec.data.toy import Toy
 
 __all__ = [
     "SCHEMAS",
+    "Amazon2014",
     "AmazonReviews",
     "CsvTables",
     "DatasetSpec",
@@ -29,7 +31,11 @@ __all__ = [
 ]
 
 SCHEMAS: dict[str, type[DatasetSpec]] = {
+    "amazon_beauty": Amazon2014,
     "amazon_games": AmazonReviews,
+    "amazon_office": Amazon2014,
+    "amazon_sports": Amazon2014,
+    "amazon_toys": Amazon2014,
     "csv": CsvTables,
     "movielens": MovieLens100K,
     "toy": Toy,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pyarrow as pa
@@ -20,8 +20,7 @@ from llm2rec.data._files import existing_file, numbered_lines, shorten
 from llm2rec.data._spill import Spill
 from llm2rec.data.spec import DatasetSpec, RawParts, path_field
 
-__all__ = ["AmazonReviews"]
-
+__all__ = ["AmazonFiles", "AmazonReviews"]
 
 _ROWS_PER_PART = 1 << 14
 _REVIEW = pa.schema(
@@ -52,32 +51,17 @@ _SCRIPT_IN_TITLE = "getTime("
 
 
 @dataclass
-class AmazonReviews(DatasetSpec):
-    """Reviews as implicit interactions, with the products' titles.
+class AmazonFiles(DatasetSpec):
+    """Reviews as implicit interactions, with the products' titles; subclasses name the two files.
 
     Both files are JSON lines, gzipped or plain; the keys of the first row decide the layout. Timestamps are
     kept as published: seconds in 2014 and 2018, milliseconds in 2023. Titles have HTML entities decoded and white
     space normalised. Repeated metadata rows are counted and the first title is kept. A product without metadata
     follows `missing_title`, unless `missing_items` is `drop`.
-
-    Attributes:
-        reviews: Path of the reviews.
-        metadata: Path of the products.
     """
 
-    _target_: str = "llm2rec.data.amazon.AmazonReviews"
-    name: str = "amazon_games"
-    domain: str = "game"
-    reviews: str = path_field()
-    metadata: str = path_field()
-
-    def raw_files(self) -> list[Path]:
-        """Return the two files.
-
-        Raises:
-            DataError: If one is missing.
-        """
-        return [existing_file(self.reviews, "reviews"), existing_file(self.metadata, "metadata")]
+    FILE_OPTIONS: ClassVar[tuple[str, str]]
+    """Options that hold reviews and metadata, with a value, for messages."""
 
     def read_parts(self, work: Path | None = None) -> RawParts:
         """Read reviews, in parts, then the titles of the products they name.
@@ -87,15 +71,16 @@ class AmazonReviews(DatasetSpec):
         """
         reviews, metadata = self.raw_files()
         spill, reviewed = Spill(None if work is None else work / "reviews"), dict[str, None]()
-        for part in _read_reviews(reviews):
+        for part in _read_reviews(reviews, self.FILE_OPTIONS[0]):
             reviewed.update(dict.fromkeys(part["item_id"].to_pylist()))
             spill.append(part)
         spill.close()
-        titles, n_repeated = _read_titles(metadata, reviewed)
+        titles, n_repeated = _read_titles(metadata, reviewed, self.FILE_OPTIONS[1])
         if not titles:
             raise DataError(
                 f"{metadata} names none of the {len(reviewed)} products reviewed in {reviews} (the first is "
-                f"{next(iter(reviewed))!r}); give the metadata of the same category and year: dataset.metadata=FILE"
+                f"{next(iter(reviewed))!r}); give the metadata of the same category and year: "
+                f"dataset.{self.FILE_OPTIONS[1]}"
             )
         if self.missing_items == "error":  # products without metadata are products without a title
             titles |= {item: "" for item in reviewed if item not in titles}
@@ -108,6 +93,32 @@ class AmazonReviews(DatasetSpec):
                 yield part.to_pandas().astype({"user_id": "str", "item_id": "str"})
 
         return RawParts(interactions, items, {"metadata_rows_repeated": n_repeated})
+
+
+@dataclass
+class AmazonReviews(AmazonFiles):
+    """Two review files of any category and year.
+
+    Attributes:
+        reviews: Path of the reviews.
+        metadata: Path of the products.
+    """
+
+    _target_: str = "llm2rec.data.amazon.AmazonReviews"
+    name: str = "amazon_games"
+    domain: str = "game"
+    reviews: str = path_field()
+    metadata: str = path_field()
+
+    FILE_OPTIONS: ClassVar[tuple[str, str]] = ("reviews=FILE", "metadata=FILE")
+
+    def raw_files(self) -> list[Path]:
+        """Return the two files.
+
+        Raises:
+            DataError: If one is missing.
+        """
+        return [existing_file(self.reviews, "reviews"), existing_file(self.metadata, "metadata")]
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -128,30 +139,30 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def _layout(path: Path, number: int, record: dict[str, Any]) -> _Layout:
+def _layout(path: Path, number: int, record: dict[str, Any], option: str) -> _Layout:
     for layout in _LAYOUTS:
         if layout.user in record and layout.item in record:
             return layout
     known = "; ".join(f"{each.years}: {each.user}, {each.item}, {each.rating}, {each.timestamp}" for each in _LAYOUTS)
     raise DataError(
         f"{path}, line {number}: not a review of a known layout, its keys are {', '.join(map(str, record))}; expected "
-        f"({known}). Give the file of reviews: dataset.reviews=FILE"
+        f"({known}). Give the file of reviews: dataset.{option}"
     )
 
 
-def _read_reviews(path: Path) -> Iterator[pa.Table]:
+def _read_reviews(path: Path, option: str) -> Iterator[pa.Table]:
     """Yield the reviews, some thousands at a time."""
-    reviews = _checked_reviews(path)
+    reviews = _checked_reviews(path, option)
     while taken := list(itertools.islice(reviews, _ROWS_PER_PART)):
         columns = zip(_REVIEW, zip(*taken, strict=True), strict=True)
         yield pa.table({column.name: pa.array(values, column.type) for column, values in columns}, _REVIEW)
 
 
-def _checked_reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
+def _checked_reviews(path: Path, option: str) -> Iterator[tuple[str, str, int, float]]:
     layout: _Layout | None = None
     for number, record in _records(path):
         if layout is None:
-            layout = _layout(path, number, record)
+            layout = _layout(path, number, record, option)
         try:
             user, item = record[layout.user], record[layout.item]
             if not (isinstance(user, str) and user and isinstance(item, str) and item):
@@ -170,7 +181,7 @@ def _checked_reviews(path: Path) -> Iterator[tuple[str, str, int, float]]:
         raise DataError(f"{path} is empty; expected one review per line.")
 
 
-def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str], int]:
+def _read_titles(path: Path, reviewed: dict[str, None], option: str) -> tuple[dict[str, str], int]:
     """Return titles of the reviewed products in the order of the file, and how many rows repeat a product."""
     titles: dict[str, str] = {}
     n_repeated = 0
@@ -179,7 +190,7 @@ def _read_titles(path: Path, reviewed: dict[str, None]) -> tuple[dict[str, str],
         if key is None:
             raise DataError(
                 f"{path}, line {number}: not a product, its keys are {', '.join(map(str, record))}; expected `asin` or "
-                "`parent_asin`, and `title`. Give the file of products: dataset.metadata=FILE"
+                f"`parent_asin`, and `title`. Give the file of products: dataset.{option}"
             )
         item = record[key]
         if not isinstance(item, str):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import logging
-import os
 import stat
 import struct
-import tempfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 import pandas as pd
 
 from llm2rec.core.errors import DataError
+from llm2rec.data._download import download
 from llm2rec.data._files import decoded_lines, shorten
 from llm2rec.data.spec import DatasetSpec, RawData, path_field, side_field
 
@@ -34,9 +29,6 @@ ML_100K_MD5 = "0e33842e24a9c977be4e0107933c0723"  # as published next to the arc
 _INTERACTIONS = "u.data"
 _ITEMS = "u.item"
 _ENCODING = "iso-8859-1"
-_TIMEOUT_SECONDS = 30
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +65,7 @@ class MovieLens100K(DatasetSpec):
         if not target.exists():
             if not self.download:
                 raise DataError(f"MovieLens 100K is not at {target} and `dataset.download` is false. {self._remedy()}")
-            self._download(target)
+            download(self.url, target, "MovieLens 100K", self._remedy(), self.md5)
         return dataclasses.replace(self, raw_dir=str(target))
 
     def raw_files(self) -> list[Path]:
@@ -109,32 +101,6 @@ class MovieLens100K(DatasetSpec):
             f"Either connect to the network, so that it is downloaded from {self.url}, or give a local copy: "
             "dataset.raw_dir=FOLDER_OR_ZIP (a folder with u.data and u.item, or GroupLens' ml-100k.zip)."
         )
-
-    def _download(self, target: Path) -> None:
-        """Download the zip to a temporary file, check it, and rename it."""
-        _log.info("downloading %s", self.url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".ml-100k-", suffix=".part")
-        try:
-            digest = hashlib.md5(usedforsecurity=False)
-            with os.fdopen(handle, "wb") as out, urllib.request.urlopen(self.url, timeout=_TIMEOUT_SECONDS) as reply:
-                while chunk := reply.read(1 << 16):
-                    digest.update(chunk)
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
-            if digest.hexdigest() != self.md5:
-                raise DataError(
-                    f"{self.url} has md5 {digest.hexdigest()}, expected {self.md5}: the download is damaged or the "
-                    f"archive has changed. Try again, or give a local copy: dataset.raw_dir=FOLDER_OR_ZIP."
-                )
-            os.replace(aside, target)
-        except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"MovieLens 100K could not be downloaded ({error}). {self._remedy()}") from error
-        finally:
-            Path(aside).unlink(missing_ok=True)
 
 
 @contextmanager

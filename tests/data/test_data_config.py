@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf.errors import MissingMandatoryValue
 
 from llm2rec.core.errors import ConfigError
-from llm2rec.data import SCHEMAS, CsvTables, MovieLens100K, Toy
+from llm2rec.data import SCHEMAS, Amazon2014, CsvTables, MovieLens100K, Toy
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -42,6 +42,10 @@ def test_each_file_has_a_schema_and_each_schema_a_file():
         ("movielens", []),
         ("csv", ["dataset.interactions=a.csv", "dataset.items=b.csv"]),
         ("amazon_games", ["dataset.reviews=a", "dataset.metadata=b"]),
+        ("amazon_toys", []),
+        ("amazon_beauty", []),
+        ("amazon_office", []),
+        ("amazon_sports", []),
     ],
 )
 def test_each_config_builds_its_dataset(name, required):
@@ -54,7 +58,8 @@ def test_each_config_builds_its_dataset(name, required):
 def test_each_yaml_says_what_its_schema_says(name):
     shown = composed(f"dataset={name}").dataset
     differing = {each.name for each in fields(SCHEMAS[name]) if shown._get_node(each.name) != each.default}
-    assert differing <= {"k_core"}  # the usual 5-core of the Amazon data
+    named = {"name", "domain", "category"} if SCHEMAS[name] is Amazon2014 else set()
+    assert differing <= {"k_core", *named}  # the usual 5-core of the Amazon data
 
 
 def test_overrides_reach_the_dataset():
