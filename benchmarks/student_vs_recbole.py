@@ -283,7 +283,8 @@ class Bench:
             recbole = {"model": RECBOLE_MODEL[case.model], "max_length": self.data.history_length}
             return common | recbole | {"epochs": epochs, "patience": patience, "settings": dict(case.recbole)}
         limits = [f"student.training.epochs={epochs}", f"student.training.patience={patience}", f"seed={seed}"]
-        return common | {"overrides": [f"student={case.model}", *case.variants[side], *limits]}
+        ranked = "metrics.mask_seen=false"  # RecBole ranks the items of a history too
+        return common | {"overrides": [f"student={case.model}", *case.variants[side], *limits, ranked]}
 
     def run(self, job: dict[str, Any], out: Path) -> dict[str, Any]:
         """Run a side in a process of its own and check what it gives back.

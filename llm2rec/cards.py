@@ -79,7 +79,7 @@ def training_on(data: RecData, run: Run, n_rows: int | None = None, n_validation
         n_rows=min(rows, n_rows or rows),
         n_validation=min(validation, n_validation or validation),
         seed=run.config["seed"],
-        excluded="items seen before" if run.config["metrics"]["mask_seen"] else "no items",
+        excluded="items seen before" if run.masks_seen else "no items",
         metrics=best_validation(run.folder),
     )
 

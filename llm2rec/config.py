@@ -78,14 +78,15 @@ class MetricsConfig:
     Attributes:
         ks: Cut-offs.
         select_on: Validation metric for early stopping and the choice of weights.
-        mask_seen: Whether to exclude items that the user interacted with before.
+        mask_seen: Whether rankings leave out the items of a user's past; None if users do not come back to items
+            (`llm2rec.data.masking`).
         n_candidates: Items, the target included, among which `llm2rec.evaluate` also measures HR@1; 0 for none.
         candidates_seed: Seed of those candidates.
     """
 
     ks: list[int] = field(default_factory=lambda: list(CUTOFFS))
     select_on: str = "ndcg@10"
-    mask_seen: bool = False
+    mask_seen: bool | None = None
     n_candidates: int = 0
     candidates_seed: int = 0
 

@@ -25,11 +25,11 @@ from llm2rec.core.processes import agree, is_first_process, is_first_to_report, 
 from llm2rec.core.run import Run, changed_settings, discard, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
-from llm2rec.data import DatasetSpec, RecData, prepare
+from llm2rec.data import DatasetSpec, RecData, masks_seen, prepare
 from llm2rec.overrides import check_read
 from llm2rec.reporting import error_line, exit_code, interrupt_as_error, interrupt_ends, is_refusal, report
 
-__all__ = ["build", "built_object", "open_data", "open_engine", "question", "same_runs", "stage"]
+__all__ = ["build", "built_object", "open_data", "open_engine", "open_masking", "question", "same_runs", "stage"]
 
 logger = logging.getLogger("llm2rec")
 _TRAINING = ("student", "teacher", "distill")
@@ -315,6 +315,15 @@ def open_data(cfg: Config, run: Run) -> RecData:
         data = data or prepare(*sources)
     run.keep(dataset={"name": data.name, "fingerprint": data.fingerprint})
     return data
+
+
+def open_masking(cfg: Config, run: Run, data: RecData) -> bool:
+    """Whether rankings of this run leave out the items of a user's past (`masks_seen`); recorded in ``run.json``."""
+    masked = masks_seen(data, cfg.metrics.mask_seen)
+    run.keep(mask_seen=masked)
+    by = "as the data says" if cfg.metrics.mask_seen is None else "metrics.mask_seen"
+    logger.info("%s: rankings %s the items of a user's past (%s)", run.stage, "leave out" if masked else "keep", by)
+    return masked
 
 
 def _sources(cfg: Any) -> tuple[DatasetSpec, Path, Path]:

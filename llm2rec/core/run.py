@@ -92,6 +92,11 @@ class Run:
         """Contents of ``run.json``."""
         return read_record(self.folder)
 
+    @property
+    def masks_seen(self) -> bool | None:
+        """Whether its rankings leave out the items of a user's past; None if that is not recorded."""
+        return self.record.get("mask_seen") if (self.folder / "run.json").is_file() else None
+
     def note(self, **values: Any) -> None:
         """Add ``values`` to ``run.json``."""
         if is_first_process():

@@ -3,6 +3,7 @@
 from llm2rec.data.agreement import TitleAgreement, title_agreement
 from llm2rec.data.amazon import AmazonReviews
 from llm2rec.data.amazon_2014 import Amazon2014
+from llm2rec.data.masking import masks_seen
 from llm2rec.data.movielens import MovieLens100K
 from llm2rec.data.prepare import prepare
 from llm2rec.data.recdata import RecData, load
@@ -25,6 +26,7 @@ __all__ = [
     "doubts",
     "format_statistics",
     "load",
+    "masks_seen",
     "prepare",
     "tie_doubt",
     "title_agreement",

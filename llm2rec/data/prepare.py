@@ -19,6 +19,7 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 from llm2rec.core.errors import DataError
 from llm2rec.core.files import flush_folder, sha256_of_file, storage_errors
 from llm2rec.data.filtering import filter_and_number
+from llm2rec.data.masking import RepeatCount
 from llm2rec.data.recdata import FEATURES, FORMAT_VERSION, RecData, load
 from llm2rec.data.spec import DatasetSpec
 from llm2rec.data.splitting import SPLIT_NAMES, target_spans
@@ -90,12 +91,12 @@ def _write_all(folder: Path, spec: DatasetSpec, settings: Mapping[str, Any], key
         write_items(folder, sequences, key)
         write_users(folder, sequences, spans, spec.history_length, spec.num_proc, key)
     counts = {name: SplitCounts(len(sequences.item_ids), spec.history_length) for name in SPLIT_NAMES}
-    hashed = {
-        name: hash_table(folder / name, features, counts[name].add if name in counts else None)
-        for name, features in FEATURES.items()
-    }
+    repeats = RepeatCount(spans["validation"].stop)
+    count = {"sequences": repeats.add, **{name: each.add for name, each in counts.items()}}
+    hashed = {name: hash_table(folder / name, features, count.get(name)) for name, features in FEATURES.items()}
     shutil.rmtree(work)
-    _write_json(folder / "statistics.json", compute_statistics(sequences, counts, {**sequences.counts, **split_counts}))
+    removed = {**sequences.counts, **split_counts}
+    _write_json(folder / "statistics.json", compute_statistics(sequences, counts, removed, repeats.repeated))
     files = {str(file.relative_to(folder)): sha256_of_file(file) for file in sorted(folder.glob("*/*.arrow"))}
     hashes, sizes = ({name: each[which] for name, each in hashed.items()} for which in (0, 1))
     covered = {"items": hashes["items"], "settings": settings, **{name: hashes[name] for name in SPLIT_NAMES}}

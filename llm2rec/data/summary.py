@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from llm2rec.data.columns import column_numbers
 from llm2rec.data.filtering import Sequences
+from llm2rec.data.masking import RETURNING, repeat_share
 from llm2rec.data.recdata import RecData
 from llm2rec.data.splitting import SPLIT_NAMES
 
@@ -45,7 +46,7 @@ class SplitCounts:
 
 
 def compute_statistics(
-    sequences: Sequences, splits: Mapping[str, SplitCounts], counts: Mapping[str, int]
+    sequences: Sequences, splits: Mapping[str, SplitCounts], counts: Mapping[str, int], repeated_targets: int
 ) -> dict[str, Any]:
     """Describe a dataset.
 
@@ -53,10 +54,11 @@ def compute_statistics(
         sequences: Interactions after all filters.
         splits: Counts of the examples by split.
         counts: Counts of removed data, by name.
+        repeated_targets: Training and validation targets that their user interacted with before.
 
     Returns:
         JSON values: sizes, `density` (interactions over users times items), `sequence_length` and
-        `history_length` (min, median, mean, max), `rows`, cold targets, `removed`.
+        `history_length` (min, median, mean, max), `rows`, cold and repeated targets, `removed`.
     """
     n_users, n_items = len(sequences.user_ids), len(sequences.item_ids)
     seen = splits["train"].is_shown | (splits["train"].targets > 0)
@@ -71,6 +73,7 @@ def compute_statistics(
         "rows": {name: int(splits[name].targets.sum()) for name in SPLIT_NAMES},
         "items_unseen_in_train": int((~seen).sum()),
         "cold_targets": {name: int(splits[name].targets[~seen].sum()) for name in SPLIT_NAMES[1:]},
+        "repeated_targets": repeated_targets,
         "items_sharing_a_title": int(title_counts[title_counts > 1].sum()),
         "removed": dict(counts),
     }
@@ -95,6 +98,7 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
         ("history length", _spread(statistics["history_length"])),
         ("rows", "   ".join(f"{name} {rows[name]:,}" for name in SPLIT_NAMES)),
         ("unseen in training", f"{statistics['items_unseen_in_train']:,} items; targets: " + _pairs(cold)),
+        ("targets seen before", _repeats(statistics)),
     ]
     if statistics["items_sharing_a_title"]:
         lines.append(("same title as another", f"{statistics['items_sharing_a_title']:,} items"))
@@ -175,6 +179,12 @@ def _summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 
 def _spread(summary: Mapping[str, float]) -> str:
     return f"{summary['min']} to {summary['max']}, median {summary['median']:g}, mean {summary['mean']:.1f}"
+
+
+def _repeats(statistics: Mapping[str, Any]) -> str:
+    share = repeat_share(statistics)
+    consequence = "keep" if share > RETURNING else "leave out"
+    return f"{share:.1%} of training and validation: rankings {consequence} the items of a user's past"
 
 
 def _pairs(values: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from llm2rec.distill.selection_policy import SelectionPolicy
 from llm2rec.distill.settings import DistillSettings, EmbeddingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.distill.trainer_distill import train_distilled
-from llm2rec.stage import build, built_object, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import SequentialRecommender, build_model
 from llm2rec.student.samples import log_recommendations, student_answers
@@ -70,7 +70,8 @@ def main(cfg: Config, run: Run) -> None:
     model = distilled_student(build_model(student_settings.name, **arguments), teacher, settings.embedding)
     train = Rows.of(data, "train", student_settings.model.max_length, student_settings.examples)
     validation = Rows.of(data, "validation", student_settings.model.max_length)
-    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
+    masked = open_masking(cfg, run, data)
+    seen = SeenItems(validation) if masked else None
     with run.phase("train"):
         train_distilled(
             model,
@@ -85,12 +86,14 @@ def main(cfg: Config, run: Run) -> None:
             select_on=cfg.metrics.select_on,
             seen=seen,
         )
-    log_recommendations(engine, student_answers(model.student), validation, data.items)
+    log_recommendations(engine, student_answers(model.student, masked), validation, data.items)
     name = teacher.manifest.get("teacher", "unknown teacher")
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
         card = card_of(run, data, student_settings.name, model.student.max_length, items, teacher.manifest)
-        save_student(run.folder / "student", model.student, student_settings.name, arguments, items, card)
+        save_student(
+            run.folder / "student", model.student, student_settings.name, arguments, items, card, mask_seen=masked
+        )
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     run.note(label=f"{student_settings.name} + {settings.name} ({name})", parameters=served)
     engine.drop_checkpoints()

@@ -28,7 +28,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
 from llm2rec.ensemble.settings import EnsembleSettings
-from llm2rec.stage import build, built_object, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.teacher.outputs import log_labelling, rows_to_label, write_outputs
 from llm2rec.teacher.settings import ExportSettings
@@ -87,12 +87,14 @@ def main(cfg: Config, run: Run) -> None:
             save_ensemble(run.folder / "ensemble", places, settings.neighbours)
     ensemble = load_ensemble(run.folder / "ensemble", data, engine.device)
     validation = Rows.of(data, "validation", ensemble.max_length)
-    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
+    masked = open_masking(cfg, run, data)
+    seen = SeenItems(validation) if masked else None
     with run.phase("validation"):
         ranks = rank_targets(ensemble, validation, engine, seen=seen, batch_rows=settings.batch_rows)
     reached = {f"val/{name}": value for name, value in ranking_metrics(ranks).items()}
     history = [{"step": 0, **reached}]
-    run.write_metrics("validation", {"select_on": cfg.metrics.select_on, "best_step": 0, "history": history})
+    protocol = {"select_on": cfg.metrics.select_on, "mask_seen": masked}
+    run.write_metrics("validation", {**protocol, "best_step": 0, "history": history})
     if engine.is_main:
         metric = cfg.metrics.select_on
         logger.info("%s on validation: %.4f", metric, reached[f"val/{metric}"])

@@ -24,7 +24,7 @@ from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
 from llm2rec.core.train.sharding import shards_frozen_weights
 from llm2rec.data import RecData
-from llm2rec.evaluate.labels import labels_of
+from llm2rec.evaluate.labels import labels_of, unlike
 from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
 from llm2rec.evaluate.report.pages import write_pages
@@ -32,7 +32,7 @@ from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_populari
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep
 from llm2rec.evaluate.table import write_comparison
-from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.stage import build, open_data, open_engine, open_masking, stage
 
 logger = logging.getLogger("llm2rec.evaluate")
 
@@ -41,8 +41,9 @@ logger = logging.getLogger("llm2rec.evaluate")
 def main(cfg: Config, run: Run) -> None:
     """Score the chosen runs, write the comparison and the report."""
     metrics, settings = cfg.metrics, build(cfg.report, ReportSettings)
-    protocol = Protocol(tuple(metrics.ks), metrics.mask_seen, metrics.n_candidates, metrics.candidates_seed)
     data = open_data(cfg, run)
+    masked = open_masking(cfg, run, data)
+    protocol = Protocol(tuple(metrics.ks), masked, metrics.n_candidates, metrics.candidates_seed)
     engine = open_engine(cfg, run, lockstep=shards_frozen_weights())  # a teacher may be among the runs
     result_dir = from_launch_folder(cfg.paths.result_dir, cfg.paths.root)
     named = _folders(cfg.runs, Path(cfg.paths.root), result_dir, data.fingerprint)
@@ -57,7 +58,9 @@ def main(cfg: Config, run: Run) -> None:
         scores = [score_run(folder, data, engine, protocol, gate_dir) for folder in shown]
     rows += [replace(row, label=label) for row, label in zip(scores, labels_of(folders), strict=True)]
     if engine.is_main:
-        about = _about(data, protocol)
+        about = _about(data, protocol) | {"unlike": unlike(folders, masked)}
+        for sentence in about["unlike"]:
+            logger.warning("%s", sentence)
         logger.info("\n%s", write_comparison(run.folder, rows, protocol.ks, about))
         if jobs:
             scored = dict(zip(folders, scores, strict=True))

@@ -1,4 +1,4 @@
-"""Labels that show how runs differ."""
+"""Labels that show how runs differ, and sentences on runs whose rankings differ from the evaluation's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from llm2rec.core.files import read_object
 from llm2rec.core.run import read_record
 
-__all__ = ["MODEL_SETTINGS", "labels_of", "without_seed"]
+__all__ = ["MODEL_SETTINGS", "labels_of", "unlike", "without_seed"]
 
 MODEL_SETTINGS = {
     "student": ("dataset", "student", "metrics"),
@@ -45,6 +45,53 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
         for number, differing in zip(members, differences(settings), strict=True):
             labels[number] = f"{label} ({', '.join(differing)})" if differing else label
     return labels
+
+
+def unlike(folders: Sequence[Path], mask_seen: bool) -> list[str]:
+    """Sentences that name the runs whose rankings treat the items of a user's past unlike an evaluation.
+
+    Args:
+        folders: Run folders.
+        mask_seen: Whether the evaluation leaves these items out.
+
+    Raises:
+        CheckpointError: If a record is damaged.
+        DataError: If a configuration is damaged.
+    """
+    trained = [_name(folder) for folder in folders if _validated_mask(folder) is (not mask_seen)]
+    ranking = [_name(each) for each in folders if not mask_seen and _option(each / "teacher", "exclude_history")]
+    sentences = []
+    if trained:
+        were, here = ("kept", "leaves them out") if mask_seen else ("left out", "keeps them")
+        sentences.append(
+            f"Validation of {', '.join(trained)} {were} the items of a user's past, which this evaluation {here}: "
+            "train and evaluate with one value of metrics.mask_seen."
+        )
+    if ranking:
+        sentences.append(
+            f"The teachers of {', '.join(ranking)} leave out the history that they read, while this evaluation keeps "
+            "the items of a user's past for all others: metrics.mask_seen=true compares on the same terms."
+        )
+    return sentences
+
+
+def _name(folder: Path) -> str:
+    """The name of a run's folder, with that of its sweep."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
+
+
+def _validated_mask(folder: Path) -> bool | None:
+    """Whether the validation of a run left out the items of a user's past; None if it is not recorded."""
+    found = read_record(folder).get("mask_seen") if (folder / "run.json").is_file() else None
+    if found is None:  # earlier versions recorded it in the configuration alone
+        found = (_option(folder, "metrics") or {}).get("mask_seen")
+    return found if isinstance(found, bool) else None
+
+
+def _option(folder: Path, name: str) -> Any:
+    """An entry of a folder's ``config.json``; None if there is none."""
+    file = folder / "config.json"
+    return read_object(file).get(name) if file.is_file() else None
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:

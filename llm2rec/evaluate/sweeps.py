@@ -112,8 +112,10 @@ def write_sweep(
         The table.
     """
     combinations, missing = combine(jobs, scored), [job for job in jobs if not job.is_finished]
+    past = "left out of" if about["mask_seen"] else "kept in"
     text = (
-        "sweep: mean ± standard deviation over the jobs of each combination of options, in percent\n"
+        "sweep: mean ± standard deviation over the jobs of each combination of options, in percent; items in the "
+        f"user's past are {past} the rankings\n"
         f"{format_sweep(combinations, ks)}\n"
     )
     if missing:

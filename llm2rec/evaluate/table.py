@@ -89,7 +89,7 @@ def write_comparison(folder: Path, rows: Sequence[Scored], ks: Sequence[int], ab
     """
     caption = (
         f"{about['dataset']}, test split, {about['rows']:,} rows, full ranking of {about['n_items']:,} items"
-        + (" except items in the user's past" if about["mask_seen"] else "")
+        + (" except items in the user's past" if about["mask_seen"] else ", items in the user's past included")
         + "; metrics in percent, HR@1 = NDCG@1 = MRR@1; [seed]"
     )
     if about["n_candidates"]:
@@ -105,6 +105,7 @@ def write_comparison(folder: Path, rows: Sequence[Scored], ks: Sequence[int], ab
             "if prompts list none); in the table above, a target outside their best "
             f"{max(ks)} counts as missed\n{titles}\n"
         )
+    table += "".join(f"\n{sentence}\n" for sentence in about.get("unlike", ()))
     with replaced_file(folder / "comparison.txt") as aside:
         aside.write_text(table, encoding="utf-8")
     write_json(folder / "comparison.json", {**about, "rows_scored": [asdict(row) for row in rows]})

@@ -159,7 +159,7 @@ class PlannedTeacher:
             cast(PromptBuilder, None),  # prompts are not built here
             pooling=shape.pooling,
             head=build_head(settings.head, vectors, bias, settings.logit_scale, items),
-            exclude_history=settings.exclude_history,
+            exclude_history=settings.exclude_history is not False,
             projector=projector,
         )
 

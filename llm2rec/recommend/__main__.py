@@ -45,13 +45,14 @@ def main(cfg: Any) -> None:
         logger.info("wrote recommendations for %d histories to %s", n_histories, output)
     elif settings.export is not None:
         folder, formats = Path(settings.export), tuple(settings.formats)
-        options: dict[str, Any] = {"k": settings.k, "mask_seen": settings.mask_seen, "formats": formats}
+        mask_seen = recommender.mask_seen if settings.mask_seen is None else settings.mask_seen
+        options: dict[str, Any] = {"k": settings.k, "mask_seen": mask_seen, "formats": formats}
         export_student(recommender.model, recommender.names, folder, **options)
         logger.info("wrote %s", ", ".join(str(folder / EXPORTED[name]) for name in formats))
 
 
 def recommend_lines(
-    recommender: Recommender, file: Path, output: TextIO, k: int, *, by: By, unknown: Unknown, mask_seen: bool
+    recommender: Recommender, file: Path, output: TextIO, k: int, *, by: By, unknown: Unknown, mask_seen: bool | None
 ) -> int:
     """Recommend for a file of histories, batch by batch, so that memory does not grow with the file.
 

@@ -14,7 +14,7 @@ from llm2rec.core.run import described, read_record
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
 from llm2rec.student.models import SequentialRecommender, load_student
-from llm2rec.student.store import load_item_table
+from llm2rec.student.store import load_item_table, validated_mask
 
 __all__ = ["Recommender", "finished_student", "finished_teacher"]
 
@@ -28,17 +28,20 @@ class Recommender:
         model: The student, in evaluation mode, on the device to compute on.
         names: Ids and titles of its items.
         search: Item search; exact by default.
+        mask_seen: Whether items of the history are excluded by default.
 
     Raises:
         CheckpointError: If names and model differ in the number of items.
     """
 
-    def __init__(self, model: SequentialRecommender, names: ItemNames, search: ItemSearch | None = None) -> None:
+    def __init__(
+        self, model: SequentialRecommender, names: ItemNames, search: ItemSearch | None = None, mask_seen: bool = True
+    ) -> None:
         if len(names) != model.n_items:
             raise CheckpointError(
                 f"the student knows {model.n_items} items, but items.arrow names {len(names)}; copy the whole folder."
             )
-        self.model, self.names = model, names
+        self.model, self.names, self.mask_seen = model, names, mask_seen
         self._device = next(model.parameters()).device
         self._search = search or ExactSearch(Catalogue(model.output_items.vectors()))
 
@@ -75,10 +78,12 @@ class Recommender:
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search uses none; set `search=hnsw`.")
         folder = finished_student(run_folder, revision)
         names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
+        mask_seen = validated_mask(folder)
         if search == "exact":
-            return cls(model, names)
+            return cls(model, names, mask_seen=mask_seen)
         catalogue = Catalogue(model.output_items.vectors())
-        return cls(model, names, HnswSearch.load_or_build(catalogue, None if index is None else Path(index)))
+        found = HnswSearch.load_or_build(catalogue, None if index is None else Path(index))
+        return cls(model, names, found, mask_seen)
 
     def recommend(
         self,
@@ -87,7 +92,7 @@ class Recommender:
         *,
         by: By = "id",
         unknown: Unknown = "error",
-        mask_seen: bool = True,
+        mask_seen: bool | None = None,
     ) -> list[list[Recommendation]]:
         """Find the best items for each of several histories.
 
@@ -97,7 +102,8 @@ class Recommender:
             k: How many items; a history that leaves fewer gets fewer.
             by: ``id`` or ``title``: what the histories consist of.
             unknown: ``error`` refuses items that the model was not trained on, ``drop`` ignores them.
-            mask_seen: Whether all items of the history are excluded, also those that the model does not read.
+            mask_seen: Whether all items of the history are excluded, also those that the model does not read; None
+                does as the student was validated (`validated_mask`).
 
         Returns:
             A list for each history, best first; of equal scores the lower item id first.
@@ -109,6 +115,7 @@ class Recommender:
         """
         k = self.names.check_k(k)
         items = self.names.histories(histories, by, unknown)
+        mask_seen = self.mask_seen if mask_seen is None else mask_seen
         found: list[list[Recommendation]] = []
         for start in range(0, len(items), _BATCH_ROWS):
             found += self._best(items[start : start + _BATCH_ROWS], k, mask_seen)
@@ -121,7 +128,7 @@ class Recommender:
         *,
         by: By = "id",
         unknown: Unknown = "error",
-        mask_seen: bool = True,
+        mask_seen: bool | None = None,
     ) -> list[Recommendation]:
         """Find the best items for one history; see `recommend`.
 
@@ -130,7 +137,7 @@ class Recommender:
             k: How many items.
             by: ``id`` or ``title``.
             unknown: ``error`` or ``drop``.
-            mask_seen: Whether items of the history are excluded.
+            mask_seen: Whether items of the history are excluded; as in `recommend`.
 
         Returns:
             The items, best first.
@@ -145,7 +152,7 @@ class Recommender:
     def recall(self, histories: Sequence[Sequence[str]], k: int = 10, *, by: By = "id") -> float:
         """Share of the exactly best ``k`` items that this recommender's search finds, over all histories.
 
-        It is 1 for an exact search. Seen items are excluded.
+        It is 1 for an exact search. Items of the history are excluded as in `recommend`.
 
         Args:
             histories: As in `recommend`.
@@ -155,7 +162,7 @@ class Recommender:
         Returns:
             The share, 0 to 1.
         """
-        exact = Recommender(self.model, self.names)
+        exact = Recommender(self.model, self.names, mask_seen=self.mask_seen)
         found, best = (each.recommend(histories, k, by=by) for each in (self, exact))
         hits = sum(
             len({item.item_id for item in mine} & {item.item_id for item in theirs})

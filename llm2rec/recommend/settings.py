@@ -23,7 +23,7 @@ class RecommendSettings:
         k: Items to recommend.
         by: What histories consist of: ``id`` or ``title``.
         unknown: Items that the model was not trained on: ``error`` or ``drop``.
-        mask_seen: Whether items of the history are excluded.
+        mask_seen: Whether items of the history are excluded; None does as the student was validated.
         search: ``exact`` or ``hnsw``.
         index: File of the index of ``hnsw``.
     """
@@ -38,7 +38,7 @@ class RecommendSettings:
     k: int = 10
     by: str = "id"
     unknown: str = "error"
-    mask_seen: bool = True
+    mask_seen: bool | None = None
     search: str = "exact"
     index: str | None = None
 

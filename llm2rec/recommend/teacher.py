@@ -73,7 +73,8 @@ class TeacherRecommender:
         Args:
             histories: Lists, arrays or Series of raw ids (or titles, see ``by``), oldest first; the most recent ones
                 are read.
-            k: How many items; fewer where the teacher excludes the history and fewer remain.
+            k: How many items; fewer where the teacher excludes the history, also what it does not read of it, and fewer
+                remain.
             by: ``id`` or ``title``: what the histories consist of.
             unknown: ``error`` rejects items that are not in the data, ``drop`` ignores them.
             batch_size: Histories per forward pass.
@@ -87,7 +88,7 @@ class TeacherRecommender:
             ConfigError: If ``k`` or a choice is invalid.
         """
         k = self.names.check_k(k)
-        items = [history[-self.max_length :] for history in self.names.histories(histories, by, unknown)]
+        items = self.names.histories(histories, by, unknown)
         found: list[list[Recommendation]] = []
         for start in range(0, len(items), batch_size):
             found += self._best(items[start : start + batch_size], k)
@@ -115,23 +116,27 @@ class TeacherRecommender:
         return self.recommend([history], k, by=by, unknown=unknown)[0]
 
     def _best(self, histories: list[list[int]], k: int) -> list[list[Recommendation]]:
-        n_shown = [len(set(history)) if self.model.exclude_history else 0 for history in histories]
-        if k > (left := len(self.names) - max(n_shown)):  # a title search raises if fewer than k remain for any row
+        read = [history[-self.max_length :] for history in histories]
+        excludes = self.model.exclude_history
+        unread = [set(whole) - set(end) if excludes else set() for whole, end in zip(histories, read, strict=True)]
+        left = len(self.names) - (max(len(set(history)) for history in read) if excludes else 0)
+        n_more = max(map(len, unread))  # may be found and are then dropped
+        if k + n_more > left:  # a title search raises if fewer remain for any row
             if len(histories) > 1:
                 return [found for history in histories for found in self._best([history], k)]
-            if left == 0:
+            if left == n_more:
                 return [[]]
-            k = left
-        padded = np.full((len(histories), self.max_length), len(self.names), np.int32)
-        for row, history in enumerate(histories):
+            k = left - n_more
+        padded = np.full((len(read), self.max_length), len(self.names), np.int32)
+        for row, history in enumerate(read):
             padded[row, : len(history)] = history
-        best = self.model.best_items(padded, np.array([len(history) for history in histories], np.int32), k)
+        best = self.model.best_items(padded, np.array([len(history) for history in read], np.int32), k + n_more)
         raw_ids, titles = self.names.raw_ids, self.names.titles
         return [
             [
                 Recommendation(raw_ids[item], titles[item], score)
                 for item, score in zip(row, scores, strict=True)
-                if score > -EXCLUDED / 2  # excluded items have a large negative score
-            ]
-            for row, scores in zip(*(each.tolist() for each in best), strict=True)
+                if item not in dropped and score > -EXCLUDED / 2  # excluded items have a large negative score
+            ][:k]
+            for row, scores, dropped in zip(*(each.tolist() for each in best), unread, strict=True)
         ]

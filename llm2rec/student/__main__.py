@@ -5,7 +5,7 @@ from dataclasses import asdict
 from llm2rec.cards import student_card, training_on
 from llm2rec.config import Config
 from llm2rec.core.run import Run
-from llm2rec.stage import build, open_data, open_engine, stage
+from llm2rec.stage import build, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import build_model
 from llm2rec.student.samples import log_recommendations, student_answers
@@ -24,7 +24,8 @@ def main(cfg: Config, run: Run) -> None:
     model = build_model(settings.name, **arguments)
     train = Rows.of(data, "train", settings.model.max_length, settings.examples)
     validation = Rows.of(data, "validation", settings.model.max_length)
-    seen = SeenItems(validation) if cfg.metrics.mask_seen else None
+    masked = open_masking(cfg, run, data)
+    seen = SeenItems(validation) if masked else None
     with run.phase("train"):
         model = train_baseline(
             model,
@@ -36,7 +37,7 @@ def main(cfg: Config, run: Run) -> None:
             select_on=cfg.metrics.select_on,
             seen=seen,
         )
-    log_recommendations(engine, student_answers(model), validation, data.items)
+    log_recommendations(engine, student_answers(model, masked), validation, data.items)
     if engine.is_main:
         items = data.items.with_format("arrow")[:]
         card = student_card(
@@ -46,7 +47,7 @@ def main(cfg: Config, run: Run) -> None:
             training_on(data, run),
             {"student": run.config["student"]},
         )
-        save_student(run.folder / "student", model, settings.name, arguments, items, card)
+        save_student(run.folder / "student", model, settings.name, arguments, items, card, mask_seen=masked)
     run.note(label=settings.name, parameters=sum(weight.numel() for weight in model.parameters()))
     engine.drop_checkpoints()
     engine.close()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm2rec.core.train.engine import Engine
 from llm2rec.student.datamodule import Rows
@@ -37,16 +37,22 @@ def log_recommendations(engine: Engine, answers: Answers, rows: Rows, items: Dat
         engine.log_text("recommendations", table)
 
 
-def student_answers(model: SequentialRecommender) -> Answers:
-    """Best items of a student in evaluation mode, for `log_recommendations`."""
-    return partial(_best_items, model)
+def student_answers(model: SequentialRecommender, mask_seen: bool) -> Answers:
+    """Best items of a student in evaluation mode, for `log_recommendations`; ``mask_seen`` excludes the history."""
+    return partial(_best_items, model, mask_seen)
 
 
-def _best_items(model: SequentialRecommender, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int) -> Tensor:
+def _best_items(
+    model: SequentialRecommender, mask_seen: bool, history: NDArray[np.int32], lengths: NDArray[np.int32], k: int
+) -> Tensor:
     device = next(model.parameters()).device
     read, counts = (torch.from_numpy(each).to(device, torch.int64) for each in (history, lengths))
     with torch.inference_mode():
-        return model.score(model(read, counts)).topk(k, dim=1).indices
+        scores = model.score(model(read, counts))
+        if mask_seen:
+            with_padding = nn.functional.pad(scores, (0, 1))  # a column for the padding id
+            scores = with_padding.scatter(1, read, -torch.inf)[:, :-1]
+        return scores.topk(k, dim=1).indices
 
 
 def recommendation_table(

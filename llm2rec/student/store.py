@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from llm2rec.student.models import SequentialRecommender
 
-__all__ = ["load_item_table", "read_student", "save_student"]
+__all__ = ["load_item_table", "read_student", "save_student", "validated_mask"]
 
 _ITEMS = "items.arrow"
 
@@ -30,6 +30,7 @@ def save_student(
     arguments: dict[str, Any],
     items: pa.Table | None = None,
     card: str | None = None,
+    mask_seen: bool | None = None,
 ) -> None:
     """Save a student in a self-contained folder for `llm2rec.student.models.load_student`.
 
@@ -41,10 +42,13 @@ def save_student(
         items: ``raw_id`` and ``title`` of each item, in the order of item ids, for recommendations by raw id or title;
             None saves a student that is used by item id only.
         card: Model card (`llm2rec.cards`); None for a student inside another artifact.
+        mask_seen: Whether its rankings leave out the items of a user's past, the default when it is served; None if
+            that is not known.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")
-        write_json(aside / "config.json", {"model": name, "arguments": arguments})
+        of_rankings = {} if mask_seen is None else {"mask_seen": mask_seen}
+        write_json(aside / "config.json", {"model": name, "arguments": arguments, **of_rankings})
         if items is not None:
             feather.write_feather(items.select(["raw_id", "title"]), str(aside / _ITEMS), compression="uncompressed")
         if card is not None:
@@ -70,6 +74,23 @@ def load_item_table(folder: Path) -> pa.Table:
         return table
     except (pa.ArrowException, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy the whole student folder again.") from error
+
+
+def validated_mask(folder: Path) -> bool:
+    """Whether the rankings of a student saved by `save_student` leave out the items of a user's past.
+
+    True for students of earlier versions, which did not record it: serving them excluded these items.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        mask_seen = read_object(folder / "config.json").get("mask_seen", True)
+    except DataError as error:
+        raise CheckpointError(f"the student in {folder} cannot be used: {error}") from error
+    if not isinstance(mask_seen, bool):
+        raise CheckpointError(f"`mask_seen` in {folder / 'config.json'} is {mask_seen!r}, expected true or false.")
+    return mask_seen
 
 
 def read_student(place: Path | str, revision: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from llm2rec.core.run import Run, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.sharding import full_numel, shards_frozen_weights
 from llm2rec.data import RecData, title_agreement
-from llm2rec.stage import build, built_object, open_data, open_engine, stage
+from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.samples import Answers, log_recommendations
 from llm2rec.teacher.borrowed_student import open_recommender
@@ -80,6 +80,13 @@ def main(cfg: Config, run: Run) -> None:
         source = locate(llm, Path(cfg.paths.root), llm_dir, data.titles)
     run.keep(language_model=weights_hash(source))
     train, validation = (Rows.of(data, split) for split in ("train", "validation"))
+    masked = open_masking(cfg, run, data)
+    settings = settings.excluding(masked)
+    if settings.exclude_history and not masked and engine.is_main:
+        logger.warning(
+            "teacher.exclude_history is true, but rankings keep the items of a user's past: the teacher ranks fewer "
+            "items than students do; compare them with metrics.mask_seen=true"
+        )
     model, recipe = build_teacher(
         llm, source, settings, data, train.targets.numpy(), engine.device, recommender, cfg.seed
     )
@@ -97,7 +104,7 @@ def main(cfg: Config, run: Run) -> None:
             train_rows = cache.rows(train, choose_rows(len(train), settings.train_rows, cfg.seed))
             validation_rows = cache.rows(validation, choose_rows(len(validation), settings.validation_rows, cfg.seed))
         with run.phase("train"):
-            seen = SeenItems(Rows.of(data, "validation")) if cfg.metrics.mask_seen else None
+            seen = SeenItems(validation) if masked else None
             objective = objective_of(model, train_rows, validation_rows, engine, seen)
             train_teacher(model, objective, engine, settings, cfg.metrics.select_on)
     log_recommendations(engine, recommendations_of(model.eval(), data), validation, data.items)

@@ -203,7 +203,7 @@ def _recipe(
         objective=settings.objective,
         tuning=settings.tuning,
         logit_scale=settings.logit_scale,
-        exclude_history=settings.exclude_history,
+        exclude_history=settings.exclude_history is not False,
         head=settings.head,
         gate_input=settings.gate_input if settings.tuning == "ilora" else "none",
         hybrid=settings.prompts == "hybrid",
@@ -273,7 +273,7 @@ def adapter_config(settings: TeacherSettings, gate_width: int | None) -> PeftCon
 
 def _check_export(settings: TeacherSettings, data: RecData) -> None:
     """Raise if fewer items than ``export.top_k`` may remain for a row; without this it shows only after training."""
-    left = data.n_items - (data.history_length if settings.exclude_history else 0)
+    left = data.n_items - (0 if settings.exclude_history is False else data.history_length)
     wanted = min(settings.export.top_k, data.n_items)
     if settings.objective == "title" and settings.export.enabled and wanted > left:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Teacher configuration (Hydra structured configs); `llm_settings` has that of the language model."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -137,7 +137,8 @@ class TeacherSettings:
         gradient_checkpointing: Whether activations are recomputed in the backward pass: less memory, a third more
             time.
         logit_scale: Factor on the cosine between user and item vectors, an inverse temperature.
-        exclude_history: Whether the items of a history are excluded from its ranking.
+        exclude_history: Whether the items of a history are excluded from its ranking, in training too; None does as
+            ``metrics.mask_seen``.
         popularity_prior: Weight of the log of an item's training frequency, added to its logit; not trained.
         head: How the `item` objective scores: by ``titles``, titles through a trained map (``projected``), titles and
             the recommender's item vectors (``joined``), or these and the recommender's own score (``residual``); see
@@ -177,7 +178,7 @@ class TeacherSettings:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     logit_scale: float = 20.0
-    exclude_history: bool = True
+    exclude_history: bool | None = None
     popularity_prior: float = 0.0
     head: str = "titles"
     residual_dropout: float = 0.0
@@ -244,6 +245,10 @@ class TeacherSettings:
         defaults = ("item", "ilora", "text", "titles", "search")
         changed = [value for value in self.kind.values() if value not in defaults and value != self.name]
         return "".join(f" {value}" for value in changed)
+
+    def excluding(self, mask_seen: bool) -> "TeacherSettings":
+        """The settings with `exclude_history` as ``mask_seen`` if it is None."""
+        return self if self.exclude_history is not None else replace(self, exclude_history=mask_seen)
 
     def _check_recommender(self) -> None:
         readers = {

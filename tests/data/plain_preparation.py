@@ -137,7 +137,7 @@ def _cuts(timestamps, spec):
     return int(ordered[max(0, len(ordered) - n_test - n_validation)]), int(ordered[len(ordered) - n_test])
 
 
-def compute_statistics(sequences, splits, counts):
+def compute_statistics(sequences, splits, counts, spans):
     n_users, n_items = len(sequences.user_ids), len(sequences.item_ids)
     histories = {name: _column(split, "history") for name, split in splits.items()}
     targets = {name: _column(split, "target") for name, split in splits.items()}
@@ -156,9 +156,21 @@ def compute_statistics(sequences, splits, counts):
         "rows": {name: len(splits[name]) for name in SPLIT_NAMES},
         "items_unseen_in_train": int((~seen).sum()),
         "cold_targets": {name: int((~seen[targets[name]]).sum()) for name in SPLIT_NAMES[1:]},
+        "repeated_targets": _repeated_targets(sequences, spans),
         "items_sharing_a_title": int(title_counts[title_counts > 1].sum()),
         "removed": dict(counts),
     }
+
+
+def _repeated_targets(sequences, spans):
+    """Training and validation targets that their user interacted with before, one by one."""
+    found, ends = 0, np.cumsum(sequences.lengths)
+    for user, end in enumerate(ends):
+        items = sequences.items[end - sequences.lengths[user] : end].tolist()
+        for name in ("train", "validation"):
+            first, stop, _ = spans[name]
+            found += sum(items[place] in items[:place] for place in range(first[user], stop[user]))
+    return found
 
 
 def _column(dataset, name):
@@ -211,4 +223,4 @@ def prepare_plainly(spec):
     covered = {"items": hashes["items"], "settings": spec.settings(), **{name: hashes[name] for name in SPLIT_NAMES}}
     fingerprint = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
     splits = {name: tables[name] for name in SPLIT_NAMES}
-    return fingerprint, hashes, compute_statistics(sequences, splits, {**sequences.counts, **split_counts})
+    return fingerprint, hashes, compute_statistics(sequences, splits, {**sequences.counts, **split_counts}, spans)

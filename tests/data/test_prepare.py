@@ -328,11 +328,11 @@ def test_statistics_are_printed_as_a_small_table(tmp_path):
     data = prepare(CsvTables(**csv_pair(tmp_path)), tmp_path / "processed")
     text = format_statistics(data.statistics)
     assert text.splitlines()[:3] == [
-        "users               3",
-        "items               5",
-        "interactions        15   density 100.000%",
+        "users                3",
+        "items                5",
+        "interactions         15   density 100.000%",
     ]
-    assert "rows                train 6   validation 3   test 3" in text
+    assert "rows                 train 6   validation 3   test 3" in text
     assert data.statistics["sequence_length"] == {"min": 5, "median": 5.0, "mean": 5.0, "max": 5}
     assert "too short" not in text
 

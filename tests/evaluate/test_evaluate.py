@@ -13,7 +13,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.evaluate.__main__ import _each_once, _folders
-from llm2rec.evaluate.labels import differences, labels_of
+from llm2rec.evaluate.labels import differences, labels_of, unlike
 from llm2rec.evaluate.scoring.scoring import Protocol, Scored, find_runs, score_popularity, score_run
 from llm2rec.evaluate.table import format_table, write_comparison
 
@@ -142,6 +142,25 @@ def test_the_comparison_is_a_table_a_json_file_and_a_chart(tmp_path):
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # bars and text, not a blank page
+
+
+def test_runs_of_another_masking_are_named(tmp_path):
+    def run(name, of_run=None, **files):
+        write_json(tmp_path / name / "run.json", {"stage": "student", "status": "finished"} | (of_run or {}))
+        for file, content in files.items():
+            write_json(tmp_path / name / file.replace("_", "/") / "config.json", content)
+        return tmp_path / name
+
+    masked, kept = run("masked", {"mask_seen": True}), run("kept", {"mask_seen": False})
+    earlier = run("earlier", **{".": {"metrics": {"mask_seen": False}}})
+    unknown = run("unknown", **{".": {"metrics": {"mask_seen": None}}})
+    teacher = run("teacher", {"mask_seen": False}, teacher={"exclude_history": True})
+    (sentence,) = unlike([masked, kept, earlier, unknown, teacher], True)
+    assert sentence.startswith("Validation of kept, earlier, teacher kept the items of a user's past")
+    first, second = unlike([masked, kept, earlier, unknown, teacher], False)
+    assert first.startswith("Validation of masked left out the items of a user's past, which this evaluation keeps")
+    assert second.startswith("The teachers of teacher leave out the history that they read")
+    assert unlike([masked], True) == unlike([kept, unknown], False) == []
 
 
 def test_labels_show_what_differs(tmp_path):

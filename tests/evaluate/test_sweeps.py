@@ -67,7 +67,7 @@ def test_different_models_are_never_one_row(sweep):
 
 def test_the_table_has_mean_spread_and_unfinished_jobs(sweep, tmp_path):
     jobs = jobs_of(sweep)
-    text = write_sweep(tmp_path, jobs, scores(jobs), (1, 5), {"dataset": "toy"})
+    text = write_sweep(tmp_path, jobs, scores(jobs), (1, 5), {"dataset": "toy", "mask_seen": True})
     assert (tmp_path / "sweep.txt").read_text() == text
     (line,) = (line for line in text.splitlines() if "name=dros student.model.width=8" in line)
     assert line.split()[-7:] == ["2", "7.00", "±", "1.41", "20.00", "±", "0.00"]

@@ -47,6 +47,25 @@ def test_answers_are_what_scoring_every_item_gives(trained, recommender, data, m
     assert len({item.item_id for answer in answers for item in answer}) > 20  # not the same for everybody
 
 
+@pytest.mark.parametrize(("recorded", "masks"), [(True, True), (False, False), (None, True)])
+def test_the_past_is_left_out_by_default_as_in_validation(trained, data, tmp_path, recorded, masks):
+    model, config = load_student(trained / "student"), read_json(trained / "student" / "config.json")
+    about = (config["model"], config["arguments"], load_item_table(trained / "student"))
+    save_student(tmp_path / "student", model, *about, mask_seen=recorded)
+    history = histories_of(data)[0]
+    loaded = Recommender.load(tmp_path / "student")
+    assert loaded.recommend_one(history, 20) == loaded.recommend_one(history, 20, mask_seen=masks)
+    assert loaded.recommend_one(history, 20) != loaded.recommend_one(history, 20, mask_seen=not masks)
+    assert config["mask_seen"] is True  # what the stage has recorded on data without repeats
+
+
+def test_a_record_of_masking_that_is_no_truth_value_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "student", tmp_path / "student")
+    write_json(tmp_path / "student" / "config.json", read_json(tmp_path / "student" / "config.json") | {"mask_seen": 1})
+    with pytest.raises(CheckpointError):
+        Recommender.load(tmp_path / "student")
+
+
 def test_one_history_is_answered_as_among_many_and_by_title_as_by_id(recommender, data):
     histories = histories_of(data)
     titles = dict(zip(data.items["raw_id"][:], data.items["title"][:], strict=True))

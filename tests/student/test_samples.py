@@ -23,12 +23,12 @@ def test_recommendation_table():
     ]
 
 
-@pytest.mark.parametrize("tensorboard", [True, False])
-def test_recommendations_are_logged_to_tensorboard(tmp_path, tensorboard):
+@pytest.mark.parametrize(("tensorboard", "mask_seen"), [(True, False), (True, True), (False, True)])
+def test_recommendations_are_logged_to_tensorboard(tmp_path, tensorboard, mask_seen):
     torch.manual_seed(0)
     model, rows = build_model("sasrec", n_items=N, width=8, max_length=L).eval(), random_rows(12, N, L)
     engine = Engine(Run.start(tmp_path, "student", {}), seed=0, tensorboard=tensorboard, show_progress=False)
-    log_recommendations(engine, student_answers(model), rows, ITEMS)
+    log_recommendations(engine, student_answers(model, mask_seen), rows, ITEMS)
     engine.close()
     if not tensorboard:
         assert not (tmp_path / "tensorboard").exists()
@@ -42,6 +42,7 @@ def test_recommendations_are_logged_to_tensorboard(tmp_path, tensorboard):
         assert len(history.split("; ")) == min(length, 5)
         with torch.no_grad():
             scores = model.score(model(torch.tensor([read]), torch.tensor([length])))[0]
+        scores[read if mask_seen else []] = -torch.inf
         best = np.argsort(-scores.numpy(), kind="stable")[:5]
         assert answers.split("; ") == [ITEMS[int(item)]["title"].replace("|", "/") for item in best]
         assert target == ITEMS[int(rows.targets[row])]["title"].replace("|", "/")

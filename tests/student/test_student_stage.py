@@ -94,6 +94,24 @@ def test_files_of_a_finished_run(launch, name):
     }
 
 
+@pytest.mark.parametrize(("option", "masked"), [(None, True), ("false", False)])
+def test_every_result_says_whether_the_past_is_left_out(launch, option, masked):
+    """On data whose users do not come back, the default is to leave it out."""
+    run = launch(*([] if option is None else [f"metrics.mask_seen={option}"]))
+    files = ("run.json", "metrics/validation.json", "student/config.json")
+    assert [json.loads((run / file).read_text())["mask_seen"] for file in files] == [masked] * 3
+    assert f"{'items seen before' if masked else 'no items'} excluded" in (run / "student" / "README.md").read_text()
+    assert f"rankings {'leave out' if masked else 'keep'} the items of a user's past" in (run / "log.txt").read_text()
+
+
+def test_the_default_validates_as_what_it_resolves_to(launch):
+    default, forced, other = (launch(*each) for each in ([], ["metrics.mask_seen=true"], ["metrics.mask_seen=false"]))
+    found = [
+        json.loads((run / "metrics" / "validation.json").read_text())["history"] for run in (default, forced, other)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
 def test_resuming_with_other_settings_fails_before_training(launch, caplog):
     run = launch()
     weights = (run / "student" / "model.safetensors").stat().st_mtime_ns

@@ -195,6 +195,7 @@ class TrainingState:
             "validation",
             {
                 "select_on": self.select_on,
+                "mask_seen": self.engine.run.masks_seen,
                 "best_step": self.stopping.best_step,
                 "best": self.stopping.best,
                 "steps": self.step,

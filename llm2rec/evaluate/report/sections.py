@@ -89,7 +89,7 @@ def _setting(findings: Findings) -> list[Block]:
     blocks: list[Block] = [Facts(pairs)]
     if any(len(entry.runs) > 1 for entry in findings.entries):
         blocks.append(Note("Runs that differ only in their seed form one entry: their mean."))
-    return blocks
+    return blocks + [Note(sentence) for sentence in about.get("unlike", ())]
 
 
 def _results(findings: Findings, slots: _Slots) -> list[Block]:
