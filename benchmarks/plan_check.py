@@ -188,7 +188,7 @@ def build(name: str, options: argparse.Namespace) -> tuple[TeacherSettings, Real
     train, validation = (Rows.of(data, k) for k in ("train", "validation"))
     torch.manual_seed(0)
     model, recipe = build_teacher(llm, source, settings, data, train.targets.numpy(), device)
-    engine = Engine(Run(options.folder / "run", "plan_check", {}), seed=0, tensorboard=False, show_progress=False)
+    engine = Engine(Run(options.folder / "run", "plan_check", {}), seed=0, tensorboard=False)
     split = [teacher_rows(model, part, width) for part in (train, validation)]
     kind = TitleObjective if settings.objective == "title" else ItemObjective
     objective = kind(model.train(), *split, engine)

@@ -57,9 +57,7 @@ class Variant:
     def __init__(self, name: str, data: RecData, folder: Path) -> None:
         self.name = name
         training = TrainingSettings(epochs=10**6, batch_size=ROWS, micro_batch_size=ROWS, learning_rate=2e-3)
-        self.engine = Engine(
-            Run(folder / name, "student", {}), seed=0, training=training, tensorboard=False, show_progress=False
-        )
+        self.engine = Engine(Run(folder / name, "student", {}), seed=0, training=training, tensorboard=False)
         positions = "oldest" if name == "sequences" else "recent"
         self.model = build_model(
             "sasrec", n_items=data.n_items, width=WIDTH, max_length=LENGTH, positions=positions

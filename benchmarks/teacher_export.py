@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(Toy(), Path(folder) / "data")
         model = teacher(data, Path(folder), width, torch.device(options.device))
-        engine = Engine(Run(Path(folder) / "run", "teacher", {}), seed=0, tensorboard=False, show_progress=False)
+        engine = Engine(Run(Path(folder) / "run", "teacher", {}), seed=0, tensorboard=False)
         train = Rows.of(data, "train")
         chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:n_rows])
         rows = GateCache(model, "benchmark", engine, Path(folder) / "gates").rows(train, chosen)

@@ -19,7 +19,7 @@ from llm2rec.config import Config, MetricsConfig, build, built_object, check_fin
 from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Interrupted, Llm2RecError
 from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state
-from llm2rec.core.logging import duration, quiet_libraries
+from llm2rec.core.logging import duration, progress_shown, quiet_libraries
 from llm2rec.core.paths import conf_folder, from_launch_folder, note_folder, run_folder
 from llm2rec.core.processes import agree, is_first_process, is_first_to_report, n_processes, sigterm_raises
 from llm2rec.core.run import Run, changed_settings, discard, read_record
@@ -65,7 +65,7 @@ def stage(
             quiet_libraries()
             folder = Path(job.runtime.output_dir)
             try:
-                with sigterm_raises(), interrupt_as_error():
+                with sigterm_raises(), interrupt_as_error(), progress_shown(cfg.logging.progress):
                     _check_common(cfg, name, reads)
                     _carry_out(cfg, folder, name, function, reads or (), is_current)
             except Exception as error:
@@ -348,7 +348,6 @@ def open_engine(
         training=training,
         mixed_precision=mixed_precision,
         tensorboard=cfg.logging.tensorboard and training is not None,
-        show_progress=cfg.logging.progress,
         lockstep=lockstep,
         finish=cfg.finish,
     )

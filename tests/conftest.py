@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -57,6 +58,14 @@ INTEGRATION = (
     "test_api.py",
     "test_extending.py",
 )
+
+
+@pytest.fixture
+def progress_lines(monkeypatch, caplog):
+    """Call it for the last line of each phase that shows progress, by the phase: ``10 of 10 rows, ...``."""
+    monkeypatch.setattr("llm2rec.core.logging._SECONDS_BETWEEN_LINES", 0.0)
+    caplog.set_level(logging.INFO, "llm2rec.core.logging")
+    return lambda: dict(each.message.split(": ", 1) for each in caplog.records if each.message.endswith(" left"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

@@ -33,7 +33,7 @@ def fresh_processes():
 def engine_in(folder, *, kind=Engine, seed=0, **training):
     """Open an engine the way a stage does, without TensorBoard and progress lines."""
     run = Run.start(folder, "student", {"seed": seed})
-    return kind(run, seed=seed, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
+    return kind(run, seed=seed, training=TrainingSettings(**training), tensorboard=False)
 
 
 class RowsObjective:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec.core.errors import DataError, StorageError
+from llm2rec.core.logging import Progress
 
 __all__ = [
     "check_hashes",
     "flush_folder",
+    "opened_with_progress",
     "read_json",
     "read_object",
     "remove_leftovers",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 _HASHES = "manifest.json"
+_CHUNK_BYTES = 1 << 20
 
 _MASK = "***"
 _SECRET_NAME = re.compile(r"(^|_)(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
@@ -208,8 +212,37 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
-    with open(path, "rb") as file:
+    with opened_with_progress(path, "hash") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def opened_with_progress(path: Path, what: str = "read") -> "Iterator[io.BufferedReader[Any]]":
+    """Open a binary file for reading, and show the `Progress` of reading it.
+
+    Args:
+        path: The file.
+        what: What is done with it.
+    """
+    raw = _CountedFile(path)
+    size = os.fstat(raw.fileno()).st_size
+    with io.BufferedReader(raw, _CHUNK_BYTES) as file, Progress(f"{what} {path.name}", size, "byte") as raw.progress:
+        yield file
+
+
+class _CountedFile(io.FileIO):
+    """A file that counts how much of it was read."""
+
+    progress: Progress
+    _counted = 0
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read bytes into a buffer; returns their number."""
+        n_bytes = super().readinto(buffer)
+        if (position := self.seek(0, os.SEEK_CUR)) > self._counted:  # a reader may go back to the start
+            self.progress.advance(position - self._counted)
+            self._counted = position
+        return n_bytes
 
 
 def write_hashes(folder: Path, editable: tuple[str, ...] = ()) -> None:

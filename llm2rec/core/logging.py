@@ -7,35 +7,41 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Self, TextIO, TypeVar
+from typing import ClassVar, Self, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from llm2rec.core.processes import is_first_process, uses_gpu
 
-__all__ = ["Progress", "duration", "progress", "quiet_libraries"]
+__all__ = ["Progress", "duration", "progress", "progress_shown", "quiet_libraries"]
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BEFORE_BAR = 1.0  # shorter phases draw nothing
+_MIB = 2**20
 
 
 class Progress:
-    """Shows how many items of a phase are done, the speed and the time left; a context.
+    """Shows how many items of a phase are done, the speed and the time left; a context. Only on the first process.
 
     Args:
         description: Name of the phase.
         total: Number of items, including ``initial``.
-        unit: Name of one item, such as ``step``.
+        unit: Name of one item, such as ``step``; ``byte`` is shown in MiB.
         initial: Items done in an earlier run.
         at_most: Whether there may be fewer items than ``total``, as in a training that may stop early.
         shown: Whether to show anything.
     """
 
+    enabled: ClassVar = True  # `progress_shown` changes it
+
     def __init__(
         self, description: str, total: int, unit: str, *, initial: int = 0, at_most: bool = False, shown: bool = True
     ) -> None:
-        self._description, self._total, self._unit, self._initial = description, total, unit, initial
+        self._description, self._total, self._initial = description, total, initial
+        self._unit, self._size = ("MiB", _MIB) if unit == "byte" else (unit, 1)
+        shown = shown and self.enabled and is_first_process()
         self._on_terminal = shown and sys.stderr.isatty()
         self._in_file = shown and not self._on_terminal
         self._most = "at most " if at_most else ""
@@ -50,6 +56,8 @@ class Progress:
                 total=self._total,
                 initial=self._initial,
                 unit=f" {self._unit}",
+                unit_scale=False if self._size == 1 else 1 / self._size,
+                delay=_SECONDS_BEFORE_BAR,
                 leave=False,
                 bar_format=f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}, {self._most}{{remaining}} left, "
                 "{rate_fmt}{postfix}]",
@@ -71,12 +79,14 @@ class Progress:
             self._bar.set_postfix_str(self._other_speeds(now), refresh=False)
             self._bar.update(n)
         elif self._in_file and self._done and now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last, at, seconds = now, self._initial + self._done, (now - self._start) / self._done
-            speeds = f"{1 / seconds:.3g} {self._unit}s/s" if seconds <= 1 else f"{seconds:.3g} s/{self._unit}"
+            done, total, units = self._done / self._size, self._total / self._size, self._unit
+            units += "" if self._unit == "MiB" else "s"
+            self._last, at, seconds = now, self._initial / self._size + done, (now - self._start) / done
+            speeds = f"{1 / seconds:.3g} {units}/s" if seconds <= 1 else f"{seconds:.3g} s/{self._unit}"
             if other := self._other_speeds(now):
                 speeds += f", {other}"
-            left = f"{self._most}{duration(max(0, self._total - at) * seconds)}"
-            logger.info("%s: %d of %d %ss, %s, %s left", self._description, at, self._total, self._unit, speeds, left)
+            left = f"{self._most}{duration(max(0, total - at) * seconds)}"
+            logger.info("%s: %.0f of %.0f %s, %s, %s left", self._description, at, total, units, speeds, left)
 
     def _other_speeds(self, now: float) -> str:
         seconds = max(now - self._start, 1e-9)
@@ -115,6 +125,16 @@ def progress(
         finally:
             if isinstance(iterable, Generator):  # now, not when it is collected
                 iterable.close()
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Context in which no `Progress` shows anything unless ``shown``."""
+    before, Progress.enabled = Progress.enabled, shown
+    try:
+        yield
+    finally:
+        Progress.enabled = before
 
 
 class _AboveBar:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from llm2rec.core.logging import Progress, progress
+
 __all__ = ["ROW", "Buckets", "Rows", "partitioned"]
 
 ROW = np.dtype([("user", "<i4"), ("item", "<i4"), ("time", "<i8")])
@@ -37,12 +39,12 @@ class Buckets:
     n_items: int
 
     def __iter__(self) -> Iterator[Rows]:
-        for file in self.files:
+        for file in progress(self.files, "count interactions", len(self.files), "bucket"):
             yield np.fromfile(file, ROW)  # read, not mapped: its memory is freed
 
     def change(self, function: Callable[[Rows], Rows]) -> None:
         """Replace every bucket by a function of it."""
-        for file in self.files:
+        for file in progress(self.files, "filter interactions", len(self.files), "bucket"):
             function(np.fromfile(file, ROW)).tofile(file)
 
     def counts(self, kept: Callable[[Rows], npt.NDArray[np.bool_]]) -> tuple[npt.NDArray[np.int64], ...]:
@@ -72,7 +74,8 @@ def partitioned(file: Path, of_users: npt.NDArray[np.int64], n_items: int, folde
     files = {number: folder / f"bucket_{number:06d}" for number in numbers.tolist()}
     for each in files.values():
         each.touch()
-    with open(file, "rb") as source:
+    n_rows = file.stat().st_size // ROW.itemsize
+    with open(file, "rb") as source, Progress("sort interactions into buckets", n_rows, "row") as bar:
         while len(rows := np.fromfile(source, ROW, _ROWS_PER_BLOCK)):
             bucket = bucket_of[rows["user"]]
             order = np.argsort(bucket, kind="stable")
@@ -80,4 +83,5 @@ def partitioned(file: Path, of_users: npt.NDArray[np.int64], n_items: int, folde
             for number, part in zip(found.tolist(), np.split(rows[order], starts[1:]), strict=True):
                 with open(files[number], "ab") as target:
                     part.tofile(target)
+            bar.advance(len(rows))
     return Buckets(list(files.values()), len(of_users), n_items)

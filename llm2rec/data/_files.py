@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from llm2rec.core.errors import DataError
+from llm2rec.core.files import opened_with_progress, sha256_of_file
 
 __all__ = ["data_suffix", "digest_of_files", "existing_file", "marked_encoding", "numbered_lines", "opened", "shorten"]
 
@@ -68,9 +69,7 @@ def digest_of_files(paths: Sequence[Path]) -> str:
     """
     whole = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as handle:
-            content = hashlib.file_digest(handle, "sha256").hexdigest()
-        whole.update(f"{data_suffix(path)}:{content}\n".encode())
+        whole.update(f"{data_suffix(path)}:{sha256_of_file(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -103,7 +102,7 @@ def numbered_lines(path: Path, encoding: str = "utf-8", remedy: str = "") -> Ite
     Raises:
         DataError: If the file is not text in this encoding, or its compression is broken.
     """
-    with path.open("rb") as raw:
+    with opened_with_progress(path) as raw:
         yield from decoded_lines(raw, path, encoding, remedy)
 
 

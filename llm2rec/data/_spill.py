@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from llm2rec.core.logging import Progress
+
 __all__ = ["Spill", "read_batches"]
 
 
@@ -49,6 +51,9 @@ class Spill:
 
 
 def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of a stream file; read, not mapped, so that their memory is freed."""
-    with pa.OSFile(str(file), "rb") as source, pa.ipc.open_stream(source) as reader:
-        yield from reader
+    """Yield the record batches of a stream file, with progress; read, not mapped, so that their memory is freed."""
+    bar = Progress(f"read {file.parent.name}/{file.name}", file.stat().st_size, "byte")
+    with pa.OSFile(str(file), "rb") as source, pa.ipc.open_stream(source) as reader, bar:
+        for batch in reader:
+            yield batch
+            bar.advance(batch.nbytes)

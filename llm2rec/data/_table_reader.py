@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
 from llm2rec.core.errors import DataError
+from llm2rec.core.files import opened_with_progress
+from llm2rec.core.logging import Progress
 from llm2rec.data._files import data_suffix, marked_encoding, numbered_lines, opened, shorten
 from llm2rec.data._spill import Spill
 
@@ -205,7 +207,7 @@ def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list
     csv.field_size_limit(_FIELD_LIMIT_CHARS)
     last = 0
     try:
-        with path.open("rb") as raw, opened(raw) as content:
+        with opened_with_progress(path) as raw, opened(raw) as content:
             encoding = marked_encoding(content, encoding)
             without_mark = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
             with io.TextIOWrapper(content, encoding=without_mark, newline="") as text:
@@ -349,8 +351,9 @@ def _no_parquet(path: Path, error: Exception) -> DataError:
 
 def _parquet_parts(path: Path, names: list[str]) -> Iterator[pa.Table]:
     try:
-        with _opened_parquet(path) as file:
+        with _opened_parquet(path) as file, Progress(f"read {path.name}", file.metadata.num_rows, "row") as bar:
             for batch in file.iter_batches(_ROWS_PER_PART, columns=names):
+                bar.advance(len(batch))
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise _no_parquet(path, error) from error

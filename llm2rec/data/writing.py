@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset, Features
 
+from llm2rec.core.logging import progress
 from llm2rec.data._buckets import ROW
 from llm2rec.data._spill import read_batches
 from llm2rec.data.filtering import Sequences
@@ -62,11 +63,11 @@ def write_users(
     }
     shards = _shards(n_shards, files, sequences, spans, history_length)
     if n_processes == 1 or n_shards == 1:
-        for shard in shards:
+        for shard in progress(shards, "write examples", n_shards, "file"):
             _write_shard(shard)
         return
     with multiprocessing.Pool(min(n_processes, n_shards)) as pool:
-        for _ in pool.imap_unordered(_write_shard, shards):
+        for _ in progress(pool.imap_unordered(_write_shard, shards), "write examples", n_shards, "file"):
             pass
 
 

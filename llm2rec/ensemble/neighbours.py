@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm2rec.core.logging import progress
 from llm2rec.data import RecData
 from llm2rec.student.datamodule import Rows
 
@@ -38,7 +39,8 @@ class Neighbours:
         self._sequences, self._n_items = sequences, n_items
         self._scale = 1 / np.sqrt(counts + SHRINKAGE)  # (N,)
         empty = _pairs(np.empty(0, np.int64))
-        first, second, weight = (np.concatenate(parts) for parts in zip(empty, *map(_pairs, sequences), strict=True))
+        counted = map(_pairs, progress(sequences, "count neighbours", len(sequences), "user"))
+        first, second, weight = (np.concatenate(parts) for parts in zip(empty, *counted, strict=True))
         values = torch.from_numpy(weight * self._scale[first] * self._scale[second])
         places = torch.from_numpy(np.stack([second, first]))
         self._near = torch.sparse_coo_tensor(places, values, (n_items, n_items), check_invariants=True).coalesce()

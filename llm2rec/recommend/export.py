@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import replaced_folder, write_json
+from llm2rec.core.logging import progress
 from llm2rec.recommend.names import ItemNames
 from llm2rec.student.models import SequentialRecommender
 
@@ -168,7 +169,7 @@ def export_student(
         "mask_seen": mask_seen,
     }
     with replaced_folder(folder) as aside:
-        for name in formats:
+        for name in progress(formats, "export", len(formats), "format"):
             writers[name](module, aside / EXPORTED[name])
         feather.write_feather(names.table(), str(aside / "items.arrow"), compression="uncompressed")
         write_json(aside / "export.json", about)

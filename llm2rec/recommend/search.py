@@ -8,11 +8,13 @@ from torch import Tensor
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import replaced_file
+from llm2rec.core.logging import Progress
 from llm2rec.core.ranking import Catalogue, Pairs, pair_scores, top_k_in_blocks
 
 __all__ = ["ExactSearch", "HnswSearch", "ItemSearch", "SearchKind"]
 
 SearchKind = Literal["exact", "hnsw"]
+_ITEMS_PER_PART = 2**14  # added to an index at once
 
 
 class ItemSearch(Protocol):
@@ -75,7 +77,10 @@ class HnswSearch:
         faiss = _faiss()
         index = faiss.IndexHNSWFlat(catalogue.vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = ef_construction
-        index.add(catalogue.vectors.cpu().numpy())
+        with Progress("build index", len(catalogue), "item") as progress:
+            for part in catalogue.vectors.cpu().split(_ITEMS_PER_PART):
+                index.add(part.numpy())
+                progress.advance(len(part))
         return cls(catalogue, index)
 
     @classmethod

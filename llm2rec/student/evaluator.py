@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llm2rec.core.logging import Progress
 from llm2rec.core.ranking import Catalogue, ranks_in_blocks
 from llm2rec.core.train.batching import batches_by_cost
 from llm2rec.core.train.engine import Engine
@@ -50,9 +51,10 @@ def rank_rows(
     """
     mine = engine.my_rows(n_rows)
     ranks = torch.zeros(n_rows, dtype=torch.int64)
-    with torch.no_grad():
+    with torch.no_grad(), Progress("rank", len(mine), "row") as progress:
         for rows in batches(mine):
             ranks[torch.from_numpy(rows)] = rank(rows).cpu()
+            progress.advance(int(((rows >= mine[0]) & (rows <= mine[-1])).sum()))
     return engine.gather_rows(ranks[torch.from_numpy(mine)], n_rows)
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llm2rec.core.files import read_json, replaced_file, replaced_folder, sha256_of_file, write_json
-from llm2rec.core.logging import Progress
+from llm2rec.core.logging import Progress, progress
 from llm2rec.core.processes import is_first_process
 from llm2rec.core.run import Run
 from llm2rec.core.train.batching import batches_by_cost
@@ -114,8 +114,10 @@ def write_outputs(
         torch.save(item_vectors.detach().cpu().contiguous(), aside / "all_embeddings.pt")
         if labelled is not None:
             np.save(aside / "rows.npy", labelled)
-        n_rows, top_k = _write_table(aside / "myrank_train", "%d", (load_file(each)["items"] for each in blocks))
-        confidences = (_as_confidence(load_file(each)["log_probs"], kind) for each in blocks)
+        items = progress(blocks, "write candidates", len(blocks), "block")
+        n_rows, top_k = _write_table(aside / "myrank_train", "%d", (load_file(each)["items"] for each in items))
+        scores = progress(blocks, "write confidences", len(blocks), "block")
+        confidences = (_as_confidence(load_file(each)["log_probs"], kind) for each in scores)
         _write_table(aside / "confidence_train", "%.9g", confidences)  # 9 digits are exact for float32
         manifest = {
             "format": 1,

@@ -143,20 +143,20 @@ def pooled_states(
         device: Device of the model.
         batch_tokens: Tokens per forward pass, padding included.
         use_gates: Holds the gates of some texts; unused without adapter.
-        progress: Counts the texts done; None shows nothing.
+        progress: An open one counts the texts; None shows one, with speed and time left.
 
     Returns:
         Shape ``(M, d)``, float32, neither centred nor scaled, on the CPU.
     """
     vectors: Tensor | None = None
-    for rows in batches_by_cost(counts, batch_tokens):
-        tokens = batch(rows).to(device)
-        with use_gates(rows):
-            hidden = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        pooled = pool(hidden, tokens.attention_mask, pooling).cpu()
-        vectors = pooled.new_empty(len(counts), pooled.shape[1]) if vectors is None else vectors
-        vectors[torch.from_numpy(rows)] = pooled
-        if progress is not None:
-            progress.advance(len(rows), tokens=int(counts[rows].sum()))
+    with Progress("read texts", len(counts), "text") if progress is None else nullcontext(progress) as bar:
+        for rows in batches_by_cost(counts, batch_tokens):
+            tokens = batch(rows).to(device)
+            with use_gates(rows):
+                hidden = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            pooled = pool(hidden, tokens.attention_mask, pooling).cpu()
+            vectors = pooled.new_empty(len(counts), pooled.shape[1]) if vectors is None else vectors
+            vectors[torch.from_numpy(rows)] = pooled
+            bar.advance(len(rows), tokens=int(counts[rows].sum()))
     assert vectors is not None, "there is at least one text"
     return vectors

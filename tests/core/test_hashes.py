@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llm2rec.core.errors import CheckpointError, DataError
-from llm2rec.core.files import check_hashes, read_json, read_object, write_hashes, write_json
+from llm2rec.core.files import check_hashes, read_json, read_object, sha256_of_file, write_hashes, write_json
 from llm2rec.core.run import read_record
 
 
@@ -32,6 +32,12 @@ def test_a_changed_file_and_a_missing_one_are_named(folder):
     (folder / "part" / "a.bin").unlink()
     with pytest.raises(DataError, match=r"lacks part/a\.bin"):
         check_hashes(folder)
+
+
+def test_hashing_shows_its_progress(folder, progress_lines):
+    (folder / "part" / "a.bin").write_bytes(bytes(3 * 2**20))
+    sha256_of_file(folder / "part" / "a.bin")
+    assert progress_lines()["hash a.bin"].startswith("3 of 3 MiB, ")
 
 
 def test_a_folder_of_an_earlier_version_has_no_hashes(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from engine_helpers import time_goes_by
 
-from llm2rec.core.logging import Progress, duration, progress
+from llm2rec.core.logging import Progress, duration, progress, progress_shown
 
 
 class Terminal(io.StringIO):
@@ -38,6 +38,24 @@ def test_rows_are_shown_with_rows_and_tokens_per_second(monkeypatch, caplog):
     ]
 
 
+def test_bytes_are_shown_in_mib(monkeypatch, caplog):
+    clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
+    caplog.set_level(logging.INFO)
+    with Progress("hash model.safetensors", 2**32, "byte") as bar:
+        clock.wait(32)
+        bar.advance(2**30)
+    assert [record.message for record in caplog.records] == [
+        "hash model.safetensors: 1024 of 4096 MiB, 32 MiB/s, 1:36 min left"
+    ]
+
+
+def test_a_run_may_switch_progress_off(progress_lines):
+    for shown in (False, True):
+        with progress_shown(shown):
+            list(progress(range(2), f"phase {shown}", 2, "step"))
+    assert list(progress_lines()) == ["phase True"]
+
+
 def test_a_short_phase_logs_nothing_in_a_file(monkeypatch, caplog):
     clock = time_goes_by(monkeypatch, "llm2rec.core.logging")
     caplog.set_level(logging.INFO)
@@ -49,6 +67,7 @@ def test_a_short_phase_logs_nothing_in_a_file(monkeypatch, caplog):
 def test_log_lines_stand_above_the_bar_of_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("llm2rec.core.logging._SECONDS_BEFORE_BAR", 0.0)
     root, handler = logging.getLogger(), logging.StreamHandler(terminal)
     monkeypatch.setattr(root, "handlers", [handler])
     for number in progress(range(3), "student", 3, "step", at_most=True):

@@ -22,7 +22,7 @@ def trained(folder, tensorboard=True):
     torch.manual_seed(0)
     model, inputs = nn.ModuleDict({"body": nn.Linear(5, 4), "head": nn.Linear(4, 3)}), torch.randn(N_ROWS, 5)
     run, training = Run.start(folder, "student", {"seed": 0}), TrainingSettings(epochs=2, batch_size=4)
-    engine = Engine(run, seed=0, training=training, tensorboard=tensorboard, show_progress=False)
+    engine = Engine(run, seed=0, training=training, tensorboard=tensorboard)
 
     def losses(_, rows, step):
         engine.count(tokens=10 * len(rows))

@@ -437,3 +437,22 @@ def test_warnings_about_a_dataset(changes, warning):
     found = doubts(statistics_of(**changes))
     assert len(found) == (warning is not None)
     assert warning is None or re.match(warning, found[0])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_every_step_of_a_preparation_shows_its_progress(suffix, tmp_path, progress_lines):
+    visits = pd.DataFrame([(f"u{u}", f"i{i}", u + i) for u in range(9) for i in range(9)])
+    visits.columns = ["user_id", "item_id", "timestamp"]
+    items = pd.DataFrame({"item_id": visits.item_id.unique(), "title": "Title of " + visits.item_id.unique()})
+    write = {
+        "csv": lambda table, file: table.to_csv(file, index=False),
+        "jsonl": lambda table, file: table.to_json(file, orient="records", lines=True),
+        "parquet": lambda table, file: table.to_parquet(file),
+    }[suffix]
+    for name, table in (("visits", visits), ("items", items)):
+        write(table, tmp_path / f"{name}.{suffix}")
+    prepare(CsvTables(interactions=f"{tmp_path}/visits.{suffix}", items=f"{tmp_path}/items.{suffix}"), tmp_path / "out")
+    phases = progress_lines().keys()
+    assert phases >= {f"hash visits.{suffix}", f"read visits.{suffix}", f"read items.{suffix}"}
+    assert phases >= {"sort interactions into buckets", "count interactions", "filter interactions", "write examples"}
+    assert {"read train/data-00000-of-00001.arrow", "hash data-00000-of-00001.arrow"} <= phases

@@ -66,11 +66,13 @@ def test_members_answer_for_histories_that_have_no_neighbours(toy, share):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_targets_are_ranked_as_one_by_one(toy, tmp_path, masked):
+def test_targets_are_ranked_as_one_by_one(toy, tmp_path, progress_lines, masked):
     rows = rows_of(toy, "validation")
     ensemble = ensemble_of(toy.members, toy.data, 0.5)
     seen = SeenItems(rows) if masked else None
     ranks = rank_targets(ensemble, rows, engine_in(tmp_path), seen=seen, batch_rows=7)
+    assert "count neighbours" in progress_lines()
+    assert progress_lines()["rank"].startswith(f"{len(rows)} of {len(rows)} rows, ")
     scores = ensemble.probabilities(rows.batch(np.arange(len(rows))))
     for row, (user, target) in enumerate(zip(rows.users[rows.units], rows.targets, strict=True)):
         had = toy.data.sequences["items"][int(user)][:-2] if masked else []

@@ -13,6 +13,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Unknown
 from llm2rec.core.files import read_json, write_json
 from llm2rec.recommend import Recommendation, Recommender
 from llm2rec.recommend.names import ItemNames
+from llm2rec.recommend.search import HnswSearch
 from llm2rec.student.models import build_model, load_student
 from llm2rec.student.store import load_item_table, save_student
 
@@ -264,6 +265,12 @@ def test_recall_is_the_share_that_is_found(recommender, data):
     expected = np.mean([raw_id in even for raw_id in best])
     assert 0 < expected < 1
     assert Recommender(recommender.model, recommender.names, HalfBlind()).recall(histories, 6) == expected
+
+
+def test_building_an_index_shows_its_progress(recommender, progress_lines):
+    pytest.importorskip("faiss", reason="Faiss is not installed (extra `serve`)")
+    HnswSearch.build(recommender._search._catalogue)
+    assert progress_lines()["build index"].startswith("120 of 120 items, ")
 
 
 def test_an_index_is_kept_and_only_its_own_model_takes_it(indexed, trained, data, tmp_path):

@@ -27,7 +27,7 @@ def test_recommendation_table():
 def test_recommendations_are_logged_to_tensorboard(tmp_path, tensorboard, mask_seen):
     torch.manual_seed(0)
     model, rows = build_model("sasrec", n_items=N, width=8, max_length=L).eval(), random_rows(12, N, L)
-    engine = Engine(Run.start(tmp_path, "student", {}), seed=0, tensorboard=tensorboard, show_progress=False)
+    engine = Engine(Run.start(tmp_path, "student", {}), seed=0, tensorboard=tensorboard)
     log_recommendations(engine, student_answers(model, mask_seen), rows, ITEMS)
     engine.close()
     if not tensorboard:

@@ -182,7 +182,7 @@ def split(data: RecData, name: str = "train") -> Rows:
 
 def engine_in(folder: Path, **training) -> Engine:
     run = Run(folder, "teacher", {})
-    return Engine(run, seed=1, training=TrainingSettings(**training), tensorboard=False, show_progress=False)
+    return Engine(run, seed=1, training=TrainingSettings(**training), tensorboard=False)
 
 
 def teacher_rows(model: ItemTeacher, data: Rows, rows: np.ndarray) -> TeacherRows:

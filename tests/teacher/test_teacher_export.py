@@ -39,9 +39,10 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def test_outputs_equal_a_plain_ranking_of_each_row(teacher, data, engine, tmp_path):
+def test_outputs_equal_a_plain_ranking_of_each_row(teacher, data, engine, tmp_path, progress_lines):
     model = teacher[0]
     folder = export(teacher, engine, tmp_path)
+    assert progress_lines().keys() >= {"export", "write candidates", "write confidences", "hash myrank_train.txt"}
     ranking = np.loadtxt(folder / "myrank_train.txt", dtype=int)
     confidence = np.loadtxt(folder / "confidence_train.txt")
     assert ranking.shape == confidence.shape == (len(data.splits["train"]), TOP_K)

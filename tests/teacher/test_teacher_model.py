@@ -110,6 +110,11 @@ def test_a_row_ignores_the_other_rows_and_the_padding(kind, pooling, data, llm_f
     torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-4)
 
 
+def test_reading_titles_shows_its_progress(data, llm_folder, progress_lines):
+    build("bert", llm_folder, data)[0].refresh_titles()
+    assert progress_lines()["read texts"].startswith(f"{data.n_items} of {data.n_items} texts, ")
+
+
 def test_a_history_decides_its_own_gates(data, llm_folder):
     model = randomise(build("llama", llm_folder, data)[0]).eval()
     gates = model.tuner.gate(model.frozen_vectors(model.prompts.histories(*histories_of(data))))

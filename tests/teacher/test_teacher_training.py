@@ -98,7 +98,7 @@ def test_tensorboard_shows_gates_rates_speed_and_prompts(data, llm_folder, tmp_p
         teacher_rows(model, each, np.arange(len(each))) for each in (split(data, "train"), split(data, "validation"))
     )
     training = TrainingSettings(**{**TRAINING, "epochs": 2})
-    engine = Engine(Run(tmp_path, "teacher", {}), seed=1, training=training, show_progress=False)
+    engine = Engine(Run(tmp_path, "teacher", {}), seed=1, training=training)
     fit(model, train_rows, validation_rows, engine)
     engine.close()
 

@@ -51,9 +51,7 @@ def fit(
     model, _ = title_teacher(kind, data, llm_folder, folder, **(teacher or {}))
     torch.manual_seed(0)
     training = TrainingSettings(**{**TRAINING, **training})
-    engine = engine_kind(
-        Run(resume or folder / "run", "teacher", {}), seed=1, training=training, tensorboard=False, show_progress=False
-    )
+    engine = engine_kind(Run(resume or folder / "run", "teacher", {}), seed=1, training=training, tensorboard=False)
     settings = TeacherSettings(
         training=training,
         gate_learning_rate_ratio=1.0,

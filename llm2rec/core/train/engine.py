@@ -57,7 +57,6 @@ class Engine:
         mixed_precision: ``no`` or ``bf16`` (autocast).
         training: Batch sizes, clipping and schedule; None for stages that do not train.
         tensorboard: Whether to log to TensorBoard.
-        show_progress: Whether to draw progress bars.
         lockstep: Whether every process computes all rows instead of its share, which a model with sharded weights
             requires, since each of its passes runs on all processes.
         finish: Whether to end training where the run's newest checkpoint is, with the best weights so far.
@@ -71,7 +70,6 @@ class Engine:
         mixed_precision: str = "no",
         training: TrainingSettings | None = None,
         tensorboard: bool = True,
-        show_progress: bool = True,
         lockstep: bool = False,
         finish: bool = False,
     ) -> None:
@@ -96,7 +94,7 @@ class Engine:
         self._optimizer: Any = None
         self.learning_rate = 0.0
         self.stepper = Stepper(self.accelerator, self.training, self.log, lockstep)
-        self.seed, self._show_progress = seed, show_progress
+        self.seed = seed
         self._termination, self._ending = Termination(), cast(int | None, None)
         seed_everything(seed)  # the same initial weights on every process
 
@@ -304,12 +302,11 @@ class Engine:
         at_most: bool = False,
     ) -> Iterator[Item]:
         """Iterate with a progress line on the first process; see `llm2rec.core.logging`."""
-        shown = self._show_progress and self.is_main
-        return progress(iterable, description, total, unit, initial=initial, at_most=at_most, shown=shown)
+        return progress(iterable, description, total, unit, initial=initial, at_most=at_most)
 
     def rows_progress(self, description: str, n_rows: int) -> Progress:
         """Context with the progress of rows scored in batches, on the first process."""
-        return Progress(description, n_rows, "row", shown=self._show_progress and self.is_main)
+        return Progress(description, n_rows, "row")
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2rec.core.files import read_json
+from llm2rec.core.logging import progress
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.statistics import bootstrap_interval
 from llm2rec.core.train.batching import batches_by_cost
@@ -58,9 +59,10 @@ def gates_of_rows(model: LLMTeacher, rows: TeacherRows, device: torch.device) ->
     Returns:
         Shape ``(M, E)``, float32, on the CPU.
     """
+    starts = range(0, len(rows.rows), _GATE_ROWS)
     blocks = [
         model.evaluation_gates(torch.from_numpy(rows.gate_inputs[start : start + _GATE_ROWS]).to(device)).cpu()
-        for start in range(0, len(rows.rows), _GATE_ROWS)
+        for start in progress(starts, "gates", len(starts), "block")
     ]
     gates = torch.cat(blocks)  # (M, E) or (M, G, E)
     return gates if gates.ndim == 2 else gates.mean(dim=1)
@@ -201,12 +203,13 @@ class FinishedTitleTeacher(_FinishedTeacher):
         drawn = candidates.draw(rows.rows[mine])
         counts = model.prompts.question_token_counts(history, lengths, drawn, hybrid=model.is_hybrid)
         texts = [""] * len(mine)
-        for part in batches_by_cost(model.settings.generation_beams * counts, _BATCH_TOKENS):
-            gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
-            for row, text in zip(
-                part, model.generate(history[part], lengths[part], drawn[part], gate_inputs), strict=True
-            ):
-                texts[row] = fold_title(text)
+        with self._engine.rows_progress("generate titles", len(mine)) as bar:
+            for part in batches_by_cost(model.settings.generation_beams * counts, _BATCH_TOKENS):
+                gate_inputs = torch.from_numpy(rows.gate_inputs[mine[part]]).to(self._engine.device)
+                generated = model.generate(history[part], lengths[part], drawn[part], gate_inputs)
+                for row, text in zip(part, generated, strict=True):
+                    texts[row] = fold_title(text)
+                bar.advance(len(part))
         titles = [fold_title(text) for text in model.prompts.decoded(model.prompts.answer_tokens())]
         judged = torch.zeros(len(mine), 2, dtype=torch.bool)
         if len(mine):
