@@ -230,6 +230,7 @@ def test_the_released_ilora_differs_from_the_paper_in_named_switches_only():
     paper, program = (dict(leaves(composed(f"teacher={name}", run).teacher)) for name in ("ilora_paper", "ilora_code"))
     assert {key: value for key, value in program.items() if paper[key] != value} == {
         "name": "ilora_code",
+        "curriculum": "linear_per_epoch",
         "gate_learning_rate_ratio": 0.3,
         "gate_weight_decay": 1e-5,
         "projector_weight_decay": 1e-5,
@@ -239,6 +240,7 @@ def test_the_released_ilora_differs_from_the_paper_in_named_switches_only():
         "title.redraw_candidates": True,
         "title.hit_rule": "released",
         "training.learning_rate": 8e-4,
+        "training.max_grad_norm": 0.0,
         "training.patience": 10,
     }
     for name in ("ilora_paper", "ilora_code"):

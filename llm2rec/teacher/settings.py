@@ -29,7 +29,7 @@ TUNINGS = ("ilora", "lora", "none")
 PROMPTS = ("text", "hybrid")
 RANKINGS = ("search", "grounding")
 HIT_RULES = ("longest", "released")
-CURRICULA = ("off", "linear", "two_stage")
+CURRICULA = ("off", "linear", "linear_per_epoch", "two_stage")
 
 
 @dataclass
@@ -155,8 +155,8 @@ class TeacherSettings:
             (the paper), the user vector of the recommender.
         prompts: ``text``, or ``hybrid`` (the paper): each title is followed by the recommender's vector of the item,
             projected into the language model's input.
-        curriculum: Optimizer steps of hybrid training that use the vectors: all (``off``), ``linear``ly more, or the
-            second half (``two_stage``); see `is_hybrid`.
+        curriculum: Optimizer steps of hybrid training that use the vectors: all (``off``), ``linear``ly more, the same
+            begun anew in each epoch (``linear_per_epoch``), or the second half (``two_stage``); see `is_hybrid`.
         gate_learning_rate_ratio: Learning rate of the gate networks as a multiple of ``training.learning_rate``. Their
             inputs have unit length: at 1 gates stay near the even mixture, at 100 they collapse (see
             ``benchmarks/results/teacher_gates.json``).
@@ -291,20 +291,24 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
 
 
-def is_hybrid(curriculum: str, step: int, max_steps: int, seed: int) -> bool:
+def is_hybrid(curriculum: str, step: int, max_steps: int, seed: int, epoch_start: int = 0) -> bool:
     """Whether the batch of an optimizer step has injected vectors (LLaRA, arXiv 2312.02445, and iLoRA's program).
 
     A pure function of its arguments, so all processes and resumed runs agree.
 
     Args:
-        curriculum: ``off`` (always hybrid), ``linear`` (with probability ``step / max_steps``) or ``two_stage`` (text
-            only in the first half of the steps).
+        curriculum: ``off`` (always hybrid), ``linear`` (with probability ``step / max_steps``), ``linear_per_epoch``
+            (with probability ``(step - epoch_start) / max_steps``, at most 1 over the number of epochs, as in iLoRA's
+            program, whose data loaders count anew in each epoch) or ``two_stage`` (text only in the first half of the
+            steps).
         step: Global step, from 0.
         max_steps: Steps of the whole training.
         seed: Seed of the run.
+        epoch_start: First step of the epoch; read by ``linear_per_epoch``.
     """
-    if curriculum == "linear":
-        return derived_seed(seed, "curriculum", step) / 2**63 < step / max_steps
+    if curriculum in ("linear", "linear_per_epoch"):
+        done = step - epoch_start if curriculum == "linear_per_epoch" else step
+        return derived_seed(seed, "curriculum", step) / 2**63 < done / max_steps
     return curriculum == "off" or 2 * step >= max_steps
 
 

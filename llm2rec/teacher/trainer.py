@@ -94,7 +94,9 @@ class TeacherObjective:
             self._expert_use = mean_gates(model, train.gate_inputs, step, self.engine)
         if self.task.knows_lengths:
             self.engine.count(tokens=int(train.token_counts[step.units].sum()))
-        self._hybrid = model.is_hybrid and is_hybrid(settings.curriculum, step.number, self._n_steps, self.engine.seed)
+        epoch_start = step.epoch * self.engine.training.steps_per_epoch(self.units.n_rows)
+        curriculum = settings.curriculum, step.number, self._n_steps, self.engine.seed, epoch_start
+        self._hybrid = model.is_hybrid and is_hybrid(*curriculum)
         return () if self._hybrid else ("projector",)
 
     @contextmanager

@@ -224,7 +224,7 @@ RUN = "recommender_run=result/x"
         ("tuning=full", r"tuning is 'full', expected one of ilora, lora, none"),
         ("prompts=soft", r"prompts is 'soft', expected one of text, hybrid"),
         ("head=tower", r"head is 'tower', expected one of titles, projected, joined, residual"),
-        ("curriculum=cosine", r"curriculum is 'cosine', expected one of off, linear, two_stage"),
+        ("curriculum=cosine", r"curriculum is 'cosine', expected one of off, linear, linear_per_epoch, two_stage"),
         ("gate_input=user", r"gate_input is 'user', expected one of llm, sequence"),
         ("projector_learning_rate_ratio=0", r"projector_learning_rate_ratio is 0.0, expected a positive"),
         ("head_learning_rate_ratio=-2", r"head_learning_rate_ratio is -2.0, expected a positive"),
