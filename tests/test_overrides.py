@@ -85,6 +85,7 @@ def test_numbers_stay_numbers_and_null_stays_null():
         (["llm.trust_remote_code=true"], "llm.trust_remote_code"),
         (["dataset.test_fraction=0.2"], "dataset.test_fraction"),
         (["dataset.ties=item", "dataset.ties_seed=1"], "dataset.ties_seed"),
+        (["dataset=csv", "dataset.text_length=9"], "dataset.text_length"),
         (["metrics.candidates_seed=1"], "metrics.candidates_seed"),
         (["active=random", "active.budget=0.5", "active.over_epochs=3"], "active.over_epochs"),
         (["student.loss.dros.beta=2"], "student.loss.dros.beta"),
@@ -104,6 +105,7 @@ def test_an_option_that_the_chosen_files_do_not_read_is_refused(overrides, optio
     [
         ["llm=minilm", "llm.path=folder"],
         ["dataset.split=global_time", "dataset.test_fraction=0.2"],
+        ["dataset=csv", "dataset.text_columns=[note]", "dataset.text_length=9"],
         ["distill=listwise", "distill.ranking.temperature=2"],
         ["distill.embedding.alignment_weight=1", "distill.embedding.alignment=mse"],
         ["student=gru4rec", "student.model.dropout=0.1", "seed=1", "teacher.export.top_k=5"],

@@ -27,6 +27,7 @@ from llm2rec.core.files import opened_with_progress
 from llm2rec.core.logging import Progress
 from llm2rec.data._files import data_suffix, marked_encoding, numbered_lines, opened, shorten
 from llm2rec.data._spill import Spill
+from llm2rec.data._text import clean_text
 
 __all__ = ["Column", "Table", "read_table"]
 
@@ -49,11 +50,13 @@ class Column:
         name: Its name in the file.
         option: The option that holds this name, for messages.
         nullable: Whether values may be missing.
+        may_be_nested: Whether values may also be lists or mappings of text; JSON lines yield them as clean text.
     """
 
     name: str
     option: str
     nullable: bool = False
+    may_be_nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,10 @@ def _plain(name: str) -> str:
 
 def _override(option: str, name: str) -> str:
     """The override that names a column, quoted for a shell where that is needed."""
-    return f"dataset.{option}={name}" if re.fullmatch(r"\w+", name) else f"'dataset.{option}=\"{name}\"'"
+    plain = re.fullmatch(r"\w+", name) is not None
+    value = name if plain else f'"{name}"'
+    value = f"[{value}]" if option.endswith("columns") else value
+    return f"dataset.{option}={value}" if plain else f"'dataset.{option}={value}'"
 
 
 def _delimiter(path: Path, wanted: Mapping[str, Column], usual: str, encoding: str) -> str:
@@ -238,6 +244,7 @@ def _read_json_lines(path: Path, wanted: Mapping[str, Column], spill: Spill, enc
     kinds: dict[str, set[type]] = {ours: set() for ours in wanted}
 
     def plain(value: Any, ours: str) -> str | None:
+        value = clean_text(value) if wanted[ours].may_be_nested else value
         kinds[ours].add(type(value))
         return None if value is None else str(value)  # of a float, the text that parses to the same float
 
@@ -280,6 +287,7 @@ def _records(path: Path, wanted: Mapping[str, Column], encoding: str) -> Iterato
 
 def _check_value(value: Any, column: Column, where: str) -> None:
     is_plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    is_plain = is_plain or (isinstance(value, (list, dict)) and column.may_be_nested)
     if not is_plain and not (value is None and column.nullable):
         raise DataError(
             f"{where}: `{column.name}` is {shorten(value)}, expected text or a number. Correct the line, or name "
@@ -325,12 +333,14 @@ def _read_parquet(path: Path, wanted: Mapping[str, Column]) -> Table:
 
 def _check_type(path: Path, kind: pa.DataType, column: Column, *, may_be_time: bool) -> None:
     """Refuse what JSON lines refuse too: lists, structs, booleans and bytes, whose text would be Python's."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     of = pa.types
+    while of.is_dictionary(kind) or (column.may_be_nested and (of.is_list(kind) or of.is_large_list(kind))):
+        kind = kind.value_type
     is_text = of.is_string(kind) or of.is_large_string(kind) or of.is_string_view(kind)
     is_number = of.is_integer(kind) or of.is_floating(kind) or of.is_decimal(kind)
     is_time = may_be_time and (of.is_timestamp(kind) or of.is_date(kind))
-    if not (is_text or is_number or is_time or of.is_null(kind)):
+    is_nested = column.may_be_nested and (of.is_struct(kind) or of.is_map(kind))
+    if not (is_text or is_number or is_time or is_nested or of.is_null(kind)):
         raise DataError(
             f"{path}: column `{column.name}` holds values of type {kind}, expected text or numbers"
             f"{' or times' if may_be_time else ''}. Save it as text, or name another column: "

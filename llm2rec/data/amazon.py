@@ -7,7 +7,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,8 @@ import pyarrow as pa
 from llm2rec.core.errors import DataError
 from llm2rec.data._files import existing_file, numbered_lines, shorten
 from llm2rec.data._spill import Spill
-from llm2rec.data.spec import DatasetSpec, RawParts, path_field
+from llm2rec.data._text import clean_text
+from llm2rec.data.spec import RawParts, TextSpec, path_field
 
 __all__ = ["AmazonFiles", "AmazonReviews"]
 
@@ -51,7 +52,7 @@ _SCRIPT_IN_TITLE = "getTime("
 
 
 @dataclass
-class AmazonFiles(DatasetSpec):
+class AmazonFiles(TextSpec):
     """Reviews as implicit interactions, with the products' titles; subclasses name the two files.
 
     Both files are JSON lines, gzipped or plain; the keys of the first row decide the layout. Timestamps are
@@ -75,18 +76,21 @@ class AmazonFiles(DatasetSpec):
             reviewed.update(dict.fromkeys(part["item_id"].to_pylist()))
             spill.append(part)
         spill.close()
-        titles, n_repeated = _read_titles(metadata, reviewed, self.FILE_OPTIONS[1])
-        if not titles:
+        products, n_repeated = _read_products(metadata, reviewed, self.text_columns, self.FILE_OPTIONS[1])
+        if not products:
             raise DataError(
                 f"{metadata} names none of the {len(reviewed)} products reviewed in {reviews} (the first is "
                 f"{next(iter(reviewed))!r}); give the metadata of the same category and year: "
                 f"dataset.{self.FILE_OPTIONS[1]}"
             )
         if self.missing_items == "error":  # products without metadata are products without a title
-            titles |= {item: "" for item in reviewed if item not in titles}
+            nothing = [""] * (1 + len(self.text_columns))
+            products |= {item: nothing for item in reviewed if item not in products}
+        titles, *texts = zip(*products.values(), strict=True)
         items = pd.DataFrame(
-            {"item_id": pd.Series(list(titles), dtype="str"), "title": pd.Series(list(titles.values()), dtype="str")}
+            {"item_id": pd.Series(list(products), dtype="str"), "title": pd.Series(titles, dtype="str")}
         )
+        items = self._with_texts(items, texts)
 
         def interactions() -> Iterator[pd.DataFrame]:
             for part in spill.parts():
@@ -181,10 +185,15 @@ def _checked_reviews(path: Path, option: str) -> Iterator[tuple[str, str, int, f
         raise DataError(f"{path} is empty; expected one review per line.")
 
 
-def _read_titles(path: Path, reviewed: dict[str, None], option: str) -> tuple[dict[str, str], int]:
-    """Return titles of the reviewed products in the order of the file, and how many rows repeat a product."""
-    titles: dict[str, str] = {}
-    n_repeated = 0
+def _read_products(
+    path: Path, reviewed: dict[str, None], more: Sequence[str], option: str
+) -> tuple[dict[str, list[str]], int]:
+    """Return title and further texts of the reviewed products in the order of the file, and how many rows repeat one.
+
+    The first text that is not empty counts.
+    """
+    products: dict[str, list[str]] = {}
+    n_repeated, keys = 0, set[str]()
     for number, record in _records(path):
         key = next((each for each in _METADATA_KEYS if each in record), None)
         if key is None:
@@ -197,10 +206,18 @@ def _read_titles(path: Path, reviewed: dict[str, None], option: str) -> tuple[di
             raise DataError(f"{path}, line {number}: `{key}` is {shorten(item)}, expected text. Correct the line.")
         if item not in reviewed:
             continue
-        n_repeated += item in titles
-        if not titles.get(item):
-            titles[item] = _clean(record.get("title"), path, number)
-    return titles, n_repeated
+        n_repeated += item in products
+        before = products.get(item, [""] * (1 + len(more)))
+        if not all(before):
+            found = [_clean(record.get("title"), path, number), *(clean_text(record.get(name)) for name in more)]
+            products[item] = [old or new for old, new in zip(before, found, strict=True)]
+        keys.update(record)
+    if products and (lacking := [name for name in more if name not in keys]):
+        raise DataError(
+            f"{path}: no reviewed product has `{lacking[0]}`; their keys are {', '.join(sorted(map(str, keys)))}. Name "
+            "those with text: dataset.text_columns=[KEY, ...]"
+        )
+    return products, n_repeated
 
 
 def _clean(title: object, path: Path, number: int) -> str:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ class Sequences:
         user_ids: Raw id of each user, ``(U,)``; users are numbered in the order they first appear.
         item_ids: Raw id of each item, ``(N,)``; items keep the order of the source's item table.
         titles: Title of each item, ``(N,)``.
+        item_columns: Other columns of the items that the source has, ``(N,)`` each.
         lengths: Interactions of each user, ``(U,)``.
         buckets: Interactions, user after user, oldest first, by the numbers of ``user_ids`` and ``item_ids``.
         counts: Interactions, users and items that each filter removed, by name.
@@ -44,6 +46,7 @@ class Sequences:
     user_ids: npt.NDArray[np.object_]
     item_ids: npt.NDArray[np.object_]
     titles: npt.NDArray[np.object_]
+    item_columns: dict[str, npt.NDArray[Any]]
     lengths: npt.NDArray[np.int64]
     buckets: Buckets
     counts: dict[str, int]
@@ -101,6 +104,7 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
         user_ids=user_ids[kept_users],
         item_ids=item_ids[kept_items],
         titles=titles[kept_items],
+        item_columns={name: raw.items[name].to_numpy()[kept_items] for name in raw.items.columns[2:]},
         lengths=of_users[kept_users],
         buckets=buckets,
         counts=counts,

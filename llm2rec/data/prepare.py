@@ -20,7 +20,7 @@ from llm2rec.core.errors import DataError
 from llm2rec.core.files import flush_folder, sha256_of_file, storage_errors
 from llm2rec.data.filtering import filter_and_number
 from llm2rec.data.masking import RepeatCount
-from llm2rec.data.recdata import FEATURES, FORMAT_VERSION, RecData, load
+from llm2rec.data.recdata import FEATURES, FORMAT_VERSION, RecData, item_features, load
 from llm2rec.data.spec import DatasetSpec
 from llm2rec.data.splitting import SPLIT_NAMES, target_spans
 from llm2rec.data.summary import SplitCounts, compute_statistics
@@ -93,7 +93,8 @@ def _write_all(folder: Path, spec: DatasetSpec, settings: Mapping[str, Any], key
     counts = {name: SplitCounts(len(sequences.item_ids), spec.history_length) for name in SPLIT_NAMES}
     repeats = RepeatCount(spans["validation"].stop)
     count = {"sequences": repeats.add, **{name: each.add for name, each in counts.items()}}
-    hashed = {name: hash_table(folder / name, features, count.get(name)) for name, features in FEATURES.items()}
+    features = FEATURES | {"items": item_features(sequences.item_columns)}
+    hashed = {name: hash_table(folder / name, each, count.get(name)) for name, each in features.items()}
     shutil.rmtree(work)
     removed = {**sequences.counts, **split_counts}
     _write_json(folder / "statistics.json", compute_statistics(sequences, counts, removed, repeats.repeated))

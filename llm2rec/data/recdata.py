@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,12 @@ __all__ = [
     "FEATURES",
     "FORMAT_VERSION",
     "ITEM_FEATURES",
+    "OPTIONAL_ITEM_FEATURES",
     "SEQUENCE_FEATURES",
     "ContentHash",
     "RecData",
     "content_hash",
+    "item_features",
     "load",
 ]
 
@@ -41,7 +44,14 @@ SEQUENCE_FEATURES = Features(
         "timestamps": List(Value("int64")),
     }
 )
+OPTIONAL_ITEM_FEATURES = Features({"text": Value("string")})
+"""Columns that items have only where the options of a dataset ask for them."""
 FEATURES = {"items": ITEM_FEATURES, "sequences": SEQUENCE_FEATURES, **dict.fromkeys(SPLIT_NAMES, EXAMPLE_FEATURES)}
+
+
+def item_features(columns: Iterable[str]) -> Features:
+    """Features of a table of items that also has some optional columns."""
+    return Features(ITEM_FEATURES | {name: each for name, each in OPTIONAL_ITEM_FEATURES.items() if name in columns})
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class RecData:
 
     Attributes:
         folder: Its folder.
-        items: `item_id` (0 to N-1, equal to the row), `raw_id`, `title`.
+        items: `item_id` (0 to N-1, equal to the row), `raw_id`, `title`, and the columns of `OPTIONAL_ITEM_FEATURES`
+            that the dataset has.
         sequences: `user_index`, `user_id`, `items`, `timestamps`; one row per user, oldest first.
         splits: `train`, `validation` and `test`, with the columns of `EXAMPLE_FEATURES`. Row r of `train` has
             `example_id` r; validation and test ids continue from there.
@@ -91,6 +102,11 @@ class RecData:
     def titles(self) -> list[str]:
         """Titles by item id, ``(N,)``."""
         return list(self.items["title"])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """What a language model reads of each item, ``(N,)``: title and `dataset.text_columns`; else the title."""
+        return list(self.items["text"]) if "text" in self.items.column_names else self.titles
 
     def verify(self) -> None:
         """Read all tables and compare them with the hashes in the manifest.
@@ -142,7 +158,8 @@ def load(folder: Path) -> RecData:
     for name, expected in manifest.get("files", {}).items():  # earlier versions wrote none
         if sha256_of_file(folder / name) != expected:
             raise DataError(f"{folder / name} is not what was written (its hash differs). {remedy}")
-    for name, features in FEATURES.items():
+    expected_features = FEATURES | {"items": item_features(tables["items"].column_names)}
+    for name, features in expected_features.items():
         table = tables[name]
         if len(table) != sizes.get(name) or table.features != features:
             raise DataError(f"{folder / name} holds {len(table)} rows, expected {sizes.get(name)}. {remedy}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,8 +13,9 @@ import pandas as pd
 
 from llm2rec.core.errors import ConfigError, Ignored
 from llm2rec.data._files import digest_of_files
+from llm2rec.data._text import joined_text
 
-__all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "new_field", "path_field", "side_field"]
+__all__ = ["MISSING", "DatasetSpec", "RawData", "RawParts", "TextSpec", "new_field", "path_field", "side_field"]
 
 MISSING = "???"
 """OmegaConf's mark of a required value that is missing."""
@@ -46,7 +47,7 @@ def new_field(default: Any) -> Any:
 
     Fingerprints of datasets that were prepared before the field existed stay as they were.
     """
-    return field(default=default, metadata={_NEW: True})
+    return field(default=default, metadata={_NEW: default})
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class RawData:
     Attributes:
         interactions: One row per interaction, in the order of the source: `user_id` and `item_id` (str), `timestamp`
             (int64, any unit, larger is later) and, where the source has them, `rating` (float64).
-        items: One row per item, ids unique: `item_id` (str) and `title` (str, empty where the source has none).
-            Its order is the order of the item indices.
+        items: One row per item, ids unique: `item_id` (str), `title` (str, empty where the source has none) and, where
+            the options ask for them, the columns of `OPTIONAL_ITEM_FEATURES`. Its order is the order of the item
+            indices.
         notes: Counts of rows that the source left out, by name; they go into the statistics.
     """
 
@@ -196,7 +198,7 @@ class DatasetSpec:
             for each in dataclasses.fields(self)
             if not each.metadata.get(_NOT_CONTENT)
             and each.name != "_target_"
-            and not (each.metadata.get(_NEW) and getattr(self, each.name) == each.default)
+            and not (_NEW in each.metadata and getattr(self, each.name) == each.metadata[_NEW])
         }
         return {"source": type(self).__name__, **own}
 
@@ -246,3 +248,44 @@ class DatasetSpec:
         """
         raw = self.read()
         return RawParts(lambda: iter([raw.interactions]), raw.items, raw.notes)
+
+
+@dataclass
+class TextSpec(DatasetSpec):
+    """A dataset whose items may have texts beside their titles.
+
+    Attributes:
+        text_columns: Further texts of the items that a language model reads after the title, such as `description` and
+            `brand`: columns of a table, or keys of Amazon's metadata. HTML is removed, lists are joined.
+        text_length: Most characters of title and texts together.
+    """
+
+    text_columns: list[str] = field(default_factory=list, metadata={_NEW: []})
+    text_length: int = new_field(1000)
+
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (
+        *DatasetSpec.IGNORED,
+        Ignored(("text_length",), "text_columns", ([],)),
+    )
+
+    def __post_init__(self) -> None:
+        self.text_columns = list(self.text_columns)  # Hydra passes its own kind of list
+        super().__post_init__()
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.text_length < 1:
+            problems.append(f"`text_length` must be at least 1, got {self.text_length}")
+        if len(set(self.text_columns)) < len(self.text_columns):
+            problems.append(f"`text_columns` names a column twice: {', '.join(self.text_columns)}")
+        return problems
+
+    def _with_texts(self, items: pd.DataFrame, others: Sequence[Sequence[str]]) -> pd.DataFrame:
+        """Add the column `text` to items: their titles, then clean texts of `text_columns`, ``(columns, N)``."""
+        if not self.text_columns:
+            return items
+        titles = items["title"]
+        if self.missing_title == "id":
+            titles = titles.where(titles != "", items["item_id"])
+        texts = [joined_text(parts, self.text_length) for parts in zip(titles, *others, strict=True)]
+        return items.assign(text=pd.Series(texts, dtype="str"))

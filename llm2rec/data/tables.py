@@ -13,14 +13,15 @@ import pandas as pd
 from llm2rec.core.errors import DataError
 from llm2rec.data._files import existing_file
 from llm2rec.data._table_reader import Column, Table, read_table
+from llm2rec.data._text import clean_text
 from llm2rec.data._times import InvalidRows, read_times
-from llm2rec.data.spec import DatasetSpec, RawParts, path_field
+from llm2rec.data.spec import RawParts, TextSpec, path_field
 
 __all__ = ["CsvTables"]
 
 
 @dataclass
-class CsvTables(DatasetSpec):
+class CsvTables(TextSpec):
     """A table of interactions and a table of items.
 
     The suffix decides the format: `.csv`, `.tsv`, `.parquet`, `.jsonl` (or `.ndjson`); all but parquet may end
@@ -116,6 +117,10 @@ class CsvTables(DatasetSpec):
             {
                 "item_id": Column(self.item_id_column, "item_id_column"),
                 "title": Column(self.title_column, "title_column", nullable=True),
+                **{
+                    f"text {name}": Column(name, "text_columns", nullable=True, may_be_nested=True)
+                    for name in self.text_columns
+                },
             },
             encoding=self.encoding,
         )
@@ -138,7 +143,8 @@ class CsvTables(DatasetSpec):
                 f"{len(titles)} items. Teachers read titles: add them, or choose dataset.missing_title=drop (leave "
                 "such items out) or dataset.missing_title=id (use the id as title)."
             )
-        return pd.DataFrame({"item_id": ids, "title": pd.Series(titles, dtype="str")})
+        items = pd.DataFrame({"item_id": ids, "title": pd.Series(titles, dtype="str")})
+        return self._with_texts(items, [columns[f"text {name}"].map(clean_text).tolist() for name in self.text_columns])
 
 
 def _check_ids(table: Table, column: str) -> None:

@@ -18,7 +18,7 @@ from llm2rec.core.logging import progress
 from llm2rec.data._buckets import ROW
 from llm2rec.data._spill import read_batches
 from llm2rec.data.filtering import Sequences
-from llm2rec.data.recdata import ITEM_FEATURES, SEQUENCE_FEATURES, ContentHash
+from llm2rec.data.recdata import SEQUENCE_FEATURES, ContentHash, item_features
 from llm2rec.data.splitting import EXAMPLE_FEATURES, SPLIT_NAMES, Span, build_examples
 
 __all__ = ["hash_table", "write_items", "write_users"]
@@ -36,9 +36,11 @@ def write_items(folder: Path, sequences: Sequences, key: str) -> None:
         "item_id": pa.array(np.arange(len(sequences.item_ids), dtype=np.int32)),
         "raw_id": pa.array(sequences.item_ids, pa.string()),
         "title": pa.array(sequences.titles, pa.string()),
+        **{name: pa.array(values) for name, values in sequences.item_columns.items()},
     }
-    (file,) = _prepare_folder(folder / "items", ITEM_FEATURES, 1, f"{key[:32]}-items")
-    _write(file, ITEM_FEATURES, [pa.table(items)])
+    features = item_features(items)
+    (file,) = _prepare_folder(folder / "items", features, 1, f"{key[:32]}-items")
+    _write(file, features, [pa.table(items)])
 
 
 def write_users(

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from llm2rec.data.filtering import check_titles
-from llm2rec.data.recdata import ITEM_FEATURES, SEQUENCE_FEATURES, content_hash
+from llm2rec.data.recdata import SEQUENCE_FEATURES, content_hash, item_features
 from llm2rec.data.splitting import EXAMPLE_FEATURES, SPLIT_NAMES, build_examples
 
 
@@ -19,6 +19,7 @@ class Sequences:
     user_ids: np.ndarray
     item_ids: np.ndarray
     titles: np.ndarray
+    item_columns: dict
     lengths: np.ndarray
     items: np.ndarray
     timestamps: np.ndarray
@@ -67,6 +68,7 @@ def filter_and_number(raw, spec):
         user_ids=user_ids[kept_users],
         item_ids=raw.items["item_id"].to_numpy(dtype=object)[kept_items],
         titles=titles[kept_items],
+        item_columns={name: raw.items[name].to_numpy()[kept_items] for name in ("text",) if name in raw.items},
         lengths=lengths.astype(np.int64),
         items=numbered.astype(np.int32),
         timestamps=timestamp[rows],
@@ -203,6 +205,7 @@ def prepare_plainly(spec):
         "item_id": pa.array(np.arange(n_items, dtype=np.int32)),
         "raw_id": pa.array(sequences.item_ids, pa.string()),
         "title": pa.array(sequences.titles, pa.string()),
+        **{name: pa.array(values) for name, values in sequences.item_columns.items()},
     }
     offsets = pa.array(np.concatenate(([0], np.cumsum(sequences.lengths))).astype(np.int32))
     by_user = {
@@ -212,7 +215,7 @@ def prepare_plainly(spec):
         "timestamps": pa.ListArray.from_arrays(offsets, pa.array(sequences.timestamps)),
     }
     tables = {
-        "items": Dataset(pa.table(items).cast(ITEM_FEATURES.arrow_schema)),
+        "items": Dataset(pa.table(items).cast(item_features(items).arrow_schema)),
         "sequences": Dataset(pa.table(by_user).cast(SEQUENCE_FEATURES.arrow_schema)),
     }
     for name, (first, stop, first_example) in spans.items():

@@ -67,6 +67,25 @@ def test_reviewed_product_without_title_follows_the_policy(tmp_path, lost):
     assert without in prepare(AmazonReviews(**paths, missing_title="id"), tmp_path).titles
 
 
+def test_descriptions_follow_the_title(tmp_path):
+    paths = write(tmp_path, 2014)
+    products = [
+        {"asin": "B001", "title": "One", "description": "A <b>game</b> &amp; more", "brand": "Acme"},
+        {"asin": "B002", "title": "Two", "description": ["First.", "Second"], "categories": [["Games", "Old"]]},
+        {"asin": "B003", "title": "Three"},
+        {"asin": "B003", "title": "Again", "brand": "Later"},
+        {"asin": "B004", "title": "Four", "brand": None},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(repr, products)))
+    columns = ["brand", "description", "categories"]
+    data = prepare(AmazonReviews(**paths, text_columns=columns, missing_title="id"), tmp_path)
+    assert data.texts == ["One. Acme. A game & more", "Two. First. Second. Games Old", "Three. Later", "Four", "B005"]
+    assert data.titles == ["One", "Two", "Three", "Four", "B005"]
+    message = r"no reviewed product has `descriptio`; their keys are asin, brand, categories, description, title\."
+    with pytest.raises(DataError, match=message):
+        AmazonReviews(**paths, text_columns=["brand", "descriptio"]).read()
+
+
 def test_reviewed_product_without_metadata_is_dropped_on_request(tmp_path):
     paths = write(tmp_path, 2018, titles=["One", "", *TITLES[2:4]])
     data = prepare(AmazonReviews(**paths, missing_items="drop", missing_title="id"), tmp_path)

@@ -9,6 +9,7 @@ from importlib import import_module
 import numpy as np
 import pandas as pd
 import pytest
+from data_files import csv_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_preparation import prepare_plainly
@@ -166,6 +167,11 @@ def test_reviews_are_read_in_parts(small_buckets, monkeypatch, tmp_path):
     whole = check_equal(spec, tmp_path / "whole")
     monkeypatch.setattr(import_module("llm2rec.data.amazon"), "_ROWS_PER_PART", 7)
     assert check_equal(spec, tmp_path / "parts").manifest == whole.manifest
+
+
+def test_items_with_texts_are_what_the_plain_way_gives(tmp_path):
+    paths = csv_pair(tmp_path, items=[f"i{n},Title {n}" for n in range(5, 0, -1)])
+    check_equal(CsvTables(**paths, text_columns=["item_id", "title"], text_length=9), tmp_path / "processed")
 
 
 def test_bad_rows_are_counted_over_all_parts(monkeypatch, tmp_path):

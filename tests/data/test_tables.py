@@ -12,7 +12,7 @@ from data_files import csv_pair
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llm2rec.core.errors import ConfigError, DataError
-from llm2rec.data import CsvTables, prepare
+from llm2rec.data import CsvTables, load, prepare
 
 ROWS = [("007", "i,1", 10), ("007", "7", 30), ("007", "i1", 20), ("u 2", "7", 5)]
 ITEMS = [("i,1", 'The "One", really'), ("7", "Seven"), ("i1", "line\nbreak  twice")]
@@ -297,6 +297,79 @@ def test_malformed_json_line_names_file_and_line(tmp_path, line, message):
     path.write_text(json.dumps({"user_id": "u", "item_id": "i1", "timestamp": 1}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=rf"a\.jsonl, {message}"):
         CsvTables(interactions=str(path), items=csv_pair(tmp_path)["items"]).read()
+
+
+TEXTS = {
+    "note": ["<p>Cars &amp;amp; <b>tracks</b></p>", None, "Old", "x" * 50, "End."],
+    "brand": ["Acme", "Acme", "Title 3", "", 7],
+}
+
+
+def with_texts(folder, suffix, texts=TEXTS):
+    frame = pd.DataFrame({"item_id": [f"i{n}" for n in range(1, 6)], "title": [f"Title {n}" for n in range(1, 6)]})
+    frame = frame.assign(**texts)
+    path = folder / f"items{suffix}"
+    if suffix == ".parquet":
+        frame.astype({"brand": "str"}).to_parquet(path)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep=";")
+    return {"interactions": csv_pair(folder / "raw")["interactions"], "items": str(path)}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_further_texts_follow_the_title(tmp_path, suffix):
+    paths = with_texts(tmp_path, suffix)
+    spec = CsvTables(**paths, text_columns=["note", "brand"], text_length=30)
+    data = prepare(spec, tmp_path / "processed")
+    assert data.texts == [
+        "Title 1. Cars & tracks. Acme",
+        "Title 2. Acme",
+        "Title 3. Old",  # each text once
+        "Title 4.",  # cut after a whole word
+        "Title 5. End.. 7",
+    ]
+    assert data.titles == [f"Title {n}" for n in range(1, 6)]
+    assert load(data.folder).texts == data.texts
+    data.verify()
+    with pytest.raises(DataError, match=r"no column `notes`; .*dataset\.text_columns=\[COLUMN\]"):
+        CsvTables(**paths, text_columns=["notes"]).read()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_texts_may_be_lists(tmp_path, suffix):
+    notes = [["One", "<br>two"], [], None, ["x"], ["y", None]]
+    paths = with_texts(tmp_path, suffix, {"note": notes, "brand": "B"})
+    spec = CsvTables(**paths, text_columns=["brand", "note"])
+    assert spec.read().items["text"].tolist() == [
+        "Title 1. B. One two",
+        "Title 2. B",
+        "Title 3. B",
+        "Title 4. B. x",
+        "Title 5. B. y",
+    ]
+    with pytest.raises(DataError, match=r"`note` (holds|is) .*expected text or"):
+        CsvTables(**paths, title_column="note").read()
+
+
+def test_without_further_texts_the_title_is_the_text_and_the_fingerprint_stays(tmp_path):
+    paths = with_texts(tmp_path, ".csv")
+    data = prepare(CsvTables(**paths), tmp_path / "processed")
+    assert data.texts == data.titles
+    assert data.items.column_names == ["item_id", "raw_id", "title"]
+    assert data.manifest["settings"].keys().isdisjoint({"text_columns", "text_length"})
+    more = [{"text_columns": ["note"]}, {"text_columns": ["brand"]}, {"text_columns": ["note"], "text_length": 9}]
+    fingerprints = {prepare(CsvTables(**paths, **each), tmp_path / "processed").fingerprint for each in more}
+    assert len(fingerprints | {data.fingerprint}) == 4
+    with pytest.raises(ConfigError, match=r"`text_length` must be at least 1.*`text_columns` names a column twice"):
+        CsvTables(**paths, text_columns=["a", "a"], text_length=0)
+
+
+def test_a_text_without_a_title_begins_with_the_id(tmp_path):
+    paths = csv_pair(tmp_path, items=["i1,One", "i2,", "i3,Three", "i4,Four", "i5,Five"])
+    spec = CsvTables(**paths, missing_title="id", text_columns=["title"])
+    assert prepare(spec, tmp_path / "processed").texts == ["One", "i2", "Three", "Four", "Five"]
 
 
 def test_damaged_gzip_and_parquet_are_refused(tmp_path):
