@@ -77,6 +77,8 @@ def test_numbers_stay_numbers_and_null_stays_null():
 
 # ---- every option given is read --------------------------------------------------------------------------------------
 
+FUSION_UNIT = "distill.embedding.fusion_unit"
+
 
 @pytest.mark.parametrize(
     ("overrides", "option"),
@@ -93,6 +95,9 @@ def test_numbers_stay_numbers_and_null_stays_null():
         (["distill=listwise", "distill.ranking.beta=2"], "distill.ranking.beta"),
         (["distill.embedding.alignment=mse"], "distill.embedding.alignment"),
         (["distill.dros.in_ranking=per_row"], "distill.dros.in_ranking"),
+        (["distill=listwise", "distill.embedding.id_dropout=0.2"], "distill.embedding.id_dropout"),
+        (["distill=dllm2rec_code", "distill.embedding.whitening=0.5"], "distill.embedding.whitening"),
+        (["distill=reading", "distill.embedding.fusion=frozen", "distill.embedding.fusion_unit=ids"], FUSION_UNIT),
     ],
 )
 def test_an_option_that_the_chosen_files_do_not_read_is_refused(overrides, option):
@@ -108,6 +113,8 @@ def test_an_option_that_the_chosen_files_do_not_read_is_refused(overrides, optio
         ["dataset=csv", "dataset.text_columns=[note]", "dataset.text_length=9"],
         ["distill=listwise", "distill.ranking.temperature=2"],
         ["distill.embedding.alignment_weight=1", "distill.embedding.alignment=mse"],
+        ["distill=listwise", "distill.embedding.fusion_scale=3", "distill.embedding.id_dropout=0.2"],
+        ["distill=reading", "distill.embedding.fusion=frozen", "distill.embedding.components=32"],
         ["student=gru4rec", "student.model.dropout=0.1", "seed=1", "teacher.export.top_k=5"],
     ],
 )

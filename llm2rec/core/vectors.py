@@ -1,19 +1,84 @@
-"""Standardisation and principal components of item vectors."""
+"""Preparation of item vectors (centring, soft whitening, unit length) and principal components."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["principal_components", "standardised"]
+from llm2rec.core.errors import CheckpointError
+
+__all__ = ["Preparation", "principal_components", "standardised"]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Centres vectors, optionally whitens their principal components softly, and scales each to unit length.
+
+    It is fitted on a catalogue and prepares vectors of later items in the same way: a vector x becomes
+    ``(x - mean) @ components``, or ``x - mean`` without components, divided by its length (a zero vector stays zero).
+    Centring removes the large common direction of text vectors of one domain, which does not distinguish items.
+    Whitening makes the directions of small variance count as much as those of large variance: the leading directions
+    of text vectors of one domain are shared by most items too.
+
+    Attributes:
+        mean: Mean over the catalogue, shape ``(d,)``, float32.
+        components: Principal directions, each times the variance along it to the power ``-whitening / 2``, largest
+            variance first, shape ``(d, c)``, float32; None keeps the axes of the vectors.
+    """
+
+    mean: Tensor
+    components: Tensor | None = None
+
+    @classmethod
+    def fit(cls, vectors: Tensor, *, whitening: float = 0.0, components: int | None = None) -> "Preparation":
+        """Fit on the vectors of a catalogue.
+
+        Args:
+            vectors: Shape ``(N, d)``.
+            whitening: Share of the whitening, 0 to 1: at 0 components keep their variances, at 1 all have variance 1.
+            components: Number of principal components to keep, at most their rank; None for all.
+        """
+        mean = vectors.float().mean(dim=0)
+        if whitening == 0 and components is None:  # a rotation would change no distance
+            return cls(mean)
+        variances, coordinates, directions = _decomposed(vectors)
+        directions = directions * _signs(coordinates)
+        scaled = directions * variances.pow(-whitening / 2)
+        return cls(mean, scaled[:, :components].float())
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Prepare vectors ``(M, d)``, of this catalogue or of other items; returns ``(M, c)``, float32."""
+        centred = vectors.float() - self.mean
+        return functional.normalize(centred if self.components is None else centred @ self.components, dim=1)
+
+    @property
+    def width(self) -> int:
+        """Width of prepared vectors, c."""
+        return len(self.mean) if self.components is None else self.components.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted tensors by name, to save them."""
+        return {"mean": self.mean} | ({} if self.components is None else {"components": self.components})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Preparation":
+        """Restore the result of `tensors`; other names are ignored.
+
+        Raises:
+            CheckpointError: If the tensors are not those of a preparation.
+        """
+        mean, components = tensors.get("mean"), tensors.get("components")
+        if mean is None or mean.ndim != 1 or (components is not None and components.shape[:-1] != mean.shape):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise CheckpointError(f"the tensors {shapes} are no preparation of vectors; copy the whole folder again.")
+        return cls(mean, components)
 
 
 def standardised(vectors: Tensor) -> Tensor:
-    """Centre vectors ``(N, d)`` over the catalogue and scale each to unit length (a zero vector stays zero).
-
-    Centring removes the large common direction of text vectors of one domain, which does not distinguish items.
-    """
-    centred = vectors.float() - vectors.float().mean(dim=0)
-    return functional.normalize(centred, dim=1)
+    """Centre vectors ``(N, d)`` over the catalogue and scale each to unit length; a `Preparation` without whitening."""
+    return Preparation.fit(vectors)(vectors)
 
 
 def principal_components(vectors: Tensor, width: int, *, whiten: bool = False) -> Tensor:
@@ -29,16 +94,32 @@ def principal_components(vectors: Tensor, width: int, *, whiten: bool = False) -
     Returns:
         Shape ``(N, c)``, float32, largest variance first. c is ``width``, or less if the rank of the vectors is lower.
     """
+    _, coordinates, _ = _decomposed(vectors)
+    coordinates = coordinates[:, :width]
+    coordinates = coordinates * _signs(coordinates)
+    return (coordinates / coordinates.square().mean(dim=0).sqrt() if whiten else coordinates).float()
+
+
+def _decomposed(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances ``(c,)``, coordinates ``(N, c)`` and orthonormal directions ``(d, c)`` of the principal components.
+
+    Computed in float64, largest variance first; c is the rank of the centred vectors.
+    """
     centred = vectors.double() - vectors.double().mean(dim=0)
     n_items, input_width = centred.shape
-    if input_width <= n_items:  # decompose the smaller of the two Gram matrices
-        variances, directions = torch.linalg.eigh(centred.T @ centred)
+    is_tall = input_width <= n_items
+    if is_tall:  # decompose the smaller of the two Gram matrices
+        squares, directions = torch.linalg.eigh(centred.T @ centred)
         coordinates = centred @ directions
     else:
-        variances, left = torch.linalg.eigh(centred @ centred.T)
-        coordinates = left * variances.clamp(min=0).sqrt()
-    kept = variances > variances.max() * max(n_items, input_width) * torch.finfo(torch.float64).eps
-    coordinates = coordinates[:, kept].flip(1)[:, :width]
-    largest = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True))  # (1, c)
-    coordinates = coordinates * largest.sign()
-    return (coordinates / coordinates.square().mean(dim=0).sqrt() if whiten else coordinates).float()
+        squares, left = torch.linalg.eigh(centred @ centred.T)
+        coordinates = left * squares.clamp(min=0).sqrt()
+    kept = squares > squares.max() * max(n_items, input_width) * torch.finfo(torch.float64).eps
+    squares, coordinates = squares[kept].flip(0), coordinates[:, kept].flip(1)
+    directions = directions[:, kept].flip(1) if is_tall else centred.T @ (coordinates / squares)
+    return squares / n_items, coordinates, directions
+
+
+def _signs(coordinates: Tensor) -> Tensor:
+    """Sign of the largest coordinate of each component, shape ``(1, c)``."""
+    return coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True)).sign()

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from torch import Tensor
 
 from llm2rec.cards import student_card, training_on
 from llm2rec.config import Config
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.run import Run, read_record
-from llm2rec.core.vectors import standardised
+from llm2rec.core.vectors import Preparation
 from llm2rec.data import RecData
 from llm2rec.distill.data_bridge import TeacherOutputs, outputs_hash, read_outputs
 from llm2rec.distill.selection_policy import SelectionPolicy
@@ -67,8 +68,14 @@ def main(cfg: Config, run: Run) -> None:
         side = settings.embedding.fusion_sides
         logger.info("using separate input and output item tables: fusion_sides=%s", side)
         arguments["tie_items"] = False
-    model = distilled_student(build_model(student_settings.name, **arguments), teacher, settings.embedding)
     train = Rows.of(data, "train", student_settings.model.max_length, student_settings.examples)
+    untrained = ~train.occurring() if reads_texts(settings.embedding, teacher) else None
+    if untrained is not None:
+        logger.info("%d items do not occur in training: the teacher's vectors represent them", int(untrained.sum()))
+    preparation = preparation_of(settings.embedding, teacher)
+    model = distilled_student(
+        build_model(student_settings.name, **arguments), teacher, settings.embedding, preparation, untrained
+    )
     validation = Rows.of(data, "validation", student_settings.model.max_length)
     masked = open_masking(cfg, run, data)
     seen = SeenItems(validation) if masked else None
@@ -100,18 +107,46 @@ def main(cfg: Config, run: Run) -> None:
     engine.close()
 
 
+def preparation_of(settings: EmbeddingSettings, teacher: TeacherOutputs) -> Preparation | None:
+    """Fit the preparation of the teacher's vectors; None uses them as they are."""
+    if not settings.standardise:
+        return None
+    return Preparation.fit(teacher.embeddings, whitening=settings.whitening, components=settings.components)
+
+
+def reads_texts(settings: EmbeddingSettings, teacher: TeacherOutputs) -> bool:
+    """Whether the teacher's vectors are to represent items that have no offset."""
+    return settings.reads and (settings.id_dropout > 0 or bool(teacher.encoders))
+
+
 def distilled_student(
-    student: SequentialRecommender, teacher: TeacherOutputs, settings: EmbeddingSettings
+    student: SequentialRecommender,
+    teacher: TeacherOutputs,
+    settings: EmbeddingSettings,
+    preparation: Preparation | None = None,
+    untrained: Tensor | None = None,
 ) -> DistilledStudent:
-    """Wrap a student for embedding distillation."""
+    """Wrap a student for embedding distillation.
+
+    Args:
+        student: Freshly initialised student.
+        teacher: The teacher's outputs.
+        settings: Embedding distillation.
+        preparation: Return value of `preparation_of`.
+        untrained: As of `DistilledStudent`.
+    """
     return DistilledStudent(
         student,
-        standardised(teacher.embeddings) if settings.standardise else teacher.embeddings,
+        teacher.embeddings if preparation is None else preparation(teacher.embeddings),
         fusion_scale=settings.fusion_scale,
         align=settings.alignment_weight > 0,
         fusion_sides=settings.fusion_sides,
         alignment_sides=settings.alignment_sides,
         initialise=settings.initialise,
+        fusion=settings.fusion,
+        fusion_unit=settings.fusion_unit,
+        id_dropout=settings.id_dropout,
+        untrained=untrained,
     )
 
 

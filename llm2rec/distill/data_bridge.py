@@ -74,6 +74,17 @@ class TeacherOutputs:
     manifest: dict[str, Any]
     labelled: NDArray[np.int64] | None = None
 
+    @property
+    def encoders(self) -> list[dict[str, Any]]:
+        """Records of the text encoders whose vectors of titles, side by side, are the embeddings.
+
+        Empty if any of the embeddings is something else than the vector of a title.
+        """
+        parts = self.manifest.get("vectors")
+        parts = [each if isinstance(each, dict) else {} for each in (parts if isinstance(parts, list) else [])]
+        read = all(each.get("kind") == "titles" and isinstance(each.get("text"), dict) for each in parts)
+        return [each["text"] for each in parts] if read else []
+
     def rows_labelled(self, n_rows: int) -> NDArray[np.int64]:
         """Numbers of the labelled rows among ``n_rows`` training rows, ascending."""
         return np.arange(n_rows) if self.labelled is None else self.labelled

@@ -155,10 +155,23 @@ class DrosSettings(student.DrosSettings):
 
 @dataclass
 class EmbeddingSettings:
-    """Embedding distillation, in two forms that may be combined.
+    """Embedding distillation, in forms that may be combined.
+
+    With ``fusion_sides=both`` and teacher outputs whose vectors are those of the items' titles, fusion makes a student
+    that reads: items that training never showed have no offset, in training and later, and titles represent them.
 
     Attributes:
         fusion_scale: Item vector = offset + fusion_scale · projected teacher vector (the paper); 0 leaves it out.
+        fusion: ``projection`` (paper and program), or ``frozen``: the prepared vectors fill the first `components`
+            columns of the item vector and are not trained, and offsets are learned in the other columns (AlphaFuse,
+            arXiv 2504.19218). ``fusion_scale`` is then the standard deviation of the frozen columns, in units of that
+            of the initial offsets.
+        fusion_unit: What a ``fusion_scale`` of 1 means for ``projection``. ``map``: the linear map as torch initialises
+            it (paper and program), whose output is smaller the wider the teacher's vectors. ``ids``: initial projected
+            vectors have the standard deviation of the initial offsets, .02, for any width.
+        id_dropout: Share of items whose offset is left out in a training step, 0 to below 1, as history items, targets,
+            candidates and negatives alike; each step draws other items. The student learns from it to represent items
+            by the teacher's vectors alone. Offsets are not rescaled: evaluation uses both kinds of items as they are.
         fusion_sides: Item tables that are fused: ``both`` (paper); ``input`` (program): the output table is separate
             and plain, even with `student.model.tie_items`; ``output``: the input table is separate and plain. ``input``
             and ``output`` untie the tables even if ``fusion_scale`` is 0.
@@ -175,9 +188,15 @@ class EmbeddingSettings:
         standardise: Whether to centre the teacher's vectors and scale each to unit length, so that `fusion_scale` has
             the same effect for all teachers of one width; the program does not. With unit length, `mse`, a mean over
             the width, is tens of times weaker than `cosine` at the same `alignment_weight`.
+        whitening: Soft whitening of the centred vectors before they get unit length: each principal component is
+            multiplied by its variance to the power ``-whitening / 2``. 0 only centres, 1 whitens fully.
+        components: Principal components of the centred vectors to keep; null keeps all.
     """
 
     fusion_scale: float = 0.3
+    fusion: str = "projection"
+    fusion_unit: str = "map"
+    id_dropout: float = 0.0
     fusion_sides: str = "both"
     alignment_weight: float = 0.0
     alignment: str = "cosine"
@@ -185,8 +204,12 @@ class EmbeddingSettings:
     alignment_temperature: float = 0.1
     initialise: str = "none"
     standardise: bool = True
+    whitening: float = 0.0
+    components: int | None = None
 
     def __post_init__(self) -> None:
+        one_of("distill.embedding.fusion", self.fusion, "projection", "frozen")
+        one_of("distill.embedding.fusion_unit", self.fusion_unit, "map", "ids")
         one_of("distill.embedding.fusion_sides", self.fusion_sides, "both", "input", "output")
         one_of("distill.embedding.alignment", self.alignment, "mse", "cosine", "contrastive")
         one_of("distill.embedding.alignment_sides", self.alignment_sides, "input", "output", "both")
@@ -197,6 +220,30 @@ class EmbeddingSettings:
             )
         if self.alignment_weight < 0:
             raise ConfigError(f"distill.embedding.alignment_weight is {self.alignment_weight}, expected 0 or more.")
+        if not 0 <= self.whitening <= 1:
+            raise ConfigError(f"distill.embedding.whitening is {self.whitening}, expected 0 (none) to 1 (full).")
+        if self.components is not None and self.components < 1:
+            raise ConfigError(
+                f"distill.embedding.components is {self.components}, expected at least 1, or null for all."
+            )
+        if not 0 <= self.id_dropout < 1:
+            raise ConfigError(f"distill.embedding.id_dropout is {self.id_dropout}, expected 0 to below 1.")
+        if self.id_dropout > 0 and self.fusion_sides != "both":
+            raise ConfigError(
+                f"distill.embedding.id_dropout is {self.id_dropout}, but `fusion_sides` is {self.fusion_sides!r}, so "
+                "that items of the other side are their offset alone; use `fusion_sides=both`, or `id_dropout=0`."
+            )
+        if self.fusion == "frozen" and (self.components is None or not self.standardise or self.initialise != "none"):
+            raise ConfigError(
+                "distill.embedding.fusion is 'frozen', which needs the number of frozen columns (`components`), "
+                f"`standardise=true` and `initialise=none`; got {self.components}, {self.standardise} and "
+                f"{self.initialise!r}."
+            )
+
+    @property
+    def reads(self) -> bool:
+        """Whether the teacher's vectors are part of the item vectors of both sides."""
+        return self.fusion_scale != 0 and self.fusion_sides == "both"
 
     @property
     def unties(self) -> bool:
@@ -236,6 +283,13 @@ class DistillSettings:
             (0,),
         ),
         Ignored(("embedding.alignment_temperature",), "embedding.alignment", ("mse", "cosine")),
+        Ignored(
+            tuple(f"embedding.{name}" for name in ("fusion", "fusion_unit", "id_dropout")),
+            "embedding.fusion_scale",
+            (0,),
+        ),
+        Ignored(("embedding.fusion_unit",), "embedding.fusion", ("frozen",)),
+        Ignored(("embedding.whitening", "embedding.components"), "embedding.standardise", (False,)),
     )
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.seed import derived_seed
 from llm2rec.core.train.batching import MicroBatch, OptimizerStep, TrainingUnits
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.loop import Validation, fit
@@ -81,6 +82,7 @@ class DistillObjective:
 
     def begin_step(self, step: OptimizerStep) -> Collection[str]:
         """See `Objective.begin_step`; calls the selection policy at the first step of an epoch."""
+        self.model.drop_ids(derived_seed(self.engine.seed, "ids", step.number))
         self._row_weights = self.selection.weights(step.epoch)  # (M,)
         return ()
 

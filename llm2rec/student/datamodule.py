@@ -172,6 +172,17 @@ class Rows:
         """Lengths of all histories, shape ``(M,)``."""
         return np.minimum(self.positions[np.arange(len(self))], self.max_length).astype(np.int32)
 
+    def occurring(self) -> Tensor:
+        """Whether each item occurs in a history or as a target of the rows, shape ``(N,)``, bool."""
+        starts, lengths = self._windows(np.arange(len(self)))
+        bounds = np.zeros(len(self.items) + 1, np.int32)  # the windows with their targets cover what has a positive sum
+        np.add.at(bounds, starts, 1)
+        np.subtract.at(bounds, starts + lengths + 1, 1)
+        covered = np.flatnonzero(np.cumsum(bounds[:-1], dtype=np.int32) > 0)
+        found = torch.zeros(self.n_items, dtype=torch.bool)
+        found[torch.from_numpy(self.items[covered].astype(np.int64))] = True
+        return found
+
     def histories(self, rows: NDArray[np.int64] | None = None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Read the histories of ``rows`` (all if None).
 

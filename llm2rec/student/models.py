@@ -83,11 +83,18 @@ class SequentialRecommender(nn.Module):
             Weights by name, with ``input_items.weight`` of shape ``(N + 1, D)``; the last row is padding.
         """
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith(("input_items.", "output_items."))}
-        tables = {"input_items": self.input_items} | ({} if self.tie_items else {"output_items": self.output_items})
-        for name, table in tables.items():
+        was_training = self.training
+        self.eval()  # in training, tables may leave out offsets
+        for name, table in self.item_tables.items():
             vectors = table.vectors().detach()
             weights[f"{name}.weight"] = torch.cat([vectors, vectors.new_zeros(1, self.width)])
+        self.train(was_training)
         return weights
+
+    @property
+    def item_tables(self) -> dict[str, ItemTable]:
+        """The item tables by name: ``input_items`` and, unless tied, ``output_items``."""
+        return {"input_items": self.input_items} | ({} if self.tie_items else {"output_items": self.output_items})
 
     def load_served(self, weights: Mapping[str, Tensor]) -> None:
         """Load the result of `weights_to_serve`.

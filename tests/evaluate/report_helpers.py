@@ -25,13 +25,16 @@ ABOUT = {
 
 
 def wild_data(folder, n_users=36, n_items=40):
-    """Users of 5 to 16 interactions; titles that would run or close a cell without escaping."""
-    generator = np.random.default_rng(0)
-    rows = [
-        (f"u{user}", f"i{item}", time)
-        for user in range(n_users)
-        for time, item in enumerate(generator.permutation(n_items)[: 5 + user % 12])
-    ]
+    """Users of 5 to 16 interactions; titles that would run or close a cell without escaping.
+
+    The last two items are test targets of a few users, and nothing else.
+    """
+    generator, rows = np.random.default_rng(0), []
+    for user in range(n_users):
+        items = generator.permutation(n_items - 2)[: 5 + user % 12]
+        if user % 9 == 0:
+            items[-1] = n_items - 1 - user % 2
+        rows += [(f"u{user}", f"i{item}", time) for time, item in enumerate(items)]
     pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
     titles = [f"<script>alert({item})</script></td> | *{item}* \"a\" & 'b'" for item in range(n_items)]
     items = pd.DataFrame({"item_id": [f"i{item}" for item in range(n_items)], "title": titles})

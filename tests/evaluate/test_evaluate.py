@@ -14,7 +14,17 @@ from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.labels import differences, labels_of, unlike
-from llm2rec.evaluate.scoring.scoring import Protocol, Scored, find_runs, score_popularity, score_run
+from llm2rec.evaluate.scoring.scoring import (
+    Protocol,
+    Scored,
+    find_runs,
+    popularity,
+    popularity_ranks,
+    score_popularity,
+    score_run,
+    untrained_metrics,
+    untrained_rows,
+)
 from llm2rec.evaluate.table import format_table, write_comparison
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
@@ -71,6 +81,15 @@ def test_popularity_counts_all_training_interactions(data):
         unseen.append(sum(counts[i] >= counts[row["target"]] for i in range(data.n_items) if i not in seen))
     masked = score_popularity(data, Protocol(PROTOCOL.ks, mask_seen=True))
     assert masked.metrics == ranking_metrics(torch.tensor(unseen), PROTOCOL.ks)
+
+
+def test_untrained_rows_are_those_of_plain_loops(data):
+    shown = {item for row in data.splits["train"] for item in (*row["history"], row["target"])}
+    rows = [number for number, row in enumerate(data.splits["test"]) if row["target"] not in shown]
+    assert untrained_rows(data).tolist() == rows
+    scored, counts = score_popularity(data, PROTOCOL), popularity(data)
+    ranks = popularity_ranks(data, counts, mask_seen=False)
+    assert scored.untrained == untrained_metrics(ranks, np.array(rows, np.int64), PROTOCOL.ks)
 
 
 def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data):
@@ -161,6 +180,27 @@ def test_runs_of_another_masking_are_named(tmp_path):
     assert first.startswith("Validation of masked left out the items of a user's past, which this evaluation keeps")
     assert second.startswith("The teachers of teacher leave out the history that they read")
     assert unlike([masked], True) == unlike([kept, unknown], False) == []
+
+
+def test_targets_that_training_never_shows_have_a_table(tmp_path):
+    ranks, rows = torch.tensor([0, 3, 30, 1]), np.array([1, 3])
+    metrics = ranking_metrics(ranks, (1, 5))
+    row = Scored("sasrec", "r", metrics, 1, None, 3, untrained=untrained_metrics(ranks, rows, (1, 5)))
+    assert row.untrained == {
+        name: value
+        for name, value in ranking_metrics(ranks[rows], (1, 5)).items()
+        if not name.startswith("mrr") and name != "mrr"
+    }
+    assert untrained_metrics(ranks, np.array([], np.int64), (1, 5)) == {}
+    about = {"dataset": "toy", "n_items": 50, "rows": 4, "untrained_rows": 2, "mask_seen": False, "n_candidates": 0}
+    table = write_comparison(tmp_path, [row], (1, 5), about)
+    title, header, _, line = table.splitlines()[-4:]
+    assert title == "targets that do not occur in training, 2 rows (50.0 %)"
+    assert header.split() == ["run", "HR@1", "HR@5", "NDCG@5"]
+    assert line.split() == ["sasrec", "[3]", "0.00", "100.00", "53.08"]
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["rows_scored"][0]["untrained"] == row.untrained
+    assert "do not occur" not in write_comparison(tmp_path, [Scored("x", "r", metrics, 1, None)], (1, 5), about)
 
 
 def test_labels_show_what_differs(tmp_path):

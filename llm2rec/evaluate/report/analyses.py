@@ -27,9 +27,10 @@ from llm2rec.evaluate.report.comparison import (
     contenders,
     gains_by,
     headline,
+    of_untrained,
 )
 from llm2rec.evaluate.report.findings import Curve, Findings, GateUse, Labelling, Overlap, RunNote, Sample
-from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks
+from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks, untrained_rows
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import load_student
 
@@ -85,6 +86,7 @@ def gather(
         comparisons=comparisons,
         by_popularity=gains_by(counts[np.asarray(test["target"][:])].astype(np.int64), found, reference),
         by_length=gains_by(lengths, found, reference),
+        untrained=of_untrained(untrained_rows(data), found, metric),
         curves=validation,
         overlaps=shared,
         labellings=costs,

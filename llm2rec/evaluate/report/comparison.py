@@ -21,7 +21,7 @@ from llm2rec.core.statistics import (
     row_values,
 )
 from llm2rec.evaluate.labels import MODEL_SETTINGS, labels_of, without_seed
-from llm2rec.evaluate.report.findings import Comparison, Entry, Group
+from llm2rec.evaluate.report.findings import Comparison, Entry, Group, Untrained
 from llm2rec.evaluate.scoring.scoring import Scored
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "gains_by",
     "headline",
     "interval",
+    "of_untrained",
     "p_value",
     "percent",
     "read_run",
@@ -241,6 +242,29 @@ def gains_by(numbers: NDArray[np.int64], found: Sequence[Contender], baseline: C
         )
         for rows in quantile_groups(numbers, _GROUPS)
     ]
+
+
+def of_untrained(rows: NDArray[np.int64], found: Sequence[Contender], metric: str) -> Untrained | None:
+    """Metrics of some rows, those whose target does not occur in training.
+
+    Args:
+        rows: The rows.
+        found: All contenders.
+        metric: The headline metric, NDCG, which HR at the same cut-off goes with.
+
+    Returns:
+        Estimates by entry; None without rows.
+    """
+    if not len(rows):
+        return None
+    names = (metric, f"hr@{metric.partition('@')[2]}")
+    metrics = {
+        each.entry.name: {
+            name: estimate(np.stack([row_values(run.ranks[rows], name) for run in each.runs])) for name in names
+        }
+        for each in found
+    }
+    return Untrained(len(rows), len(rows) / len(found[0].values), metrics)
 
 
 def percent(value: float, *, signed: bool = False) -> str:

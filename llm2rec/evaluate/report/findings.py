@@ -16,6 +16,7 @@ __all__ = [
     "Overlap",
     "RunNote",
     "Sample",
+    "Untrained",
 ]
 
 
@@ -74,6 +75,21 @@ class Group:
     high: int
     rows: int
     gains: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Metrics of the test rows whose target does not occur in training.
+
+    Attributes:
+        rows: Number of these rows.
+        share: Their share of all test rows.
+        metrics: Estimates by entry and metric.
+    """
+
+    rows: int
+    share: float
+    metrics: dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,7 @@ class Findings:
         comparisons: Each entry against the baseline.
         by_popularity: Gains by how often the target occurs in training.
         by_length: Gains by how many interactions the user had before the target.
+        untrained: Targets that do not occur in training; None if there are none.
         curves: Validation histories.
         overlaps: Teachers and students.
         labellings: Cost of the teachers' labels.
@@ -230,6 +247,7 @@ class Findings:
     comparisons: list[Comparison]
     by_popularity: list[Group]
     by_length: list[Group]
+    untrained: Untrained | None
     curves: list[Curve]
     overlaps: list[Overlap]
     labellings: list[Labelling]

@@ -1,6 +1,5 @@
 """The sections of the report: words, tables and figures made from `Findings`."""
 
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from math import log
@@ -8,8 +7,9 @@ from math import log
 from llm2rec.core.statistics import Estimate
 from llm2rec.evaluate.report.charts import Dot, Line, forest, grouped, lines, scatter
 from llm2rec.evaluate.report.comparison import ALPHA, POPULARITY, interval, p_value, percent
-from llm2rec.evaluate.report.document import Block, Code, Document, Facts, Figure, Note, Section, Table, Text
+from llm2rec.evaluate.report.document import Block, Document, Facts, Figure, Note, Section, Table, Text
 from llm2rec.evaluate.report.findings import Comparison, Curve, Findings, GateUse, Group, Labelling, Overlap, Sample
+from llm2rec.evaluate.report.provenance import date_of, provenance
 
 __all__ = ["document_of"]
 
@@ -31,10 +31,10 @@ def document_of(findings: Findings) -> Document:
         Section("overlap", "Teacher and students", _overlaps(findings, slots)),
         Section("gates", "Use of the experts", _gates(findings)),
         Section("samples", "Recommendations", _samples(findings)),
-        Section("provenance", "How to reproduce", _provenance(findings)),
+        Section("provenance", "How to reproduce", provenance(findings)),
     ]
     code = "" if commit is None else f", llm2rec {commit[:10]}{' with changes' if about['git']['dirty'] else ''}"
-    return Document(f"Recommenders on {about['dataset']}", f"Evaluation of {_date(about['date'])}{code}", sections)
+    return Document(f"Recommenders on {about['dataset']}", f"Evaluation of {date_of(about['date'])}{code}", sections)
 
 
 def _slots(findings: Findings) -> _Slots:
@@ -45,10 +45,6 @@ def _slots(findings: Findings) -> _Slots:
 
 def _notes(findings: Findings, section: str) -> list[Block]:
     return [Note(each) for each in findings.notes[section]]
-
-
-def _date(iso: str) -> str:
-    return iso.replace("T", " ")[:16] + iso[16:]
 
 
 def _dot(name: str, value: Estimate, slot: int, x: float = 0.0) -> Dot:
@@ -174,7 +170,7 @@ def _how_to_read_p(found: Sequence[Comparison], split: str) -> str:
 
 def _groups(findings: Findings, slots: _Slots) -> list[Block]:
     if not findings.comparisons:
-        return [Note("Only one run was evaluated, so there is no gain to show.")]
+        return [Note("Only one run was evaluated, so there is no gain to show."), *_untrained(findings)]
     popular = "Test rows in quarters by how often their item occurs in training, rarest first."
     length = "Test rows in quarters by how many earlier interactions the user has, fewest first."
     note = (
@@ -185,7 +181,22 @@ def _groups(findings: Findings, slots: _Slots) -> list[Block]:
         _gains(findings, slots, findings.by_popularity, "by popularity of the item", popular, "in training"),
         _gains(findings, slots, findings.by_length, "by length of the history", length, "before"),
         Note(note),
+        *_untrained(findings),
     ]
+
+
+def _untrained(findings: Findings) -> list[Block]:
+    """Metrics of targets that do not occur in training, if there are any."""
+    untrained = findings.untrained
+    if untrained is None:
+        return []
+    names = list(next(iter(untrained.metrics.values())))
+    caption = (
+        f"Targets that do not occur in training: {untrained.rows:,} test rows ({100 * untrained.share:.1f} %). A model "
+        "that knows items by their ids alone can only guess them. Means in percent with 95 % bootstrap intervals"
+    )
+    rows = [[entry, *(interval(found[name]) for name in names)] for entry, found in untrained.metrics.items()]
+    return [Table(caption, ["run", *(f"{name.upper()}, %" for name in names)], rows)]
 
 
 def _gains(findings: Findings, slots: _Slots, groups: Sequence[Group], how: str, description: str, unit: str) -> Figure:
@@ -359,41 +370,3 @@ def _sample_table(sample: Sample) -> Table:
     ]
     caption = f"History of user {sample.user}, oldest first: {' → '.join(sample.history)}. Next item: {sample.target}."
     return Table(caption, ["run", "recommends", "rank of next"], rows, is_text=True)
-
-
-def _provenance(findings: Findings) -> list[Block]:
-    about = findings.about
-    git, versions = about["git"], about["versions"]
-    changed = ", with uncommitted changes" if git["dirty"] else ""
-    commit = "unknown" if git["commit"] is None else git["commit"] + changed
-    header = ["run", "entry", "stage", "seed", "started", "commit"]
-    rows = [
-        [
-            run.name,
-            run.entry,
-            run.stage,
-            "" if run.seed is None else str(run.seed),
-            "not recorded" if run.started is None else _date(run.started),
-            run.commit or "not recorded",
-        ]
-        for run in findings.runs
-    ]
-    commands: list[Block] = [
-        Code("This evaluation", shlex.join(["python", "-m", "llm2rec.evaluate", *about["overrides"]])),
-        *[
-            Code(f"{run.name}, {run.entry}", run.command)
-            if run.command is not None
-            else Note(f"{run.name}, {run.entry}: the command is not recorded.")
-            for run in findings.runs
-        ],
-    ]
-    launcher = (
-        "Commands are for one process; a launcher such as accelerate launch is not recorded. A + marks a commit with "
-        "uncommitted changes. Each run folder holds the full configuration."
-    )
-    return [
-        Facts([("Commit", commit), *versions.items()]),
-        Table("Runs", header, rows, is_text=True),
-        *commands,
-        Note(launcher),
-    ]

@@ -1,6 +1,6 @@
 """Score finished runs on the test split. Scores are stored in the run folder and computed once per protocol."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,17 @@ from llm2rec.evaluate.scoring.finished import FinishedEnsemble, FinishedModel, F
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.negatives import CandidateSampler
 
-__all__ = ["Protocol", "Scored", "find_runs", "popularity", "popularity_ranks", "score_popularity", "score_run"]
+__all__ = [
+    "Protocol",
+    "Scored",
+    "find_runs",
+    "popularity",
+    "popularity_ranks",
+    "score_popularity",
+    "score_run",
+    "untrained_metrics",
+    "untrained_rows",
+]
 
 _BATCH_ROWS = 512
 _WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be scored
@@ -61,6 +71,7 @@ class Scored:
         seed: Seed of the run, or None.
         intervals: 95 % bootstrap intervals over test rows, for some metrics.
         n_titles: Candidate titles that a title teacher chose among; 0 for all other runs.
+        untrained: HR and NDCG of the test rows whose target does not occur in training; empty if there are none.
     """
 
     label: str
@@ -71,6 +82,7 @@ class Scored:
     seed: int | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     n_titles: int = 0
+    untrained: dict[str, float] = field(default_factory=dict)
 
 
 def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
@@ -259,6 +271,24 @@ def popularity(data: RecData) -> NDArray[np.float64]:
     return counts + np.bincount(train.histories(np.flatnonzero(first))[0][:, 0], minlength=data.n_items)
 
 
+def untrained_rows(data: RecData) -> NDArray[np.int64]:
+    """Test rows whose target occurs in no history and as no target of the training rows, ascending."""
+    is_trained = Rows.of(data, "train").occurring()
+    return np.flatnonzero(~is_trained[Rows.of(data, "test", 1).targets.long()].numpy())
+
+
+def untrained_metrics(ranks: Tensor, rows: NDArray[np.int64], ks: Sequence[int]) -> dict[str, float]:
+    """HR and NDCG of some test rows.
+
+    Args:
+        ranks: 0-based ranks of all test targets, shape ``(M,)``.
+        rows: The rows; of none there are no metrics.
+        ks: Cut-offs.
+    """
+    metrics = ranking_metrics(ranks[torch.from_numpy(rows)], tuple(ks)) if len(rows) else {}
+    return {name: value for name, value in metrics.items() if name.startswith(("hr@", "ndcg@"))}
+
+
 def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: bool) -> Tensor:
     """0-based ranks of the test targets if all items are ranked by ``counts``; shape ``(M,)``."""
     test = Rows.of(data, "test")
@@ -281,7 +311,11 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
         ConfigError: If the catalogue has too few items for the candidates.
     """
     counts = popularity(data)
-    metrics = ranking_metrics(popularity_ranks(data, counts, mask_seen=protocol.mask_seen), protocol.ks)
+    ranks = popularity_ranks(data, counts, mask_seen=protocol.mask_seen)
+    metrics, untrained = (
+        ranking_metrics(ranks, protocol.ks),
+        untrained_metrics(ranks, untrained_rows(data), protocol.ks),
+    )
     intervals: dict[str, tuple[float, float]] = {}
     if protocol.n_candidates:
         candidates, among = _candidates(data, protocol, protocol.n_candidates), []
@@ -291,7 +325,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
             among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))
         scored = _candidate_scores(torch.cat(among))
         metrics, intervals = metrics | scored["metrics"], scored["intervals"]
-    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals)
+    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals, untrained=untrained)
 
 
 def _ranks_by_count(counts: NDArray[np.float64], targets: NDArray[np.int64], seen: Pairs | None) -> Tensor:
