@@ -73,7 +73,11 @@ class Field:
             self.stages.run("teacher", self.teacher_overrides(teacher, *members))
             return
         runs = f"runs=[{','.join(f'result/{member}' for member in members)}]"
-        self.stages.run("ensemble", [f"ensemble.name={mixture}", f"ensemble.neighbours={MIXTURES[mixture]}", runs])
+        fixed = [f"ensemble.neighbours.share={MIXTURES[mixture]}", "ensemble.titles.share=0"]
+        fixed += ["ensemble.students.temperature=1"]
+        if MIXTURES[mixture] > 0:
+            fixed.append(f"ensemble.neighbours.temperature={2 / 3}")
+        self.stages.run("ensemble", [f"ensemble.name={mixture}", *fixed, runs])
 
     def teacher_overrides(self, teacher: str, member: str = "") -> list[str]:
         """Overrides of a language-model teacher; ``member`` is the run that the hybrid one reads."""

@@ -191,10 +191,15 @@ def teacher_card(
 def _teacher(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """The kind of teacher that a manifest of teacher outputs names, and a description."""
     if "members" in manifest:
-        labels = Counter(str(member.get("label", "student")) for member in manifest["members"])
+        runs = [member for member in manifest["members"] if member.get("kind") not in ("neighbours", "titles")]
+        labels = Counter(str(member.get("label", "student")) for member in runs)
         parts = [f"{count} {label}" for label, count in labels.items()]
-        if (share := manifest.get("neighbours", 0)) > 0:
-            parts.append(f"item neighbours with weight {share:g}")
+        shares = {member["kind"]: member["share"] for member in manifest["members"] if member not in runs}
+        if (share := shares.get("neighbours", manifest.get("neighbours", 0))) > 0:  # earlier versions: beside members
+            parts.append(f"item neighbours with weight {share:.2g}")
+        if (share := shares.get("titles", 0)) > 0:
+            llm = next(member["llm"] for member in manifest["members"] if member.get("kind") == "titles")
+            parts.append(f"title neighbours by `{llm}` with weight {share:.2g}")
         kind, described = "an ensemble", f"an ensemble of {_listed(parts)}"
     elif "objective" in manifest:
         kind = "a language model"

@@ -181,7 +181,7 @@ class Config:
         student: Model and training of the student.
         distill: How the student learns from the teacher.
         active: Training rows to distil on.
-        ensemble: Options of `llm2rec.ensemble`; its members are ``runs``.
+        ensemble: Options of `llm2rec.ensemble`; its students and LLM teachers are ``runs``.
         metrics: Ranking metrics.
         report: Options of the report of an evaluation.
         logging: TensorBoard and progress.

@@ -24,7 +24,7 @@ BELOW = {
     "student": {"core", "data"},
     "teacher": {"core", "data", "ilora", "student"},
     "distill": {"core", "data", "student"},
-    "ensemble": {"core", "data", "student", "teacher"},
+    "ensemble": {"core", "data", "student", "teacher", "distill"},
     "evaluate": {"core", "data", "ilora", "student", "teacher", "ensemble", "distill"},
     "plan": {"core", "data", "ilora", "student", "teacher"},
     "recommend": {"core", "data", "ilora", "student", "teacher", "distill"},

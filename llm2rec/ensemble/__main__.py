@@ -1,4 +1,4 @@
-"""``accelerate launch -m llm2rec.ensemble``: a teacher of finished students and item neighbours, without an LLM.
+"""``accelerate launch -m llm2rec.ensemble``: a teacher of students, item neighbours, title neighbours and LLM teachers.
 
 Its outputs are those of `llm2rec.teacher`: ``llm2rec.distill distill=listwise distill.teacher_outputs=...`` reads them.
 """
@@ -7,51 +7,53 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llm2rec.config import Config
-from llm2rec.core.errors import CheckpointError, ConfigError
-from llm2rec.core.files import read_json, replaced_file
+from llm2rec.core.errors import ConfigError
+from llm2rec.core.files import read_json, replaced_file, with_home
 from llm2rec.core.git_info import git_state
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.processes import is_first_process
-from llm2rec.core.run import Run, described, is_sweep, jobs_of, read_record
+from llm2rec.core.processes import agree
+from llm2rec.core.run import Run, read_record
 from llm2rec.core.train.engine import Engine
+from llm2rec.core.train.sharding import shards_frozen_weights
 from llm2rec.data import RecData
-from llm2rec.ensemble.model import Ensemble, load_ensemble, rank_targets, save_ensemble
+from llm2rec.ensemble.batch import SplitRows
+from llm2rec.ensemble.choice import Choice, chosen_weights, given_weights, member_table
+from llm2rec.ensemble.members import Member
+from llm2rec.ensemble.model import Ensemble, rank_targets, rows_at_once
+from llm2rec.ensemble.opening import (
+    Folders,
+    exported_vectors,
+    open_members,
+    open_teachers,
+    rank_training_rows,
+    read_titles,
+)
+from llm2rec.ensemble.runs import FinishedRun, finished_run, named_runs
+from llm2rec.ensemble.search import sample_rows
 from llm2rec.ensemble.settings import EnsembleSettings
+from llm2rec.ensemble.store import save_ensemble
 from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
-from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.datamodule import SeenItems
 from llm2rec.teacher.outputs import log_labelling, rows_to_label, write_outputs
-from llm2rec.teacher.settings import ExportSettings
+from llm2rec.teacher.settings import ExportSettings, LLMSettings
 
 logger = logging.getLogger("llm2rec.ensemble")
 _LEAST = 1e-12  # exported instead of a probability of 0
 
 
-@dataclass(frozen=True)
-class Member:
-    """A student of the ensemble.
-
-    Attributes:
-        folder: Its run folder.
-        run: That folder's name; of a sweep's job with the sweep's before it.
-        label: What it is, such as ``sasrec``.
-        seed: Its seed.
-    """
-
-    folder: Path
-    run: str
-    label: str
-    seed: int | None
+def _folders(cfg: Config, run: Run) -> Folders:
+    root, paths = cfg.paths.root, cfg.paths
+    outputs = from_launch_folder(paths.teacher_outputs_dir, root) / cfg.dataset.name
+    return Folders(Path(root), from_launch_folder(paths.llm_dir, root), outputs, run.folder / "rankings")
 
 
 def _outputs(cfg: Config) -> Path:
@@ -65,32 +67,124 @@ def _is_current(cfg: Config, folder: Path) -> bool:
     if not ((folder / "ensemble").is_dir() and (manifest := _outputs(cfg) / "manifest.json").is_file()):
         return False
     outputs = read_json(manifest)
-    members = list(_named(cfg.runs, Path(cfg.paths.root)).values())  # a sweep may have more finished jobs by now
-    return outputs.get("run") == folder.name and [each["run"] for each in outputs.get("members", [])] == members
+    named = named_runs(cfg.runs, Path(cfg.paths.root)).values()  # a sweep may have more finished jobs by now
+    members = outputs.get("members", [])
+    if outputs.get("run") != folder.name or {each["run"] for each in members if "run" in each} != {*named}:
+        return False
+    texts = [each["text"] for each in members if each.get("kind") == "titles"]
+    if texts:
+        from llm2rec.teacher.llm import weights_changed  # transformers takes seconds to import
+
+        return not any(weights_changed(with_home(text["source"]), text["weights"]) for text in texts)
+    return True
 
 
-@stage("ensemble", reads=("ensemble", "active", "runs", "metrics"), is_current=_is_current)
+@stage("ensemble", reads=("ensemble", "llm", "active", "runs", "metrics"), is_current=_is_current)
 def main(cfg: Config, run: Run) -> None:
-    """Validate the ensemble, and export its rankings for the training rows to label."""
-    settings = build(cfg.ensemble, EnsembleSettings)
+    """Choose the weights of the members, validate the ensemble, and export its rankings for the training rows."""
+    settings, folders = build(cfg.ensemble, EnsembleSettings), _folders(cfg, run)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
+    named = named_runs(cfg.runs, Path(cfg.paths.root))
     data = open_data(cfg, run)
     rows = rows_to_label(policy, run, n_rows := len(data.splits["train"]))
-    named = _named(cfg.runs, Path(cfg.paths.root))
     begun_with = run.record.get("members", named.values())  # of a sweep, more jobs may have finished since
-    members = [_member(each, name, data) for each, name in named.items() if name in begun_with]
-    run.keep(members=[each.run for each in members])
-    engine = open_engine(cfg, run)
+    runs = [finished_run(each, name, data) for each, name in named.items() if name in begun_with]
+    _check_members(settings, runs)
+    run.keep(members=[each.run for each in runs])
+    reads_titles = settings.titles.share != 0 or "titles" in (settings.vectors or ())
+    engine = open_engine(cfg, run, lockstep=shards_frozen_weights())
+    titles = None
+    if reads_titles:
+        with run.phase("titles"):
+            titles = read_titles(build(cfg.llm, LLMSettings), data, engine, folders)
+        run.keep(language_model=titles.about["text"]["weights"])
+    members = open_members(runs, titles, settings, data, engine.device)
+    with run.phase("teachers"):
+        teachers = open_teachers(runs, settings, data, engine, folders)
+    members += teachers
+    vectors, columns = exported_vectors(settings.vectors, members, titles)
+    masked = open_masking(cfg, run, data)
+    choice = _choice(cfg, run, members, settings, data, engine, masked)
     with engine.first_process_first():
         if engine.is_main:
-            places = [member.folder / "student" for member in members]
-            save_ensemble(run.folder / "ensemble", places, settings.neighbours)
-    ensemble = load_ensemble(run.folder / "ensemble", data, engine.device)
-    validation = Rows.of(data, "validation", ensemble.max_length)
-    masked = open_masking(cfg, run, data)
-    seen = SeenItems(validation) if masked else None
+            save_ensemble(run.folder / "ensemble", members, choice.weights, {each.run: each.model for each in runs})
+    ensemble = Ensemble(members, choice.weights)
+    _validate(cfg, run, ensemble, data, engine, masked)
+    with run.phase("export"):
+        rank_training_rows(teachers, rows, data, engine, folders)
+        blocks = export_blocks(ensemble, data, rows, engine, run.folder / "export", settings)
+        if engine.is_main:
+            about = {
+                "dataset": data.name,
+                "fingerprint": data.fingerprint,
+                "teacher": settings.name,
+                "train_rows": n_rows,
+                "members": choice.members,
+                "search": choice.search,
+                "vectors": columns,
+                "selection": run.config["active"],
+                **git_state(),
+                "run": run.folder.name,
+            }
+            labelled = rows if len(rows) < n_rows else None
+            export = ExportSettings(top_k=settings.top_k)
+            write_outputs(_outputs(cfg), blocks, vectors, export, about, labelled=labelled)
+            for folder in (run.folder / "export", folders.blocks):
+                shutil.rmtree(folder, ignore_errors=True)
+    if engine.is_main:
+        log_labelling(run, ("export",), len(rows), n_rows)
+    run.note(label=f"{settings.name} ({_described(choice)})", parameters=ensemble.n_parameters)
+    engine.close()
+
+
+def _check_members(settings: EnsembleSettings, runs: Sequence[FinishedRun]) -> None:
+    """Raise if there will be no members, before anything is loaded."""
+    teachers = settings.teachers.share != 0 and any(each.is_teacher for each in runs)
+    students = any(not each.is_teacher for each in runs)
+    if not (students or teachers or settings.neighbours.share != 0 or settings.titles.share != 0):
+        raise ConfigError(
+            "the ensemble has no members: `runs` is empty, and neighbours and titles are switched off; give "
+            "`runs=[result/result_...]`, or leave out `ensemble.neighbours.share=0` or `ensemble.titles.share=0`."
+        )
+
+
+def _choice(
+    cfg: Config,
+    run: Run,
+    members: Sequence[Member],
+    settings: EnsembleSettings,
+    data: RecData,
+    engine: Engine,
+    masked: bool,
+) -> Choice:
+    """The weights of the members, chosen once per run, by the first process; a collective."""
+    given_weights(members, settings)
+    file = run.folder / "metrics" / "members.json"
+    chosen = None
+    with run.phase("search"):
+        if engine.is_main and file.is_file():
+            chosen = read_json(file)
+        elif engine.is_main:
+            validation = SplitRows(data, "validation", max(each.max_length for each in members))
+            numbers = sample_rows(len(validation), settings.search.rows, cfg.seed)
+            seen = SeenItems(validation.rows) if masked else None
+            metric = cfg.metrics.select_on
+            found = chosen_weights(
+                members, settings, validation, numbers, metric, cfg.seed, seen=seen, device=engine.device
+            )
+            run.write_metrics("members", chosen := found.to_dict())
+        choice = Choice.of(agree(chosen))
+    for line in member_table(choice):
+        logger.info("%s", line)
+    return choice
+
+
+def _validate(cfg: Config, run: Run, ensemble: Ensemble, data: RecData, engine: Engine, masked: bool) -> None:
+    """Measure the ensemble on all validation rows; a collective."""
+    validation = SplitRows(data, "validation", ensemble.max_length)
+    seen = SeenItems(validation.rows) if masked else None
     with run.phase("validation"):
-        ranks = rank_targets(ensemble, validation, engine, seen=seen, batch_rows=settings.batch_rows)
+        ranks = rank_targets(ensemble, validation, engine, seen=seen, batch_rows=cfg.ensemble.batch_rows)
     reached = {f"val/{name}": value for name, value in ranking_metrics(ranks).items()}
     history = [{"step": 0, **reached}]
     protocol = {"select_on": cfg.metrics.select_on, "mask_seen": masked}
@@ -98,39 +192,9 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         metric = cfg.metrics.select_on
         logger.info("%s on validation: %.4f", metric, reached[f"val/{metric}"])
-    with run.phase("export"):
-        blocks = rank_training_rows(ensemble, data, rows, engine, run.folder / "export", settings)
-        if engine.is_main:
-            about = {
-                "dataset": data.name,
-                "fingerprint": data.fingerprint,
-                "teacher": settings.name,
-                "train_rows": n_rows,
-                "members": [{"run": each.run, "label": each.label, "seed": each.seed} for each in members],
-                "neighbours": settings.neighbours,
-                "selection": run.config["active"],
-                **git_state(),
-                "run": run.folder.name,
-            }
-            write_outputs(
-                _outputs(cfg),
-                blocks,
-                ensemble.item_vectors,
-                ExportSettings(top_k=settings.top_k),
-                about,
-                labelled=rows if len(rows) < n_rows else None,
-            )
-            shutil.rmtree(run.folder / "export")
-    if engine.is_main:
-        log_labelling(run, ("export",), len(rows), n_rows)
-    kinds = Counter(member.label for member in members)
-    of = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    label = f"{settings.name} ({of}; {settings.neighbours:g} neighbours)"
-    run.note(label=label, parameters=ensemble.n_parameters)
-    engine.close()
 
 
-def rank_training_rows(
+def export_blocks(
     ensemble: Ensemble,
     data: RecData,
     labelled: NDArray[np.int64],
@@ -143,70 +207,40 @@ def rank_training_rows(
     Returns:
         What `llm2rec.teacher.outputs.write_outputs` takes; finished blocks are kept for resuming.
     """
-    size, at_once = settings.block_rows, min(settings.batch_rows, ensemble.rows_at_once)
-    rows = Rows.of(data, "train", ensemble.max_length)
+    size, at_once = settings.block_rows, min(settings.batch_rows, rows_at_once(data.n_items))
+    rows = SplitRows(data, "train", ensemble.max_length)
     files = [folder / f"block_{number:06d}.safetensors" for number in range(-(-len(labelled) // size))]
     mine = engine.my_missing(files)
     shares = {number: labelled[number * size : (number + 1) * size] for number in mine}
+    k = min(settings.top_k, data.n_items)
     with engine.rows_progress("export", sum(len(numbers) for numbers in shares.values())) as progress:
         for number, numbers in shares.items():
-            probabilities, items = [], []
+            items = np.empty((len(numbers), k), np.int32)
+            log_probs, done = np.empty((len(numbers), k), np.float32), 0
             for part in np.array_split(numbers, -(-len(numbers) // at_once)):
-                probs = ensemble.probabilities(rows.batch(part, engine.device), rows.users[part].astype(np.int64))
-                best = probs.topk(min(settings.top_k, data.n_items), dim=1)
-                probabilities.append(best.values.cpu())
-                items.append(best.indices.to("cpu", torch.int32))
+                best = ensemble.probabilities(rows.batch(part, engine.device)).topk(k, dim=1)
+                there = slice(done, done := done + len(part))
+                items[there] = best.indices.cpu().numpy()
+                log_probs[there] = best.values.clamp(min=_LEAST).log().cpu().numpy()
                 progress.advance(len(part))
-            log_probs = torch.cat(probabilities).clamp(min=_LEAST).log()
             with replaced_file(files[number]) as aside:
-                save_file({"items": torch.cat(items).numpy(), "log_probs": log_probs.numpy()}, aside)
+                save_file({"items": items, "log_probs": log_probs}, aside)
     engine.wait()
     return files
 
 
-def _named(runs: object, root: Path) -> dict[Path, str]:
-    """Folders and names of the given students; a sweep's folder stands for its finished jobs.
-
-    Raises:
-        ConfigError: If `runs` is empty, or holds a student twice.
-    """
-    if isinstance(runs, str) or not isinstance(runs, Sequence) or not runs:
-        raise ConfigError(
-            f"`runs` is {runs!r}, expected finished students such as `runs=[result/result_...,result/result_...]`, or "
-            "the folder of a sweep: `python -m llm2rec.student --multirun seed=1,2,3`."
-        )
-    found: dict[Path, str] = {}
-    for folder in (from_launch_folder(str(each), root).resolve() for each in runs):
-        jobs = jobs_of(folder) if is_sweep(folder) else []
-        for job in (job for job in jobs if not job.is_finished and is_first_process()):
-            logger.warning("%s is not finished and is left out of the ensemble", job.name)
-        alone = f"{folder.parent.name}/{folder.name}" if is_sweep(folder.parent) else folder.name
-        named = {job.folder: job.name for job in jobs if job.is_finished} or {folder: alone}
-        if again := next((name for place, name in named.items() if place in found), None):
-            raise ConfigError(f"`runs` names {again} twice; give every student once.")
-        found |= named
-    return found
-
-
-def _member(folder: Path, name: str, data: RecData) -> Member:
-    """A member of the ensemble.
-
-    Raises:
-        CheckpointError: If the folder is not a finished run of a student on this dataset.
-    """
-    if not (folder / "run.json").is_file():
-        raise CheckpointError(
-            f"{folder} is not the folder of a run or sweep (it has no run.json); give `runs=[result/result_...]`."
-        )
-    record = read_record(folder)
-    if record["stage"] not in ("student", "distill") or record["status"] != "finished":
-        raise CheckpointError(f"{name} is {described(record)}; expected a finished run of student or distill.")
-    if read_record(folder, "dataset")["dataset"]["fingerprint"] != data.fingerprint:
-        raise CheckpointError(
-            f"{name} was trained on dataset {record['dataset']['name']!r}, not on this {data.name!r} "
-            f"({data.fingerprint[:12]}); use the same dataset overrides as in training."
-        )
-    return Member(folder, name, str(record["label"]), record.get("seed"))
+def _described(choice: Choice) -> str:
+    """The members with their shares, such as ``2 sasrec 0.3, neighbours 0.2, titles of minilm 0.5``."""
+    counts: Counter[str] = Counter()
+    shares: Counter[str] = Counter()
+    for each in choice.members:
+        name = each.get("label") or (f"titles of {each['llm']}" if each["kind"] == "titles" else each["kind"])
+        counts[name] += 1
+        shares[name] += each["share"]
+    return ", ".join(
+        f"{f'{counts[name]} ' if any(each.get('label') == name for each in choice.members) else ''}{name} {share:.3g}"
+        for name, share in shares.items()
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ MODEL_SETTINGS = {
     "student": ("dataset", "student", "metrics"),
     "distill": ("dataset", "student", "distill", "active", "metrics"),
     "teacher": ("dataset", "llm", "teacher", "metrics"),
-    "ensemble": ("dataset", "ensemble", "runs", "metrics"),
+    "ensemble": ("dataset", "ensemble", "llm", "runs", "metrics"),
 }
 """The parts of a configuration that decide which model a stage trains, besides the seed."""
 _MEMORY = "micro_batch_size"  # changes no result

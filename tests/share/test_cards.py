@@ -31,7 +31,16 @@ def test_a_card_may_be_edited_and_nothing_else(make_run):
 
 
 LLM = {"teacher": "ilora-minilm", "objective": "item", "tuning": "ilora"}
-ENSEMBLE = {"teacher": "ensemble", "members": [{"label": "sasrec"}] * 2 + [{"label": "gru4rec"}], "neighbours": 0.5}
+ENSEMBLE = {
+    "teacher": "ensemble",
+    "members": [
+        *[{"kind": "student", "label": "sasrec", "share": 0.1}] * 2,
+        {"kind": "student", "label": "gru4rec", "share": 0.1},
+        {"kind": "neighbours", "share": 0.5},
+        {"kind": "titles", "llm": "minilm", "share": 0.2},
+    ],
+}
+EARLIER = {"teacher": "ensemble", "members": [{"label": "sasrec"}] * 2 + [{"label": "gru4rec"}], "neighbours": 0.5}
 
 
 def distilled_card(manifest, **settings):
@@ -61,11 +70,15 @@ def test_a_card_names_the_teacher_of_the_manifest_and_the_losses_of_the_recipe()
     card = distilled_card(ENSEMBLE, name="listwise", ranking=listwise, embedding=EmbeddingSettings(fusion_scale=0.0))
     lead, tags = card.split("```")[0], ModelCard(card).data.tags
     assert "# GRU4Rec for shop, distilled from an ensemble" in lead
-    assert "an ensemble of 2 sasrec, 1 gru4rec and item neighbours with weight 0.5" in lead
+    assert (
+        "2 sasrec, 1 gru4rec, item neighbours with weight 0.5 and title neighbours by `minilm` with weight 0.2" in lead
+    )
     assert "by listwise ranking distillation" in lead
     assert "language model" not in lead
     assert "dllm2rec" not in lead.lower()
     assert "distillation" in tags
+    earlier = distilled_card(EARLIER, name="listwise", ranking=listwise).split("```")[0]
+    assert "an ensemble of 2 sasrec, 1 gru4rec and item neighbours with weight 0.5" in earlier
     aligned = EmbeddingSettings(fusion_scale=0.0, alignment_weight=0.1, initialise="pca")
     card = distilled_card({}, ranking=RankingSettings(weight=0.0), embedding=aligned)
     assert "distilled from a teacher of unknown kind by the alignment of item vectors" in card

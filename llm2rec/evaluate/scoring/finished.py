@@ -14,8 +14,10 @@ from torch import Tensor
 
 from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
-from llm2rec.ensemble.model import Ensemble, load_ensemble
+from llm2rec.ensemble.batch import SplitRows
+from llm2rec.ensemble.model import Ensemble
 from llm2rec.ensemble.model import rank_targets as rank_ensemble_targets
+from llm2rec.ensemble.store import load_ensemble
 from llm2rec.evaluate.scoring.candidates import rank_among_candidates
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.evaluator import rank_targets
@@ -142,7 +144,7 @@ class FinishedStudent(_Sequential):
 
 
 class FinishedEnsemble(_Sequential):
-    """An ensemble of students and item neighbours."""
+    """An ensemble; its members may read longer histories than the dataset's."""
 
     @cached_property
     def _model(self) -> Ensemble:
@@ -152,9 +154,17 @@ class FinishedEnsemble(_Sequential):
     def _max_length(self) -> int:
         return self._model.max_length
 
+    @cached_property
+    def _split(self) -> SplitRows:
+        return SplitRows(self._data, "test", self._max_length)
+
+    @cached_property
+    def _test(self) -> Rows:
+        return self._split.rows
+
     def _score(self, rows: NDArray[np.int64]) -> Tensor:
-        return self._model.probabilities(self._test.batch(rows, self._engine.device))
+        return self._model.probabilities(self._split.batch(rows, self._engine.device))
 
     def ranks(self, seen: SeenItems | None, k: int) -> Tensor:
         """See `FinishedModel.ranks`."""
-        return rank_ensemble_targets(self._model, self._test, self._engine, seen=seen, batch_rows=_BATCH_ROWS)
+        return rank_ensemble_targets(self._model, self._split, self._engine, seen=seen, batch_rows=_BATCH_ROWS)
