@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from llm2rec.data._buckets import Rows
 from llm2rec.data.spec import DatasetSpec
@@ -18,15 +19,15 @@ TieKey = Callable[[Rows], npt.NDArray[Any]]
 """Gives interactions, ``(rows,)``, the keys by which one user's ties ascend, ``(rows,)``."""
 
 
-def tie_key(spec: DatasetSpec, user_ids: npt.NDArray[np.object_], item_ids: npt.NDArray[np.object_]) -> TieKey:
+def tie_key(spec: DatasetSpec, user_ids: npt.NDArray[np.object_], items: pd.DataFrame) -> TieKey:
     """Return a function that gives interactions the key by which one user's ties ascend, ``(rows,)``.
 
     A shuffle is ordered by a hash of seed, user and item, so that it depends neither on the order of the file nor on
     how items are ordered elsewhere.
     """
+    item_ids = items["item_id"].to_numpy(dtype=object)
     if spec.ties == "item":
-        places = np.empty(len(item_ids), np.int64)
-        places[np.argsort(item_ids)] = np.arange(len(item_ids))
+        places = items["order"].to_numpy() if "order" in items else pd.factorize(item_ids, sort=True)[0]
         return lambda rows: places[rows["item"]]
 
     def drawn(rows: Rows) -> npt.NDArray[np.uint64]:

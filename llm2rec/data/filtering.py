@@ -98,11 +98,10 @@ def filter_and_number(raw: RawParts, spec: DatasetSpec, work: Path) -> Sequences
     counts["items_dropped"] = int((~kept_items).sum())
     if not kept_users.any():
         raise DataError(_nothing_left(spec, counts))
-    item_ids = raw.items["item_id"].to_numpy(dtype=object)
-    _finish(buckets, kept_users, kept_items, tie_key(spec, user_ids, item_ids))
+    _finish(buckets, kept_users, kept_items, tie_key(spec, user_ids, raw.items))
     return Sequences(
         user_ids=user_ids[kept_users],
-        item_ids=item_ids[kept_items],
+        item_ids=raw.items["item_id"].to_numpy(dtype=object)[kept_items],
         titles=titles[kept_items],
         item_columns={name: raw.items[name].to_numpy()[kept_items] for name in raw.items.columns[2:]},
         lengths=of_users[kept_users],

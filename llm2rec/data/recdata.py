@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
+from numpy.typing import NDArray
 
 from llm2rec.core.errors import DataError
 from llm2rec.core.files import sha256_of_file
@@ -44,7 +45,7 @@ SEQUENCE_FEATURES = Features(
         "timestamps": List(Value("int64")),
     }
 )
-OPTIONAL_ITEM_FEATURES = Features({"text": Value("string")})
+OPTIONAL_ITEM_FEATURES = Features({"text": Value("string"), "order": Value("int32")})
 """Columns that items have only where the options of a dataset ask for them."""
 FEATURES = {"items": ITEM_FEATURES, "sequences": SEQUENCE_FEATURES, **dict.fromkeys(SPLIT_NAMES, EXAMPLE_FEATURES)}
 
@@ -107,6 +108,18 @@ class RecData:
     def texts(self) -> list[str]:
         """What a language model reads of each item, ``(N,)``: title and `dataset.text_columns`; else the title."""
         return list(self.items["text"]) if "text" in self.items.column_names else self.titles
+
+    @cached_property
+    def tie_order(self) -> NDArray[np.int64] | None:
+        """Place of each item in the order in which its source lists ties, ``(N,)``; None if the data gives none.
+
+        It is that of `dataset.tie_column`, or of the item ids as text if `dataset.ties` is `item`.
+        """
+        if "order" in self.items.column_names:
+            return np.asarray(self.items["order"], np.int64)
+        if self.manifest["settings"].get("ties") != "item":
+            return None
+        return np.unique(np.array(self.items["raw_id"], dtype=object), return_inverse=True)[1]
 
     def verify(self) -> None:
         """Read all tables and compare them with the hashes in the manifest.

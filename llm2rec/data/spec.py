@@ -101,7 +101,7 @@ class DatasetSpec:
         missing_items: Interactions with items that the source's item table lacks are an `error`, or are dropped,
             counted and logged (`drop`).
         ties: The order of a user's interactions with equal timestamps: that of the `source`, ascending item ids as
-            text (`item`), or a seeded `shuffle` of each user's ties.
+            text or, of tables, ascending `tie_column` (`item`), or a seeded `shuffle` of each user's ties.
         ties_seed: Seed of that shuffle.
         history_length: The most recent interactions an example's history holds, L.
         split: `leave_one_out` (each user's last interaction tests, the one before validates) or `global_time`

@@ -15,7 +15,7 @@ from llm2rec.data._files import existing_file
 from llm2rec.data._table_reader import Column, Table, read_table
 from llm2rec.data._text import clean_text
 from llm2rec.data._times import InvalidRows, read_times
-from llm2rec.data.spec import RawParts, TextSpec, path_field
+from llm2rec.data.spec import RawParts, TextSpec, new_field, path_field
 
 __all__ = ["CsvTables"]
 
@@ -39,6 +39,9 @@ class CsvTables(TextSpec):
         rating_column: Column of the interactions that holds the rating; None where there are none.
         item_id_column: Column of the items that holds the item id.
         title_column: Column of the items that holds the title.
+        tie_column: Column of the items, such as a product code, by which `ties=item` orders equal timestamps and
+            `llm2rec.evaluate` reports test rows whose last two items ascend and descend apart. Text ascends by code
+            point, numbers of JSON lines and parquet by size. None for the item id.
         encoding: Of both files' text, by a name that Python knows (``cp1252``, ``shift_jis``, ``utf-16``). A
             byte-order mark of UTF-8, UTF-16 or UTF-32 at the start of a file goes first.
     """
@@ -54,6 +57,7 @@ class CsvTables(TextSpec):
     item_id_column: str = "item_id"
     title_column: str = "title"
     encoding: str = "utf-8"
+    tie_column: str | None = new_field(None)
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -112,19 +116,18 @@ class CsvTables(TextSpec):
         return parts
 
     def _read_items(self, path: Path) -> pd.DataFrame:
-        table = read_table(
-            path,
-            {
-                "item_id": Column(self.item_id_column, "item_id_column"),
-                "title": Column(self.title_column, "title_column", nullable=True),
-                **{
-                    f"text {name}": Column(name, "text_columns", nullable=True, may_be_nested=True)
-                    for name in self.text_columns
-                },
-            },
-            encoding=self.encoding,
-        )
+        wanted = {
+            "item_id": Column(self.item_id_column, "item_id_column"),
+            "title": Column(self.title_column, "title_column", nullable=True),
+        }
+        for name in self.text_columns:
+            wanted[f"text {name}"] = Column(name, "text_columns", nullable=True, may_be_nested=True)
+        if self.tie_column is not None:
+            wanted["order"] = Column(self.tie_column, "tie_column")
+        table = read_table(path, wanted, encoding=self.encoding)
         _check_ids(table, "item_id")
+        if "order" in wanted:
+            _check_ids(table, "order")
         columns = table.whole()
         ids = columns["item_id"].astype("str")
         repeated = ids.duplicated().to_numpy()
@@ -144,7 +147,11 @@ class CsvTables(TextSpec):
                 "such items out) or dataset.missing_title=id (use the id as title)."
             )
         items = pd.DataFrame({"item_id": ids, "title": pd.Series(titles, dtype="str")})
-        return self._with_texts(items, [columns[f"text {name}"].map(clean_text).tolist() for name in self.text_columns])
+        texts = [columns[f"text {name}"].map(clean_text).tolist() for name in self.text_columns]
+        items = self._with_texts(items, texts)
+        if "order" in wanted:
+            items["order"] = pd.factorize(columns["order"], sort=True)[0].astype(np.int32)
+        return items
 
 
 def _check_ids(table: Table, column: str) -> None:

@@ -29,14 +29,8 @@ from llm2rec.evaluate.labels import labels_of, unlike
 from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
 from llm2rec.evaluate.report.pages import write_pages
-from llm2rec.evaluate.scoring.scoring import (
-    Protocol,
-    find_runs,
-    score_popularity,
-    score_run,
-    untrained_metrics,
-    untrained_rows,
-)
+from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
+from llm2rec.evaluate.scoring.slices import Slice, slice_metrics, slices
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep
 from llm2rec.evaluate.table import write_comparison
@@ -66,13 +60,13 @@ def main(cfg: Config, run: Run) -> None:
         scores = [score_run(folder, data, engine, protocol, gate_dir) for folder in shown]
     rows += [replace(row, label=label) for row, label in zip(scores, labels_of(folders), strict=True)]
     if engine.is_main:
-        untrained = untrained_rows(data)
-        about = _about(data, protocol, len(untrained)) | {"unlike": unlike(folders, masked)}
+        parts = slices(data)
+        about = _about(data, protocol, parts) | {"unlike": unlike(folders, masked)}
         for sentence in about["unlike"]:
             logger.warning("%s", sentence)
         runs = [read_run(row, folder, _command(folder)) for row, folder in zip(rows[1:], folders, strict=True)]
         rows[1:] = [
-            replace(each.scored, untrained=untrained_metrics(torch.from_numpy(each.ranks), untrained, protocol.ks))
+            replace(each.scored, slices=slice_metrics(torch.from_numpy(each.ranks), parts, protocol.ks))
             for each in runs
         ]
         logger.info("\n%s", write_comparison(run.folder, rows, protocol.ks, about))
@@ -107,14 +101,14 @@ def _each_once(folders: list[Path]) -> list[Path]:
     return folders
 
 
-def _about(data: RecData, protocol: Protocol, n_untrained: int) -> dict[str, Any]:
+def _about(data: RecData, protocol: Protocol, parts: Sequence[Slice]) -> dict[str, Any]:
     """Facts on dataset, protocol and this evaluation."""
     return {
         "dataset": data.name,
         "fingerprint": data.fingerprint,
         "n_items": data.n_items,
         "rows": len(data.splits["test"]),
-        "untrained_rows": n_untrained,
+        "slices": {each.name: {"title": each.title, "rows": len(each.rows)} for each in parts},
         "split": data.manifest["settings"]["split"],
         "mask_seen": protocol.mask_seen,
         "n_candidates": protocol.n_candidates,

@@ -9,7 +9,7 @@ from llm2rec.core.files import replaced_file, write_json
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, GENERATED_HR, GENERATED_HR_VALID, VALID_RATIO
 from llm2rec.evaluate.scoring.scoring import Scored
 
-__all__ = ["aligned", "draw", "format_table", "format_titles", "format_untrained", "write_comparison"]
+__all__ = ["aligned", "draw", "format_slice", "format_table", "format_titles", "write_comparison"]
 
 
 def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 0) -> str:
@@ -52,14 +52,11 @@ def format_titles(rows: Sequence[Scored]) -> str:
     )
 
 
-def format_untrained(rows: Sequence[Scored], ks: Sequence[int]) -> str:
-    """A text table of the metrics of targets that do not occur in training; empty if there are none."""
-    names = [f"{name}@{k}" for name in ("hr", "ndcg") for k in ks if (name, k) != ("ndcg", 1)]
-    shown = [row for row in rows if row.untrained]
-    if not shown:
-        return ""
-    body = [[_name(row), *(f"{100 * row.untrained[name]:.2f}" for name in names)] for row in shown]
-    return aligned(["run", *(name.upper() for name in names)], body)
+def format_slice(rows: Sequence[Scored], name: str, ks: Sequence[int]) -> str:
+    """A text table of the metrics of one slice of the test rows."""
+    metrics = [f"{metric}@{k}" for metric in ("hr", "ndcg") for k in ks if (metric, k) != ("ndcg", 1)]
+    body = [[_name(row), *(f"{100 * row.slices[name][metric]:.2f}" for metric in metrics)] for row in rows]
+    return aligned(["run", *(metric.upper() for metric in metrics)], body)
 
 
 def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -115,9 +112,9 @@ def write_comparison(folder: Path, rows: Sequence[Scored], ks: Sequence[int], ab
             "if prompts list none); in the table above, a target outside their best "
             f"{max(ks)} counts as missed\n{titles}\n"
         )
-    if untrained := format_untrained(rows, ks):
-        n_rows, share = about["untrained_rows"], about["untrained_rows"] / about["rows"]
-        table += f"\ntargets that do not occur in training, {n_rows:,} rows ({100 * share:.1f} %)\n{untrained}\n"
+    for name, part in about.get("slices", {}).items():
+        share = 100 * part["rows"] / about["rows"]
+        table += f"\n{part['title']}, {part['rows']:,} rows ({share:.1f} %)\n{format_slice(rows, name, ks)}\n"
     table += "".join(f"\n{sentence}\n" for sentence in about.get("unlike", ()))
     with replaced_file(folder / "comparison.txt") as aside:
         aside.write_text(table, encoding="utf-8")

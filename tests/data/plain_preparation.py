@@ -54,9 +54,10 @@ def filter_and_number(raw, spec):
     counts["users_dropped"] = len(user_ids) - len(np.unique(user[rows]))
     counts["items_dropped"] = len(titles) - len(np.unique(item[rows]))
     item_ids = raw.interactions["item_id"].tolist()
+    order = dict(zip(raw.items["item_id"], raw.items["order" if "order" in raw.items else "item_id"], strict=True))
 
     def place(row):
-        of_tie = {"source": row, "item": item_ids[row]}
+        of_tie = {"source": row, "item": order.get(item_ids[row])}
         if spec.ties == "shuffle":
             of_tie["shuffle"] = _hash(f"{spec.ties_seed}\t{user_ids[user[row]]}\t{item_ids[row]}")
         return user[row], timestamp[row], of_tie[spec.ties]
@@ -68,7 +69,7 @@ def filter_and_number(raw, spec):
         user_ids=user_ids[kept_users],
         item_ids=raw.items["item_id"].to_numpy(dtype=object)[kept_items],
         titles=titles[kept_items],
-        item_columns={name: raw.items[name].to_numpy()[kept_items] for name in ("text",) if name in raw.items},
+        item_columns={name: raw.items[name].to_numpy()[kept_items] for name in ("text", "order") if name in raw.items},
         lengths=lengths.astype(np.int64),
         items=numbered.astype(np.int32),
         timestamps=timestamp[rows],

@@ -169,6 +169,15 @@ def test_reviews_are_read_in_parts(small_buckets, monkeypatch, tmp_path):
     assert check_equal(spec, tmp_path / "parts").manifest == whole.manifest
 
 
+def test_ties_ordered_by_a_column_are_what_the_plain_way_gives(small_buckets, tmp_path):
+    visits = [f"{user},i{(user * 3 + n) % 7},{n // 3}" for user in range(9) for n in range(7)]
+    items = pd.DataFrame({"item_id": [f"i{n}" for n in range(7)], "title": "T", "code": list("CAAXbBA")})
+    paths = csv_pair(tmp_path, visits)
+    items.to_csv(paths["items"], index=False)
+    for more in ({}, {"text_columns": ["code"]}):
+        check_equal(CsvTables(**paths, ties="item", tie_column="code", **more), tmp_path / "processed")
+
+
 def test_items_with_texts_are_what_the_plain_way_gives(tmp_path):
     paths = csv_pair(tmp_path, items=[f"i{n},Title {n}" for n in range(5, 0, -1)])
     check_equal(CsvTables(**paths, text_columns=["item_id", "title"], text_length=9), tmp_path / "processed")

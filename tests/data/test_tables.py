@@ -366,6 +366,28 @@ def test_without_further_texts_the_title_is_the_text_and_the_fingerprint_stays(t
         CsvTables(**paths, text_columns=["a", "a"], text_length=0)
 
 
+@pytest.mark.parametrize(("suffix", "expected"), [(".csv", [0, 1, 3, 0, 2]), (".jsonl", [1, 2, 0, 1, 3])])
+def test_a_column_gives_the_order_of_ties(tmp_path, suffix, expected):
+    """Text ascends by code point, numbers by size; equal values keep the order of the file."""
+    paths = with_texts(
+        tmp_path, suffix, {"code": [10, 100, 9, 10, 11000] if suffix == ".jsonl" else [10, 100, 9, 10, 11]}
+    )
+    visits = [f"{user},i{n},7" for user in "ab" for n in (5, 4, 3, 2, 1)]
+    spec = CsvTables(**csv_pair(tmp_path / "raw", visits) | {"items": paths["items"]}, tie_column="code", ties="item")
+    data = prepare(spec, tmp_path / "processed")
+    assert data.tie_order.tolist() == expected
+    assert data.sequences["items"][0] == sorted([4, 3, 2, 1, 0], key=lambda item: expected[item])
+    data.verify()
+    with pytest.raises(DataError, match=r"no column `asin`; .*dataset\.tie_column=COLUMN"):
+        CsvTables(**paths, tie_column="asin").read()
+
+
+def test_the_item_ids_are_the_order_of_ties_only_if_they_decide(tmp_path):
+    paths = csv_pair(tmp_path, items=[f"i{n},Title {n}" for n in (2, 1, 4, 3, 5)])
+    assert prepare(CsvTables(**paths), tmp_path / "processed").tie_order is None
+    assert prepare(CsvTables(**paths, ties="item"), tmp_path / "processed").tie_order.tolist() == [1, 0, 3, 2, 4]
+
+
 def test_a_text_without_a_title_begins_with_the_id(tmp_path):
     paths = csv_pair(tmp_path, items=["i1,One", "i2,", "i3,Three", "i4,Four", "i5,Five"])
     spec = CsvTables(**paths, missing_title="id", text_columns=["title"])

@@ -12,6 +12,7 @@ from PIL import Image
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
+from llm2rec.data import Toy, prepare
 from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.labels import differences, labels_of, unlike
 from llm2rec.evaluate.scoring.scoring import (
@@ -22,9 +23,8 @@ from llm2rec.evaluate.scoring.scoring import (
     popularity_ranks,
     score_popularity,
     score_run,
-    untrained_metrics,
-    untrained_rows,
 )
+from llm2rec.evaluate.scoring.slices import Slice, slice_metrics, slices
 from llm2rec.evaluate.table import format_table, write_comparison
 
 PROTOCOL = Protocol(ks=(1, 5, 10), mask_seen=False)
@@ -83,13 +83,22 @@ def test_popularity_counts_all_training_interactions(data):
     assert masked.metrics == ranking_metrics(torch.tensor(unseen), PROTOCOL.ks)
 
 
-def test_untrained_rows_are_those_of_plain_loops(data):
+def test_slices_are_those_of_plain_loops(data, tmp_path):
     shown = {item for row in data.splits["train"] for item in (*row["history"], row["target"])}
     rows = [number for number, row in enumerate(data.splits["test"]) if row["target"] not in shown]
-    assert untrained_rows(data).tolist() == rows
-    scored, counts = score_popularity(data, PROTOCOL), popularity(data)
-    ranks = popularity_ranks(data, counts, mask_seen=False)
-    assert scored.untrained == untrained_metrics(ranks, np.array(rows, np.int64), PROTOCOL.ks)
+    assert {part.name: part.rows.tolist() for part in slices(data)} == ({"untrained": rows} if rows else {})
+    ordered = prepare(Toy(n_users=40, n_items=60, n_worlds=5, ties="item"), tmp_path)
+    codes, halves = ordered.items["raw_id"][:], {"ascending": [], "descending": []}
+    for number, row in enumerate(ordered.splits["test"]):
+        halves["ascending" if codes[row["target"]] > codes[row["history"][-1]] else "descending"].append(number)
+    parts = {part.name: part for part in slices(ordered)}
+    assert {name: parts[name].rows.tolist() for name in halves} == halves
+    scored = score_popularity(ordered, PROTOCOL)
+    ranks = popularity_ranks(ordered, popularity(ordered), mask_seen=False)
+    assert scored.slices == slice_metrics(ranks, list(parts.values()), PROTOCOL.ks)
+    shares = [len(each) / len(ranks) for each in halves.values()]
+    of_halves = [scored.slices[name]["hr@10"] for name in halves]
+    assert np.dot(shares, of_halves) == pytest.approx(scored.metrics["hr@10"])
 
 
 def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data):
@@ -182,25 +191,22 @@ def test_runs_of_another_masking_are_named(tmp_path):
     assert unlike([masked], True) == unlike([kept, unknown], False) == []
 
 
-def test_targets_that_training_never_shows_have_a_table(tmp_path):
-    ranks, rows = torch.tensor([0, 3, 30, 1]), np.array([1, 3])
+def test_a_slice_has_a_table(tmp_path):
+    ranks, part = torch.tensor([0, 3, 30, 1]), Slice("untrained", "targets of some kind", "A note.", np.array([1, 3]))
     metrics = ranking_metrics(ranks, (1, 5))
-    row = Scored("sasrec", "r", metrics, 1, None, 3, untrained=untrained_metrics(ranks, rows, (1, 5)))
-    assert row.untrained == {
-        name: value
-        for name, value in ranking_metrics(ranks[rows], (1, 5)).items()
-        if not name.startswith("mrr") and name != "mrr"
-    }
-    assert untrained_metrics(ranks, np.array([], np.int64), (1, 5)) == {}
-    about = {"dataset": "toy", "n_items": 50, "rows": 4, "untrained_rows": 2, "mask_seen": False, "n_candidates": 0}
+    row = Scored("sasrec", "r", metrics, 1, None, 3, slices=slice_metrics(ranks, [part], (1, 5)))
+    expected = ranking_metrics(ranks[part.rows], (1, 5)).items()
+    assert row.slices == {"untrained": {name: value for name, value in expected if not name.startswith("mrr")}}
+    about = {"dataset": "toy", "n_items": 50, "rows": 4, "mask_seen": False, "n_candidates": 0}
+    assert "targets of" not in write_comparison(tmp_path, [Scored("x", "r", metrics, 1, None)], (1, 5), about)
+    about["slices"] = {part.name: {"title": part.title, "rows": 2}}
     table = write_comparison(tmp_path, [row], (1, 5), about)
     title, header, _, line = table.splitlines()[-4:]
-    assert title == "targets that do not occur in training, 2 rows (50.0 %)"
+    assert title == "targets of some kind, 2 rows (50.0 %)"
     assert header.split() == ["run", "HR@1", "HR@5", "NDCG@5"]
     assert line.split() == ["sasrec", "[3]", "0.00", "100.00", "53.08"]
     written = json.loads((tmp_path / "comparison.json").read_text())
-    assert written["rows_scored"][0]["untrained"] == row.untrained
-    assert "do not occur" not in write_comparison(tmp_path, [Scored("x", "r", metrics, 1, None)], (1, 5), about)
+    assert written["rows_scored"][0]["slices"] == row.slices
 
 
 def test_labels_show_what_differs(tmp_path):

@@ -95,16 +95,17 @@ def test_targets_that_training_never_shows_are_reported_apart(reported, data):
     shown = {item for row in data.splits["train"] for item in (*row["history"], row["target"])}
     rows = [number for number, row in enumerate(data.splits["test"]) if row["target"] not in shown]
     assert len(rows) == 4
-    assert (findings.untrained.rows, findings.untrained.share) == (len(rows), len(rows) / 36)
-    assert findings.untrained.metrics.keys() == {each.name for each in findings.entries}
+    (untrained,) = findings.slices
+    assert (untrained.rows, untrained.share) == (len(rows), len(rows) / 36)
+    assert untrained.metrics.keys() == {each.name for each in findings.entries}
     first, second, distilled, _, _ = (ranks_of(each)[rows] for each in made)
-    found = findings.untrained.metrics[DISTILLED]
+    found = untrained.metrics[DISTILLED]
     assert found["hr@10"].mean == pytest.approx(np.mean([rank < 10 for rank in distilled]))
     by_hand = [np.mean([1 / np.log2(rank + 2) if rank < 10 else 0 for rank in ranks]) for ranks in (first, second)]
-    assert findings.untrained.metrics[findings.entries[1].name]["ndcg@10"].runs == pytest.approx(by_hand)
+    assert untrained.metrics[findings.entries[1].name]["ndcg@10"].runs == pytest.approx(by_hand)
     caption = f"Targets that do not occur in training: {len(rows)} test rows ({100 * len(rows) / 36:.1f} %)"
     assert caption in (folder / "report.md").read_text()
-    assert read_json(folder / "report.json")["untrained"]["rows"] == len(rows)
+    assert read_json(folder / "report.json")["slices"][0]["rows"] == len(rows)
 
 
 def test_the_cost_of_labels_is_in_the_report(reported):

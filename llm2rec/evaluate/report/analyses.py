@@ -27,10 +27,11 @@ from llm2rec.evaluate.report.comparison import (
     contenders,
     gains_by,
     headline,
-    of_untrained,
+    of_slice,
 )
 from llm2rec.evaluate.report.findings import Curve, Findings, GateUse, Labelling, Overlap, RunNote, Sample
-from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks, untrained_rows
+from llm2rec.evaluate.scoring.scoring import Protocol, Scored, popularity, popularity_ranks
+from llm2rec.evaluate.scoring.slices import slices
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import load_student
 
@@ -86,7 +87,7 @@ def gather(
         comparisons=comparisons,
         by_popularity=gains_by(counts[np.asarray(test["target"][:])].astype(np.int64), found, reference),
         by_length=gains_by(lengths, found, reference),
-        untrained=of_untrained(untrained_rows(data), found, metric),
+        slices=[of_slice(each, found, metric) for each in slices(data)],
         curves=validation,
         overlaps=shared,
         labellings=costs,

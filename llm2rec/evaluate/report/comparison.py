@@ -21,8 +21,9 @@ from llm2rec.core.statistics import (
     row_values,
 )
 from llm2rec.evaluate.labels import MODEL_SETTINGS, labels_of, without_seed
-from llm2rec.evaluate.report.findings import Comparison, Entry, Group, Untrained
+from llm2rec.evaluate.report.findings import Comparison, Entry, Group, SliceMetrics
 from llm2rec.evaluate.scoring.scoring import Scored
+from llm2rec.evaluate.scoring.slices import Slice
 
 __all__ = [
     "ALPHA",
@@ -37,7 +38,7 @@ __all__ = [
     "gains_by",
     "headline",
     "interval",
-    "of_untrained",
+    "of_slice",
     "p_value",
     "percent",
     "read_run",
@@ -244,27 +245,23 @@ def gains_by(numbers: NDArray[np.int64], found: Sequence[Contender], baseline: C
     ]
 
 
-def of_untrained(rows: NDArray[np.int64], found: Sequence[Contender], metric: str) -> Untrained | None:
-    """Metrics of some rows, those whose target does not occur in training.
+def of_slice(part: Slice, found: Sequence[Contender], metric: str) -> SliceMetrics:
+    """Metrics of a slice of the test rows.
 
     Args:
-        rows: The rows.
+        part: The slice.
         found: All contenders.
         metric: The headline metric, NDCG, which HR at the same cut-off goes with.
-
-    Returns:
-        Estimates by entry; None without rows.
     """
-    if not len(rows):
-        return None
     names = (metric, f"hr@{metric.partition('@')[2]}")
     metrics = {
         each.entry.name: {
-            name: estimate(np.stack([row_values(run.ranks[rows], name) for run in each.runs])) for name in names
+            name: estimate(np.stack([row_values(run.ranks[part.rows], name) for run in each.runs])) for name in names
         }
         for each in found
     }
-    return Untrained(len(rows), len(rows) / len(found[0].values), metrics)
+    n_rows = len(part.rows)
+    return SliceMetrics(part.name, part.title, part.note, n_rows, n_rows / len(found[0].values), metrics)
 
 
 def percent(value: float, *, signed: bool = False) -> str:

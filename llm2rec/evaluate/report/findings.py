@@ -16,7 +16,7 @@ __all__ = [
     "Overlap",
     "RunNote",
     "Sample",
-    "Untrained",
+    "SliceMetrics",
 ]
 
 
@@ -78,15 +78,21 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Untrained:
-    """Metrics of the test rows whose target does not occur in training.
+class SliceMetrics:
+    """Metrics of a slice of the test rows.
 
     Attributes:
-        rows: Number of these rows.
+        name: Its key.
+        title: What the rows have in common.
+        note: What to know about it.
+        rows: Number of the rows.
         share: Their share of all test rows.
         metrics: Estimates by entry and metric.
     """
 
+    name: str
+    title: str
+    note: str
     rows: int
     share: float
     metrics: dict[str, dict[str, Estimate]]
@@ -229,7 +235,7 @@ class Findings:
         comparisons: Each entry against the baseline.
         by_popularity: Gains by how often the target occurs in training.
         by_length: Gains by how many interactions the user had before the target.
-        untrained: Targets that do not occur in training; None if there are none.
+        slices: Rows that are reported apart.
         curves: Validation histories.
         overlaps: Teachers and students.
         labellings: Cost of the teachers' labels.
@@ -247,7 +253,7 @@ class Findings:
     comparisons: list[Comparison]
     by_popularity: list[Group]
     by_length: list[Group]
-    untrained: Untrained | None
+    slices: list[SliceMetrics]
     curves: list[Curve]
     overlaps: list[Overlap]
     labellings: list[Labelling]

@@ -170,7 +170,7 @@ def _how_to_read_p(found: Sequence[Comparison], split: str) -> str:
 
 def _groups(findings: Findings, slots: _Slots) -> list[Block]:
     if not findings.comparisons:
-        return [Note("Only one run was evaluated, so there is no gain to show."), *_untrained(findings)]
+        return [Note("Only one run was evaluated, so there is no gain to show."), *_slices(findings)]
     popular = "Test rows in quarters by how often their item occurs in training, rarest first."
     length = "Test rows in quarters by how many earlier interactions the user has, fewest first."
     note = (
@@ -181,22 +181,22 @@ def _groups(findings: Findings, slots: _Slots) -> list[Block]:
         _gains(findings, slots, findings.by_popularity, "by popularity of the item", popular, "in training"),
         _gains(findings, slots, findings.by_length, "by length of the history", length, "before"),
         Note(note),
-        *_untrained(findings),
+        *_slices(findings),
     ]
 
 
-def _untrained(findings: Findings) -> list[Block]:
-    """Metrics of targets that do not occur in training, if there are any."""
-    untrained = findings.untrained
-    if untrained is None:
-        return []
-    names = list(next(iter(untrained.metrics.values())))
-    caption = (
-        f"Targets that do not occur in training: {untrained.rows:,} test rows ({100 * untrained.share:.1f} %). A model "
-        "that knows items by their ids alone can only guess them. Means in percent with 95 % bootstrap intervals"
-    )
-    rows = [[entry, *(interval(found[name]) for name in names)] for entry, found in untrained.metrics.items()]
-    return [Table(caption, ["run", *(f"{name.upper()}, %" for name in names)], rows)]
+def _slices(findings: Findings) -> list[Block]:
+    """Metrics of the rows that are reported apart."""
+    blocks: list[Block] = []
+    for part in findings.slices:
+        names = list(next(iter(part.metrics.values())))
+        caption = (
+            f"{part.title[0].upper()}{part.title[1:]}: {part.rows:,} test rows ({100 * part.share:.1f} %). {part.note} "
+            "Means in percent with 95 % bootstrap intervals"
+        )
+        rows = [[entry, *(interval(found[name]) for name in names)] for entry, found in part.metrics.items()]
+        blocks.append(Table(caption, ["run", *(f"{name.upper()}, %" for name in names)], rows))
+    return blocks
 
 
 def _gains(findings: Findings, slots: _Slots, groups: Sequence[Group], how: str, description: str, unit: str) -> Figure:

@@ -1,6 +1,6 @@
 """Score finished runs on the test split. Scores are stored in the run folder and computed once per protocol."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from llm2rec.core.train.engine import Engine
 from llm2rec.data import RecData
 from llm2rec.evaluate.scoring.candidates import CANDIDATES_HR, candidates_hr, rank_among
 from llm2rec.evaluate.scoring.finished import FinishedEnsemble, FinishedModel, FinishedStudent
+from llm2rec.evaluate.scoring.slices import slice_metrics, slices
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.negatives import CandidateSampler
 
@@ -32,8 +33,6 @@ __all__ = [
     "popularity_ranks",
     "score_popularity",
     "score_run",
-    "untrained_metrics",
-    "untrained_rows",
 ]
 
 _BATCH_ROWS = 512
@@ -71,7 +70,7 @@ class Scored:
         seed: Seed of the run, or None.
         intervals: 95 % bootstrap intervals over test rows, for some metrics.
         n_titles: Candidate titles that a title teacher chose among; 0 for all other runs.
-        untrained: HR and NDCG of the test rows whose target does not occur in training; empty if there are none.
+        slices: HR and NDCG of slices of the test rows, by name.
     """
 
     label: str
@@ -82,7 +81,7 @@ class Scored:
     seed: int | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     n_titles: int = 0
-    untrained: dict[str, float] = field(default_factory=dict)
+    slices: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
@@ -271,24 +270,6 @@ def popularity(data: RecData) -> NDArray[np.float64]:
     return counts + np.bincount(train.histories(np.flatnonzero(first))[0][:, 0], minlength=data.n_items)
 
 
-def untrained_rows(data: RecData) -> NDArray[np.int64]:
-    """Test rows whose target occurs in no history and as no target of the training rows, ascending."""
-    is_trained = Rows.of(data, "train").occurring()
-    return np.flatnonzero(~is_trained[Rows.of(data, "test", 1).targets.long()].numpy())
-
-
-def untrained_metrics(ranks: Tensor, rows: NDArray[np.int64], ks: Sequence[int]) -> dict[str, float]:
-    """HR and NDCG of some test rows.
-
-    Args:
-        ranks: 0-based ranks of all test targets, shape ``(M,)``.
-        rows: The rows; of none there are no metrics.
-        ks: Cut-offs.
-    """
-    metrics = ranking_metrics(ranks[torch.from_numpy(rows)], tuple(ks)) if len(rows) else {}
-    return {name: value for name, value in metrics.items() if name.startswith(("hr@", "ndcg@"))}
-
-
 def popularity_ranks(data: RecData, counts: NDArray[np.float64], *, mask_seen: bool) -> Tensor:
     """0-based ranks of the test targets if all items are ranked by ``counts``; shape ``(M,)``."""
     test = Rows.of(data, "test")
@@ -312,10 +293,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
     """
     counts = popularity(data)
     ranks = popularity_ranks(data, counts, mask_seen=protocol.mask_seen)
-    metrics, untrained = (
-        ranking_metrics(ranks, protocol.ks),
-        untrained_metrics(ranks, untrained_rows(data), protocol.ks),
-    )
+    metrics, apart = ranking_metrics(ranks, protocol.ks), slice_metrics(ranks, slices(data), protocol.ks)
     intervals: dict[str, tuple[float, float]] = {}
     if protocol.n_candidates:
         candidates, among = _candidates(data, protocol, protocol.n_candidates), []
@@ -325,7 +303,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
             among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))
         scored = _candidate_scores(torch.cat(among))
         metrics, intervals = metrics | scored["metrics"], scored["intervals"]
-    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals, untrained=untrained)
+    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals, slices=apart)
 
 
 def _ranks_by_count(counts: NDArray[np.float64], targets: NDArray[np.int64], seen: Pairs | None) -> Tensor:

@@ -1,0 +1,77 @@
+"""Slices of the test split: rows that are reported apart, beside all rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm2rec.core.metrics import ranking_metrics
+from llm2rec.data import RecData
+from llm2rec.student.datamodule import Rows
+
+__all__ = ["Slice", "slice_metrics", "slices"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some test rows.
+
+    Attributes:
+        name: Its key in JSON files.
+        title: What the rows have in common.
+        note: What to know about it.
+        rows: Numbers of the rows, ascending; at least one.
+    """
+
+    name: str
+    title: str
+    note: str
+    rows: NDArray[np.int64]
+
+
+def slices(data: RecData) -> list[Slice]:
+    """The slices of a dataset that have rows.
+
+    ``untrained``: rows whose target occurs in no history and as no target of the training rows. Where the data gives an
+    order of ties (`RecData.tie_order`), ``ascending`` and ``descending``: rows whose target comes after and before the
+    last item of the history in that order.
+    """
+    test = Rows.of(data, "test", 1)
+    targets = test.targets.numpy().astype(np.int64)
+    is_trained = Rows.of(data, "train").occurring().numpy()
+    found = [
+        Slice(
+            "untrained",
+            "targets that do not occur in training",
+            "A model that knows items by their ids alone can only guess them.",
+            np.flatnonzero(~is_trained[targets]),
+        )
+    ]
+    if (order := data.tie_order) is not None:
+        step = order[targets] - order[test.histories()[0][:, 0]]
+        note = (
+            "Where many users have their last two items at the same time, a model that has learnt the order of ties "
+            "gains from it on ascending rows."
+        )
+        for name, rows in (("ascending", step > 0), ("descending", step < 0)):
+            title = f"targets whose last two items are in {name} order of ties"
+            found.append(Slice(name, title, note, np.flatnonzero(rows)))
+    return [each for each in found if len(each.rows)]
+
+
+def slice_metrics(ranks: Tensor, parts: Sequence[Slice], ks: Sequence[int]) -> dict[str, dict[str, float]]:
+    """HR and NDCG of slices, by name.
+
+    Args:
+        ranks: 0-based ranks of all test targets, shape ``(M,)``.
+        parts: The slices.
+        ks: Cut-offs.
+    """
+    metrics = {part.name: ranking_metrics(ranks[torch.from_numpy(part.rows)], tuple(ks)) for part in parts}
+    return {
+        part: {name: value for name, value in found.items() if name.startswith(("hr@", "ndcg@"))}
+        for part, found in metrics.items()
+    }
