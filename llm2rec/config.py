@@ -12,12 +12,13 @@ from typing import Any, ClassVar, TypeVar
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from llm2rec.command_help import help_text
 from llm2rec.core.errors import ConfigError, Ignored, Llm2RecError
 from llm2rec.core.metrics import CUTOFFS, metric_names
-from llm2rec.core.paths import conf_folder, run_folder
+from llm2rec.core.paths import run_folder
 from llm2rec.data import SCHEMAS as DATASET_SCHEMAS
 from llm2rec.data import DatasetSpec
 from llm2rec.distill.settings import DistillSettings, DLLM2RecCodeSettings
@@ -30,7 +31,16 @@ from llm2rec.share.pushing import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
 
-__all__ = ["Config", "MetricsConfig", "build", "built_object", "check_finite", "register", "texts_of_command"]
+__all__ = [
+    "Config",
+    "MetricsConfig",
+    "build",
+    "built_object",
+    "check_finite",
+    "register",
+    "schemas_of",
+    "texts_of_command",
+]
 
 Settings = TypeVar("Settings")
 
@@ -116,6 +126,8 @@ class ActiveConfig:
 class BudgetedActiveConfig(ActiveConfig):
     """Options of all policies with a budget; see `llm2rec.distill.selection_policy`."""
 
+    DOCUMENTED_IN: ClassVar = ("distill/selection_policy.py", "SelectionPolicyRandom")
+
     budget: float = MISSING
     final_budget: float | None = None
     over_epochs: int = 10
@@ -133,6 +145,8 @@ class RandomActiveConfig(BudgetedActiveConfig):
 @dataclass
 class ChoosingActiveConfig(BudgetedActiveConfig):
     """Options of all policies that choose among labelled rows."""
+
+    DOCUMENTED_IN: ClassVar = ("distill/selection_policy.py", "_PoolBased")
 
     pool: float = 1.0
     seed: int = MISSING
@@ -253,34 +267,35 @@ def texts_of_command(arguments: Sequence[str], name: str = "config") -> list[str
         arguments: Of the command line.
         name: Name of the command's configuration.
     """
-    groups = {group: list(nodes.values()) for group, nodes in _SCHEMAS.items()} if name == "config" else {}
-    return texts_as_typed(arguments, text_options({"": [_ROOTS[name]], **groups}))
+    kinds = {group: list(nodes.values()) for group, nodes in schemas_of(name).items()}
+    return texts_as_typed(arguments, text_options(kinds))
 
 
-def register(decide: Callable[..., str] = run_folder, about: str = "") -> None:
+def schemas_of(name: str = "config") -> dict[str, dict[str, Any]]:
+    """The dataclasses of each group that a command reads by their names; the root is the group ``""``.
+
+    Args:
+        name: Name of the command's configuration.
+    """
+    return {"": {name: _ROOTS[name]}, **(_SCHEMAS if name == "config" else {})}
+
+
+def register(decide: Callable[..., str] = run_folder, name: str = "", about: str = "") -> None:
     """Register the schemas and the resolvers of `conf/hydra` with Hydra; may be called again.
 
     Args:
         decide: Resolves ``run_folder``.
-        about: Resolves ``about``, the beginning of ``--help``: what the command does.
+        name: Name of the command, for its ``--help``.
+        about: What the command does.
     """
     OmegaConf.register_new_resolver("run_folder", decide, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("about", lambda: about.replace("``", "`"), replace=True)
-    OmegaConf.register_new_resolver("choices", _choices, replace=True)
+    OmegaConf.register_new_resolver("help", lambda *, _root_: help_text(_root_, name, about), replace=True)
     store = ConfigStore.instance()
-    for name, root in _ROOTS.items():
-        store.store(name=f"base_{name}", node=root)
+    for root, kind in _ROOTS.items():
+        store.store(name=f"base_{root}", node=kind)
     for group, nodes in _SCHEMAS.items():
-        for name, node in nodes.items():
-            store.store(group=group, name=f"base_{name}", node=node)
-
-
-def _choices(*, _root_: DictConfig) -> str:
-    """The files of each group of `conf/` that a command reads, and the one chosen, for ``--help``."""
-    chosen = {group: name for group, name in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
-    files = {group: sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")) for group in chosen}
-    lines = [f"  {group}={chosen[group]}: {', '.join(names)}\n" for group, names in sorted(files.items()) if names[1:]]
-    return "".join(["== Choices (group=choice; the default is shown after =) ==\n", *lines]) if lines else ""
+        for each, node in nodes.items():
+            store.store(group=group, name=f"base_{each}", node=node)
 
 
 def build(node: Any, kind: type[Settings]) -> Settings:

@@ -1,5 +1,6 @@
 """Overrides of the command line: texts are taken as typed, and every option given is read."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm2rec.core.errors import ConfigError
 
-__all__ = ["check_read", "text_options", "texts_as_typed"]
+__all__ = ["check_read", "quoted", "text_options", "texts_as_typed"]
 
 _OPENING, _CLOSING = "[({", "])}"
 
@@ -69,7 +70,7 @@ def text_options(schemas: Mapping[str, Sequence[type]]) -> dict[str, bool]:
 def texts_as_typed(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
     """Quote the values of text options that Hydra would read as numbers or booleans, such as the id ``1_0`` as 10.
 
-    Elements of lists of text are all quoted, so that they may hold parentheses.
+    Values that Hydra cannot read, such as ``a (1)``, and all elements of lists of text are quoted too.
 
     Args:
         arguments: Of the command line.
@@ -133,7 +134,7 @@ def _is_list(part: str) -> bool:
 
 def _list(part: str) -> str:
     elements = (each.strip() for each in _parts(part.strip()[1:-1]))
-    return f"[{','.join(each if _is_hydras(each) else _quoted(each) for each in elements)}]"
+    return f"[{','.join(each if _is_hydras(each) else quoted(each) for each in elements)}]"
 
 
 def _is_hydras(element: str) -> bool:
@@ -143,11 +144,14 @@ def _is_hydras(element: str) -> bool:
 
 def _scalar(part: str) -> str:
     try:
-        value = OverridesParser.create().parse_rule(part, "primitive")
-    except HydraException:  # not a single value, or none at all: Hydra says so
+        override = OverridesParser.create().parse_override(f"option={part}")
+    except HydraException:
+        return part if part[:1] in ("[", "'", '"') or "${" in part else quoted(part.strip())
+    if override.is_sweep_override():
         return part
-    return _quoted(part.strip()) if isinstance(value, int | float) else part
+    return quoted(part.strip()) if isinstance(override.value(), int | float) else part
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+def quoted(text: str) -> str:
+    """Quote a text; backslashes before a quote are doubled, as Hydra's grammar halves them."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llm2rec.core.errors import ConfigError, Interrupted, Llm2RecError, NonFiniteError, OutOfMemoryError, StorageError
 from llm2rec.core.processes import is_first_to_report
 
-__all__ = ["error_line", "exit_code", "interrupt_as_error", "interrupt_ends", "is_refusal", "report"]
+__all__ = ["Failed", "error_line", "exit_code", "interrupt_as_error", "interrupt_ends", "is_refusal", "report"]
 
 logger = logging.getLogger("llm2rec")
 # Errors of the operating system that are caused by the user's path: no permission, no space, a file for a folder.
@@ -20,6 +20,18 @@ _OF_THE_PATH = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC,
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
+
+
+class Failed(SystemExit):
+    """Ends a command after its error was reported.
+
+    Attributes:
+        error: The error.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(exit_code(error))
+        self.error = error
 
 
 def error_line(error: Exception) -> str | None:

@@ -9,29 +9,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from llm2rec.config import Config, MetricsConfig, build, built_object, check_finite, register, texts_of_command
-from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Interrupted, Llm2RecError
+from llm2rec.command import run_command, run_folder_or_exit
+from llm2rec.composition import check_added
+from llm2rec.config import (
+    Config,
+    MetricsConfig,
+    build,
+    built_object,
+    check_finite,
+    register,
+    schemas_of,
+)
+from llm2rec.core.errors import CheckpointError, ConfigError, DataError, Interrupted
 from llm2rec.core.files import read_object, without_secrets
 from llm2rec.core.git_info import git_state
 from llm2rec.core.logging import duration, progress_shown, quiet_libraries
-from llm2rec.core.paths import conf_folder, from_launch_folder, note_folder, run_folder
-from llm2rec.core.processes import agree, is_first_process, is_first_to_report, n_processes, sigterm_raises
+from llm2rec.core.paths import from_launch_folder, note_folder
+from llm2rec.core.processes import agree, is_first_process, n_processes, sigterm_raises
 from llm2rec.core.run import Run, changed_settings, discard, read_record
 from llm2rec.core.train.engine import Engine
 from llm2rec.core.train.settings import TrainingSettings
 from llm2rec.data import DatasetSpec, RecData, masks_seen, prepare
 from llm2rec.overrides import check_read
-from llm2rec.reporting import error_line, exit_code, interrupt_as_error, interrupt_ends, is_refusal, report
+from llm2rec.reporting import Failed, error_line, interrupt_as_error, is_refusal, report
 
-__all__ = ["build", "built_object", "open_data", "open_engine", "open_masking", "question", "same_runs", "stage"]
+__all__ = ["build", "built_object", "open_data", "open_engine", "open_masking", "same_runs", "stage"]
 
 logger = logging.getLogger("llm2rec")
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 _TRAINING = ("student", "teacher", "distill")
 _NEXT = {
     "data": "student", "student": "distill", "teacher": "distill", "ensemble": "distill", "distill": "evaluate",
@@ -78,65 +88,19 @@ def stage(
                     if not expected:
                         logger.exception("%s: job %d crashed", name, job.job.num)
                 elif expected:
-                    sys.exit(exit_code(error))
+                    raise Failed(error) from error
                 else:
                     raise
 
         def main() -> None:
-            register(_run_folder_or_exit, about=inspect.getdoc(sys.modules[function.__module__]) or name)
-            # Hydra takes the task's name from the function's module, which is "__main__" for every stage.
-            run_stage.__module__ = f"llm2rec.{name}"
-            sys.argv[1:] = texts_of_command(overrides_last(sys.argv[1:]))
-            with interrupt_ends():
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_stage)()
+            register(run_folder_or_exit, name, inspect.getdoc(sys.modules[function.__module__]) or name)
+            run_command(run_stage, name, "config")
             if failed:
                 sys.exit(f"{name}: jobs {', '.join(map(str, failed))} failed; the other jobs of the sweep are done")
 
         return main
 
     return decorate
-
-
-def question(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
-    """Turn a function of a configuration of its own, ``conf/<name>.yaml``, into a command without a run folder.
-
-    Errors are reported as those of a `stage`.
-
-    Args:
-        name: Name of the command and of its configuration.
-    """
-
-    def decorate(function: Callable[[Any], None]) -> Callable[[], None]:
-        def answer(cfg: DictConfig) -> None:
-            quiet_libraries()
-            try:
-                check_read(cfg, HydraConfig.get().overrides.task)
-                function(cfg)
-            except Exception as error:
-                if not report(error):
-                    raise
-                sys.exit(1)
-
-        def main() -> None:
-            register(about=inspect.getdoc(sys.modules[function.__module__]) or name)
-            answer.__module__ = f"llm2rec.{name}"
-            sys.argv[1:] = texts_of_command(sys.argv[1:], name)
-            with interrupt_ends():
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(answer)()
-
-        return main
-
-    return decorate
-
-
-def _run_folder_or_exit(*arguments: Any) -> str:
-    """`run_folder`; its errors end the command here, since Hydra would print them with a traceback."""
-    try:
-        return run_folder(*arguments)
-    except (Llm2RecError, OSError) as error:
-        if (line := error_line(error)) is None:
-            raise
-        sys.exit(line if is_first_to_report(line) else 1)  # the log is not open yet
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -216,14 +180,6 @@ def _overrides(*without: str) -> list[str]:
     return list(without_secrets(overrides))
 
 
-def overrides_last(arguments: Sequence[str]) -> list[str]:
-    """Move overrides behind all options.
-
-    argparse, which Hydra uses, rejects overrides on both sides of an option (``a=1 --multirun b=2``).
-    """
-    return sorted(arguments, key=lambda each: not each.startswith("-") and ("=" in each or each.startswith("~")))
-
-
 def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> None:
     """Check the options that every stage has.
 
@@ -233,6 +189,7 @@ def _check_common(cfg: DictConfig, name: str, reads: tuple[str, ...] | None) -> 
     check_finite(cfg)
     job = HydraConfig.get()
     check_read(cfg, job.overrides.task, is_sweep=job.mode == RunMode.MULTIRUN)
+    check_added(cfg, job.overrides.task, schemas_of())
     if cfg.seed < 0:
         raise ConfigError(f"`seed` is {cfg.seed}, expected 0 or more.")
     if cfg.finish and (not cfg.resume or name not in _TRAINING):

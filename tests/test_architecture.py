@@ -31,7 +31,7 @@ BELOW = {
     "share": {"core", "student", "recommend"},
 }
 # Above all packages; only the stages' `__main__` may import them.
-TOP = {"cards", "config", "overrides", "reporting", "stage"}
+TOP = {"cards", "command", "command_help", "composition", "config", "overrides", "reporting", "stage"}
 CONFIGURED = {"hydra", "omegaconf"}
 PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Under another name these calls are not recognised.

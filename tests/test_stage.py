@@ -3,6 +3,7 @@
 import ast
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,8 @@ def test_a_run_finishes_with_any_logging_of_hydra_and_errors_are_shown(tmp_path,
 def test_help_says_what_the_stage_does_and_hides_the_schemas(tmp_path):
     shown = launch(tmp_path, "--help").stdout
     assert "prepare a dataset" in shown
+    assert "  python -m llm2rec.data dataset=csv" in shown
+    assert re.search(r"^  dataset\.k_core=0 +Keep only users and items", shown, re.MULTILINE)
     assert (
         "dataset=toy: amazon_beauty, amazon_games, amazon_office, amazon_sports, amazon_toys, csv, movielens, toy"
         in shown

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from llm2rec.command import question
+from llm2rec.config import build
 from llm2rec.core.errors import DataError
 from llm2rec.core.files import replaced_file
 from llm2rec.recommend.export import EXPORTED, export_student
 from llm2rec.recommend.names import By, Recommendation, Unknown
 from llm2rec.recommend.recommender import Recommender
 from llm2rec.recommend.settings import RecommendSettings
-from llm2rec.stage import build, question
 
 logger = logging.getLogger("llm2rec.recommend")
 

@@ -3,8 +3,9 @@
 import sys
 from typing import Any
 
+from llm2rec.command import question
+from llm2rec.config import build
 from llm2rec.share.pushing import ShareSettings, push
-from llm2rec.stage import build, question
 
 
 @question("share")

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.seed import derived_seed
@@ -56,6 +56,8 @@ class AdapterSettings:
     gate_hidden_size: int | None = None
     gate_noise: float | None = None
     gate_dropout: float | None = None
+
+    DOCUMENTED_IN: ClassVar = ("ilora/config.py", "ILoraConfig")
 
 
 LORA_OPTIONS = ("r", "alpha", "dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
