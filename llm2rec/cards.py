@@ -107,6 +107,8 @@ def student_card(
     training: Training,
     settings: Mapping[str, Any],
     teacher: Mapping[str, Any] | None = None,
+    *,
+    reads: bool = False,
 ) -> str:
     """Write the card of a student.
 
@@ -118,6 +120,7 @@ def student_card(
         settings: Training options by group, without paths; ``distill`` is the recipe of a distilled student.
         teacher: Manifest of the teacher outputs that it was distilled from, empty if they have none; None for a student
             that was trained on its own task alone.
+        reads: Whether it reads the texts of new items.
     """
     model, title, distilled, tags = MODELS[name].__name__, "", "", list[str]()
     if teacher is not None:
@@ -132,7 +135,10 @@ def student_card(
         f'student = llm2rec.Recommender.load("{PLACE}")\n'
         f"print(student.recommend_one({list(raw_ids)!r}, k=10))",
         limits=[
-            "It knows only the items of its training data; new items need another training.",
+            "It knows the items of its training data and new items by their titles, which its language model encodes "
+            "(`items=new.csv`)."
+            if reads
+            else "It knows only the items of its training data; new items need another training.",
             f"It reads the {max_length} most recent items of a history, in their order: no user, time or context. It "
             "makes no recommendations for a user without history.",
             "It reproduces the biases of its data, such as the popularity of items. Fairness was not evaluated.",

@@ -84,8 +84,8 @@ class CsvTables(TextSpec):
         Raises:
             DataError: If a file is missing, has an unknown format or lacks a column, or a row is malformed.
         """
-        interactions_path, items_path = self.raw_files()
-        return RawParts(self._read_interactions(interactions_path, work), self._read_items(items_path))
+        interactions_path, _ = self.raw_files()
+        return RawParts(self._read_interactions(interactions_path, work), self.read_items())
 
     def _read_interactions(self, path: Path, work: Path | None) -> Callable[[], Iterator[pd.DataFrame]]:
         wanted = {
@@ -115,7 +115,12 @@ class CsvTables(TextSpec):
 
         return parts
 
-    def _read_items(self, path: Path) -> pd.DataFrame:
+    def read_items(self) -> pd.DataFrame:
+        """Read the table of items: `item_id`, `title` and, with `text_columns`, `text`.
+
+        Raises:
+            DataError: As `read_parts`.
+        """
         wanted = {
             "item_id": Column(self.item_id_column, "item_id_column"),
             "title": Column(self.title_column, "title_column", nullable=True),
@@ -124,7 +129,7 @@ class CsvTables(TextSpec):
             wanted[f"text {name}"] = Column(name, "text_columns", nullable=True, may_be_nested=True)
         if self.tie_column is not None:
             wanted["order"] = Column(self.tie_column, "tie_column")
-        table = read_table(path, wanted, encoding=self.encoding)
+        table = read_table(existing_file(self.items, "items"), wanted, encoding=self.encoding)
         _check_ids(table, "item_id")
         if "order" in wanted:
             _check_ids(table, "order")

@@ -24,6 +24,7 @@ from llm2rec.distill.trainer_distill import train_distilled
 from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.models import SequentialRecommender, build_model
+from llm2rec.student.reading import TextReader
 from llm2rec.student.samples import log_recommendations, student_answers
 from llm2rec.student.settings import LossSettings, StudentSettings
 from llm2rec.student.store import save_student
@@ -44,14 +45,7 @@ def main(cfg: Config, run: Run) -> None:
     """Distil the teacher into a student and store the weights that validate best."""
     settings, student_settings = build(cfg.distill, DistillSettings), build(cfg.student, StudentSettings)
     policy: SelectionPolicy = built_object(cfg.active)
-    if not settings.teaches:
-        raise ConfigError(
-            f"distill={settings.name} does not use the teacher: `distill.ranking.weight`, "
-            "`distill.embedding.fusion_scale` and `alignment_weight` are 0 and `initialise` is none; set one of them, "
-            "or train a baseline with `python -m llm2rec.student`."
-        )
-    if settings.task_loss != "student" and student_settings.loss != LossSettings():
-        logger.warning("student.loss is ignored: the recipe %s uses task_loss=%s", settings.name, settings.task_loss)
+    _check(settings, student_settings.loss)
     data = open_data(cfg, run)
     outputs = from_launch_folder(settings.teacher_outputs, cfg.paths.root)
     teacher = read_outputs(
@@ -96,15 +90,39 @@ def main(cfg: Config, run: Run) -> None:
     log_recommendations(engine, student_answers(model.student, masked), validation, data.items)
     name = teacher.manifest.get("teacher", "unknown teacher")
     if engine.is_main:
-        items = data.items.with_format("arrow")[:]
-        card = card_of(run, data, student_settings.name, model.student.max_length, items, teacher.manifest)
-        save_student(
-            run.folder / "student", model.student, student_settings.name, arguments, items, card, mask_seen=masked
-        )
+        reader = reader_of(model, preparation, teacher, data) if settings.embedding.reads and teacher.encoders else None
+        _save(run, data, model.student, student_settings.name, arguments, teacher, reader, masked)
     served = sum(weight.numel() for weight in model.student.weights_to_serve().values())
     run.note(label=f"{student_settings.name} + {settings.name} ({name})", parameters=served)
     engine.drop_checkpoints()
     engine.close()
+
+
+def _check(settings: DistillSettings, loss: LossSettings) -> None:
+    if not settings.teaches:
+        raise ConfigError(
+            f"distill={settings.name} does not use the teacher: `distill.ranking.weight`, "
+            "`distill.embedding.fusion_scale` and `alignment_weight` are 0 and `initialise` is none; set one of them, "
+            "or train a baseline with `python -m llm2rec.student`."
+        )
+    if settings.task_loss != "student" and loss != LossSettings():
+        logger.warning("student.loss is ignored: the recipe %s uses task_loss=%s", settings.name, settings.task_loss)
+
+
+def _save(
+    run: Run,
+    data: RecData,
+    student: SequentialRecommender,
+    name: str,
+    arguments: dict[str, Any],
+    teacher: TeacherOutputs,
+    reader: TextReader | None,
+    masked: bool,
+) -> None:
+    """Save the student into the run's folder."""
+    items = data.items.with_format("arrow")[:]
+    card = card_of(run, data, name, student.max_length, items, teacher.manifest, reads=reader is not None)
+    save_student(run.folder / "student", student, name, arguments, items, card, mask_seen=masked, reader=reader)
 
 
 def preparation_of(settings: EmbeddingSettings, teacher: TeacherOutputs) -> Preparation | None:
@@ -112,6 +130,15 @@ def preparation_of(settings: EmbeddingSettings, teacher: TeacherOutputs) -> Prep
     if not settings.standardise:
         return None
     return Preparation.fit(teacher.embeddings, whitening=settings.whitening, components=settings.components)
+
+
+def reader_of(
+    model: DistilledStudent, preparation: Preparation | None, teacher: TeacherOutputs, data: RecData
+) -> TextReader:
+    """What the student makes of the texts of new items."""
+    options = data.manifest["settings"]
+    read = {name: options[name] for name in ("text_columns", "text_length") if name in options}
+    return TextReader.of(model.student, preparation, encoders=teacher.encoders, **read)
 
 
 def reads_texts(settings: EmbeddingSettings, teacher: TeacherOutputs) -> bool:
@@ -151,14 +178,20 @@ def distilled_student(
 
 
 def card_of(
-    run: Run, data: RecData, student: str, max_length: int, items: pa.Table, manifest: Mapping[str, Any]
+    run: Run, data: RecData, student: str, max_length: int, items: pa.Table, manifest: Mapping[str, Any], *, reads: bool
 ) -> str:
     """The model card of a run's student, with the teacher of the ``manifest``."""
     options = {name: run.config[name] for name in ("student", "distill", "active")}
     recipe = {k: v for k, v in options["distill"].items() if k != "teacher_outputs"}  # a path on this machine
     examples = items["raw_id"][:3].to_pylist()
     return student_card(
-        student, examples, max_length, training_on(data, run), options | {"distill": recipe}, teacher=manifest
+        student,
+        examples,
+        max_length,
+        training_on(data, run),
+        options | {"distill": recipe},
+        teacher=manifest,
+        reads=reads,
     )
 
 

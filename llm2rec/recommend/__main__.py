@@ -32,6 +32,8 @@ def main(cfg: Any) -> None:
         revision=settings.revision,
         search=settings.search,  # type: ignore[arg-type]
         index=settings.index,
+        items=settings.items,
+        llm=settings.llm,
     )
     choices: dict[str, Any] = {"by": settings.by, "unknown": settings.unknown, "mask_seen": settings.mask_seen}
     if settings.history is not None:

@@ -1,6 +1,7 @@
 """Recommend items with a finished student."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from llm2rec.core.hub import obtained
 from llm2rec.core.ranking import Catalogue, Pairs
 from llm2rec.core.run import described, read_record
 from llm2rec.recommend.names import By, ItemNames, Recommendation, Unknown, check_choice
+from llm2rec.recommend.new_items import read_new_items
 from llm2rec.recommend.search import ExactSearch, HnswSearch, ItemSearch, SearchKind
+from llm2rec.recommend.settings import EncoderSettings
 from llm2rec.student.models import SequentialRecommender, load_student
+from llm2rec.student.reading import TextReader, load_reader
 from llm2rec.student.store import load_item_table, validated_mask
 
 __all__ = ["Recommender", "finished_student", "finished_teacher"]
@@ -29,19 +33,25 @@ class Recommender:
         names: Ids and titles of its items.
         search: Item search; exact by default.
         mask_seen: Whether items of the history are excluded by default.
+        reader: What the student has learned to make of texts, for `with_items`; None if it does not read.
 
     Raises:
         CheckpointError: If names and model differ in the number of items.
     """
 
     def __init__(
-        self, model: SequentialRecommender, names: ItemNames, search: ItemSearch | None = None, mask_seen: bool = True
+        self,
+        model: SequentialRecommender,
+        names: ItemNames,
+        search: ItemSearch | None = None,
+        mask_seen: bool = True,
+        reader: TextReader | None = None,
     ) -> None:
         if len(names) != model.n_items:
             raise CheckpointError(
                 f"the student knows {model.n_items} items, but items.arrow names {len(names)}; copy the whole folder."
             )
-        self.model, self.names, self.mask_seen = model, names, mask_seen
+        self.model, self.names, self.mask_seen, self._reader = model, names, mask_seen, reader
         self._device = next(model.parameters()).device
         self._search = search or ExactSearch(Catalogue(model.output_items.vectors()))
 
@@ -54,6 +64,8 @@ class Recommender:
         device: torch.device | str = "cpu",
         search: SearchKind = "exact",
         index: Path | str | None = None,
+        items: Path | str | Mapping[str, str] | None = None,
+        llm: EncoderSettings | str | None = None,
     ) -> "Recommender":
         """Load the student of a finished run of `llm2rec.student` or `llm2rec.distill`.
 
@@ -64,6 +76,8 @@ class Recommender:
             device: Where to compute.
             search: ``exact`` scores all items; ``hnsw`` is approximate (see `HnswSearch`).
             index: File of the index: read if it exists, otherwise built and written. None builds it each time.
+            items: New items; see `with_items`. The file of the index stays that of the student's own items.
+            llm: As of `with_items`.
 
         Returns:
             The recommender.
@@ -71,19 +85,53 @@ class Recommender:
         Raises:
             CheckpointError: If the folder holds no finished student with the names of its items.
             HubError: If it cannot be fetched.
-            ConfigError: If ``search`` is unknown, or an exact search is given an index.
+            ConfigError: If ``search`` is unknown, or an exact search is given an index; and as `with_items`.
+            DataError: As `with_items`.
         """
         check_choice("search", search, SearchKind)
         if index is not None and search == "exact":
             raise ConfigError(f"`index` is {str(index)!r}, but an exact search uses none; set `search=hnsw`.")
         folder = finished_student(run_folder, revision)
         names, model = ItemNames(load_item_table(folder)), load_student(folder).to(device)
-        mask_seen = validated_mask(folder)
-        if search == "exact":
-            return cls(model, names, mask_seen=mask_seen)
-        catalogue = Catalogue(model.output_items.vectors())
-        found = HnswSearch.load_or_build(catalogue, None if index is None else Path(index))
-        return cls(model, names, found, mask_seen)
+        found = None
+        if search == "hnsw":
+            catalogue = Catalogue(model.output_items.vectors())
+            found = HnswSearch.load_or_build(catalogue, None if index is None else Path(index))
+        known = cls(model, names, found, validated_mask(folder), load_reader(folder))
+        return known if items is None else known.with_items(items, llm)
+
+    def with_items(
+        self, items: Path | str | Mapping[str, str], llm: EncoderSettings | str | None = None
+    ) -> "Recommender":
+        """A recommender that also knows new items, by their texts, without training.
+
+        New items are recommended and may be in histories. Their texts are encoded as those of training were, and the
+        student's projection makes item vectors of them.
+
+        Args:
+            items: File of a table with the columns ``item_id`` and ``title`` (and those of `dataset.text_columns`, if
+                the dataset had some), in a format of ``dataset=csv``; or texts by id.
+            llm: The language model that encoded the texts of training, a folder; None for where it was then.
+
+        Returns:
+            Another recommender; this one does not change.
+
+        Raises:
+            ConfigError: If the student does not read texts, or the language model cannot be loaded.
+            CheckpointError: If it is another language model than that of training.
+            DataError: If the file cannot be read, an id is empty, known or occurs twice, or a title is empty.
+        """
+        reader = self._reader
+        new = read_new_items(items, reader)
+        names = new.after(self.names)
+        assert reader is not None
+        model = copy.deepcopy(self.model)
+        place = llm if isinstance(llm, EncoderSettings) else EncoderSettings(llm)
+        model.add_items(new.vectors(reader, place, self._device))
+        found = None
+        if isinstance(self._search, HnswSearch):
+            found = self._search.with_items(Catalogue(model.output_items.vectors()))
+        return Recommender(model, names, found, self.mask_seen, reader)
 
     def recommend(
         self,

@@ -104,6 +104,12 @@ class HnswSearch:
             ) from error
         return cls(catalogue, index)
 
+    def with_items(self, catalogue: Catalogue) -> "HnswSearch":
+        """A search that also finds the items that ``catalogue`` has after those of this one; the graph grows."""
+        index = _faiss().clone_index(self._index)
+        index.add(catalogue.vectors[index.ntotal :].cpu().numpy())
+        return HnswSearch(catalogue, index, self._ef_search)
+
     def top_k(self, users: Tensor, k: int, seen: Pairs | None) -> tuple[Tensor, Tensor]:
         """As `ExactSearch.top_k`, among the items that are found."""
         n_rows, n_items = len(users), len(self._catalogue)

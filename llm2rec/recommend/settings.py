@@ -5,7 +5,20 @@ from typing import ClassVar
 
 from llm2rec.core.errors import ConfigError, Ignored
 
-__all__ = ["RecommendSettings"]
+__all__ = ["EncoderSettings", "RecommendSettings"]
+
+
+@dataclass
+class EncoderSettings:
+    """The language model that encodes the titles of new items: the one of the teacher outputs.
+
+    Attributes:
+        path: Its folder; None for where it was in training.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    path: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -26,6 +39,9 @@ class RecommendSettings:
         mask_seen: Whether items of the history are excluded; None does as the student was validated.
         search: ``exact`` or ``hnsw``.
         index: File of the index of ``hnsw``.
+        items: Table of new items, with columns ``item_id`` and ``title``, for a student that reads texts: they are
+            recommended and may be in histories.
+        llm: The language model that encodes the titles of new items.
     """
 
     run: str = "???"
@@ -41,8 +57,13 @@ class RecommendSettings:
     mask_seen: bool | None = None
     search: str = "exact"
     index: str | None = None
+    items: str | None = None
+    llm: EncoderSettings = field(default_factory=EncoderSettings)
 
-    IGNORED: ClassVar[tuple[Ignored, ...]] = (Ignored(("formats",), "export", (None,)),)
+    IGNORED: ClassVar[tuple[Ignored, ...]] = (
+        Ignored(("formats",), "export", (None,)),
+        Ignored(("llm.path", "llm.trust_remote_code"), "items", (None,)),
+    )
 
     def check(self) -> None:
         """Reject a command with none or several of the three requests.

@@ -162,6 +162,8 @@ def _rewrite(staged: Path, kind: str, repo: str, base_model: str | None) -> None
     if kind == "teacher":
         _name_language_model(staged, base_model)
         editable = (_CONFIG, CARD)
+    else:
+        _hide_encoders(staged)
     if (staged / CARD).is_file():
         text = without_secrets((staged / CARD).read_text(encoding="utf-8")).replace(f'"{PLACE}"', f'"{repo}"')
         _replace(staged / CARD, text if base_model is None else _adapting(text, base_model))
@@ -188,6 +190,16 @@ def _name_language_model(staged: Path, base_model: str | None) -> None:
         adapter = read_object(staged / _ADAPTER)
         (staged / _ADAPTER).unlink()
         write_json(staged / _ADAPTER, adapter | {"base_model_name_or_path": source})
+
+
+def _hide_encoders(staged: Path) -> None:
+    """Leave the names of the folders of a reading student's language models, without the folders' paths."""
+    config: dict[str, Any] = read_object(staged / _CONFIG)
+    for about in config.get("reading", {}).get("encoders", []):
+        about["source"] = Path(about["source"]).name if Path(with_home(about["source"])).is_dir() else about["source"]
+    if "reading" in config:
+        (staged / _CONFIG).unlink()
+        write_json(staged / _CONFIG, config)
 
 
 def _adapting(text: str, base_model: str) -> str:

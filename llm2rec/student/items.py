@@ -65,6 +65,14 @@ class ItemTable(nn.Module):
         scaled = coordinates * (INITIAL_STD / coordinates.std())
         self.weight[: self.n_items, : coordinates.shape[1]] = scaled.to(self.weight)
 
+    @torch.no_grad()
+    def append(self, vectors: Tensor) -> None:
+        """Append items with these vectors, shape ``(M, D)``; for tables that are served, not trained."""
+        assert type(self) is ItemTable, "only a plain table can grow"
+        items, padding = self.weight[: self.n_items], self.weight[self.n_items :]
+        self.weight = nn.Parameter(torch.cat([items, vectors.to(self.weight), padding]), requires_grad=False)
+        self.n_items += len(vectors)
+
     def vectors(self) -> Tensor:
         """Vectors of all items, shape ``(N, D)``."""
         return self.with_padding()[: self.n_items]

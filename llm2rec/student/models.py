@@ -91,6 +91,16 @@ class SequentialRecommender(nn.Module):
         self.train(was_training)
         return weights
 
+    def add_items(self, vectors: Mapping[str, Tensor]) -> None:
+        """Append items to plain item tables; their ids begin at N, and padding becomes one past the last.
+
+        Args:
+            vectors: Vectors of the new items for each of `item_tables`, shape ``(M, D)``.
+        """
+        for name, table in self.item_tables.items():
+            table.append(vectors[name])
+        self.n_items = self.input_items.n_items
+
     @property
     def item_tables(self) -> dict[str, ItemTable]:
         """The item tables by name: ``input_items`` and, unless tied, ``output_items``."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llm2rec.student.models import SequentialRecommender
+    from llm2rec.student.reading import TextReader
 
 __all__ = ["load_item_table", "read_student", "save_student", "validated_mask"]
 
@@ -31,6 +32,7 @@ def save_student(
     items: pa.Table | None = None,
     card: str | None = None,
     mask_seen: bool | None = None,
+    reader: TextReader | None = None,
 ) -> None:
     """Save a student in a self-contained folder for `llm2rec.student.models.load_student`.
 
@@ -44,11 +46,13 @@ def save_student(
         card: Model card (`llm2rec.cards`); None for a student inside another artifact.
         mask_seen: Whether its rankings leave out the items of a user's past, the default when it is served; None if
             that is not known.
+        reader: What it has learned to make of texts, for new items; None for a student that does not read.
     """
     with replaced_folder(folder) as aside:
         save_tensors(model.weights_to_serve(), aside / "model.safetensors")
+        reading = {} if reader is None else reader.save(aside)
         of_rankings = {} if mask_seen is None else {"mask_seen": mask_seen}
-        write_json(aside / "config.json", {"model": name, "arguments": arguments, **of_rankings})
+        write_json(aside / "config.json", {"model": name, "arguments": arguments, **of_rankings, **reading})
         if items is not None:
             feather.write_feather(items.select(["raw_id", "title"]), str(aside / _ITEMS), compression="uncompressed")
         if card is not None:

@@ -86,6 +86,13 @@ def test_a_card_names_the_teacher_of_the_manifest_and_the_losses_of_the_recipe()
     assert "distilled" not in student_card("gru4rec", ["a"], 10, TRAINING, {})
 
 
+def test_the_card_says_whether_new_items_need_training():
+    plain, reads = (student_card("gru4rec", ["a"], 10, TRAINING, {}, reads=reads) for reads in (False, True))
+    assert "new items need another training" in plain
+    assert "new items by their titles" in reads
+    assert "another training" not in reads
+
+
 def test_a_teacher_that_was_not_trained_says_so():
     card = teacher_card("minilm", "x", "none", "item", TRAINING, {}, is_trained=False)
     assert "used by llm2rec without training on `shop`" in card

@@ -15,9 +15,11 @@ from share_helpers import RAW_IDS
 
 import llm2rec
 from llm2rec.core.errors import CheckpointError, HubError
-from llm2rec.core.files import check_hashes
+from llm2rec.core.files import check_hashes, read_json
 from llm2rec.core.hub import is_hub_id
-from llm2rec.student.models import GRU4Rec, SASRec, SequentialRecommender
+from llm2rec.student.models import GRU4Rec, SASRec, SequentialRecommender, build_model
+from llm2rec.student.reading import TextReader, load_reader
+from llm2rec.student.store import load_item_table, save_student
 
 HISTORY = RAW_IDS[:3]
 
@@ -55,6 +57,23 @@ def test_what_is_pushed_is_the_model_and_a_card_that_knows_its_id(hub, make_run)
     ]
     assert data.eval_results[0].dataset_name == "shop"
     check_hashes(run / "student")
+
+
+def test_a_reading_student_is_pushed_without_the_place_of_its_language_model(hub, make_run, tmp_path):
+    run, mine = make_run(), tmp_path / "secret place" / "minilm"
+    mine.mkdir(parents=True)
+    arguments = read_json(run / "student" / "config.json")["arguments"]
+    encoders = [{"name": "minilm", "source": str(mine)}, {"source": "org/other"}]
+    reader = TextReader({"input_items": torch.ones(8, 3)}, None, encoders)
+    items = load_item_table(run / "student")
+    save_student(run / "student", build_model("sasrec", **arguments), "sasrec", arguments, items, reader=reader)
+    llm2rec.push(run, "ann/shop-reader")
+    files = hub.files("ann/shop-reader")
+    pushed = json.loads(files["config.json"])["reading"]["encoders"]
+    assert [each["source"] for each in pushed] == ["minilm", "org/other"]
+    assert not any(b"secret place" in content for content in files.values())
+    assert llm2rec.Recommender.load("ann/shop-reader").recommend_one(HISTORY)
+    assert load_reader(run / "student").encoders[0]["source"] == str(mine)  # ours stays as it is
 
 
 def test_a_public_repository_is_asked_for(hub, make_run):
