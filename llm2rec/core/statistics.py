@@ -5,7 +5,7 @@ sampling of test rows, not the training seed; the report shows the standard devi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _MAX_DRAWS = 2**20  # random numbers per block: 8 MiB
+_SIGNS = 10_000  # resamples of the permutation test
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,25 @@ class Difference:
         low: Lower end of its 95 % bootstrap interval over rows.
         high: Upper end.
         p: Two-sided p-value of `sign_flip_p`.
+        p_is_bound: Whether no resample is as far from 0 as the observed one: the p-value is at most ``p``, the smallest
+            that the resamples can give.
         better: Rows with a positive difference.
         worse: Rows with a negative difference.
+        relative: The difference over the baseline's mean; None if that is not above 0, as are the next two.
+        ratio_low: Lower end of its 95 % bootstrap interval, of the ratio of both sums over the same resampled rows.
+        ratio_high: Upper end.
     """
 
     mean: float
     low: float
     high: float
     p: float
+    p_is_bound: bool
     better: int
     worse: int
+    relative: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
 
 def row_values(ranks: NDArray[np.int64], metric: str) -> NDArray[np.float64]:
@@ -169,16 +179,21 @@ def paired_difference(values: NDArray[np.float64], baseline: NDArray[np.float64]
         baseline: Values of the other for the same rows, shape ``(M,)``.
 
     Returns:
-        The mean of ``values - baseline``, its interval and its p-value.
+        The mean of ``values - baseline``, absolute and relative, its intervals and its p-value.
     """
     differences = values - baseline
     low, high = bootstrap_interval(differences)
     # Differences in the last bits of means over runs are rounding.
     better, worse = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
-    return Difference(float(differences.mean()), low, high, sign_flip_p(differences), better, worse)
+    p, mean = sign_flip_p(differences), float(differences.mean())
+    found = Difference(mean, low, high, p, p * (1 + _SIGNS) < 1.5, better, worse)
+    if (of_baseline := float(baseline.mean())) <= 0:
+        return found
+    ends = bootstrap_interval(differences, weights=baseline)
+    return replace(found, relative=mean / of_baseline, ratio_low=ends[0], ratio_high=ends[1])
 
 
-def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = 10_000, seed: int = 0) -> float:
+def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = _SIGNS, seed: int = 0) -> float:
     """P-value of a paired permutation test: under the null hypothesis each row's difference has a random sign.
 
     The statistic is the absolute sum of differences under random signs (Good, Permutation Tests, section 3.2). The

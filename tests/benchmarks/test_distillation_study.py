@@ -139,9 +139,9 @@ def test_a_gain_has_what_seeds_add_to_its_interval(scored):
     error = np.hypot(np.diff(taught)[0], np.diff(alone)[0]) / 2  # of two values each: half their difference
     assert gain["seeds_error"] == pytest.approx(error / np.mean(alone))
     low, high = gain["relative_low"], gain["relative_high"]
-    below = (gain["mean"] - gain["low"]) / np.mean(alone)
+    below = gain["relative"] - gain["ratio_low"]
     assert gain["relative"] - low == pytest.approx(np.sqrt(below**2 + (1.96 * gain["seeds_error"]) ** 2))
-    assert low < gain["low"] / np.mean(alone) < gain["high"] / np.mean(alone) < high
+    assert low < gain["ratio_low"] < gain["ratio_high"] < high
     once = {"baseline": {1: "baseline_1"}, "collaborative": {1: "collaborative_1"}}
     single = study_findings.Findings(findings.folder, findings.prepared, (1,)).test(once, {}, study_earlier.Known())
     assert "seeds_error" not in single[0]["gains"]["collaborative"]

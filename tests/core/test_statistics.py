@@ -152,6 +152,28 @@ def test_p_value_of_no_difference_and_invariance():
         sign_flip_p(np.array([0.1, np.nan]))
 
 
+def test_a_relative_difference_has_the_interval_of_a_ratio_over_the_same_rows():
+    generator = np.random.default_rng(4)
+    baseline = generator.choice([0.0, 0.5, 1.0], 60)
+    values = np.clip(baseline + generator.choice([-0.5, 0.0, 0.5], 60, p=[0.1, 0.5, 0.4]), 0, 1)
+    found = paired_difference(values, baseline)
+    assert found.relative == pytest.approx(values.mean() / baseline.mean() - 1)
+    drawn = generator.integers(60, size=(4000, 60))
+    ratios = values[drawn].sum(axis=1) / baseline[drawn].sum(axis=1) - 1
+    assert (found.ratio_low, found.ratio_high) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.02)
+    # The baseline's mean is drawn again too: the ends are not those of the difference over one mean.
+    assert abs(found.ratio_high - found.high / baseline.mean()) > 0.01
+    none = paired_difference(values, np.zeros(60))
+    assert none.relative is none.ratio_low is none.ratio_high is None
+
+
+def test_the_smallest_p_value_is_known_to_be_a_bound():
+    sure, unsure = np.ones(100), np.random.default_rng(5).normal(0.1, 1, 50)
+    assert paired_difference(sure, np.zeros(100)).p_is_bound
+    assert not paired_difference(unsure, np.zeros(50)).p_is_bound
+    assert not paired_difference(sure[:4], np.zeros(4)).p_is_bound  # 1/8, which the signs of four rows can reach
+
+
 def test_sign_flip_blocks_do_not_change_the_p_value(monkeypatch):
     """Blocks draw from the same distribution, in another order."""
     differences = np.random.default_rng(2).normal(0.1, 1, 200)

@@ -18,7 +18,7 @@ from llm2rec.core.files import read_json, write_json
 from llm2rec.core.statistics import row_values
 from llm2rec.distill.data_bridge import outputs_hash
 from llm2rec.evaluate.__main__ import _command
-from llm2rec.evaluate.report.comparison import check_baseline, read_run
+from llm2rec.evaluate.report.comparison import check_baseline, p_value, read_run
 from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import score_run
 from llm2rec.student.datamodule import Rows
@@ -106,6 +106,11 @@ def test_targets_that_training_never_shows_are_reported_apart(reported, data):
     caption = f"Targets that do not occur in training: {len(rows)} test rows ({100 * len(rows) / 36:.1f} %)"
     assert caption in (folder / "report.md").read_text()
     assert read_json(folder / "report.json")["slices"][0]["rows"] == len(rows)
+
+
+def test_a_p_value_that_no_random_signs_reach_is_a_bound():
+    assert p_value(0.0004) == p_value(0.0004, is_bound=True) == "< 0.001"
+    assert (p_value(0.0012), p_value(0.0012, is_bound=True)) == ("0.001", "≤ 0.001")
 
 
 def test_the_cost_of_labels_is_in_the_report(reported):

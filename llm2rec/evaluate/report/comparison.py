@@ -42,6 +42,7 @@ __all__ = [
     "p_value",
     "percent",
     "read_run",
+    "relative",
 ]
 
 ALPHA = 0.05  # significance level
@@ -215,9 +216,8 @@ def compare(found: Sequence[Contender], baseline: Contender) -> list[Comparison]
     """Compare each trained contender with the baseline; p-values are corrected for their number."""
     others = [each for each in found if each is not baseline and each.entry.stage != POPULARITY]
     differences = [paired_difference(each.values, baseline.values) for each in others]
-    mean = float(baseline.values.mean())
     return [
-        Comparison(each.entry.name, difference, p, difference.mean / mean if mean > 0 else None)
+        Comparison(each.entry.name, difference, p, difference.relative)
         for each, difference, p in zip(others, differences, holm([each.p for each in differences]), strict=True)
     ]
 
@@ -275,9 +275,18 @@ def interval(value: Estimate, *, signed: bool = False) -> str:
     return f"{mean} [{low},\u00a0{high}]"
 
 
-def p_value(p: float) -> str:
-    """A p-value; very small ones are beyond the resolution of the resamples."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def p_value(p: float, *, is_bound: bool = False) -> str:
+    """A p-value, with "≤" if it is a bound: the smallest that random signs can give, perhaps corrected."""
+    return "< 0.001" if p < 0.001 else f"{'≤ ' if is_bound else ''}{p:.3f}"
+
+
+def relative(difference: Difference) -> str:
+    """A relative difference in percent with its interval; empty if there is none."""
+    if difference.relative is None:
+        return ""
+    shown = [difference.relative, difference.ratio_low or 0.0, difference.ratio_high or 0.0]
+    mean, low, high = (f"{100 * each:+.1f}".replace("-", "\u2212") for each in shown)
+    return f"{mean} [{low},\u00a0{high}]"
 
 
 def conclusions(
@@ -310,7 +319,7 @@ def _best(best: Contender, second: Contender, lead: Difference, metric: str) -> 
         f"to {percent(mean.high)}), {percent(lead.mean)} points above the second, {second.entry.name}."
     )
     ends = f"95 % interval of the lead {percent(lead.low, signed=True)} to {percent(lead.high, signed=True)} points"
-    test = f"{ends}, p = {p_value(lead.p)}".replace("= <", "<")
+    test = f"{ends}, p = {p_value(lead.p, is_bound=lead.p_is_bound)}".replace("= <", "<").replace("= ≤", "≤")
     if lead.p < ALPHA and lead.low > 0:
         return f"{text} The lead is significant over the test rows ({test})."
     return f"{text} The lead is not significant ({test}): these test rows do not separate the two."

@@ -6,7 +6,7 @@ from math import log
 
 from llm2rec.core.statistics import Estimate
 from llm2rec.evaluate.report.charts import Dot, Line, forest, grouped, lines, scatter
-from llm2rec.evaluate.report.comparison import ALPHA, POPULARITY, interval, p_value, percent
+from llm2rec.evaluate.report.comparison import ALPHA, POPULARITY, interval, p_value, percent, relative
 from llm2rec.evaluate.report.document import Block, Document, Facts, Figure, Note, Section, Table, Text
 from llm2rec.evaluate.report.findings import Comparison, Curve, Findings, GateUse, Group, Labelling, Overlap, Sample
 from llm2rec.evaluate.report.provenance import date_of, provenance
@@ -132,14 +132,13 @@ def _against(findings: Findings, slots: _Slots) -> list[Block]:
         [
             each.name,
             interval(value, signed=True),
-            "" if each.relative is None else f"{100 * each.relative:+.1f} %".replace("-", "\u2212"),
+            relative(each.difference),
             f"{each.difference.better:,} / {each.difference.worse:,}",
-            p_value(each.difference.p),
-            p_value(each.p_holm),
+            *(p_value(p, is_bound=each.difference.p_is_bound) for p in (each.difference.p, each.p_holm)),
         ]
         for each, (_, value) in zip(found, values, strict=True)
     ]
-    header = ["run", f"{metric}, points", "relative", "rows better / worse", "p", "p, corrected"]
+    header = ["run", f"{metric}, points", "relative, %", "rows better / worse", "p", "p, corrected"]
     significant = [each.name for each in found if each.p_holm < ALPHA]
     figure = _forest(
         f"{metric} above {findings.baseline}",
