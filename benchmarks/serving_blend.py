@@ -141,8 +141,8 @@ def accuracy(
         split: ``validation`` or ``test``.
 
     Returns:
-        ``rows``: mean, interval over rows and values over seeds of each metric, by way and metric; ``share``; and the
-        paired difference of blend and SASRec.
+        ``rows``: mean, interval over rows and values over seeds of each metric, by way and metric; ``share``, and what
+        each share reaches on validation; and the paired difference of blend and SASRec.
     """
     ranks = ranks_of(data, models, neighbours, split)
     chosen_on = ranks if split == "validation" else ranks_of(data, models, neighbours, "validation")
@@ -162,6 +162,7 @@ def accuracy(
         "rows": found,
         "share": share,
         "shares_of_halves": sorted(set(shares.tolist())),
+        "validation_by_share": dict(zip(map(str, SHARES), by_share.mean(axis=1).tolist(), strict=True)),
         "blend_minus_sasrec": {CHOSEN_ON: vars(paired_difference(*of_seeds))},
         "n_rows": len(shares),
     }

@@ -66,6 +66,8 @@ def test_the_share_of_a_row_is_chosen_on_the_users_of_the_other_half(data, neigh
     }
     expected = np.where(odd, values[best[1]], values[best[0]]).mean()
     assert found["rows"]["blend"]["ndcg@20"]["mean"] == pytest.approx(expected, abs=1e-12)
+    for share, mean in found["validation_by_share"].items():
+        assert mean == pytest.approx(values[float(share)].mean(), abs=1e-12)
     assert found["share"] == max(values, key=lambda share: (values[share].mean(), -share))
     assert len(found["rows"]["blend"]["ndcg@20"]["runs"]) == 2
 
