@@ -5,7 +5,8 @@
 Nothing is distilled: the blend is ``(1 - share) * softmax(SASRec) + share * neighbours`` at every request. Accuracy is
 measured on validation rows; there the share of a row is chosen on the rows of the other half of the users, and SASRec,
 which was stopped on the same rows, is as optimistic alone as in the blend. ``--split test --open-test`` chooses the
-share on validation and opens the test split. ``--overrides dataset.split=global_time`` measures on a split by time.
+share on validation and opens the test split. ``--overrides dataset.split=global_time`` measures on a split by time,
+where a user has several rows, which intervals take as independent: they are too narrow.
 
 Every request is one history of the split, one thread, and ends with the 10 best items:
 
@@ -150,7 +151,8 @@ def accuracy(
     share = SHARES[int(by_share.mean(axis=1).argmax())]
     shares = np.full(len(ranks["popularity"][0]), share)
     if split == "validation":  # users of one half have the share that is best for the other half
-        is_odd = np.arange(len(shares)) % 2 == 1
+        users = Rows.of(data, split).users
+        is_odd = users[np.arange(len(shares))] % 2 == 1
         best = [SHARES[int(by_share[:, half].mean(axis=1).argmax())] for half in (~is_odd, is_odd)]
         shares = np.where(is_odd, best[0], best[1])
     blends = np.stack([ranks[f"blend {each}"] for each in SHARES])  # (shares, runs, M)

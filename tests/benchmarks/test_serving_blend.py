@@ -8,7 +8,7 @@ import serving_blend
 import torch
 
 from llm2rec.core.metrics import target_ranks
-from llm2rec.data import Toy, prepare
+from llm2rec.data import CsvTables, prepare
 from llm2rec.ensemble.neighbours import Neighbours, sharpened, training_sequences
 from llm2rec.student.datamodule import Rows
 from llm2rec.student.models import build_model
@@ -16,7 +16,19 @@ from llm2rec.student.models import build_model
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return prepare(Toy(n_users=60, n_items=60, n_worlds=5, history_length=6), tmp_path_factory.mktemp("processed"))
+    """Split by time, so that a user has several rows."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+    visits = [
+        (user, item, time)
+        for user in range(60)
+        for item, time in zip(rng.permutation(50)[:12], rng.choice(10**6, 12), strict=True)
+    ]
+    (folder / "visits.csv").write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in visits)
+    )
+    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"i{i},Item {i}\n" for i in range(50)))
+    files = {"interactions": str(folder / "visits.csv"), "items": str(folder / "items.csv")}
+    return prepare(CsvTables(**files, split="global_time", history_length=6), folder / "processed")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def test_the_share_of_a_row_is_chosen_on_the_users_of_the_other_half(data, neigh
             ranks = target_ranks(mixture, batch.targets).numpy()
             of_seeds.append(np.where(ranks < 20, 1 / np.log2(ranks + 2), 0))
         values[share] = np.mean(of_seeds, axis=0)
-    odd = np.arange(len(rows)) % 2 == 1
+    odd = rows.users[np.arange(len(rows))] % 2 == 1
     best = {
         half: max(values, key=lambda share: (values[share][mask].mean(), -share))
         for half, mask in ((1, ~odd), (0, odd))
