@@ -28,6 +28,7 @@ from llm2rec.data import RecData
 from llm2rec.evaluate.labels import labels_of, unlike
 from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
+from llm2rec.evaluate.report.findings import Findings
 from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
 from llm2rec.evaluate.scoring.slices import Slice, slice_metrics, slices
@@ -85,8 +86,19 @@ def main(cfg: Config, run: Run) -> None:
                 device=engine.device,
             )
             write_pages(run.folder, findings)
-        logger.info("\n%s", "\n".join(findings.conclusions))
+        logger.info("\n%s", "\n".join([*findings.conclusions, "", *in_words(findings)]))
+        logger.info("report: %s", run.folder / "report.html")
     engine.close()
+
+
+def in_words(findings: Findings) -> list[str]:
+    """Lines with three recommendations of the newest student for one test user; none without students."""
+    sample = next((each for each in findings.samples if each.answers), None)
+    if sample is None:
+        return []
+    name, answers = list(sample.answers.items())[-1]
+    lines = [f"{number}. {title}" for number, (title, _) in enumerate(answers[:3], 1)]
+    return [f"{name} recommends after {'; '.join(sample.history[-3:])}:", *lines]
 
 
 def _finished(folder: Path, jobs: Sequence[Job] | None) -> list[Path]:

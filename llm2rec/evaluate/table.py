@@ -22,7 +22,7 @@ def format_table(rows: Sequence[Scored], ks: Sequence[int], n_candidates: int = 
             _name(row),
             *[f"{100 * row.metrics[name]:.2f}" for name in names],
             *(_with_interval(row, CANDIDATES_HR) if n_candidates else []),
-            f"{row.parameters:,}",
+            "" if row.parameters is None else f"{row.parameters:,}",
             "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
         ]
         for row in rows

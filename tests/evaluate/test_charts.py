@@ -51,6 +51,9 @@ def test_a_chart_is_well_formed_inside_its_view_box_and_described(kind, width):
         for axis, place in numbers(element):
             assert 0 <= place <= bounds[axis], ElementTree.tostring(element)
     tag = "{http://www.w3.org/2000/svg}"
+    texts = " ".join(text.text for text in drawing.iter(f"{tag}text"))
+    if kind in ("forest", "grouped", "lines", "scatter"):
+        assert [name for name in NAMES if name not in texts] == []
     assert drawing.get("role") == "img"
     assert drawing.get("aria-label") == 'Gain <of> all. Higher is "better".'
     assert drawing.find(f"{tag}title").text == "Gain <of> all"

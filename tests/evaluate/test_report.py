@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import read_json, write_json
 from llm2rec.core.statistics import row_values
 from llm2rec.distill.data_bridge import outputs_hash
-from llm2rec.evaluate.__main__ import _command
+from llm2rec.evaluate.__main__ import _command, in_words
 from llm2rec.evaluate.report.comparison import check_baseline, p_value, read_run
 from llm2rec.evaluate.report.pages import write_pages
 from llm2rec.evaluate.scoring.scoring import score_run
@@ -279,6 +279,32 @@ def test_an_unknown_baseline_raises(reported):
         check_baseline("gru4rec", list(made))
 
 
+def test_three_recommendations_are_given_in_words(reported):
+    findings = reported[0]
+    name, answers = list(findings.samples[0].answers.items())[-1]
+    first, *best = in_words(findings)
+    assert first.startswith(f"{name} recommends after ")
+    assert first.endswith(f"{findings.samples[0].history[-1]}:")
+    assert best == [f"{number}. {title}" for number, (title, _) in enumerate(answers[:3], 1)]
+    assert len(best) == 3
+    assert in_words(replace(findings, samples=[])) == []
+
+
+def test_what_has_no_model_has_no_parameters_and_what_was_not_trained_no_curve(reported, data, tmp_path):
+    findings, made, folder = reported
+    assert findings.entries[0].name == "popularity"
+    assert findings.entries[0].parameters is None
+    row = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| popularity"))
+    assert f"{data.n_items:,}" not in row
+    untrained = {"select_on": "ndcg@10", "best_step": 0, "history": [{"step": 0, "val/ndcg@10": 0.1}]}
+    first, _, distilled, *_ = made
+    shutil.copytree(distilled, copied := tmp_path / distilled.name)
+    write_json(copied / "metrics" / "validation.json", untrained)
+    again = findings_of([first, copied], data, engine_in(tmp_path / "e"), folder / "gates")
+    assert DISTILLED not in {curve.entry for curve in again.curves}
+    assert f"{DISTILLED}: no validation curve, as nothing was trained." in again.notes["curves"]
+
+
 def test_a_command_is_the_one_that_started_the_run(tmp_path):
     write_json(tmp_path / "run.json", {"stage": "student", "status": "finished"})
     assert _command(tmp_path) is None
@@ -295,7 +321,7 @@ BROWSER = next(
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
-@pytest.mark.parametrize("width", [380, 1100])
+@pytest.mark.parametrize("width", [390, 1100])
 def test_a_browser_shows_the_page_within_its_width(reported, tmp_path, width):
     """In a frame of the screen's width, since a browser window has a minimum width."""
     _, _, folder = reported

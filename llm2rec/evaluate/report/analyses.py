@@ -165,8 +165,8 @@ def curves(found: Sequence[Contender], metric: str) -> tuple[list[Curve], list[s
             notes.append(f"{name}: {error}")
             continue
         history = validation["history"]
-        if not history:
-            notes.append(f"{name}: no validation history, as nothing was trained.")
+        if len(history) < 2:
+            notes.append(f"{name}: no validation curve, as nothing was trained.")
             continue
         shown = metric if all(f"val/{metric}" in each for each in history) else validation["select_on"]
         points = tuple((int(each["step"]), float(each[f"val/{shown}"])) for each in history)

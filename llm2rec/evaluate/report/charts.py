@@ -6,6 +6,7 @@ would be five times the size, with fixed colours in inline styles and element id
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ __all__ = ["N_COLOURS", "Dot", "Line", "forest", "grouped", "lines", "scatter"]
 N_COLOURS = 7
 _N_MARKS = 5
 _LETTER = 7.0  # mean letter width in the widest common font
+_LINE = 15.0  # height of a further line of a text
 _ROOMY = 500  # from this width on, intervals are also written beside the chart
 
 
@@ -117,13 +119,16 @@ class _Canvas:
     def __init__(self, width: int) -> None:
         self.width, self.parts = width, list[str]()
 
-    def text(self, x: float, y: float, text: str, *, kind: str = "", anchor: str = "start", room: float = 1e9) -> None:
-        longest = max(2, int(room / _LETTER))
-        text = text if len(text) <= longest else text[: longest - 1] + "\u2026"
+    def text(self, x: float, y: float, text: str, *, kind: str = "", anchor: str = "start") -> None:
         of_kind = f' class="{kind}"' if kind else ""
         self.parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}"{of_kind} text-anchor="{anchor}">{escape(text, quote=False)}</text>'
         )
+
+    def wrapped(self, x: float, y: float, parts: Sequence[str], *, kind: str = "", anchor: str = "start") -> None:
+        """Lines of text, one below the other; see `_wrapped`."""
+        for number, part in enumerate(parts):
+            self.text(x, y + _LINE * number, part, kind=kind, anchor=anchor)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         self.parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>')
@@ -161,20 +166,25 @@ class _Canvas:
         """The legend, with as many columns as fit; returns the y of its end."""
         columns = max(1, int(self.width // (34 + _LETTER * max(len(name) for name, _ in named))))
         wide = self.width / columns
-        for number, (name, slot) in enumerate(named):
-            x, row = (number % columns) * wide, y + 20 * (number // columns)
-            self.mark(x + 7, row - 4, slot)
-            self.text(x + 20, row, name, room=wide - 24)
-        return y + 20 * (-(-len(named) // columns))
+        for start in range(0, len(named), columns):
+            parts = [_wrapped(name, wide - 24) for name, _ in named[start : start + columns]]
+            for number, (_, slot) in enumerate(named[start : start + columns]):
+                self.mark(number * wide + 7, y - 4, slot)
+                self.wrapped(number * wide + 20, y, parts[number])
+            y += 20 + _LINE * (max(map(len, parts)) - 1)
+        return y
 
     def across(self, scale: _Scale, top: float, bottom: float, name: str, zero: bool) -> float:
         """Grid lines of the x axis from ``top`` to ``bottom``, tick labels and name; returns the y of its end."""
         for tick in scale.ticks(max(3, self.width // 110)):
             self.line(scale(tick), top, scale(tick), bottom, "zero" if zero and tick == 0 else "grid")
             self.text(scale(tick), bottom + 16, _tick(tick), kind="tick", anchor="middle")
-        middle = max((scale.start + scale.stop) / 2, _LETTER * len(name) / 2)  # a long name starts at the edge
-        self.text(min(middle, self.width / 2), bottom + 35, name, kind="axis", anchor="middle", room=self.width)
-        return bottom + 44
+        parts = _wrapped(name, self.width)
+        middle = max(
+            (scale.start + scale.stop) / 2, _LETTER * max(map(len, parts)) / 2
+        )  # a long one starts at the edge
+        self.wrapped(min(middle, self.width / 2), bottom + 35, parts, kind="axis", anchor="middle")
+        return bottom + 44 + _LINE * (len(parts) - 1)
 
     def svg(self, height: float, title: str, description: str) -> str:
         """The SVG element, with title and description for screen readers."""
@@ -186,6 +196,11 @@ class _Canvas:
             + "".join(self.parts)
             + "</svg>"
         )
+
+
+def _wrapped(text: str, room: float) -> list[str]:
+    """Split a text into lines that fit into ``room`` pixels, at spaces where there are any."""
+    return textwrap.wrap(text, max(2, int(room / _LETTER))) or [""]
 
 
 def _numbers(dot: Dot, form: str, ends: bool = True) -> str:
@@ -212,13 +227,16 @@ def forest(
     """
     canvas, ends = _Canvas(width), [end for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
     scale = _Scale(*_span(ends, zero=zero), 8, width - 8)
-    bottom = 8 + 42 * len(dots)
-    height = canvas.across(scale, 4, bottom, axis, zero)
-    for number, dot in enumerate(dots):
-        y, numbers = 42 * number + 20, _numbers(dot, form)
-        canvas.text(14, y, dot.name, kind="name", room=width - _LETTER * len(numbers) - 24)
-        canvas.text(width - 2, y, numbers, kind="number", anchor="end")
+    numbers = [_numbers(dot, form) for dot in dots]
+    names = [_wrapped(dot.name, width - _LETTER * len(own) - 24) for dot, own in zip(dots, numbers, strict=True)]
+    height = canvas.across(scale, 4, 8 + sum(42 + _LINE * (len(name) - 1) for name in names), axis, zero)
+    y = 20.0
+    for dot, own, name in zip(dots, numbers, names, strict=True):
+        canvas.wrapped(14, y, name, kind="name")
+        canvas.text(width - 2, y, own, kind="number", anchor="end")
+        y += _LINE * (len(name) - 1)
         canvas.whisker(scale, dot, y + 15)
+        y += 42
     return canvas.svg(height, title, description)
 
 
@@ -241,7 +259,9 @@ def grouped(
     scale = _Scale(*_span(ends, zero=zero), 8, width - numbers_room)
     y = 0.0
     for name, each in groups:
-        canvas.text(2, y + 18, name, kind="name", room=width - 4)
+        parts = _wrapped(name, width - 4)
+        canvas.wrapped(2, y + 18, parts, kind="name")
+        y += _LINE * (len(parts) - 1)
         for number, dot in enumerate(each):
             row = y + 36 + 20 * number
             canvas.whisker(scale, dot, row)
@@ -259,13 +279,15 @@ def _plane(
     canvas: _Canvas, xs: Sequence[float], ys: Sequence[float], x_axis: str, y_axis: str, *, log: bool = False
 ) -> tuple[_Scale, _Scale, float]:
     """Draw two axes; returns their scales and the y of their end."""
-    top, bottom = 30.0, 30 + min(300.0, 0.62 * canvas.width)
+    parts = _wrapped(y_axis, canvas.width)
+    top = 30.0 + _LINE * (len(parts) - 1)
+    bottom = top + min(300.0, 0.62 * canvas.width)
     y_scale = _Scale(*_span(ys), bottom, top)
     ticks = y_scale.ticks(5)
     left = 12 + _LETTER * max((len(_tick(tick)) for tick in ticks), default=1)
     low, high = (min(xs) / 1.5, max(xs) * 1.5) if log else _span(xs)
     x_scale = _Scale(low, high, left, canvas.width - 10, log)
-    canvas.text(2, 14, y_axis, kind="axis", room=canvas.width)
+    canvas.wrapped(2, 14, parts, kind="axis")
     for tick in ticks:
         canvas.line(left, y_scale(tick), canvas.width - 4, y_scale(tick), "grid")
         canvas.text(left - 6, y_scale(tick) + 4, _tick(tick), kind="tick", anchor="end")

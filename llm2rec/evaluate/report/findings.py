@@ -29,7 +29,7 @@ class Entry:
         stage: ``student``, ``distill``, ``teacher``, ``ensemble`` or ``popularity``.
         runs: Names of its runs.
         seeds: Their seeds.
-        parameters: Parameters used at inference.
+        parameters: Parameters used at inference; None without a model.
         milliseconds: Median time per user of the first run.
         metrics: Estimates by metric.
     """
@@ -38,7 +38,7 @@ class Entry:
     stage: str
     runs: tuple[str, ...]
     seeds: tuple[int | None, ...]
-    parameters: int
+    parameters: int | None
     milliseconds: float | None
     metrics: dict[str, Estimate]
 

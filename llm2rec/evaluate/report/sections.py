@@ -103,7 +103,7 @@ def _results(findings: Findings, slots: _Slots) -> list[Block]:
             row.append(", ".join(str(seed) for seed in entry.seeds if seed is not None))
             row.append("" if spread is None else percent(spread))
         time = "" if entry.milliseconds is None else f"{entry.milliseconds:.3g}"
-        rows.append([*row, f"{entry.parameters:,}", time])
+        rows.append([*row, "" if entry.parameters is None else f"{entry.parameters:,}", time])
     first, last = ((entry.name, percent(entry.metrics[metric].mean)) for entry in (ordered[0], ordered[-1]))
     caption = (
         "Means in percent with 95 % bootstrap intervals over test rows"

@@ -65,7 +65,7 @@ class Scored:
         label: Label of the model.
         run: Name of the run folder, or empty.
         metrics: Test metrics by name.
-        parameters: Parameters used at inference.
+        parameters: Parameters used at inference; None without a model.
         milliseconds: Median time to rank the catalogue for one user, on the machine the run was scored on.
         seed: Seed of the run, or None.
         intervals: 95 % bootstrap intervals over test rows, for some metrics.
@@ -76,7 +76,7 @@ class Scored:
     label: str
     run: str
     metrics: dict[str, float]
-    parameters: int
+    parameters: int | None
     milliseconds: float | None
     seed: int | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -303,7 +303,7 @@ def score_popularity(data: RecData, protocol: Protocol) -> Scored:
             among.append(rank_among(torch.from_numpy(counts).expand(len(own), -1), candidates.draw(rows), own))
         scored = _candidate_scores(torch.cat(among))
         metrics, intervals = metrics | scored["metrics"], scored["intervals"]
-    return Scored("popularity", "", metrics, data.n_items, None, intervals=intervals, slices=apart)
+    return Scored("popularity", "", metrics, None, None, intervals=intervals, slices=apart)
 
 
 def _ranks_by_count(counts: NDArray[np.float64], targets: NDArray[np.int64], seen: Pairs | None) -> Tensor:
