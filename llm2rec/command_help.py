@@ -41,6 +41,7 @@ _TRAINING = ("epochs", "batch_size", "micro_batch_size", "learning_rate", "patie
 _STUDENT = (*(f"student.training.{name}" for name in _TRAINING), "student.model.width", "student.model.dropout",
             "student.loss.name")  # fmt: skip
 _RUN = ("metrics.select_on", "metrics.mask_seen", "seed", "resume", "finish", "reuse")
+_MEMBERS = ("students", "neighbours", "titles", "teachers")
 _SELECTION = ("active.budget", "active.pool")
 
 TOPICS = {
@@ -57,8 +58,11 @@ TOPICS = {
         ),
     ),
     "ensemble": Topic(
-        "dataset=toy 'runs=[result/result_A,result/result_B]'",
-        ("runs", "ensemble.name", "ensemble.neighbours", "ensemble.top_k", *_SELECTION, *_RUN[:2], *_RUN[3:]),
+        "dataset=toy llm=minilm llm.path=FOLDER 'runs=[result/result_A,result/result_B]'",
+        (
+            "runs", "llm.path", "ensemble.name", *(f"ensemble.{name}.share" for name in _MEMBERS),
+            "ensemble.students.temperature", "ensemble.vectors", "ensemble.top_k", *_SELECTION, *_RUN,
+        ),
     ),
     "distill": Topic(
         "dataset=toy distill=listwise distill.teacher_outputs=data/teacher_outputs/toy/ensemble",

@@ -268,7 +268,14 @@ def texts_of_command(arguments: Sequence[str], name: str = "config") -> list[str
         name: Name of the command's configuration.
     """
     kinds = {group: list(nodes.values()) for group, nodes in schemas_of(name).items()}
-    return texts_as_typed(arguments, text_options(kinds))
+    return texts_as_typed([_share(each) for each in arguments], text_options(kinds))
+
+
+def _share(argument: str) -> str:
+    """``ensemble.neighbours=0.5`` is short for ``ensemble.neighbours.share=0.5``; other arguments stay as they are."""
+    group, sign, value = argument.partition("=")
+    is_member = group.lstrip("+") in {f"ensemble.{name}" for name in ("students", "neighbours", "titles", "teachers")}
+    return f"{group}.share={value}" if is_member and sign and not value.startswith("{") else argument
 
 
 def schemas_of(name: str = "config") -> dict[str, dict[str, Any]]:

@@ -170,7 +170,10 @@ def _next_command(cfg: DictConfig, name: str, folder: Path) -> str | None:
     outputs = str(cfg.distill.teacher_outputs)
     if name == "student" and not from_launch_folder(outputs, cfg.paths.root).is_dir():
         following = "teacher"
-    overrides = _overrides("resume=", "finish=", "reuse=", "runs=", "report.", "hydra.", "hydra/")
+    overrides = _overrides("resume=", "finish=", "reuse=", "runs=", "report.", "hydra.", "hydra/", "ensemble.")
+    if name == "ensemble":
+        outputs = f"{cfg.paths.teacher_outputs_dir}/{cfg.dataset.name}/{cfg.ensemble.name}"
+        overrides += ["distill=listwise", f"distill.teacher_outputs={outputs}"]
     return shlex.join(["python", "-m", f"llm2rec.{following}", *overrides])
 
 

@@ -75,6 +75,16 @@ def test_numbers_stay_numbers_and_null_stays_null():
     ]
 
 
+def test_a_number_is_short_for_the_share_of_a_member():
+    assert composed("config", "ensemble.neighbours=0.5").ensemble.neighbours.share == 0.5
+    assert composed("config", "ensemble.titles=null").ensemble.titles.share is None
+    assert composed("config", "ensemble.titles={decay: 0.5}").ensemble.titles.decay == 0.5
+    assert texts_of_command(["ensemble.students=0,0.2", "--help"]) == [
+        "ensemble.students.share=0,0.2",
+        "--help",
+    ]
+
+
 # ---- every option given is read --------------------------------------------------------------------------------------
 
 FUSION_UNIT = "distill.embedding.fusion_unit"

@@ -75,7 +75,7 @@ class Vectors:
 
 
 def read_titles(llm: LLMSettings, data: RecData, engine: Engine, folders: Folders) -> Vectors:
-    """Encode the titles of a dataset, or read them from disk; a collective.
+    """Encode the titles of a dataset, with its further texts if it has any, or read them from disk; a collective.
 
     Raises:
         ConfigError: If the language model cannot be loaded or cannot read texts.
@@ -88,7 +88,7 @@ def read_titles(llm: LLMSettings, data: RecData, engine: Engine, folders: Folder
         logger.warning("%s", doubt)
     with engine.first_process_first():
         source = locate(llm, folders.root, folders.llm, data.titles)
-    vectors, about = cached_vectors(data.titles, llm, source, folders.llm / "text_vectors", engine)
+    vectors, about = cached_vectors(data.texts, llm, source, folders.llm / "text_vectors", engine)
     return Vectors(vectors, {"llm": llm.name, "text": about})
 
 
