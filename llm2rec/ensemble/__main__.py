@@ -36,6 +36,7 @@ from llm2rec.ensemble.opening import (
     open_teachers,
     rank_training_rows,
     read_titles,
+    vectors_to_export,
 )
 from llm2rec.ensemble.runs import FinishedRun, finished_run, named_runs
 from llm2rec.ensemble.search import sample_rows
@@ -90,11 +91,11 @@ def main(cfg: Config, run: Run) -> None:
     begun_with = run.record.get("members", named.values())  # of a sweep, more jobs may have finished since
     runs = [finished_run(each, name, data) for each, name in named.items() if name in begun_with]
     _check_members(settings, runs)
+    exported = vectors_to_export(settings, runs)
     run.keep(members=[each.run for each in runs])
-    reads_titles = settings.titles.share != 0 or "titles" in (settings.vectors or ())
     engine = open_engine(cfg, run, lockstep=shards_frozen_weights())
     titles = None
-    if reads_titles:
+    if settings.titles.share != 0 or "titles" in exported:
         with run.phase("titles"):
             titles = read_titles(build(cfg.llm, LLMSettings), data, engine, folders)
         run.keep(language_model=titles.about["text"]["weights"])
@@ -102,7 +103,7 @@ def main(cfg: Config, run: Run) -> None:
     with run.phase("teachers"):
         teachers = open_teachers(runs, settings, data, engine, folders)
     members += teachers
-    vectors, columns = exported_vectors(settings.vectors, members, titles)
+    vectors, columns = exported_vectors(exported, members, titles)
     masked = open_masking(cfg, run, data)
     choice = _choice(cfg, run, members, settings, data, engine, masked)
     with engine.first_process_first():
@@ -140,11 +141,12 @@ def main(cfg: Config, run: Run) -> None:
 def _check_members(settings: EnsembleSettings, runs: Sequence[FinishedRun]) -> None:
     """Raise if there will be no members, before anything is loaded."""
     teachers = settings.teachers.share != 0 and any(each.is_teacher for each in runs)
-    students = any(not each.is_teacher for each in runs)
+    students = settings.students.share != 0 and any(not each.is_teacher for each in runs)
     if not (students or teachers or settings.neighbours.share != 0 or settings.titles.share != 0):
         raise ConfigError(
-            "the ensemble has no members: `runs` is empty, and neighbours and titles are switched off; give "
-            "`runs=[result/result_...]`, or leave out `ensemble.neighbours.share=0` or `ensemble.titles.share=0`."
+            "the ensemble has no members with a share: neighbours and titles are switched off, and `runs` is empty or "
+            "switched off too; give `runs=[result/result_...]`, or leave out one of `ensemble.neighbours.share=0` and "
+            "`ensemble.titles.share=0`."
         )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "open_teachers",
     "rank_training_rows",
     "read_titles",
+    "vectors_to_export",
 ]
 
 logger = logging.getLogger(__name__)
@@ -172,39 +173,48 @@ def _outputs_name(folder: Path) -> str:
     return f"{config['teacher']['name']}-{config['llm']['name']}"
 
 
+def vectors_to_export(settings: EnsembleSettings, runs: Sequence[FinishedRun]) -> list[str]:
+    """Names of the members whose item vectors are exported: ``titles``, or names of runs; before anything is loaded.
+
+    Raises:
+        ConfigError: If a given name is unknown, or no member has vectors.
+    """
+    students = [each.run for each in runs if not each.is_teacher]
+    teachers = [each.run for each in runs if each.is_teacher and settings.teachers.share != 0]
+    if settings.vectors is None:
+        usual = ["titles"] if settings.titles.share != 0 else students or teachers
+        if not usual:
+            raise ConfigError("item neighbours alone have no item vectors; leave titles on, or give `runs=[...]`.")
+        return usual
+    known = ["titles", *(["students"] if students else []), *students, *teachers]
+    if unknown := [name for name in settings.vectors if name not in known]:
+        raise ConfigError(f"ensemble.vectors names {unknown[0]!r}, expected some of {', '.join(known)}.")
+    return [each for name in settings.vectors for each in (students if name == "students" else [name])]
+
+
 def exported_vectors(
-    names: Sequence[str] | None, members: Sequence[Member], titles: Vectors | None
+    names: Sequence[str], members: Sequence[Member], titles: Vectors | None
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Item vectors to export.
 
     Args:
-        names: ``students``, ``titles``, or names of runs; None for titles, else students, else teachers.
+        names: Return value of `vectors_to_export`.
         members: The members.
         titles: Title vectors, if they were read.
 
     Returns:
         Vectors side by side, shape ``(N, d)``, float32, and what they are, in the order of their columns.
-
-    Raises:
-        ConfigError: If a name is unknown, or no member has vectors.
     """
-    kinds = {member.kind for member in members if member.kind != "neighbours"}
-    if names is None:
-        usual = next((kind for kind in ("titles", "student", "teacher") if kind in kinds), None)
-        if usual is None:
-            raise ConfigError("item neighbours alone have no item vectors; leave titles on, or give `runs=[...]`.")
-        names = [usual] if usual == "titles" else [str(each.about["run"]) for each in members if each.kind == usual]
     of_runs = {str(member.about["run"]): member for member in members if "run" in member.about}
-    students = [run for run, member in of_runs.items() if member.kind == "student"]
     parts, entries = list[Tensor](), list[dict[str, Any]]()
-    for name in (each for named in names for each in (students if named == "students" and students else [named])):
-        if name == "titles" and titles is not None:
+    for name in names:
+        if name == "titles":
+            assert titles is not None, "they were read, since they are exported"
             vectors, about = titles.vectors, {"kind": "titles", **titles.about}
-        elif name in of_runs and (found := of_runs[name].item_vectors) is not None:
-            vectors, about = found, {"kind": of_runs[name].kind, "run": name}
         else:
-            known = [*(["students"] if students else []), "titles", *of_runs]
-            raise ConfigError(f"ensemble.vectors names {name!r}, expected some of {', '.join(known)}.")
+            found = of_runs[name].item_vectors
+            assert found is not None, "students and teachers have item vectors"
+            vectors, about = found, {"kind": of_runs[name].kind, "run": name}
         parts.append(vectors.float().cpu())
         entries.append({**about, "width": vectors.shape[1]})
     return torch.cat(parts, dim=1), entries

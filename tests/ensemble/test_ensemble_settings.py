@@ -1,10 +1,13 @@
 """Options of the ensemble that cannot work."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from llm2rec.core.errors import ConfigError
+from llm2rec.ensemble.opening import vectors_to_export
+from llm2rec.ensemble.runs import FinishedRun
 from llm2rec.ensemble.settings import (
     EnsembleSettings,
     NeighboursSettings,
@@ -54,3 +57,21 @@ def test_given_shares_are_at_most_the_whole():
     with pytest.raises(ConfigError, match=re.escape("`ensemble.titles.share=0.7` sum to 1.2, expected at most 1")):
         EnsembleSettings(neighbours=NeighboursSettings(share=0.5), titles=TitlesSettings(share=0.7))
     EnsembleSettings(neighbours=NeighboursSettings(share=0.3), titles=TitlesSettings(share=0.7))
+
+
+def test_vectors_are_those_of_titles_else_of_students_else_of_teachers():
+    folder = Path("result")
+    student, other, teacher = (
+        FinishedRun(folder, name, name, 1, is_teacher=name == "teacher") for name in ("first", "second", "teacher")
+    )
+    off, runs = TitlesSettings(share=0.0), [student, teacher, other]
+    assert vectors_to_export(EnsembleSettings(), runs) == ["titles"]
+    assert vectors_to_export(EnsembleSettings(titles=off), runs) == ["first", "second"]
+    assert vectors_to_export(EnsembleSettings(titles=off), [teacher]) == ["teacher"]
+    some = EnsembleSettings(vectors=["teacher", "students", "titles"], titles=off)
+    assert vectors_to_export(some, runs) == ["teacher", "first", "second", "titles"]
+    with pytest.raises(ConfigError, match="alone have no item vectors"):
+        vectors_to_export(EnsembleSettings(titles=off), [])
+    switched_off = EnsembleSettings(vectors=["teacher"], teachers=TeachersSettings(share=0.0))
+    with pytest.raises(ConfigError, match="names 'teacher', expected some of titles, students, first, second"):
+        vectors_to_export(switched_off, runs)
