@@ -93,6 +93,10 @@ TOPICS = {
         ),
     ),
     "share": Topic("run=result/result_A repo=user/name", ("run", "repo", "private", "base_model", "message")),
+    "tune": Topic(
+        "stage=student n_trials=20 dataset=toy student.model.dropout=0.1,0.2,0.4 student=sasrec,gru4rec",
+        ("stage", "n_trials", "name", "search_seed", "prune", "jobs", "storage"),
+    ),
 }  # fmt: skip
 
 

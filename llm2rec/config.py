@@ -30,6 +30,7 @@ from llm2rec.recommend.settings import RecommendSettings
 from llm2rec.share.pushing import ShareSettings
 from llm2rec.student.settings import CaserStudent, GRU4RecStudent, SASRecStudent, StudentSettings
 from llm2rec.teacher.settings import LLMSettings, TeacherSettings, TinyRandomSettings
+from llm2rec.tune.settings import TuneSettings
 
 __all__ = [
     "Config",
@@ -230,7 +231,12 @@ class Config:
     gpus: int = 1
 
 
-_ROOTS: dict[str, type] = {"config": Config, "recommend": RecommendSettings, "share": ShareSettings}
+_ROOTS: dict[str, type] = {
+    "config": Config,
+    "recommend": RecommendSettings,
+    "share": ShareSettings,
+    "tune": TuneSettings,
+}
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "dataset": dict(DATASET_SCHEMAS),
     "llm": {"pretrained": LLMSettings, "tiny_random": TinyRandomSettings},

@@ -55,6 +55,7 @@ INTEGRATION = (
     "teacher/test_teacher_tunings.py",
     "teacher/test_title_model.py",
     "teacher/test_title_objective.py",
+    "tune/",
     "test_api.py",
     "test_extending.py",
 )

@@ -12,6 +12,7 @@ from llm2rec.composition import check_added, check_flags, explained, options_of
 from llm2rec.config import register, schemas_of, texts_of_command
 from llm2rec.core.errors import ConfigError
 from llm2rec.core.paths import conf_folder
+from llm2rec.tune.__main__ import split_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +107,12 @@ def test_added_options_that_nothing_reads_are_refused():
     check_added(compose("config", overrides=allowed), allowed, schemas_of())
 
 
+OF_THEIR_OWN = ("recommend", "share", "tune")  # commands with a configuration of their own
+
+
 @pytest.mark.parametrize("name", TOPICS)
 def test_help_shows_example_and_options_with_their_descriptions(name):
-    config = name if name in ("recommend", "share") else "config"
+    config = name if name in OF_THEIR_OWN else "config"
     cfg = compose(config, overrides=["dataset=csv", "active=confidence"] if config == "config" else [],
                   return_hydra_config=True)  # fmt: skip
     shown = help_text(cfg, name, "``python -m``: do it.")
@@ -119,7 +123,8 @@ def test_help_shows_example_and_options_with_their_descriptions(name):
             assert entry, option
     assert max(map(len, shown.splitlines())) <= 120
     assert "None" not in shown
-    composed(config, *shlex.split(TOPICS[name].example))
+    example = shlex.split(TOPICS[name].example)
+    composed(config, *(split_arguments(example)[0] if name == "tune" else example))
 
 
 def test_every_option_of_help_exists_and_every_option_is_described():
@@ -129,7 +134,7 @@ def test_every_option_of_help_exists_and_every_option_is_described():
             known |= {f"{group}.{name}" for name in options_of(kind)}
             assert all(descriptions(kind).values())
     for name, topic in TOPICS.items():
-        allowed = known | set(options_of(schemas_of(name)[""][name])) if name in ("recommend", "share") else known
+        allowed = known | set(options_of(schemas_of(name)[""][name])) if name in OF_THEIR_OWN else known
         assert set(topic.options) <= allowed, name
 
 

@@ -40,6 +40,7 @@ NOT_OPTIONS = {
     Path("config.yaml"),
     Path("recommend.yaml"),
     Path("share.yaml"),
+    Path("tune.yaml"),
     *(Path("hydra") / name for name in HYDRA),
 }
 INSTANTIATED = {"active": SelectionPolicy}

@@ -32,6 +32,7 @@ STUDENT = ["student.training.epochs=2"]
 QUICK = {
     "student": STUDENT,
     "distill": STUDENT,
+    "tune": [*STUDENT, "n_trials=2"],
     "teacher": ["teacher.training.epochs=1", "teacher.train_rows=32", "teacher.validation_rows=8"],
     "teacher=ilora_paper": ["teacher.export.enabled=false"],  # a search over titles for each row takes long
 }
@@ -141,7 +142,7 @@ def test_every_command_that_is_shown_runs(hub, launch, tmp_path, capsys):
             if (stage, *given) not in done:  # some commands are shown twice
                 launch(stage, [*given, *quick])
                 done.append((stage, *given))
-    assert {stage for stage, *_ in done} == {*PIPELINE, "ensemble", "recommend", "share", "plan"}
+    assert {stage for stage, *_ in done} == {*PIPELINE, "ensemble", "recommend", "share", "plan", "tune"}
     assert len(hub.repos["ann/movielens-sasrec"]["commits"]) == 1
     answers = re.findall(r"^ +score +id +title$", capsys.readouterr().out, re.MULTILINE)
     assert len(answers) == 3

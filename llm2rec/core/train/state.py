@@ -83,7 +83,8 @@ class TrainingState:
     Losses stay on the device until they are logged.
 
     Args:
-        engine: Processes and run folder; the folder gets ``best.safetensors`` and ``metrics/validation.json``.
+        engine: Processes and run folder; the folder gets ``best.safetensors`` and ``metrics/validation.json``,
+            which is written after every evaluation.
         select_on: Validation metric that selects the weights; larger is better.
 
     Attributes:
@@ -163,6 +164,7 @@ class TrainingState:
             with replaced_file(self._best_file) as aside:
                 save_tensors(trainable_weights(model), aside)
         self._sums, self._n_rows = {}, 0
+        self._write()
 
     def to_dict(self) -> dict[str, Any]:
         """State for checkpoints; a collective."""
@@ -191,6 +193,13 @@ class TrainingState:
 
         Without an evaluation the model keeps its weights.
         """
+        self._write()
+        self.engine.wait()
+        if self.stopping.best is not None:
+            load_weights(model, self._best_file)
+
+    def _write(self) -> None:
+        """Write the history, after every evaluation, so that a search can stop a run that validates badly."""
         self.engine.run.write_metrics(
             "validation",
             {
@@ -202,6 +211,3 @@ class TrainingState:
                 "history": self._history,
             },
         )
-        self.engine.wait()
-        if self.stopping.best is not None:
-            load_weights(model, self._best_file)
