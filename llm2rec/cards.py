@@ -222,7 +222,9 @@ def _recipe(distill: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if ranking.get("weight", 0) > 0:
         parts.append(_RANKING_LOSSES[ranking["loss"]])
         of_dllm2rec = ranking["loss"] == "weighted_bce"
-    if embedding.get("fusion_scale", 0) != 0:
+    if embedding.get("fusion_scale", 0) != 0 and embedding.get("fusion") == "frozen":
+        parts.append("the teacher's item vectors in columns that are not trained (after AlphaFuse, arXiv 2504.19218)")
+    elif embedding.get("fusion_scale", 0) != 0:
         also = "" if of_dllm2rec else " of DLLM2Rec (arXiv 2405.00338)"
         parts.append(f"the fusion of item vectors with the teacher's{also}")
         of_dllm2rec = True

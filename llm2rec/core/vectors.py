@@ -11,6 +11,8 @@ from llm2rec.core.errors import CheckpointError
 
 __all__ = ["Preparation", "principal_components", "standardised"]
 
+_BLOCK_ROWS = 65536
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -43,9 +45,8 @@ class Preparation:
         mean = vectors.float().mean(dim=0)
         if whitening == 0 and components is None:  # a rotation would change no distance
             return cls(mean)
-        variances, coordinates, directions = _decomposed(vectors)
-        directions = directions * _signs(coordinates)
-        scaled = directions * variances.pow(-whitening / 2)
+        variances, directions = _directions(vectors)
+        scaled = directions * _signs(directions) * variances.pow(-whitening / 2)
         return cls(mean, scaled[:, :components].float())
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -94,32 +95,45 @@ def principal_components(vectors: Tensor, width: int, *, whiten: bool = False) -
     Returns:
         Shape ``(N, c)``, float32, largest variance first. c is ``width``, or less if the rank of the vectors is lower.
     """
-    _, coordinates, _ = _decomposed(vectors)
-    coordinates = coordinates[:, :width]
-    coordinates = coordinates * _signs(coordinates)
-    return (coordinates / coordinates.square().mean(dim=0).sqrt() if whiten else coordinates).float()
-
-
-def _decomposed(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Variances ``(c,)``, coordinates ``(N, c)`` and orthonormal directions ``(d, c)`` of the principal components.
-
-    Computed in float64, largest variance first; c is the rank of the centred vectors.
-    """
     centred = vectors.double() - vectors.double().mean(dim=0)
     n_items, input_width = centred.shape
-    is_tall = input_width <= n_items
-    if is_tall:  # decompose the smaller of the two Gram matrices
+    if input_width <= n_items:  # decompose the smaller of the two Gram matrices
         squares, directions = torch.linalg.eigh(centred.T @ centred)
         coordinates = centred @ directions
     else:
         squares, left = torch.linalg.eigh(centred @ centred.T)
         coordinates = left * squares.clamp(min=0).sqrt()
-    kept = squares > squares.max() * max(n_items, input_width) * torch.finfo(torch.float64).eps
-    squares, coordinates = squares[kept].flip(0), coordinates[:, kept].flip(1)
-    directions = directions[:, kept].flip(1) if is_tall else centred.T @ (coordinates / squares)
-    return squares / n_items, coordinates, directions
+    coordinates = coordinates[:, _kept(squares, n_items, input_width)].flip(1)[:, :width]
+    coordinates = coordinates * _signs(coordinates)
+    return (coordinates / coordinates.square().mean(dim=0).sqrt() if whiten else coordinates).float()
 
 
-def _signs(coordinates: Tensor) -> Tensor:
-    """Sign of the largest coordinate of each component, shape ``(1, c)``."""
-    return coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True)).sign()
+def _directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances ``(c,)`` and orthonormal directions ``(d, c)`` of the principal components, largest variance first.
+
+    In float64; c is the rank of the centred vectors. Reads the vectors block by block: a catalogue may be large.
+    """
+    n_items, width = vectors.shape
+    blocks = [vectors[start : start + _BLOCK_ROWS] for start in range(0, n_items, _BLOCK_ROWS)]
+    mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / n_items
+    if width <= n_items:
+        gram = sum(((block.double() - mean).T @ (block.double() - mean) for block in blocks), mean.new_zeros(()))
+        squares, directions = torch.linalg.eigh(gram)
+        kept = _kept(squares, n_items, width)
+        directions = directions[:, kept]
+    else:  # few items: the other Gram matrix is smaller
+        centred = vectors.double() - mean
+        squares, left = torch.linalg.eigh(centred @ centred.T)
+        kept = _kept(squares, n_items, width)
+        directions = centred.T @ (left[:, kept] / squares[kept].sqrt())
+    return squares[kept].flip(0) / n_items, directions.flip(1)
+
+
+def _kept(squares: Tensor, n_items: int, width: int) -> Tensor:
+    """Which eigenvalues of a Gram matrix are not zero up to rounding."""
+    return squares > squares.max() * max(n_items, width) * torch.finfo(torch.float64).eps
+
+
+def _signs(columns: Tensor) -> Tensor:
+    """Sign of the largest number of each column, shape ``(1, c)``."""
+    return columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm2rec.core.errors import ConfigError, DataError
+from llm2rec.core.logging import quiet_libraries
 from llm2rec.data import CsvTables
 from llm2rec.recommend.names import ItemNames
 from llm2rec.recommend.settings import EncoderSettings
@@ -65,6 +66,7 @@ class NewItems:
         # Imports transformers, which takes seconds: serving needs it for new items only.
         from llm2rec.teacher.text_encoder import TextEncoder
 
+        quiet_libraries()  # transformers was not there before
         if place.path is not None and len(reader.encoders) > 1:
             raise ConfigError(
                 f"`llm.path` is {place.path!r}, but the student reads with {len(reader.encoders)} language models; "

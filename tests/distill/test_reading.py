@@ -63,6 +63,20 @@ def test_a_resumed_run_drops_the_same_ids(tmp_path, form, killed_before, every):
     assert not torch.equal(without.student.input_items.weight, whole.student.input_items.weight)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_all_micro_batches_of_a_step_drop_the_same_ids(tmp_path, form):
+    settings, trained = settings_of(form), []
+    for size in (8, 3):
+        model = reader(settings)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.student.last_block.dropout = 0.0
+        train_in(tmp_path / str(size), settings, model=model, micro_batch_size=size)
+        trained.append([entry["train/loss"] for entry in written(tmp_path / str(size), "validation")["history"]])
+    assert trained[1] == pytest.approx(trained[0], rel=1e-5)
+
+
 def test_dropped_ids_depend_on_the_seed_alone_and_are_a_share_of_all():
     model, other = (reader(settings_of("projection"), seed) for seed in (0, 1))
 

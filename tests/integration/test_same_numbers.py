@@ -32,6 +32,7 @@ CASES = {  # in an order in which what a case reads is there
     "disagreement": "distill",
     "meta": "distill",
     "distilled sequences": "distill",
+    "reading": "distill",
 }
 SEQUENCES = ["student.examples=sequences", "student.model.positions=oldest"]
 OVERRIDES = {
@@ -58,6 +59,7 @@ OVERRIDES = {
     "disagreement": ["active=disagreement", "active.budget=0.5"],
     "meta": ["active=meta"],
     "distilled sequences": SEQUENCES,
+    "reading": ["distill=reading", "distill.embedding.id_dropout=0.5"],
 }
 
 

@@ -255,5 +255,6 @@ def test_the_command_takes_new_items(command, reading, data, untrained, tmp_path
     expected = Recommender.load(reading, items=tmp_path / "new.csv").recommend_one([new[0][0]], 3)
     done = command(tmp_path, "recommend", f"run={reading}", "items=new.csv", f"history=[{new[0][0]}]", "k=3")
     assert [line.split()[2] for line in done.stdout.splitlines()[1:]] == [item.item_id for item in expected]
+    assert done.stderr == ""
     refused = command(tmp_path, "recommend", f"run={reading}", "llm.path=x", "history=[a]", check=False)
     assert "`llm.path` is given, but nothing reads it while `items` is null" in refused.stderr

@@ -83,6 +83,10 @@ def test_a_card_names_the_teacher_of_the_manifest_and_the_losses_of_the_recipe()
     card = distilled_card({}, ranking=RankingSettings(weight=0.0), embedding=aligned)
     assert "distilled from a teacher of unknown kind by the alignment of item vectors" in card
     assert "dllm2rec" not in card.split("```")[0].lower()
+    frozen = EmbeddingSettings(fusion="frozen", components=4)
+    card = distilled_card({}, ranking=RankingSettings(weight=0.0), embedding=frozen)
+    assert "by the teacher's item vectors in columns that are not trained (after AlphaFuse" in card
+    assert "dllm2rec" not in card.split("```")[0].lower()
     assert "distilled" not in student_card("gru4rec", ["a"], 10, TRAINING, {})
 
 
