@@ -115,7 +115,9 @@ def _require_columns(path: Path, wanted: Mapping[str, Column], there: list[str],
     for column in wanted.values():
         if column.name not in there:
             alike = next((each for each in there if _plain(each) == _plain(column.name)), None)
-            names = ", ".join(each if each == each.strip() != "" else repr(each) for each in there)
+            names = ", ".join(
+                each if each == each.strip() != "" and each.isprintable() else repr(each) for each in there
+            )
             remedy = "Name the right one: " + _override(column.option, "COLUMN" if alike is None else alike)
             if alike is not None and alike != alike.strip():
                 remedy += f", or remove the spaces around {alike!r} in the file"
@@ -172,6 +174,8 @@ def _read_delimited(path: Path, wanted: Mapping[str, Column], usual: str, spill:
     if not header:
         raise DataError(f"{path} is empty; expected a first line with the column names.")
     hint = " (a separator must be a comma, a semicolon, a tab or |)" if len(header) == 1 else ""
+    if any("\0" in name for name in header):
+        hint = " (UTF-16 without a byte-order mark? Then dataset.encoding=utf-16-le)"
     _require_columns(path, wanted, header, hint)
     at = [header.index(column.name) for column in wanted.values()]
     empty = pa.table({ours: pa.array([], pa.large_string()) for ours in wanted})

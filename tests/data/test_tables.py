@@ -177,6 +177,13 @@ def test_a_byte_order_mark_goes_before_the_option(tmp_path, encoding, suffix, gi
     assert raw.interactions.values.tolist() == [["u", "i1", 1]]
 
 
+def test_utf_16_without_a_mark_is_named(tmp_path):
+    paths = csv_pair(tmp_path)
+    (tmp_path / "items.csv").write_bytes("item_id,title\ni1,One\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"are 'i\\x00t.* \(UTF-16 without a byte-order mark\? Then dataset\.encoding="):
+        CsvTables(**paths).read()
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("name", [" title", "Title", " Title\xa0(en)"])
 def test_a_column_name_with_spaces_or_capitals_is_quoted_with_the_fix(tmp_path, suffix, name):
