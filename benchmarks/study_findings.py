@@ -115,7 +115,8 @@ class Findings:
             "length": np.asarray(test["position"][:], np.int64),
         }
         found = {
-            name: Contender(Entry(name, "student", (name,), (), 0, None, {}), (), each) for name, each in values.items()
+            name: Contender(Entry(name, "student", (name,), (), 0, None, {}), (), each[None])
+            for name, each in values.items()
         }
         baseline = found[BASELINE]
         return {

@@ -1,11 +1,11 @@
 """Statistics over rows: per-row metric values, bootstrap intervals, paired tests, quantile groups. All in float64.
 
 Rows are test rows, and comparisons are paired: two runs rank the same targets. Intervals and p-values cover the
-sampling of test rows, not the training seed; the report shows the standard deviation over seeds separately.
+sampling of test rows; comparisons of models with several seeds each cover the training seeds too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +51,9 @@ class Difference:
 
     Attributes:
         mean: The difference.
-        low: Lower end of its 95 % bootstrap interval over rows.
+        low: Lower end of its 95 % bootstrap interval over rows, and over seeds if both models have several.
         high: Upper end.
-        p: Two-sided p-value of `sign_flip_p`.
+        p: Two-sided p-value of `sign_flip_p`, or of the bootstrap over rows and seeds.
         p_is_bound: Whether no resample is as far from 0 as the observed one: the p-value is at most ``p``, the smallest
             that the resamples can give.
         better: Rows with a positive difference.
@@ -172,25 +172,68 @@ def estimate(values: NDArray[np.float64]) -> Estimate:
 
 
 def paired_difference(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> Difference:
-    """Compare two runs row by row.
+    """Compare two models row by row, and over training seeds if both were trained with several.
 
     Args:
-        values: Values of one run, shape ``(M,)``.
-        baseline: Values of the other for the same rows, shape ``(M,)``.
+        values: Values of one model, shape ``(M,)``, or ``(S, M)`` of S runs that differ in their seed.
+        baseline: Values of the other for the same rows, shape ``(M,)`` or ``(T, M)``.
 
     Returns:
-        The mean of ``values - baseline``, absolute and relative, its intervals and its p-value.
+        The mean of ``values - baseline``, absolute and relative, its intervals and its p-value. If S and T are above 1,
+        the intervals are over rows and seeds (`_resampled_means`), and the p-value is twice the share of these
+        resamples on the other side of 0. Otherwise they are over rows, of means over runs.
+
+    Raises:
+        ValueError: If the rows differ in number.
     """
-    differences = values - baseline
-    low, high = bootstrap_interval(differences)
+    several, others = np.atleast_2d(values), np.atleast_2d(baseline)
+    if several.shape[1] != others.shape[1]:
+        raise ValueError(f"`values` and `baseline` have {several.shape[1]} and {others.shape[1]} rows; expected equal.")
+    first, second = several.mean(axis=0), others.mean(axis=0)
+    differences, of_baseline = first - second, float(second.mean())
     # Differences in the last bits of means over runs are rounding.
     better, worse = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
-    p, mean = sign_flip_p(differences), float(differences.mean())
-    found = Difference(mean, low, high, p, p * (1 + _SIGNS) < 1.5, better, worse)
-    if (of_baseline := float(baseline.mean())) <= 0:
-        return found
-    ends = bootstrap_interval(differences, weights=baseline)
-    return replace(found, relative=mean / of_baseline, ratio_low=ends[0], ratio_high=ends[1])
+    mean = float(differences.mean())
+    ratios: tuple[float | None, float | None] = (None, None)
+    if min(len(several), len(others)) == 1:
+        low, high = bootstrap_interval(differences)
+        p = sign_flip_p(differences)
+        p_is_bound = p * (1 + _SIGNS) < 1.5
+        if of_baseline > 0:
+            ratios = bootstrap_interval(differences, weights=second)
+    else:
+        drawn, drawn_baseline = _resampled_means(several, others)
+        gaps = drawn - drawn_baseline
+        low, high = map(float, np.quantile(gaps, [0.025, 0.975]))
+        beyond = min(int((gaps <= 0).sum()), int((gaps >= 0).sum()))
+        p, p_is_bound = min(1.0, 2 * (1 + beyond) / (1 + len(gaps))), beyond == 0
+        if of_baseline > 0:
+            defined = drawn_baseline > 0
+            below, above = np.quantile(gaps[defined] / drawn_baseline[defined], [0.025, 0.975])
+            ratios = (float(below), float(above))
+    relative = mean / of_baseline if of_baseline > 0 else None
+    return Difference(mean, low, high, p, p_is_bound, better, worse, relative, *ratios)
+
+
+def _resampled_means(
+    values: NDArray[np.float64], baseline: NDArray[np.float64], n_resamples: int = 4000, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of two models in a two-way bootstrap (Owen, "The pigeonhole bootstrap", 2007), ``(n_resamples,)`` each.
+
+    Each resample draws rows with replacement, the same for both models, and seeds with replacement for each model. With
+    S seeds, what they vary by is too small by a factor of ``(S - 1) / S``.
+    """
+    both, generator = np.concatenate([values, baseline]).T, np.random.default_rng(seed)
+    sizes, means = (len(values), len(baseline)), []
+    block = max(1, _MAX_DRAWS // len(both))
+    for start in range(0, n_resamples, block):
+        n_drawn = min(block, n_resamples - start)
+        counts = generator.multinomial(len(both), np.full(len(both), 1 / len(both)), size=n_drawn)
+        by_run = np.split(counts @ both / len(both), [sizes[0]], axis=1)  # (n_drawn, S) and (n_drawn, T)
+        seeds = (generator.multinomial(size, np.full(size, 1 / size), size=n_drawn) / size for size in sizes)
+        means.append([(each * drawn).sum(axis=1) for each, drawn in zip(by_run, seeds, strict=True)])
+    first, second = (np.concatenate(parts) for parts in zip(*means, strict=True))
+    return first, second
 
 
 def sign_flip_p(differences: NDArray[np.float64], *, n_resamples: int = _SIGNS, seed: int = 0) -> float:

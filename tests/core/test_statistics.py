@@ -207,6 +207,50 @@ def test_estimate_over_runs_by_hand():
     assert estimate(np.array([[1.0, 0.0]])).spread is None
 
 
+def plain_gaps(values, baseline, n_resamples, seed):
+    """Draw row numbers and seeds, one resample after the other."""
+    generator, gaps = np.random.default_rng(seed), []
+    for _ in range(n_resamples):
+        rows = generator.integers(values.shape[1], size=values.shape[1])
+        first, second = (
+            each[generator.integers(len(each), size=len(each))][:, rows].mean() for each in (values, baseline)
+        )
+        gaps.append(first - second)
+    return np.quantile(gaps, [0.025, 0.975])
+
+
+def test_intervals_over_rows_and_seeds_equal_plain_draws_and_are_wider_than_over_rows():
+    generator = np.random.default_rng(3)
+    rows = 1 + generator.random(400)
+    values = rows + 0.05 + generator.normal(0, 0.05, (4, 1)) + generator.normal(0, 0.1, (4, 400))
+    baseline = rows + generator.normal(0, 0.05, (3, 1)) + generator.normal(0, 0.1, (3, 400))
+    found, of_means = paired_difference(values, baseline), paired_difference(values.mean(axis=0), baseline.mean(axis=0))
+    low, high = plain_gaps(values, baseline, 4000, 1)
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.004), pytest.approx(high, abs=0.004))
+    assert found.mean == pytest.approx(of_means.mean)
+    assert found.high - found.low > 2 * (of_means.high - of_means.low)
+    assert found.p > of_means.p
+    assert found.relative == pytest.approx(found.mean / baseline.mean())
+    assert found.ratio_low < found.relative < found.ratio_high
+
+
+def test_seeds_decide_where_rows_alone_would_be_sure():
+    rows = np.random.default_rng(0).random(500)
+    lucky = np.stack([rows + 0.3, rows - 0.2, rows - 0.2])
+    found = paired_difference(lucky, np.stack([rows, rows, rows + 0.01]))
+    assert paired_difference(lucky.mean(axis=0), rows).p < 0.001 < 0.05 < found.p
+    assert found.low < 0 < found.high
+    sure = paired_difference(np.stack([rows + 1, rows + 1.1]), np.stack([rows, rows]))
+    assert sure.p_is_bound
+    assert sure.p == pytest.approx(2 / 4001)
+    assert paired_difference(np.stack([rows, rows]), np.stack([rows, rows])).p == 1.0
+
+
+def test_runs_over_different_rows_are_not_compared():
+    with pytest.raises(ValueError, match="3 and 4 rows"):
+        paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
 def test_quantile_groups():
     values = np.array([5, 1, 1, 1, 2, 9, 3, 7])
     # In order 1 1 | 1 2 | 3 5 | 7 9: the third 1 joins the first two.

@@ -91,12 +91,17 @@ class Contender:
     Attributes:
         entry: The entry.
         runs: Its runs.
-        values: The headline metric of each row, mean over runs, shape ``(M,)``.
+        by_run: The headline metric by run and row, shape ``(runs, M)``.
     """
 
     entry: Entry
     runs: tuple[RunScores, ...]
-    values: NDArray[np.float64] = field(repr=False)
+    by_run: NDArray[np.float64] = field(repr=False)
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The headline metric of each row, mean over runs, shape ``(M,)``."""
+        return self.by_run.mean(axis=0)
 
 
 def headline(ks: Sequence[int]) -> str:
@@ -164,8 +169,7 @@ def _contender(members: Sequence[RunScores], ks: Sequence[int], name: str) -> Co
             for metric in (f"{kind}@{k}" for k in ks for kind in ("hr", "ndcg", "mrr"))
         },
     )
-    values = np.stack([row_values(each.ranks, headline(ks)) for each in members]).mean(axis=0)
-    return Contender(entry, tuple(members), values)
+    return Contender(entry, tuple(members), np.stack([row_values(each.ranks, headline(ks)) for each in members]))
 
 
 def check_baseline(wanted: str | None, folders: Sequence[Path]) -> None:
@@ -215,7 +219,7 @@ def _ends_with(folder: Path, wanted: str) -> bool:
 def compare(found: Sequence[Contender], baseline: Contender) -> list[Comparison]:
     """Compare each trained contender with the baseline; p-values are corrected for their number."""
     others = [each for each in found if each is not baseline and each.entry.stage != POPULARITY]
-    differences = [paired_difference(each.values, baseline.values) for each in others]
+    differences = [paired_difference(each.by_run, baseline.by_run) for each in others]
     return [
         Comparison(each.entry.name, difference, p, difference.relative)
         for each, difference, p in zip(others, differences, holm([each.p for each in differences]), strict=True)
@@ -305,7 +309,7 @@ def conclusions(
     """
     ordered = sorted(found, key=lambda each: -each.entry.metrics[metric].mean)
     best, second = ordered[0], ordered[1]
-    paragraphs = [_best(best, second, paired_difference(best.values, second.values), metric)]
+    paragraphs = [_best(best, second, paired_difference(best.by_run, second.by_run), metric)]
     if comparisons:
         paragraphs.append(_against_baseline(baseline, comparisons, metric))
     paragraphs.append(_seeds(best, second, found, metric))
@@ -354,7 +358,10 @@ def _seeds(best: Contender, second: Contender, found: Sequence[Contender], metri
             "train the closest models with several seeds before you rely on a small lead."
         )
     first, next_best = best.entry.metrics[metric], second.entry.metrics[metric]
-    text = "Intervals are over test rows, of the mean over seeds; the spread over seeds is in the table of results."
+    text = (
+        "Intervals of means are over test rows, of the mean over seeds; intervals of differences between models with "
+        "several seeds each are over rows and seeds."
+    )
     if min(len(first.runs), len(next_best.runs)) > 1:
         separate = min(first.runs) > max(next_best.runs)
         text += f" {'Every' if separate else 'Not every'} seed of the best model is above every seed of the second."
