@@ -167,6 +167,10 @@ def test_the_comparison_is_a_table_a_json_file_and_a_chart(tmp_path):
     assert second.split() == ["sasrec", "[3]", "33.33", "66.67", "47.69", "41.67", "12,345", "0.25"]
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["rows_scored"][1]["metrics"] == metrics
+    assert "full ranking of 50 items, items in the user's past included" in table
+    masked = write_comparison(tmp_path, rows, (1, 5), about | {"mask_seen": True, "unlike": ["Runs a and b differ."]})
+    assert "full ranking of 50 items except items in the user's past" in masked
+    assert masked.endswith("\n\nRuns a and b differ.\n")
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # bars and text, not a blank page

@@ -65,6 +65,17 @@ def test_what_the_teacher_leaves_out_is_not_answered(teacher, prepared):
     assert not {item.item_id for item in answer} & set(raw(prepared, [5, 9]))
 
 
+def test_what_it_does_not_read_of_a_history_is_left_out_too(teacher, prepared):
+    whole = list(range(9))  # of which it reads five
+    long, short = raw(prepared, whole), raw(prepared, [40])
+    alone = teacher.recommend_one(long, k=prepared.n_items)
+    assert len(alone) == prepared.n_items - len(whole)
+    assert not {item.item_id for item in alone} & set(long)
+    together = teacher.recommend([long, short, long], k=prepared.n_items)
+    assert together == [alone, teacher.recommend_one(short, k=prepared.n_items), alone]
+    assert len(together[1]) == prepared.n_items - 1
+
+
 def test_what_cannot_be_asked_is_said(teacher, run, prepared, trained):
     with pytest.raises(UnknownItemError, match="no item with id 'nothing'"):
         teacher.recommend_one(["nothing"])

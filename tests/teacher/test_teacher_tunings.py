@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.teacher.heads import HEADS
+from llm2rec.teacher.settings import TeacherSettings
 from llm2rec.teacher.store import load_teacher, save_teacher
 from llm2rec.teacher.text_vectors import pool
 
@@ -287,3 +288,9 @@ def test_settings_that_cannot_work_are_refused_by_name_and_value(overrides, mess
 def test_options_that_the_chosen_teacher_ignores_are_refused(overrides, given, cause):
     with pytest.raises(ConfigError, match=f"^teacher.{given}, which nothing reads while teacher.{cause}; leave"):
         configured(*(f"teacher.{each}" for each in overrides.split()))
+
+
+def test_a_teacher_excludes_its_history_as_rankings_do_unless_it_is_set():
+    for option, expected in ((None, [True, False]), (True, [True, True]), (False, [False, False])):
+        settings = TeacherSettings(exclude_history=option)
+        assert [settings.excluding(mask_seen).exclude_history for mask_seen in (True, False)] == expected
