@@ -75,6 +75,18 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path):
     assert written == again
 
 
+def test_the_history_is_written_after_every_evaluation(tmp_path):
+    """A search reads it while the run goes on."""
+    file, seen = tmp_path / "metrics" / "validation.json", []
+
+    def validate(step):
+        seen.append(len(json.loads(file.read_text())["history"]) if file.is_file() else None)
+        return {"ndcg@10": float(step)}
+
+    trained(tmp_path, validate=validate)
+    assert seen == [None, 1, 2]
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a device: numbers and sizes read from tensors."""
 

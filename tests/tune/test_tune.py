@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,24 @@ def test_a_killed_search_ends_as_an_unbroken_one(tmp_path):
     assert json.loads((again / "metrics" / "validation.json").read_text())["best"] == best["value"]
     run_in(whole, *command)
     assert outcome(saved(whole)["trials"]) == outcome(first["trials"])
+
+
+def test_a_search_that_is_terminated_stops_its_trial_and_continues_it(tmp_path):
+    command = ["stage=student", "n_trials=1", "name=mine", f"{RATE}=1e-3,2e-3", *STUDENT, "student.training.epochs=60"]
+    command.append("student.training.patience=100")
+    trial = tmp_path / "result" / "tune_mine" / "mine_000"
+
+    def has_validated():
+        return (trial / "metrics" / "validation.json").is_file()
+
+    assert run_until(tmp_path, "tune", *command, reached=has_validated, sent=signal.SIGTERM) == 143
+    assert "Start the same command again to continue." in (tmp_path / "killed.txt").read_text()
+    assert json.loads((trial / "run.json").read_text())["status"] == "interrupted"
+    (step,) = trial.glob("checkpoints/step_*")
+    assert run_in(tmp_path, *command) == trial.parent
+    assert f"resuming at step {int(step.name[5:])}" in (trial / "log.txt").read_text()
+    (only,) = saved(tmp_path)["trials"]
+    assert (only["status"], only["run"]) == ("finished", str(trial))
 
 
 def run_in(folder, *command):
