@@ -44,6 +44,10 @@ class Neighbours:
         values = torch.from_numpy(weight * self._scale[first] * self._scale[second])
         places = torch.from_numpy(np.stack([second, first]))
         self._near = torch.sparse_coo_tensor(places, values, (n_items, n_items), check_invariants=True).coalesce()
+        by_item = self._near.t().coalesce()  # the pairs of one item with all others side by side
+        items, self._others = by_item.indices()  # (pairs,)
+        self._values = by_item.values()  # (pairs,)
+        self._starts = torch.searchsorted(items.contiguous(), torch.arange(n_items + 1))  # (N + 1,)
 
     @property
     def n_pairs(self) -> int:
@@ -67,17 +71,30 @@ class Neighbours:
         rows, slots = torch.nonzero(ages >= 0, as_tuple=True)
         # In float64, so that subtracted pairs leave no remainder: if no other pair scores an item, normalisation would
         # turn the smallest remainder into a probability of 1, and that item is the row's own target.
-        weights = torch.zeros(self._n_items, len(history), dtype=torch.float64)  # of each item in each history
-        weights.index_put_((history[rows, slots], rows), FORGETTING ** ages[rows, slots].double(), accumulate=True)
-        scores = (self._near @ weights).T.contiguous()  # (B, N)
-        for user in () if users is None else np.unique(users).tolist():
+        items, weights = history[rows, slots], FORGETTING ** ages[rows, slots].double()  # (E,): all of all histories
+        starts, counts = self._starts[items], self._starts[items + 1] - self._starts[items]
+        entries = torch.repeat_interleave(torch.arange(len(items)), counts)  # (P,): of each pair
+        pairs = torch.arange(len(entries)) + (starts - counts.cumsum(0) + counts)[entries]
+        places = rows[entries] * self._n_items + self._others[pairs]
+        scores = torch.zeros(len(history), self._n_items, dtype=torch.float64)
+        scores.view(-1).index_add_(0, places, weights[entries] * self._values[pairs])
+        if users is not None:
+            self._subtract_own(scores, users, rows, items, weights)
+        return scores.masked_fill_(scores < _ROUNDING, 0).float()
+
+    def _subtract_own(
+        self, scores: Tensor, users: NDArray[np.int64], rows: Tensor, items: Tensor, weights: Tensor
+    ) -> None:
+        """Subtract the pairs of each row's user from the scores ``(B, N)``; the rest are the items of all histories."""
+        of_items = torch.zeros(self._n_items, len(scores), dtype=torch.float64)  # weight of each item in each history
+        of_items.index_put_((items, rows), weights, accumulate=True)
+        for user in np.unique(users).tolist():
             mine = torch.from_numpy(np.flatnonzero(users == user))
             first, second, weight = _pairs(self._sequences[user])
             near = torch.from_numpy(weight * self._scale[first] * self._scale[second])
-            own = weights[torch.from_numpy(first)][:, mine] * near.unsqueeze(1)  # (pairs, rows)
+            own = of_items[torch.from_numpy(first)][:, mine] * near.unsqueeze(1)  # (pairs, rows)
             taken = torch.zeros(len(mine), self._n_items, dtype=torch.float64)
             scores[mine] -= taken.index_add_(1, torch.from_numpy(second), own.T)
-        return scores.masked_fill_(scores < _ROUNDING, 0).float()
 
 
 def sharpened(scores: Tensor) -> Tensor:
