@@ -32,7 +32,18 @@ BELOW = {
     "tune": {"core", "launch", "overrides", "search_space"},
 }
 # Above all packages; only the stages' `__main__` may import them.
-TOP = {"cards", "command", "command_help", "composition", "config", "overrides", "reporting", "search_space", "stage"}
+TOP = {
+    "cards",
+    "command",
+    "command_help",
+    "composition",
+    "config",
+    "overrides",
+    "process_state",
+    "reporting",
+    "search_space",
+    "stage",
+}
 CONFIGURED = {"hydra", "omegaconf"}
 PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Under another name these calls are not recognised.

@@ -125,10 +125,11 @@ def write_comparison(folder: Path, rows: Sequence[Scored], ks: Sequence[int], ab
 
 def draw(file: Path, rows: Sequence[Scored], ks: Sequence[int], caption: str) -> None:
     """Draw HR and NDCG as one group of bars per cut-off, with one bar per run."""
-    import matplotlib.pyplot as plt  # takes half a second to import
+    from matplotlib import colormaps  # takes half a second to import
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    colours = plt.get_cmap("tab10")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes, colours = figure.subplots(1, 2), colormaps["tab10"]
     height = 0.8 / len(rows)
     for axis, name in zip(axes, ("hr", "ndcg"), strict=True):
         shown = [k for k in ks if k > 1 or name == "hr"]
@@ -145,4 +146,3 @@ def draw(file: Path, rows: Sequence[Scored], ks: Sequence[int], caption: str) ->
     figure.suptitle(caption.split(";")[0], fontsize=10)
     with replaced_file(file) as aside:
         figure.savefig(aside, format="png", dpi=130)
-    plt.close(figure)
