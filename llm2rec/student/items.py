@@ -167,14 +167,24 @@ class FusedItemTable(ReadingItemTable):
 
     def with_padding(self) -> Tensor:
         """Vectors of all items and of padding, shape ``(N + 1, D)``."""
-        return self._own_of_all() + self.scale * self.projection(self.teacher_vectors)
+        return self._own_of_all() + self._projected(self.teacher_vectors, self._has_own)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look up ``item_ids`` of any shape, padding included; returns ``(*shape, D)``."""
         # Histories share items, and the vectors are wide, so project each distinct item once.
         distinct, places = torch.unique(item_ids, return_inverse=True)
-        projected = self.scale * self.projection(self.teacher_vectors.index_select(0, distinct))
+        has_own = None if self._has_own is None else self._has_own[distinct]
+        projected = self._projected(self.teacher_vectors.index_select(0, distinct), has_own)
         return self._own(item_ids) + nn.functional.embedding(places, projected)
+
+    def _projected(self, vectors: Tensor, has_own: Tensor | None) -> Tensor:
+        """Scaled projections of vectors ``(M, c)``, shape ``(M, D)``.
+
+        Items of `without_own`, which are never targets but negatives in every step, do not train the projection: it
+        would learn to keep titles like theirs away from all users.
+        """
+        projected: Tensor = self.scale * self.projection(vectors)
+        return projected if has_own is None else torch.where(has_own > 0, projected, projected.detach())
 
     def vector_map(self) -> Tensor:
         """See `ReadingItemTable.vector_map`."""

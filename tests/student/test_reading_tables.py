@@ -70,6 +70,17 @@ def test_dropped_items_are_dropped_in_training_only(kind):
     torch.testing.assert_close(table.vectors(), torch.where(SOME[:, None], alone, whole))
 
 
+def test_items_without_own_part_do_not_train_the_projection():
+    table, ids = built("fused"), torch.arange(N)
+    table.without_own(SOME)
+    upstream = torch.randn(N, D)
+    by_hand = 0.7 * upstream[~SOME].T @ vectors()[~SOME]  # gradient of the others alone
+    for found in (table.vectors(), table(ids)):
+        table.zero_grad()
+        found.backward(upstream)
+        torch.testing.assert_close(table.projection.weight.grad, by_hand)
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_scores_over_the_catalogue_give_the_gradients_of_the_plain_form(kind):
     table, users = built(kind), torch.randn(6, D)
