@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import llm2rec
 from llm2rec.command_help import TOPICS, describe, descriptions, help_text
 from llm2rec.composition import check_added, check_flags, explained, options_of
 from llm2rec.config import register, schemas_of, texts_of_command
@@ -145,3 +147,9 @@ def test_help_follows_the_chosen_files():
     assert re.search(r"^  teacher\.adapter\.r=8 +Total rank R over all experts", shown, re.MULTILINE)
     assert re.search(r"^  llm\.path=\S+\s+Folder, or id", shown, re.MULTILINE)
     assert "  llm.path" not in help_text(compose("config", return_hydra_config=True), "teacher", "x")
+
+
+def test_every_command_has_a_topic():
+    package = Path(llm2rec.__file__).parent
+    commands = {".".join(file.parent.relative_to(package).parts) for file in package.rglob("__main__.py")}
+    assert commands == TOPICS.keys()

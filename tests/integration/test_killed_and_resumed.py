@@ -128,3 +128,22 @@ def test_a_terminated_student_stores_its_step_and_goes_on_from_there(launcher, s
         assert equal(student_weights(killed), student_weights(whole[2]))
     else:  # each process has a dropout of its own
         assert [entry["step"] for entry in history(killed)] == [entry["step"] for entry in history(whole[2])]
+
+
+def test_a_student_that_is_good_enough_is_finished_and_evaluated(tmp_path):
+    run_until(tmp_path, "student", *STUDENT_RUN, reached=lambda: checkpoint_step(tmp_path) >= 40, sent=signal.SIGTERM)
+    stored = checkpoint_step(tmp_path)
+    (killed,) = runs(tmp_path)
+    fewer = [*STUDENT_RUN, "student.training.epochs=10"]  # epochs may change
+    done = run(tmp_path, "student", *fewer, f"resume=result/{killed.name}", "finish=true")
+    assert f"resuming at step_{stored:09d}" in done.stderr
+    record = json.loads((killed / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["ended_early"]
+    validation = json.loads((killed / "metrics" / "validation.json").read_text())
+    steps = {row["step"]: row["val/ndcg@10"] for row in validation["history"]}
+    assert max(steps) <= stored
+    assert steps[validation["best_step"]] == max(steps.values()) == validation["best"]
+    run(tmp_path, "evaluate", *STUDENT_RUN, f"runs=[result/{killed.name}]")
+    scores = json.loads((killed / "metrics" / "test.json").read_text())["metrics"]
+    assert 0 < scores["ndcg@10"] <= 1
