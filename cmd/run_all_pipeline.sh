@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline: data, student (the baseline), teacher (untrained and trained), distill, evaluate.
+# The whole pipeline: data, student (the baseline), teacher (untrained and trained), distill (DLLM2Rec), ensemble (of student,
+# teacher and neighbours), distill (a student that reads titles, from the ensemble), evaluate.
 #
 #   bash cmd/run_all_pipeline.sh [--force] [hydra overrides]
 #   bash cmd/run_all_pipeline.sh dataset=movielens dataset.raw_dir=/data/ml-100k llm=minilm seed=1
@@ -27,5 +28,7 @@ launch student "$@" reuse=$reuse
 launch teacher "$@" teacher.name=untrained teacher.training.epochs=0 teacher.export.enabled=false reuse=$reuse
 launch teacher "$@" reuse=$reuse
 launch distill "$@" reuse=$reuse
+launch ensemble "$@" reuse=$reuse
+launch distill distill=listwise_reading "$@" reuse=$reuse
 launch evaluate "$@"
 say "The whole pipeline took $SECONDS s."

@@ -205,8 +205,9 @@ class Config:
         resume: Folder of an earlier run of the same stage and configuration to continue, or null.
         finish: Whether the resumed run ends its training where it is and goes on with its best weights.
         reuse: Whether to skip the run if there is a finished one of the same stage, configuration and data.
-        runs: Runs to evaluate: ``latest`` (the newest finished run of each kind on this dataset) or a list of folders
-            of runs and sweeps; a sweep means its finished jobs. `llm2rec.ensemble` takes a list too.
+        runs: Runs to evaluate, or members of the ensemble: ``latest`` (the newest finished run of each kind on this
+            dataset; for the ensemble students, and LLM teachers whose outputs are there) or a list of folders of runs
+            and sweeps; a sweep means its finished jobs.
         plan: Options of `llm2rec.plan`.
         gpus: Number of GPUs for `llm2rec.plan`; a real launch takes it from the launcher.
     """

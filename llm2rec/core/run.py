@@ -15,7 +15,17 @@ from llm2rec.core.files import read_object, remove_leftovers, replaced_file, wit
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.processes import is_first_process
 
-__all__ = ["Job", "Run", "changed_settings", "described", "discard", "is_sweep", "jobs_of", "read_record"]
+__all__ = [
+    "Job",
+    "Run",
+    "changed_settings",
+    "described",
+    "discard",
+    "is_sweep",
+    "jobs_of",
+    "latest_runs",
+    "read_record",
+]
 
 _OF_NO_RESULT = ("resume", "finish", "reuse", "report", "logging.", "paths.root")  # options that change no result
 _EPOCHS = ".training.epochs"
@@ -252,6 +262,25 @@ class Job:
     def name(self) -> str:
         """Name of the sweep and number of the job."""
         return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def latest_runs(result_dir: Path, fingerprint: str, stages: Collection[str]) -> list[Path]:
+    """The newest finished run of each kind (label and seed) on a dataset, oldest first.
+
+    Args:
+        result_dir: Where runs are kept.
+        fingerprint: The dataset's fingerprint.
+        stages: Stages of the runs.
+    """
+    newest: dict[tuple[str, Any], Path] = {}
+    # A multirun keeps its runs one folder deeper.
+    for file in sorted([*result_dir.glob("result_*/run.json"), *result_dir.glob("result_*/*/run.json")]):
+        folder, record = file.parent, read_record(file.parent)
+        same = record.get("dataset", {}).get("fingerprint") == fingerprint
+        if same and record["status"] == "finished" and record["stage"] in stages:
+            record = read_record(folder, "dataset", "label", "seed", "parameters")  # of a finished model
+            newest[(record["label"], record["seed"])] = folder
+    return sorted(newest.values())
 
 
 def is_sweep(folder: Path) -> bool:

@@ -132,7 +132,7 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
     if not folder.is_dir():
         raise TeacherOutputsError(
             f"no teacher outputs in {folder}; run `python -m llm2rec.teacher` with the same dataset, llm and teacher "
-            "first, or set `distill.teacher_outputs=FOLDER`."
+            "first (for an ensemble `python -m llm2rec.ensemble`), or set `distill.teacher_outputs=FOLDER`."
         )
     manifest = _manifest(folder, fingerprint)
     ranking = _table(folder, RANKING, manifest, np.int32)

@@ -38,7 +38,7 @@ from llm2rec.ensemble.opening import (
     read_titles,
     vectors_to_export,
 )
-from llm2rec.ensemble.runs import FinishedRun, finished_run, named_runs
+from llm2rec.ensemble.runs import FinishedRun, finished_run, latest_members, named_runs
 from llm2rec.ensemble.search import sample_rows
 from llm2rec.ensemble.settings import EnsembleSettings
 from llm2rec.ensemble.store import save_ensemble
@@ -61,6 +61,15 @@ def _outputs(cfg: Config) -> Path:
     return from_launch_folder(cfg.paths.teacher_outputs_dir, cfg.paths.root) / cfg.dataset.name / cfg.ensemble.name
 
 
+def _named(cfg: Config, fingerprint: str) -> dict[Path, str]:
+    """Folders and names of the runs to mix."""
+    root, paths = cfg.paths.root, cfg.paths
+    if cfg.runs != "latest":
+        return named_runs(cfg.runs, Path(root))
+    outputs = from_launch_folder(paths.teacher_outputs_dir, root) / cfg.dataset.name
+    return named_runs(latest_members(from_launch_folder(paths.result_dir, root), outputs, fingerprint), Path(root))
+
+
 def _is_current(cfg: Config, folder: Path) -> bool:
     """Whether the ensemble exists with the same members, and the exported outputs are its own."""
     if built_object(cfg.active).source() != read_record(folder).get("selection_source"):
@@ -68,7 +77,8 @@ def _is_current(cfg: Config, folder: Path) -> bool:
     if not ((folder / "ensemble").is_dir() and (manifest := _outputs(cfg) / "manifest.json").is_file()):
         return False
     outputs = read_json(manifest)
-    named = named_runs(cfg.runs, Path(cfg.paths.root)).values()  # a sweep may have more finished jobs by now
+    fingerprint = read_record(folder, "dataset")["dataset"]["fingerprint"]
+    named = _named(cfg, fingerprint).values()  # there may be more finished runs by now
     members = outputs.get("members", [])
     if outputs.get("run") != folder.name or {each["run"] for each in members if "run" in each} != {*named}:
         return False
@@ -85,8 +95,10 @@ def main(cfg: Config, run: Run) -> None:
     """Choose the weights of the members, validate the ensemble, and export its rankings for the training rows."""
     settings, folders = build(cfg.ensemble, EnsembleSettings), _folders(cfg, run)
     policy: Any = built_object(cfg.active)  # a `SelectionPolicy`, as in llm2rec.teacher
-    named = named_runs(cfg.runs, Path(cfg.paths.root))
+    if cfg.runs != "latest":
+        named_runs(cfg.runs, Path(cfg.paths.root))  # raises before data are prepared
     data = open_data(cfg, run)
+    named = _named(cfg, data.fingerprint)
     rows = rows_to_label(policy, run, n_rows := len(data.splits["train"]))
     begun_with = run.record.get("members", named.values())  # of a sweep, more jobs may have finished since
     runs = [finished_run(each, name, data) for each, name in named.items() if name in begun_with]

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm2rec.core.errors import CheckpointError, ConfigError
+from llm2rec.core.files import read_object
 from llm2rec.core.paths import from_launch_folder
 from llm2rec.core.processes import is_first_process
-from llm2rec.core.run import described, is_sweep, jobs_of, read_record
+from llm2rec.core.run import described, is_sweep, jobs_of, latest_runs, read_record
 from llm2rec.data import RecData
 
-__all__ = ["FinishedRun", "finished_run", "named_runs"]
+__all__ = ["FinishedRun", "finished_run", "latest_members", "named_runs"]
 
 logger = logging.getLogger(__name__)
 _STAGES = ("student", "distill", "teacher")
@@ -46,6 +47,19 @@ class FinishedRun:
         return {"run": self.run, "label": self.label, "seed": self.seed}
 
 
+def latest_members(result_dir: Path, outputs: Path, fingerprint: str) -> list[Path]:
+    """The newest finished run of each student (label and seed), and of each LLM teacher whose outputs are there.
+
+    Args:
+        result_dir: Where runs are kept.
+        outputs: Folder of the dataset's teacher outputs.
+        fingerprint: The dataset's fingerprint.
+    """
+    exported = {read_object(manifest).get("run") for manifest in outputs.glob("*/manifest.json")}
+    found = latest_runs(result_dir, fingerprint, ("student", "teacher"))
+    return [each for each in found if read_record(each)["stage"] == "student" or each.name in exported]
+
+
 def named_runs(runs: object, root: Path) -> dict[Path, str]:
     """Folders and names of the given runs; a sweep's folder stands for its finished jobs.
 
@@ -54,7 +68,7 @@ def named_runs(runs: object, root: Path) -> dict[Path, str]:
     """
     if isinstance(runs, str) or not isinstance(runs, Sequence):
         raise ConfigError(
-            f"`runs` is {runs!r}, expected finished students and LLM teachers such as "
+            f"`runs` is {runs!r}, expected `latest`, finished students and LLM teachers such as "
             "`runs=[result/result_...,result/result_...]`, the folder of a sweep (`python -m llm2rec.student "
             "--multirun seed=1,2,3`), or `runs=[]` for neighbours and titles alone."
         )

@@ -22,7 +22,7 @@ from llm2rec.core.errors import ConfigError
 from llm2rec.core.files import without_secrets
 from llm2rec.core.git_info import git_state, library_versions
 from llm2rec.core.paths import from_launch_folder
-from llm2rec.core.run import Job, Run, is_sweep, jobs_of, read_record
+from llm2rec.core.run import Job, Run, is_sweep, jobs_of, latest_runs, read_record
 from llm2rec.core.train.sharding import shards_frozen_weights
 from llm2rec.data import RecData
 from llm2rec.evaluate.labels import labels_of, unlike
@@ -30,7 +30,7 @@ from llm2rec.evaluate.report.analyses import gather
 from llm2rec.evaluate.report.comparison import check_baseline, read_run
 from llm2rec.evaluate.report.findings import Findings
 from llm2rec.evaluate.report.pages import write_pages
-from llm2rec.evaluate.scoring.scoring import Protocol, find_runs, score_popularity, score_run
+from llm2rec.evaluate.scoring.scoring import WITH_A_MODEL, Protocol, score_popularity, score_run
 from llm2rec.evaluate.scoring.slices import Slice, slice_metrics, slices
 from llm2rec.evaluate.settings import ReportSettings
 from llm2rec.evaluate.sweeps import write_sweep
@@ -140,7 +140,7 @@ def _command(folder: Path) -> str | None:
 
 def _folders(runs: object, root: Path, result_dir: Path, fingerprint: str) -> list[Path]:
     if runs == "latest":
-        found = find_runs(result_dir, fingerprint)
+        found = latest_runs(result_dir, fingerprint, WITH_A_MODEL)
         if not found:
             raise ConfigError(
                 f"there is no finished run on this dataset in {result_dir}; train one with the same dataset overrides "

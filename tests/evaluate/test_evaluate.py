@@ -12,13 +12,14 @@ from PIL import Image
 from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
+from llm2rec.core.run import latest_runs
 from llm2rec.data import Toy, prepare
 from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.labels import differences, labels_of, unlike
 from llm2rec.evaluate.scoring.scoring import (
+    WITH_A_MODEL,
     Protocol,
     Scored,
-    find_runs,
     popularity,
     popularity_ranks,
     score_popularity,
@@ -110,7 +111,7 @@ def test_latest_is_the_newest_finished_run_of_each_label_and_seed(tmp_path, data
     student_run(tmp_path, data, "result_20260103_000001", dataset={"name": "x", "fingerprint": "other"})
     student_run(tmp_path, data, "result_20260103_000002", stage="evaluate")
     (tmp_path / "result_20260104_000000").mkdir()
-    assert find_runs(tmp_path, data.fingerprint) == [other_seed, of_multirun, newer]
+    assert latest_runs(tmp_path, data.fingerprint, WITH_A_MODEL) == [other_seed, of_multirun, newer]
 
 
 @pytest.mark.parametrize(

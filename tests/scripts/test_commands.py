@@ -19,7 +19,8 @@ def test_pipeline_runs_every_stage_in_order_with_the_overrides(ready: Checkout) 
     run = ready.run("cmd/run_all_pipeline.sh", "seed=7", "student=gru4rec")
     assert run.returncode == 0, run.stderr
     order = list(dict.fromkeys(stages(ready)))
-    assert order == ["data", "student", "teacher", "distill", "evaluate"]
+    assert order == ["data", "student", "teacher", "distill", "ensemble", "evaluate"]
+    assert "distill=listwise_reading" in launches(ready)[-2]
     assert all("seed=7" in call for call in launches(ready))
 
 
@@ -28,7 +29,7 @@ def test_pipeline_takes_what_is_up_to_date_unless_forced(ready: Checkout, argume
     run = ready.run("cmd/run_all_pipeline.sh", *arguments)
     assert run.returncode == 0, run.stderr
     *others, evaluate = launches(ready)
-    assert len(others) == 5
+    assert len(others) == 7
     assert all(call.endswith(f" reuse={reuse}") for call in others)
     assert "reuse" not in evaluate
     assert "--force" not in "".join([*others, evaluate])

@@ -26,9 +26,9 @@ from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.negatives import CandidateSampler
 
 __all__ = [
+    "WITH_A_MODEL",
     "Protocol",
     "Scored",
-    "find_runs",
     "popularity",
     "popularity_ranks",
     "score_popularity",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _BATCH_ROWS = 512
-_WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be scored
+WITH_A_MODEL = ("student", "teacher", "ensemble", "distill")  # stages whose runs can be scored
 _OF_A_MODEL = ("dataset", "label", "seed", "parameters")  # what the run.json of a finished model holds
 
 
@@ -82,27 +82,6 @@ class Scored:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     n_titles: int = 0
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-def find_runs(result_dir: Path, fingerprint: str) -> list[Path]:
-    """The newest finished run of each kind (label and seed) on a dataset, oldest first.
-
-    Args:
-        result_dir: Where runs are kept.
-        fingerprint: The dataset's fingerprint.
-
-    Returns:
-        Run folders of students, teachers, ensembles and distilled students.
-    """
-    newest: dict[tuple[str, Any], Path] = {}
-    # A multirun keeps its runs one folder deeper.
-    for file in sorted([*result_dir.glob("result_*/run.json"), *result_dir.glob("result_*/*/run.json")]):
-        folder, record = file.parent, read_record(file.parent)
-        same = record.get("dataset", {}).get("fingerprint") == fingerprint
-        if same and record["status"] == "finished" and record["stage"] in _WITH_A_MODEL:
-            record = read_record(folder, *_OF_A_MODEL)
-            newest[(record["label"], record["seed"])] = folder
-    return sorted(newest.values())
 
 
 def score_run(folder: Path, data: RecData, engine: Engine, protocol: Protocol, gate_dir: Path) -> Scored:
@@ -247,10 +226,10 @@ def _checked_record(folder: Path, data: RecData) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} is not a run folder (no run.json); expected `runs=[result/result_...]`.")
     record = read_record(folder)
-    if record["stage"] not in _WITH_A_MODEL or record["status"] != "finished":
+    if record["stage"] not in WITH_A_MODEL or record["status"] != "finished":
         raise CheckpointError(
             f"{folder.name} is {described(record)}; only finished runs of "
-            f"{', '.join(_WITH_A_MODEL)} can be evaluated. Resume it, or leave it out of `runs`."
+            f"{', '.join(WITH_A_MODEL)} can be evaluated. Resume it, or leave it out of `runs`."
         )
     record = read_record(folder, *_OF_A_MODEL)
     if record["dataset"]["fingerprint"] != data.fingerprint:
