@@ -1,11 +1,12 @@
 """A dry run of one training row: refuses adapters that no forward pass uses before the first step."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -17,10 +18,23 @@ from llm2rec.ilora import ILoraLinear
 __all__ = ["check_trained_tensors"]
 
 _MAX_NAMED = 4  # layers in an error message
+_N_ROWS = 2  # in the pass that counts rows; what a batch shares, such as positions, has 1
+
+
+class _Calls(NamedTuple):
+    """What a forward pass does with the adapted layers.
+
+    Attributes:
+        rows: Numbers of rows that a layer reads, for each layer that is called.
+        several: Layers that return several tensors.
+    """
+
+    rows: dict[str, set[int]]
+    several: set[str]
 
 
 def check_trained_tensors(
-    model: nn.Module, loss: Callable[[], AbstractContextManager[Tensor]], model_type: str, n_processes: int = 1
+    model: nn.Module, loss: Callable[[int], AbstractContextManager[Tensor]], model_type: str, n_processes: int = 1
 ) -> None:
     """Run one row forward and backward and raise unless every trained tensor takes part; the model stays as it was.
 
@@ -32,21 +46,22 @@ def check_trained_tensors(
 
     Args:
         model: The teacher, not wrapped.
-        loss: Computes the loss of one row, a scalar; the context lasts until the backward pass is done, with the gates.
+        loss: Computes the loss of so many copies of one row, a scalar; the context lasts until the backward pass is
+            done, with the gates.
         model_type: The language model's type, for messages.
         n_processes: Processes of the launch.
 
     Raises:
         ConfigError: If a trained tensor gets no gradient, evaluation skips an adapted layer, a layer of iLoRA reads
-            tokens instead of rows, or the model fails.
+            something else than the batch's rows, an adapted layer returns several tensors, or the model fails.
     """
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     try:
         with _restored(model), _readable(model_type):
-            called = _called_layers(model.eval(), loss)
-            _check_rows(model, called, model_type)
+            calls = _calls(model.eval(), loss)
+            _check_calls(model, calls, model_type)
             model.train()
-            with loss() as value:
+            with loss(1) as value:
                 value.backward()
             unused = {name for name, each in trained.items() if each.grad is None}
     except (MemoryError, torch.OutOfMemoryError):  # the first step reports it, or retries with smaller micro-batches
@@ -55,7 +70,7 @@ def check_trained_tensors(
         for each in trained.values():
             each.grad = None
     adapted = {layer for name in trained if (layer := _layer_of(name)) is not None}
-    layers = {layer for layer in adapted if layer not in called} | {_layer_of(name) for name in unused} - {None}
+    layers = {layer for layer in adapted if layer not in calls.rows} | {_layer_of(name) for name in unused} - {None}
     other = sorted(name for name in unused if _layer_of(name) is None)
     if n_processes == 1:
         routed = {_expert_pattern(layer) for layer in adapted - layers}
@@ -70,43 +85,54 @@ def check_trained_tensors(
         )
 
 
-def _called_layers(model: nn.Module, loss: Callable[[], AbstractContextManager[Tensor]]) -> dict[str, int]:
-    """Adapted layers that a forward pass in evaluation calls, where models may take other paths, and rows they read.
+def _calls(model: nn.Module, loss: Callable[[int], AbstractContextManager[Tensor]]) -> _Calls:
+    """Calls of adapted layers by a forward pass in evaluation, where models may take other paths.
 
     Adapters are off meanwhile: one that reads another number of rows would raise.
     """
-    called, handles = dict[str, int](), []
+    calls, handles = _Calls({}, set()), []
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     enabled = [layer for layer in layers.values() if not layer.disable_adapters]
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: called.__setitem__(name, max(called.get(name, 0), len(inputs[0]) if inputs else 1))
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+        def noted(_: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+            calls.rows.setdefault(name, set()).add(len(inputs[0]) if inputs else _N_ROWS)
+            if not isinstance(output, Tensor) and not isinstance(layers[name], ParamWrapper):  # adds to a weight
+                calls.several.add(name)
+
+        return noted
 
     for name, layer in layers.items():
-        handles.append(cast(nn.Module, layer).register_forward_pre_hook(note(name)))
+        handles.append(cast(nn.Module, layer).register_forward_hook(note(name)))
     try:
         for layer in enabled:
             layer._disable_adapters = True
-        with torch.no_grad(), loss():
+        with torch.no_grad(), loss(_N_ROWS):
             pass
     finally:
         for layer in enabled:
             layer._disable_adapters = False
         for handle in handles:
             handle.remove()
-    return called
+    return calls
 
 
-def _check_rows(model: nn.Module, called: Mapping[str, int], model_type: str) -> None:
-    """Raise if layers of iLoRA read something else than the one row: its tokens, or several copies."""
-    wrong = {
-        name for name, n_rows in called.items() if n_rows > 1 and isinstance(model.get_submodule(name), ILoraLinear)
-    }
-    if wrong:
+def _check_calls(model: nn.Module, calls: _Calls, model_type: str) -> None:
+    """Raise for layers that return several tensors, and layers of iLoRA that read something else than rows."""
+    gated = {name for name in calls.rows if isinstance(model.get_submodule(name), ILoraLinear)}
+    wrong = {name for name in gated if calls.rows[name] != {_N_ROWS}}
+    if calls.several:
         raise ConfigError(
-            f"a language model of type {model_type!r} flattens (B, T, d) to (B*T, d) before layers, which leaves the "
-            f"gates of a token unknown: {_adapters_of(wrong, called, what='')}; `teacher.tuning=lora` "
-            "adapts them."
+            f"a language model of type {model_type!r} has layers that cannot be adapted, since they return several "
+            f"tensors (a router){' or read tokens instead of rows' if wrong else ''}: "
+            f"{_adapters_of(wrong | calls.several, calls.rows, what='')}."
+        )
+    if wrong:
+        shared = any(n == 1 for name in wrong for n in calls.rows[name])
+        why = "applies layers to " + ("positions that all rows share" if shared else "(B, T, d) flattened to (B*T, d)")
+        raise ConfigError(
+            f"a language model of type {model_type!r} {why}, which leaves the gates of a token unknown: "
+            f"{_adapters_of(wrong, calls.rows, what='')}; `teacher.tuning=lora` adapts them."
         )
 
 

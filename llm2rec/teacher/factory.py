@@ -227,7 +227,8 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
             if any(isinstance(layer, BaseTunerLayer) for layer in parent.children()):
                 check_parent(parent, name)  # iLoRA has done so
     except (ValueError, TypeError) as error:  # no such layer, or one that is not linear
-        raise ConfigError(f"teacher.adapter: {error}") from error
+        fused = "; use `teacher.adapter.dropout=0`, as the experts are one tensor" if "ParamWrap" in str(error) else ""
+        raise ConfigError(f"teacher.adapter: {str(error).removesuffix('.')}{fused}.") from error
     return cast(PeftModel, model)
 
 

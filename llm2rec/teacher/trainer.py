@@ -194,14 +194,14 @@ def train_teacher(
 
 def check_first_pass(model: LLMTeacher, task: TeacherTask, engine: Engine) -> None:
     """Raise if trained tensors take no part in the loss; see `check_trained_tensors`. Reads the shortest row."""
-    row = np.array([int(task.train.token_counts.argmin())])
-    gate_input = torch.from_numpy(task.train.gate_inputs[row]).to(engine.device)
+    shortest = int(task.train.token_counts.argmin())
 
     @contextmanager
-    def loss() -> Iterator[Tensor]:
-        with model.use_gates(gate_input):
+    def loss(n_copies: int) -> Iterator[Tensor]:
+        rows = np.full(n_copies, shortest)
+        with model.use_gates(torch.from_numpy(task.train.gate_inputs[rows]).to(engine.device)):
             with engine.accelerator.autocast():
-                value = task.losses(model, row, hybrid=model.is_hybrid, epoch=0).sum()
+                value = task.losses(model, rows, hybrid=model.is_hybrid, epoch=0).sum()
             yield value
 
     check_trained_tensors(model, loss, model.model_type, engine.n_processes)

@@ -34,6 +34,13 @@ _VISION = {
 }
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "num_local_experts": 2}
 
+_DEBERTA = _USUAL | {
+    "max_position_embeddings": _POSITIONS + 2,
+    "pad_token_id": 1,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+}
+
 # Per case: type of model and what its configuration adds to, or has instead of, the usual sizes.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # decoders with plain attention
@@ -112,6 +119,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         kind: (kind, _USUAL | {"max_position_embeddings": _POSITIONS + 2, "pad_token_id": 1})
         for kind in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "modernbert", "mpnet", "deberta-v2")
     },
+    "deberta, relative": ("deberta", _DEBERTA),
+    "deberta-v2, relative": ("deberta-v2", _DEBERTA),
+    "deberta-v2, shared keys": ("deberta-v2", _DEBERTA | {"share_att_key": True}),  # as DeBERTa-v3
     "distilbert": (
         "distilbert", {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": _POSITIONS},
     ),

@@ -19,7 +19,7 @@ from llm2rec.teacher.trainer import train_teacher
 
 ENCODERS = (
     "bert", "roberta", "xlm-roberta", "camembert", "electra", "modernbert", "mpnet", "deberta-v2", "distilbert",
-    "albert", "t5", "xlnet",
+    "albert", "t5", "xlnet", "deberta, relative", "deberta-v2, relative", "deberta-v2, shared keys",
 )  # fmt: skip
 NO_POSITIONS = "cannot do here .its forward pass takes no `position_ids`"
 NO_KEYS = "cannot do here .this model's cache has layers of type"
@@ -53,6 +53,9 @@ PROPOSED = {
     "opt": "[fc1,fc2]",
     "llama4_text": "feed_forward",
     "qwen3_next": "shared_expert",
+    "deberta, relative": "[pos_proj,pos_q_proj]",
+    "deberta-v2, relative": "[pos_key_proj,pos_query_proj]",
+    "deberta-v2, shared keys": "[key_proj,query_proj]",
 }
 
 
