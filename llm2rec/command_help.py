@@ -65,7 +65,7 @@ TOPICS = {
         ),
     ),
     "distill": Topic(
-        "dataset=toy distill=listwise distill.teacher_outputs=data/teacher_outputs/toy/ensemble",
+        "dataset=toy distill=listwise_reading",
         (
             "distill.teacher_outputs", "distill.ranking.loss", "distill.ranking.weight", "distill.ranking.top_k",
             "distill.ranking.temperature", *_SELECTION, *_STUDENT, *_RUN,

@@ -173,7 +173,9 @@ def _next_command(cfg: DictConfig, name: str, folder: Path) -> str | None:
     overrides = _overrides("resume=", "finish=", "reuse=", "runs=", "report.", "hydra.", "hydra/", "ensemble.")
     if name == "ensemble":
         outputs = f"{cfg.paths.teacher_outputs_dir}/{cfg.dataset.name}/{cfg.ensemble.name}"
-        overrides += ["distill=listwise", f"distill.teacher_outputs={outputs}"]
+        reads = cfg.ensemble.titles.share != 0 or "titles" in (cfg.ensemble.vectors or ())
+        recipe = "listwise_reading" if reads else "listwise"
+        overrides += [f"distill={recipe}", f"distill.teacher_outputs={outputs}"]
     return shlex.join(["python", "-m", f"llm2rec.{following}", *overrides])
 
 

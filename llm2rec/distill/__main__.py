@@ -53,7 +53,7 @@ def main(cfg: Config, run: Run) -> None:
         n_rows=len(data.splits["train"]),
         n_items=data.n_items,
         fingerprint=data.fingerprint,
-        top_k=settings.ranking.top_k if settings.ranking.weight > 0 else 1,
+        top_k=min(settings.ranking.top_k, data.n_items) if settings.ranking.weight > 0 else 1,
     )
     run.keep(teacher_outputs=outputs_hash(outputs), selection_source=policy.source())
     engine = open_engine(cfg, run, student_settings.training)

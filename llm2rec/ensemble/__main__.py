@@ -1,6 +1,6 @@
 """``accelerate launch -m llm2rec.ensemble``: a teacher of students, item neighbours, title neighbours and LLM teachers.
 
-Its outputs are those of `llm2rec.teacher`: ``llm2rec.distill distill=listwise distill.teacher_outputs=...`` reads them.
+Its outputs are those of `llm2rec.teacher`: ``llm2rec.distill distill=listwise_reading`` reads them.
 """
 
 import logging
