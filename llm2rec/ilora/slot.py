@@ -154,7 +154,7 @@ class GateSlot:
                 "every active adapter, or open `hold` after `set_adapter`."
             )
         if not torch.compiler.is_compiling():
-            self._check_pass()
+            self._check_pass(self._factors[adapter][layout])
         factors = self._factors[adapter][layout]
         if self._packed:
             if factors.shape[:2] != shape:
@@ -169,14 +169,21 @@ class GateSlot:
             factors = self._repeat(adapter, layout, factors, n_rows // n_gates)
         return factors if len(shape) == 2 else factors.view(shape[0], *[1] * (len(shape) - 1), factors.shape[-1])
 
-    def _check_pass(self) -> None:
-        """Raise if a checkpointed block is recomputed under other gates than those of its forward pass."""
+    def _check_pass(self, factors: Tensor) -> None:
+        """Raise if a block is recomputed under other gates than in its forward pass, or by reentrant checkpointing."""
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             self._ran_forward = True
         elif not self._ran_forward:
             raise GateError(
                 "the backward pass recomputes a checkpointed block whose forward pass ran under other gates; open "
                 "`hold` (or `use_gates`) once around the forward AND the backward pass of a batch."
+            )
+        elif factors.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            # Non-reentrant checkpointing recomputes under hooks. The reentrant one runs a backward pass per block, of
+            # which the first frees the graph of the gates.
+            raise GateError(
+                "gradient checkpointing with `use_reentrant=True` cannot train gates, which all blocks share; use "
+                "`model.activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})`."
             )
 
     def _repeat(self, adapter: str, layout: RankLayout, factors: Tensor, times: int) -> Tensor:

@@ -153,6 +153,32 @@ def test_a_checkpointed_backward_under_gates_that_saw_no_forward_is_refused():
         outputs(model, **batch()).sum().backward()  # as it should be
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_reentrant_checkpointing_of_trained_gates_is_refused_and_of_constant_gates_is_exact(kind):
+    model = adapt(tiny(kind), target_modules=["q_proj", "lm_head"] if kind == "llama" else ["c_attn", "lm_head"])
+    base, tuner = model.train().get_base_model(), model.base_model
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    base.enable_input_require_grads()
+
+    def gradients(gates, reentrant):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        with tuner.hold(gates):
+            outputs(model, **batch()).sum().backward()
+        return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+    gates = tuner.gate(gate_inputs())
+    with pytest.raises(GateError, match=r"`use_reentrant=True` cannot train gates.*'use_reentrant': False"):
+        gradients(gates, True)
+    constant = gates.detach()
+    found = gradients(constant, True)
+    assert any("ilora_A" in name for name in found)
+    torch.testing.assert_close(found, gradients(constant, False))
+    assert any("ilora_gate" in name for name in gradients(tuner.gate(gate_inputs()), False))
+
+
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("names", [["default"] * 3, ["default", "__base__", "nobody"]])
 def test_adapters_chosen_by_row_are_refused(names, task):
