@@ -59,11 +59,12 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
         A folder, or an id on the Hub whose configuration can be read.
 
     Raises:
-        ConfigError: If there is no such model.
+        ConfigError: If there is no such model, or it is a GGUF file.
     """
     if isinstance(settings, TinyRandomSettings):
         return str(make_tiny_random(settings, llm_dir, titles))
     local = root / Path(settings.path).expanduser()
+    _check_layout(local, settings.path)
     source = str(local.resolve()) if local.is_dir() else settings.path
     with readable(
         ConfigError,
@@ -74,6 +75,20 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
     ):
         AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     return source
+
+
+def _check_layout(local: Path, path: str) -> None:
+    """Raise for a GGUF file, and for a folder with no other weights."""
+    files = sorted(local.glob("*")) if local.is_dir() else [local] if local.is_file() else []
+    found = [file for file in files if file.suffix.lower() == ".gguf"]
+    if found and not any(file.suffix in (".safetensors", ".bin") for file in files):
+        read = f"from_pretrained({str(found[0].parent)!r}, gguf_file={found[0].name!r}"
+        raise ConfigError(
+            f"llm.path is {path!r}, a model in GGUF, and Hugging Face's layout is expected; convert it in Python with "
+            "transformers and the `gguf` package: "
+            f"`AutoModelForCausalLM.{read}, quantization_config=GgufConfig(dequantize=True)).save_pretrained(FOLDER)` "
+            f"and `AutoTokenizer.{read}).save_pretrained(FOLDER)`, then set `llm.path=FOLDER`."
+        )
 
 
 def weights_hash(source: str) -> str:

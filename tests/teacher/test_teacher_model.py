@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architecture_helpers import make_architecture
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from teacher_helpers import CPU, build, padded, randomise, split, teacher_rows
@@ -263,6 +264,23 @@ def test_a_path_without_a_model_is_refused_by_name(data, tmp_path):
     for path in ("no/such-model", str(tmp_path)):
         with pytest.raises(ConfigError, match=r"llm.path is .* neither a folder .* Set `llm.path=FOLDER`"):
             locate(LLMSettings(name="x", path=path), tmp_path, tmp_path / "llm", data.titles)
+
+
+def test_a_model_in_gguf_is_refused_with_the_conversion(data, tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "m.Q8_0.gguf").write_bytes(b"GGUF")
+    (folder / "config.json").write_text("{}")
+    for path in ("models", "models/m.Q8_0.gguf"):
+        with pytest.raises(ConfigError, match=r"in GGUF.*'m\.Q8_0\.gguf', .*dequantize=True.*AutoTokenizer") as refusal:
+            locate(LLMSettings(name="x", path=path), tmp_path, tmp_path / "llm", data.titles)
+        assert f"from_pretrained({str(folder)!r}" in str(refusal.value)
+
+
+def test_a_gguf_file_beside_other_weights_is_left_alone(data, tmp_path):
+    folder = make_architecture("llama", tmp_path / "llama", data.titles)
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    assert locate(LLMSettings(name="x", path=str(folder)), tmp_path, tmp_path / "llm", data.titles) == str(folder)
 
 
 @pytest.mark.parametrize(
