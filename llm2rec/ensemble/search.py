@@ -244,7 +244,9 @@ def choose(
             variants = [alone | {group: _with_option(alone[group], name, each)} for each in OPTIONS[name]]
             alone = _best(alone, variants, partial(value, only=first))
     ends = [_climb(each, kinds, free, value, rounds) for each in ([begin] if alone == begin else [begin, alone])]
-    return max(ends, key=value), len(tried)
+    best = max(ends, key=value)
+    # The order of equal values depends on the last bits of scores, and so do the last bits of shares.
+    return {group: replace(each, share=round(each.share, 9)) for group, each in best.items()}, len(tried)
 
 
 def _climb(

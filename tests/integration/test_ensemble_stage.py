@@ -105,7 +105,7 @@ def test_an_ensemble_labels_the_rows_of_a_budget_alone(chain, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "`runs` is 'latest', expected finished students"),
+        (["runs=newest"], "`runs` is 'newest', expected `latest`, finished students"),
         (["runs=[]", "ensemble.neighbours.share=0", "ensemble.titles.share=0"], "the ensemble has no members"),
         (["runs=[]", "ensemble.titles.share=0"], "item neighbours alone have no item vectors"),
         (["runs=[result/SWEEP]", "llm=minilm", "ensemble.vectors=[else]"], "names 'else', expected some of titles"),
