@@ -177,6 +177,7 @@ def test_a_stage_in_this_process_gives_the_same_result_and_leaves_no_trace(tmp_p
     try:
         torch.use_deterministic_algorithms(True)
         torch.set_default_dtype(torch.float64)
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test of this process may have one
         accelerator = Accelerator(mixed_precision="bf16", cpu=True)
         with torch.no_grad(), initialize_config_dir(str(tmp_path), version_base="1.3"):
             before = state()
