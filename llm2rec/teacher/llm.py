@@ -1,9 +1,10 @@
 """Load language models and tokenizers, from a folder or the Hub, or create a tiny random one."""
 
 import hashlib
+import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,19 +54,20 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
     Args:
         settings: The model's settings.
         root: Base folder of relative paths.
-        llm_dir: Folder for tiny models.
+        llm_dir: Folder for tiny models, and for models converted from GGUF.
         titles: Item titles, for the tiny model's tokenizer.
 
     Returns:
         A folder, or an id on the Hub whose configuration can be read.
 
     Raises:
-        ConfigError: If there is no such model, or it is a GGUF file.
+        ConfigError: If there is no such model, or it is in GGUF and cannot be converted.
     """
     if isinstance(settings, TinyRandomSettings):
         return str(make_tiny_random(settings, llm_dir, titles))
     local = root / Path(settings.path).expanduser()
-    _check_layout(local, settings.path)
+    if (gguf := _gguf_file(local, settings.path)) is not None:
+        return str(_converted(gguf, settings, llm_dir).resolve())
     source = str(local.resolve()) if local.is_dir() else settings.path
     with readable(
         ConfigError,
@@ -77,18 +80,45 @@ def locate(settings: LLMSettings, root: Path, llm_dir: Path, titles: list[str]) 
     return source
 
 
-def _check_layout(local: Path, path: str) -> None:
-    """Raise for a GGUF file, and for a folder with no other weights."""
+def _gguf_file(local: Path, path: str) -> Path | None:
+    """The GGUF file that ``local`` is, or that a folder holds in place of other weights."""
     files = sorted(local.glob("*")) if local.is_dir() else [local] if local.is_file() else []
     found = [file for file in files if file.suffix.lower() == ".gguf"]
-    if found and not any(file.suffix in (".safetensors", ".bin") for file in files):
-        read = f"from_pretrained({str(found[0].parent)!r}, gguf_file={found[0].name!r}"
+    if not found or any(file.suffix in (".safetensors", ".bin") for file in files):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ConfigError(f"llm.path is {path!r}, which holds several GGUF files ({names}); give one of them.")
+    return found[0]
+
+
+def _converted(file: Path, settings: LLMSettings, llm_dir: Path) -> Path:
+    """A GGUF model in Hugging Face's layout, de-quantised to float16; converted once into a folder of ``llm_dir``."""
+    folder = llm_dir / f"{file.stem}-{_hash_of([file])[:16]}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
         raise ConfigError(
-            f"llm.path is {path!r}, a model in GGUF, and Hugging Face's layout is expected; convert it in Python with "
-            "transformers and the `gguf` package: "
-            f"`AutoModelForCausalLM.{read}, quantization_config=GgufConfig(dequantize=True)).save_pretrained(FOLDER)` "
-            f"and `AutoTokenizer.{read}).save_pretrained(FOLDER)`, then set `llm.path=FOLDER`."
+            f"llm.path is {settings.path!r}, a model in GGUF, which the package `gguf` converts to Hugging Face's "
+            "layout; install it (`pip install gguf`), or give a folder in that layout."
         )
+    problem = f"llm.path is {settings.path!r}, a model in GGUF that cannot be converted to Hugging Face's layout"
+    logger.info("converting %s to %s", settings.path, folder)
+    with readable(ConfigError, problem, "Give a folder in that layout."), replaced_folder(folder) as aside:
+        place, plain = str(file.parent), GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=file.name,
+            quantization_config=plain,
+            dtype=torch.float16,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        model.save_pretrained(aside)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, gguf_file=file.name, trust_remote_code=settings.trust_remote_code
+        )
+        tokenizer.save_pretrained(aside)
+    return folder
 
 
 def weights_hash(source: str) -> str:
@@ -98,16 +128,21 @@ def weights_hash(source: str) -> str:
         SHA-256 of names, sizes, and first and last MiB of the weight files in a folder; empty if there are none, as for
         an id on the Hub.
     """
-    digest = hashlib.sha256()
     found = sorted(file for file in Path(source).glob("*") if file.suffix in (".safetensors", ".bin"))
-    for file in found:
+    return _hash_of(found) if found else ""
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    """SHA-256 of names, sizes, and first and last MiB of files."""
+    digest = hashlib.sha256()
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as opened:
             digest.update(opened.read(2**20))
             opened.seek(max(0, size - 2**20))
             digest.update(opened.read())
-    return digest.hexdigest() if found else ""
+    return digest.hexdigest()
 
 
 def weights_changed(source: str, known: str) -> bool:
