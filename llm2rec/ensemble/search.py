@@ -244,9 +244,7 @@ def choose(
             variants = [alone | {group: _with_option(alone[group], name, each)} for each in OPTIONS[name]]
             alone = _best(alone, variants, partial(value, only=first))
     ends = [_climb(each, kinds, free, value, rounds) for each in ([begin] if alone == begin else [begin, alone])]
-    best = max(ends, key=value)
-    # The order of equal values depends on the last bits of scores, and so do the last bits of shares.
-    return {group: replace(each, share=round(each.share, 9)) for group, each in best.items()}, len(tried)
+    return max(ends, key=value), len(tried)
 
 
 def _climb(
@@ -294,7 +292,7 @@ def _with_share(
     weights: dict[str, GroupWeights], group: str, share: float, free: Mapping[str, Free]
 ) -> dict[str, GroupWeights]:
     """A group has ``share`` of what given shares leave; other free shares keep their proportions."""
-    others = {each for each in weights if free[each].share and each != group}
+    others = [each for each in weights if free[each].share and each != group]  # no set: sums depend on the order
     left = 1 - sum(each.share for name, each in weights.items() if not free[name].share)
     total = sum(weights[each].share for each in others)
     rest = {

@@ -266,8 +266,7 @@ def test_two_processes_and_a_resumed_one_choose_the_same(mixed, tmp_path):
         return [{key: value for key, value in member.items() if key != "text"} for member in members]
 
     assert without_places(manifest["members"]) == without_places(whole[2]["members"])
-    # The search may take another way to the same end where rounding decides between equal scores.
-    assert {**manifest["search"], "trials": 0} == {**whole[2]["search"], "trials": 0}
+    assert manifest["search"] == whole[2]["search"]
     assert (ranking == whole[0]).mean() > 0.99
 
     killed = tmp_path / "killed"
@@ -285,4 +284,4 @@ def test_two_processes_and_a_resumed_one_choose_the_same(mixed, tmp_path):
     run(killed, "ensemble", *STUDENT, *SMALL, *LLM, mixed["members"], f"resume=result/{begun.name}")
     ranking, _, manifest = outputs_in(killed)
     assert manifest["search"]["trials"] == 12345
-    assert (ranking == whole[0]).mean() > 0.99
+    assert np.array_equal(ranking, whole[0])
