@@ -35,10 +35,13 @@ from harness import existing, write_result
 from numpy.typing import NDArray
 
 from llm2rec.core.files import read_json
-from llm2rec.core.statistics import holm, paired_difference, row_values
+from llm2rec.core.statistics import holm, paired_difference, quantile_groups, row_values
 from llm2rec.data import load
+from llm2rec.evaluate.scoring.scoring import popularity
+from llm2rec.evaluate.scoring.slices import slices
 from llm2rec.launch import run
 from llm2rec.tune import tune
+from llm2rec.tune.process import validation_history
 
 METRIC = "ndcg@20"
 MEMBERS = 3  # students of the ensembles that teach
@@ -265,28 +268,27 @@ class Study:
     def slices(
         self, values: Mapping[str, NDArray[np.float64]], ranks: Mapping[str, NDArray[np.int64]]
     ) -> dict[str, Any]:
-        """NDCG@20 by arm in thirds of popularity and of history length, and HR@20 of never-trained targets."""
+        """NDCG@20 and HR@20 by arm: thirds of popularity and of history length, and the slices of the evaluation."""
         (prepared,) = (self.folder / "data" / "processed").glob("*")
         data = load(prepared)
         test = data.splits["test"].with_format("numpy")
-        targets, lengths = np.asarray(test["target"][:]), np.asarray(test["position"][:])
-        counts = np.bincount(np.asarray(data.splits["train"].with_format("numpy")["target"][:]), minlength=data.n_items)
-        first_items = np.concatenate([each[:1] for each in data.sequences.with_format("numpy")["items"][:]])
-        counts += np.bincount(first_items, minlength=data.n_items)
-        never = counts[targets] == 0
+        numbers = {
+            "popularity": popularity(data)[np.asarray(test["target"][:])].astype(np.int64),
+            "history": np.asarray(test["position"][:], np.int64),
+        }
         groups = {
-            f"{name}, {third} third": np.array_split(np.argsort(each, kind="stable"), 3)[place]
-            for name, each in (("popularity", counts[targets]), ("history", lengths))
-            for place, third in enumerate(("lowest", "middle", "highest"))
+            f"{name} {each[rows].min()} to {each[rows].max()}": rows
+            for name, each in numbers.items()
+            for rows in quantile_groups(each, 3)
         }
-        found: dict[str, Any] = {
-            group: {arm: float(each[:, rows].mean()) for arm, each in values.items()} for group, rows in groups.items()
+        return {
+            name: {
+                "rows": len(rows),
+                METRIC: {arm: float(each[:, rows].mean()) for arm, each in values.items()},
+                "hr@20": {arm: float((each[:, rows] < 20).mean()) for arm, each in ranks.items()},
+            }
+            for name, rows in {**groups, **{part.name: part.rows for part in slices(data)}}.items()
         }
-        found["never trained, hr@20"] = {
-            "rows": int(never.sum()),
-            **{arm: float((each[:, never] < 20).mean()) for arm, each in ranks.items() if never.any()},
-        }
-        return found
 
 
 def plain(name: str) -> str:
@@ -296,8 +298,7 @@ def plain(name: str) -> str:
 
 def validated(folder: Path) -> float:
     """Best validation metric of a run."""
-    metrics = read_json(folder / "metrics" / "validation.json")
-    return max(each[f"val/{METRIC}"] for each in metrics["history"] if f"val/{METRIC}" in each)
+    return max(validation_history(folder))
 
 
 def test_ranks(folder: Path) -> NDArray[np.int64]:

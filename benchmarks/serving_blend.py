@@ -159,7 +159,7 @@ def accuracy(
     ranks["blend"] = np.take_along_axis(blends, np.searchsorted(SHARES, shares)[None, None], axis=0)[0]
     ways = ("popularity", "neighbours", "sasrec", "blend")
     found = {way: {metric: vars(estimate(values(ranks[way], metric))) for metric in METRICS} for way in ways}
-    of_seeds = [values(ranks[way], CHOSEN_ON).mean(axis=0) for way in ("blend", "sasrec")]
+    of_seeds = [values(ranks[way], CHOSEN_ON) for way in ("blend", "sasrec")]
     return {
         "rows": found,
         "share": share,
