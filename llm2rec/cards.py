@@ -262,18 +262,6 @@ def _card(
         settings: Training options, plain values without paths.
         base_model: Hub id of the base model, if it has one.
     """
-    state = git_state()
-    commit = f"commit `{state['commit']}`{' with local changes' if state['dirty'] else ''}" if state["commit"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    ranked = f"Full ranking of all {training.n_items:,} items, {training.excluded} excluded"
-    if training.n_candidates:
-        ranked = f"Targets among {training.n_candidates} candidates drawn at random"
-    validation = (
-        f"{ranked}, for {training.n_validation:,} validation rows. These numbers selected the weights, so they are "
-        "optimistic. The test split was not read.\n\n" + _table(training.metrics)
-        if training.metrics
-        else "The model was not validated."
-    )
     text = f"""---
 {_front_matter(title, tags, training, base_model)}
 ---
@@ -299,7 +287,7 @@ Dataset `{training.dataset}` (fingerprint `{training.fingerprint[:12]}`): {train
 
 ## Validation
 
-{validation}
+{_validation(training)}
 
 ## Limitations
 
@@ -307,9 +295,28 @@ Dataset `{training.dataset}` (fingerprint `{training.fingerprint[:12]}`): {train
 
 ## Provenance
 
-llm2rec{f", {commit}" if commit else ""}; seed {training.seed}; {versions}.
+{_provenance(training.seed)}
 """
     return str(without_secrets(text))
+
+
+def _provenance(seed: int) -> str:
+    state = git_state()
+    commit = f", commit `{state['commit']}`{' with local changes' if state['dirty'] else ''}" if state["commit"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    return f"llm2rec{commit}; seed {seed}; {versions}."
+
+
+def _validation(training: Training) -> str:
+    if not training.metrics:
+        return "The model was not validated."
+    ranked = f"Full ranking of all {training.n_items:,} items, {training.excluded} excluded"
+    if training.n_candidates:
+        ranked = f"Targets among {training.n_candidates} candidates drawn at random"
+    return (
+        f"{ranked}, for {training.n_validation:,} validation rows. These numbers selected the weights, so they are "
+        "optimistic. The test split was not read.\n\n" + _table(training.metrics)
+    )
 
 
 def _front_matter(title: str, tags: Sequence[str], training: Training, base_model: str | None) -> str:

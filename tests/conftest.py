@@ -17,6 +17,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture
+def hydra_open():
+    """Hydra with our schemas and configuration, for tests that compose."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from llm2rec.config import register
+    from llm2rec.core.paths import conf_folder
+
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--json", type=Path, help="write the bad inputs or kills that were tried to this file")
     parser.addoption("--kills", type=int, default=1, help="kills of each part in test_chaos.py (default: 1)")

@@ -5,24 +5,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 
 import llm2rec
 from llm2rec.command_help import TOPICS, describe, descriptions, help_text
 from llm2rec.composition import check_added, check_flags, explained, options_of
-from llm2rec.config import register, schemas_of, texts_of_command
+from llm2rec.config import schemas_of, texts_of_command
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.paths import conf_folder
 from llm2rec.tune.__main__ import split_arguments
 
-
-@pytest.fixture(autouse=True)
-def _hydra():
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra_open")
 
 
 def composed(name, *arguments):

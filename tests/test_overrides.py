@@ -1,23 +1,15 @@
 """Overrides of the command line: texts are taken as typed, and every option given is read."""
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
 from llm2rec import config
-from llm2rec.config import register, texts_of_command
+from llm2rec.config import texts_of_command
 from llm2rec.core.errors import ConfigError
-from llm2rec.core.paths import conf_folder
 from llm2rec.overrides import check_read, text_options
 
-
-@pytest.fixture(autouse=True)
-def _hydra():
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra_open")
 
 
 NUMBER_LIKE = ["1_0", "1e3", "1.50", "+5", "true", "007", "0", "-1", "NaN", "inf", "off", "null"]

@@ -160,12 +160,7 @@ def read_outputs(folder: Path, *, n_rows: int, n_items: int, fingerprint: str, t
         raise _invalid(
             folder, f"`train_rows` in manifest.json is {manifest['train_rows']}, but the training split has {n_rows}"
         )
-    lowest, highest = int(ranking.min()), int(ranking.max())
-    if lowest < 0 or highest >= n_items:
-        row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
-        raise _invalid(
-            folder, f"line {row + 1} of {RANKING} has an item outside 0..{n_items - 1} ({lowest}..{highest})"
-        )
+    _check_items(folder, ranking, n_items)
     if not np.isfinite(confidence).all():
         row = int(np.argmax(~np.isfinite(confidence).all(axis=1)))
         raise _invalid(folder, f"line {row + 1} of {CONFIDENCE} is not finite: {confidence[row].tolist()}")
@@ -189,6 +184,16 @@ def _invalid(folder: Path, why: str) -> TeacherOutputsError:
         f"invalid teacher outputs in {folder}: {why}. Export them again with `python -m llm2rec.teacher` or "
         "`llm2rec.ensemble`, or set `distill.teacher_outputs=FOLDER`."
     )
+
+
+def _check_items(folder: Path, ranking: NDArray[np.int32], n_items: int) -> None:
+    """Reject items that the catalogue does not have."""
+    lowest, highest = int(ranking.min()), int(ranking.max())
+    if lowest < 0 or highest >= n_items:
+        row = int(np.argmax(((ranking < 0) | (ranking >= n_items)).any(axis=1)))
+        raise _invalid(
+            folder, f"line {row + 1} of {RANKING} has an item outside 0..{n_items - 1} ({lowest}..{highest})"
+        )
 
 
 def _check_repeated(folder: Path, ranking: NDArray[np.int32]) -> None:

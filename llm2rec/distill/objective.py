@@ -20,7 +20,7 @@ from llm2rec.distill.kd_losses import (
     row_confidence_weights,
     sampled_catalogue,
 )
-from llm2rec.distill.settings import DistillSettings, RankingSettings
+from llm2rec.distill.settings import DistillSettings, EmbeddingSettings, RankingSettings
 from llm2rec.distill.student import DistilledStudent
 from llm2rec.student.catalogue import catalogue_logsumexp, fits_in_a_tile, scores_of
 from llm2rec.student.datamodule import SequenceBatch
@@ -144,11 +144,20 @@ def distillation_losses(
             consistency_logits=model.logits_without_dropout(*batch.inputs) if again else logits,
         )
     if settings.embedding.alignment_weight > 0:
-        embedding = settings.embedding
-        aligned = model.alignment(batch.targets, embedding.alignment, embedding.alignment_temperature)
-        losses["loss_alignment"] = row_weights * aligned
-        losses["loss"] = losses["loss"] + embedding.alignment_weight * losses["loss_alignment"]
+        _add_alignment(losses, row_weights, model, batch.targets, settings.embedding)
     return losses
+
+
+def _add_alignment(
+    losses: dict[str, Tensor],
+    row_weights: Tensor,
+    model: DistilledStudent,
+    targets: Tensor,
+    embedding: EmbeddingSettings,
+) -> None:
+    aligned = model.alignment(targets, embedding.alignment, embedding.alignment_temperature)
+    losses["loss_alignment"] = row_weights * aligned
+    losses["loss"] = losses["loss"] + embedding.alignment_weight * losses["loss_alignment"]
 
 
 def objective(

@@ -312,10 +312,7 @@ class Caser(SequentialRecommender):
     ) -> None:
         super().__init__(n_items, width, max_length, dropout, tie_items)
         heights = list(range(1, max_length + 1) if heights is None else heights)
-        if min(n_horizontal, n_vertical) < 1:
-            raise ConfigError(
-                f"expected `n_horizontal` and `n_vertical` of at least 1, got {n_horizontal} and {n_vertical}."
-            )
+        _at_least_1(n_horizontal=n_horizontal, n_vertical=n_vertical)
         if not heights or len(set(heights)) < len(heights) or min(heights) < 1 or max(heights) > max_length:
             raise ConfigError(
                 f"`heights` is {heights}, expected different heights from 1 to `max_length`, which is {max_length}."
@@ -365,11 +362,7 @@ def _last(states: Tensor, lengths: Tensor) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
 
 
-MODELS: dict[str, type[SequentialRecommender]] = {
-    "sasrec": SASRec,
-    "gru4rec": GRU4Rec,
-    "caser": Caser,
-}
+MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec, "caser": Caser}
 """Students by ``student.name``."""
 
 

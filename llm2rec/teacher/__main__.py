@@ -22,7 +22,7 @@ from llm2rec.data import RecData, title_agreement
 from llm2rec.stage import build, built_object, open_data, open_engine, open_masking, stage
 from llm2rec.student.datamodule import Rows, SeenItems
 from llm2rec.student.samples import Answers, log_recommendations
-from llm2rec.teacher.borrowed_student import open_recommender
+from llm2rec.teacher.borrowed_student import BorrowedStudent, open_recommender
 from llm2rec.teacher.factory import build_teacher
 from llm2rec.teacher.gate_cache import GateCache, TeacherRows
 from llm2rec.teacher.ilora_model import ItemTeacher, LLMTeacher
@@ -81,12 +81,7 @@ def main(cfg: Config, run: Run) -> None:
     run.keep(language_model=weights_hash(source))
     train, validation = (Rows.of(data, split) for split in ("train", "validation"))
     masked = open_masking(cfg, run, data)
-    settings = settings.excluding(masked)
-    if settings.exclude_history and not masked and engine.is_main:
-        logger.warning(
-            "teacher.exclude_history is true, but rankings keep the items of a user's past: the teacher ranks fewer "
-            "items than students do; compare them with metrics.mask_seen=true"
-        )
+    settings = _excluding(settings, masked, engine)
     model, recipe = build_teacher(
         llm, source, settings, data, train.targets.numpy(), engine.device, recommender, cfg.seed
     )
@@ -110,17 +105,9 @@ def main(cfg: Config, run: Run) -> None:
     log_recommendations(engine, recommendations_of(model.eval(), data), validation, data.items)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if engine.is_main:
-        # Without the path of a trained recommender on this machine.
-        options = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
-        training = validated_on(training_on(data, run, settings.train_rows, settings.validation_rows), model, settings)
-        about = (llm.name, recipe.source, settings.tuning, settings.objective, training, {"teacher": options})
-        card = teacher_card(*about, is_trained=trained > 0 and settings.training.epochs > 0)
+        card = _card(run, data, model, settings, llm.name, recipe.source, is_trained=trained > 0)
         save_teacher(run.folder / "teacher", model.eval(), recipe, card)
-    gate = f" ({recommender.name} gate)" if recommender is not None and model.gate_input == "sequence" else ""
-    label = f"{settings.name} {llm.name}{settings.label}{gate}"
-    parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
-    run.note(label=label, parameters=parameters, trained_parameters=trained)
-
+    _describe(run, model, f"{settings.name} {llm.name}{settings.label}", recommender, trained)
     if labelled is not None:
         with run.phase("export_gate_inputs"):
             rows = cache.rows(train, labelled)
@@ -132,6 +119,35 @@ def main(cfg: Config, run: Run) -> None:
     if engine.is_main:
         shutil.rmtree(kept, ignore_errors=True)  # the finished teacher has its own copy
     engine.close()
+
+
+def _excluding(settings: TeacherSettings, masked: bool, engine: Engine) -> TeacherSettings:
+    """The settings with `exclude_history` resolved; warns if the teacher will rank fewer items than students."""
+    settings = settings.excluding(masked)
+    if settings.exclude_history and not masked and engine.is_main:
+        logger.warning(
+            "teacher.exclude_history is true, but rankings keep the items of a user's past: the teacher ranks fewer "
+            "items than students do; compare them with metrics.mask_seen=true"
+        )
+    return settings
+
+
+def _card(
+    run: Run, data: RecData, model: LLMTeacher, settings: TeacherSettings, llm: str, source: str, is_trained: bool
+) -> str:
+    """The model card of a run's teacher."""
+    training = validated_on(training_on(data, run, settings.train_rows, settings.validation_rows), model, settings)
+    # Without the path of a trained recommender on this machine.
+    options = {k: v for k, v in run.config["teacher"].items() if k != "recommender_run"}
+    about = (llm, source, settings.tuning, settings.objective, training, {"teacher": options})
+    return teacher_card(*about, is_trained=is_trained and settings.training.epochs > 0)
+
+
+def _describe(run: Run, model: LLMTeacher, label: str, recommender: BorrowedStudent | None, trained: int) -> None:
+    """Record label and sizes of a finished teacher."""
+    gate = f" ({recommender.name} gate)" if recommender is not None and model.gate_input == "sequence" else ""
+    parameters = model_size(model) + (recommender.n_parameters if recommender is not None else 0)
+    run.note(label=f"{label}{gate}", parameters=parameters, trained_parameters=trained)
 
 
 def export_outputs(

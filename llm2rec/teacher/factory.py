@@ -152,20 +152,7 @@ def build_teacher(
     gate_width = recommender.width if recommender is not None and recipe.gate_input == "sequence" else None
     config = adapter_config(settings, gate_width)  # before the model is loaded
     _check_export(settings, data)
-    problem, remedy = f"llm: {source!r} cannot be loaded", "Fetch its files again, or name another model."
-    with readable(ConfigError, problem, remedy):
-        tokenizer = load_tokenizer(source, llm)
-    prompts = build_prompts(recipe.objective, tokenizer, data, llm.prompt, seed)
-    if isinstance(prompts, TitlePrompts):
-        prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
-    with readable(ConfigError, problem, remedy):
-        base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
-    check_positions(base, llm.prompt)
-    check_vocabulary(base, prompts.largest_token(), tokenizer, source)
-    if isinstance(prompts, TitlePrompts):
-        _check_side_by_side(base, prompts, llm.prompt)
-    else:
-        check_hidden_states(base, source, "teacher.objective=item")
+    base, prompts = _open_model(llm, source, recipe, data, device, seed)
     bias = popularity_bias(targets, data.n_items, settings.popularity_prior)
     with readable(ConfigError, f"a language model of type {base.config.model_type!r} cannot read texts", _OTHER_MODEL):
         items = _read_items(base, prompts, recipe, bias, device)
@@ -179,6 +166,27 @@ def build_teacher(
         if isinstance(teacher.head, JoinedHead):
             teacher.head.residual_dropout = settings.residual_dropout
     return teacher.to(device), recipe
+
+
+def _open_model(
+    llm: LLMSettings, source: str, recipe: TeacherRecipe, data: RecData, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, PromptBuilder]:
+    """The frozen language model and its prompts, checked against each other."""
+    problem, remedy = f"llm: {source!r} cannot be loaded", "Fetch its files again, or name another model."
+    with readable(ConfigError, problem, remedy):
+        tokenizer = load_tokenizer(source, llm)
+    prompts = build_prompts(recipe.objective, tokenizer, data, llm.prompt, seed)
+    if isinstance(prompts, TitlePrompts):  # before the model is loaded
+        prompts.check_candidates(recipe.title["n_candidates"] or None, hybrid=recipe.hybrid)
+    with readable(ConfigError, problem, remedy):
+        base = load_model(source, llm, recipe.precision, device, writes=recipe.objective == "title")
+    check_positions(base, llm.prompt)
+    check_vocabulary(base, prompts.largest_token(), tokenizer, source)
+    if isinstance(prompts, TitlePrompts):
+        _check_side_by_side(base, prompts, llm.prompt)
+    else:
+        check_hidden_states(base, source, "teacher.objective=item")
+    return base, prompts
 
 
 def build_prompts(

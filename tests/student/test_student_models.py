@@ -302,8 +302,8 @@ def test_caser_truncates_long_histories_to_the_most_recent_items():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_horizontal": 0}, "of at least 1, got 0 and 4"),
-        ({"n_vertical": 0}, "of at least 1, got 16 and 0"),
+        ({"n_horizontal": 0}, "`n_horizontal` is 0, expected at least 1"),
+        ({"n_vertical": 0}, "`n_vertical` is 0, expected at least 1"),
         ({"heights": []}, r"`heights` is \[\]"),
         ({"heights": [0, 1]}, r"`heights` is \[0, 1\], expected different heights from 1 to `max_length`, which is 5"),
         ({"heights": [2, 6]}, r"`heights` is \[2, 6\]"),
