@@ -19,7 +19,9 @@ temperatures of mixtures by `llm2rec.ensemble`. ``--open-test`` then opens the t
   ``reading, distilled + ilora``, from a teacher that holds all kinds of members.
 
 A study takes hours on two processors and goes on where it stopped: finished runs in ``--work`` are found again, and the
-JSON file is written after each arm. ``--quick`` shows the same in a minute on generated data and a tiny random model.
+JSON file is written after each arm. ``--arms`` runs some arms only, so that several processes share the work; once they
+are done, a run without it collects everything. ``--quick`` shows the same in a minute on generated data and a tiny
+random model.
 """
 
 import argparse
@@ -36,8 +38,8 @@ from numpy.typing import NDArray
 
 from llm2rec.core.files import read_json
 from llm2rec.core.statistics import holm, paired_difference, quantile_groups, row_values
-from llm2rec.data import load
-from llm2rec.evaluate.scoring.scoring import popularity
+from llm2rec.data import RecData, load
+from llm2rec.evaluate.scoring.scoring import popularity, popularity_ranks
 from llm2rec.evaluate.scoring.slices import slices
 from llm2rec.launch import run
 from llm2rec.tune import tune
@@ -69,7 +71,7 @@ TAUGHT_SPACE: dict[str, Sequence[Any]] = {
     "distill.ranking.top_k": [50, 100],
 }
 READING_SPACE: dict[str, Sequence[Any]] = {
-    "distill.embedding.fusion_scale": [1.0, 3.0, 10.0],
+    "distill.embedding.fusion_scale": [2.0, 4.0, 8.0],
     "distill.embedding.whitening": [0.0, 0.5],
     "distill.embedding.id_dropout": [0.0, 0.2],
 }
@@ -100,7 +102,7 @@ DISTILLED = [
     Arm("distilled + titles", True, "titles", ("distill=listwise",), {**AROUND_SPACE, **TAUGHT_SPACE}),
     Arm("reading", True, "titles", ("distill=reading",), {**AROUND_SPACE, **READING_SPACE}),
     *(
-        Arm(name, True, teacher, ("distill=listwise",), {**AROUND_SPACE, **TAUGHT_SPACE, **READING_SPACE})
+        Arm(name, True, teacher, ("distill=listwise_reading",), {**AROUND_SPACE, **TAUGHT_SPACE, **READING_SPACE})
         for name, teacher in (("reading, distilled", "ids"), ("reading, distilled + titles", "titles"))
     ),
 ]
@@ -111,7 +113,7 @@ WITH_ILORA = replace(DISTILLED[-1], name="reading, distilled + ilora", teacher="
 ILORA = [
     "llm.prompt.max_items=5",
     "teacher.popularity_prior=1.0",
-    "teacher.training.epochs=2",
+    "teacher.training.epochs=1",
     "teacher.training.batch_size=64",
     "teacher.training.learning_rate=1e-3",
     "teacher.export.top_k=200",
@@ -125,7 +127,7 @@ SERVED: dict[str, tuple[list[str], int]] = {
     "blend": (WITHOUT_TITLES, 1),
     "blend + titles": ([], 1),
 }
-TEACHERS = {"ids": WITHOUT_TITLES, "titles": []}
+TEACHERS: dict[str, list[str]] = {"ids": WITHOUT_TITLES, "titles": [], "ilora": []}
 
 
 class Study:
@@ -150,6 +152,7 @@ class Study:
         ]
         self.arms = [arm for arm in DISTILLED if not options.quick or arm.name in QUICK_ARMS]
         self.arms += [WITH_ILORA] * (options.teacher_seeds > 0)
+        self.wanted = options.arms or ["ilora", *SERVED, *(arm.name for arm in self.arms)]
         self.runs: dict[str, dict[int, Path]] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
 
@@ -191,22 +194,28 @@ class Study:
     def go_on(self) -> Iterator[str]:
         """Run what is missing, arm by arm; yields the name of each arm that is there."""
         self.stage("data")
+        teacher_seeds = self.options.seeds[: self.options.teacher_seeds]
+        if teacher_seeds and "ilora" in self.wanted:
+            self.runs["ilora"] = {seed: self.stage("teacher", *ILORA, f"seed={seed}") for seed in teacher_seeds}
+            yield "ilora"
+        if self.wanted == ["ilora"]:
+            return
         self.train(SASREC)
         yield SASREC.name
         for name, (overrides, n_students) in SERVED.items():
+            if name not in self.wanted:
+                continue
             seeds = self.options.seeds if n_students else self.options.seeds[:1]
             self.runs[name] = {
                 seed: self.mix(f"{plain(name)}_{seed}", overrides, [seed][:n_students]) for seed in seeds
             }
             yield name
-        for name, overrides in TEACHERS.items():
-            self.runs[f"teacher: {name}"] = {0: self.mix(name, overrides, self.options.seeds[:MEMBERS])}
-        if teacher_seeds := self.options.seeds[: self.options.teacher_seeds]:
-            self.runs["ilora"] = {seed: self.stage("teacher", *ILORA, f"seed={seed}") for seed in teacher_seeds}
-            members = self.options.seeds[:MEMBERS], list(self.runs["ilora"].values())
-            self.runs["teacher: ilora"] = {0: self.mix("ilora", [], *members)}
-            yield "ilora"
-        for arm in self.arms:
+        arms = [arm for arm in self.arms if arm.name in self.wanted]
+        for teacher in dict.fromkeys(arm.teacher for arm in arms if arm.teacher is not None):
+            runs = list(self.runs["ilora"].values()) if teacher == "ilora" else []
+            mixed = self.mix(teacher, TEACHERS[teacher], self.options.seeds[:MEMBERS], runs)
+            self.runs[f"teacher: {teacher}"] = {0: mixed}
+        for arm in arms:
             self.train(arm)
             yield arm.name
 
@@ -226,7 +235,10 @@ class Study:
         """Open the test split: metrics by arm, gains with intervals over rows and seeds, slices, cost of serving."""
         folders = [folder for runs in self.runs.values() for folder in runs.values()]
         scored = self.stage("evaluate", f"runs=[{','.join(map(str, folders))}]", "report.baseline=null")
+        (prepared,) = (self.folder / "data" / "processed").glob("*")
+        data = load(prepared)
         ranks = {arm: np.stack([test_ranks(each) for each in runs.values()]) for arm, runs in self.runs.items()}
+        ranks["popularity"] = popularity_ranks(data, popularity(data), mask_seen=True).numpy()[None]
         values = {arm: np.stack([row_values(each, METRIC) for each in found]) for arm, found in ranks.items()}
         gains = {
             arm: paired_difference(each, values[SASREC.name]) for arm, each in values.items() if arm != SASREC.name
@@ -252,7 +264,7 @@ class Study:
             "over_blend": {
                 name: vars(paired_difference(values[with_it], values[name])) for name in ("blend", "blend + titles")
             },
-            "slices": self.slices(values, ranks),
+            "slices": slices_of(data, values, ranks),
             "milliseconds": {
                 arm: read_json(next(iter(runs.values())) / "metrics" / "test.json")["milliseconds"]
                 for arm, runs in self.runs.items()
@@ -265,30 +277,29 @@ class Study:
         arms = [arm.name for arm in (SASREC, *self.arms) if arm.language == language]
         return max(arms, key=lambda arm: statistics.mean(map(validated, self.runs[arm].values())))
 
-    def slices(
-        self, values: Mapping[str, NDArray[np.float64]], ranks: Mapping[str, NDArray[np.int64]]
-    ) -> dict[str, Any]:
-        """NDCG@20 and HR@20 by arm: thirds of popularity and of history length, and the slices of the evaluation."""
-        (prepared,) = (self.folder / "data" / "processed").glob("*")
-        data = load(prepared)
-        test = data.splits["test"].with_format("numpy")
-        numbers = {
-            "popularity": popularity(data)[np.asarray(test["target"][:])].astype(np.int64),
-            "history": np.asarray(test["position"][:], np.int64),
+
+def slices_of(
+    data: RecData, values: Mapping[str, NDArray[np.float64]], ranks: Mapping[str, NDArray[np.int64]]
+) -> dict[str, Any]:
+    """NDCG@20 and HR@20 by arm: thirds of popularity and of history length, and the slices of the evaluation."""
+    test = data.splits["test"].with_format("numpy")
+    numbers = {
+        "popularity": popularity(data)[np.asarray(test["target"][:])].astype(np.int64),
+        "history": np.asarray(test["position"][:], np.int64),
+    }
+    groups = {
+        f"{name} {each[rows].min()} to {each[rows].max()}": rows
+        for name, each in numbers.items()
+        for rows in quantile_groups(each, 3)
+    }
+    return {
+        name: {
+            "rows": len(rows),
+            METRIC: {arm: float(each[:, rows].mean()) for arm, each in values.items()},
+            "hr@20": {arm: float((each[:, rows] < 20).mean()) for arm, each in ranks.items()},
         }
-        groups = {
-            f"{name} {each[rows].min()} to {each[rows].max()}": rows
-            for name, each in numbers.items()
-            for rows in quantile_groups(each, 3)
-        }
-        return {
-            name: {
-                "rows": len(rows),
-                METRIC: {arm: float(each[:, rows].mean()) for arm, each in values.items()},
-                "hr@20": {arm: float((each[:, rows] < 20).mean()) for arm, each in ranks.items()},
-            }
-            for name, rows in {**groups, **{part.name: part.rows for part in slices(data)}}.items()
-        }
+        for name, rows in {**groups, **{part.name: part.rows for part in slices(data)}}.items()
+    }
 
 
 def plain(name: str) -> str:
@@ -318,9 +329,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=10, help="tries of each trained arm")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each arm's best")
     parser.add_argument("--teacher-seeds", type=int, default=0, help="seeds of iLoRA, hours each without a GPU")
+    parser.add_argument(
+        "--arms", type=lambda text: text.split(";"), help="arms to run, separated by ';'; all if not given"
+    )
     parser.add_argument("--open-test", action="store_true", help="open the test split of what is there")
     parser.add_argument("--quick", action="store_true", help="toy data, a tiny random model, a minute")
     options = parser.parse_args()
+    if options.open_test and options.arms:
+        parser.error("--open-test opens the test split of all arms at once; leave out --arms")
+    known = {SASREC.name, "ilora", *SERVED, *(arm.name for arm in (*DISTILLED, WITH_ILORA))}
+    if unknown := set(options.arms or []) - known:
+        parser.error(f"--arms has {sorted(unknown)}, expected some of {sorted(known)}")
     options.tries, n_seeds = (1, 2) if options.quick else (options.tries, options.seeds)
     options.seeds = list(range(1, n_seeds + 1))
     options.training = ["student.training.epochs=2"] if options.quick else []
