@@ -13,7 +13,7 @@ from llm2rec.core.errors import CheckpointError, ConfigError
 from llm2rec.core.files import write_json
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.core.run import latest_runs
-from llm2rec.data import Toy, prepare
+from llm2rec.data import CsvTables, Toy, prepare
 from llm2rec.evaluate.__main__ import _each_once, _folders
 from llm2rec.evaluate.labels import differences, labels_of, unlike
 from llm2rec.evaluate.scoring.scoring import (
@@ -82,6 +82,23 @@ def test_popularity_counts_all_training_interactions(data):
         unseen.append(sum(counts[i] >= counts[row["target"]] for i in range(data.n_items) if i not in seen))
     masked = score_popularity(data, Protocol(PROTOCOL.ks, mask_seen=True))
     assert masked.metrics == ranking_metrics(torch.tensor(unseen), PROTOCOL.ks)
+
+
+def test_targets_that_are_new_to_their_user_are_a_slice_where_others_repeat(tmp_path):
+    rng = np.random.default_rng(1)
+    visits = [f"u{user},i{item},{time}" for user in range(20) for time, item in enumerate(rng.integers(12, size=9))]
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("interactions", "items")}
+    titles = [f"i{item},Title {item}" for item in range(12)]
+    (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *visits, ""]))
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *titles, ""]))
+    data = prepare(CsvTables(**files, history_length=3), tmp_path / "processed")
+    new = [
+        number
+        for number, row in enumerate(data.splits["test"])
+        if row["target"] not in data.sequences[row["user_index"]]["items"][: row["position"]]
+    ]
+    assert 0 < len(new) < 20
+    assert {part.name: part.rows.tolist() for part in slices(data)}["new"] == new
 
 
 def test_slices_are_those_of_plain_loops(data, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm2rec.core.metrics import ranking_metrics
 from llm2rec.data import RecData
-from llm2rec.student.datamodule import Rows
+from llm2rec.student.datamodule import Rows, SeenItems
 
 __all__ = ["Slice", "slice_metrics", "slices"]
 
@@ -35,9 +35,10 @@ class Slice:
 def slices(data: RecData) -> list[Slice]:
     """The slices of a dataset that have rows.
 
-    ``untrained``: rows whose target occurs in no history and as no target of the training rows. Where the data gives an
-    order of ties (`RecData.tie_order`), ``ascending`` and ``descending``: rows whose target comes after and before the
-    last item of the history in that order.
+    ``untrained``: rows whose target occurs in no history and as no target of the training rows. ``new``: rows whose
+    target their user did not have before, if others repeat an item. Where the data gives an order of ties
+    (`RecData.tie_order`), ``ascending`` and ``descending``: rows whose target comes after and before the last item of
+    the history in that order.
     """
     test = Rows.of(data, "test", 1)
     targets = test.targets.numpy().astype(np.int64)
@@ -50,6 +51,15 @@ def slices(data: RecData) -> list[Slice]:
             np.flatnonzero(~is_trained[targets]),
         )
     ]
+    place, seen = SeenItems(test).pairs(np.arange(len(targets)))
+    is_new = np.ones(len(targets), bool)
+    is_new[place[seen == torch.from_numpy(targets)[place]]] = False
+    if not is_new.all():
+        note = (
+            "Where rankings leave out seen items, a repeated target stays in without its rivals: any model that "
+            "prefers seen items ranks it first."
+        )
+        found.append(Slice("new", "targets that their user did not have before", note, np.flatnonzero(is_new)))
     if (order := data.tie_order) is not None:
         step = order[targets] - order[test.histories()[0][:, 0]]
         note = (
