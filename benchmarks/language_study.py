@@ -33,15 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from harness import existing, write_result
 from numpy.typing import NDArray
 
 from llm2rec.core.files import read_json
+from llm2rec.core.ranking import Catalogue, ranks_in_blocks
 from llm2rec.core.statistics import holm, paired_difference, quantile_groups, row_values
 from llm2rec.data import RecData, load
 from llm2rec.evaluate.scoring.scoring import popularity, popularity_ranks
 from llm2rec.evaluate.scoring.slices import slices
 from llm2rec.launch import run
+from llm2rec.student.datamodule import Rows, SeenItems
+from llm2rec.student.models import load_student
 from llm2rec.tune import tune
 from llm2rec.tune.process import validation_history
 
@@ -232,14 +236,46 @@ class Study:
         }
 
     def test(self) -> dict[str, Any]:
-        """Open the test split: metrics by arm, gains with intervals over rows and seeds, slices, cost of serving."""
+        """Open the test split: comparisons, and cost of serving."""
         folders = [folder for runs in self.runs.values() for folder in runs.values()]
         scored = self.stage("evaluate", f"runs=[{','.join(map(str, folders))}]", "report.baseline=null")
-        (prepared,) = (self.folder / "data" / "processed").glob("*")
-        data = load(prepared)
+        data = self.data()
         ranks = {arm: np.stack([test_ranks(each) for each in runs.values()]) for arm, runs in self.runs.items()}
         ranks["popularity"] = popularity_ranks(data, popularity(data), mask_seen=True).numpy()[None]
-        values = {arm: np.stack([row_values(each, METRIC) for each in found]) for arm, found in ranks.items()}
+        best, values = self.best_student(language=True), values_of(ranks)
+        return {
+            **self.compared(data, "test", ranks),
+            "over_blend": {
+                name: vars(paired_difference(values[best], values[name])) for name in ("blend", "blend + titles")
+            },
+            "milliseconds": {
+                arm: read_json(next(iter(runs.values())) / "metrics" / "test.json")["milliseconds"]
+                for arm, runs in self.runs.items()
+            },
+            "report": scored.name,
+        }
+
+    def students_on_validation(self) -> dict[str, Any]:
+        """The same comparisons of the trained students on validation, which chose their options: optimistic."""
+        data = self.data()
+        arms = [arm.name for arm in (SASREC, *self.arms)]
+        ranks = {arm: np.stack([validation_ranks(each, data) for each in self.runs[arm].values()]) for arm in arms}
+        return self.compared(data, "validation", ranks)
+
+    def data(self) -> RecData:
+        """The prepared data set."""
+        (prepared,) = (self.folder / "data" / "processed").glob("*")
+        return load(prepared)
+
+    def compared(self, data: RecData, split: str, ranks: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
+        """Metrics by arm, gains with intervals over rows and seeds, and slices.
+
+        Args:
+            data: The data set.
+            split: ``validation`` or ``test``.
+            ranks: 0-based ranks of the targets of its M rows by arm, shape ``(runs, M)``.
+        """
+        values = values_of(ranks)
         gains = {
             arm: paired_difference(each, values[SASREC.name]) for arm, each in values.items() if arm != SASREC.name
         }
@@ -261,15 +297,7 @@ class Study:
                 "without": without,
                 **vars(paired_difference(values[with_it], values[without])),
             },
-            "over_blend": {
-                name: vars(paired_difference(values[with_it], values[name])) for name in ("blend", "blend + titles")
-            },
-            "slices": slices_of(data, values, ranks),
-            "milliseconds": {
-                arm: read_json(next(iter(runs.values())) / "metrics" / "test.json")["milliseconds"]
-                for arm, runs in self.runs.items()
-            },
-            "report": scored.name,
+            "slices": slices_of(data, split, ranks),
         }
 
     def best_student(self, language: bool) -> str:
@@ -278,14 +306,17 @@ class Study:
         return max(arms, key=lambda arm: statistics.mean(map(validated, self.runs[arm].values())))
 
 
-def slices_of(
-    data: RecData, values: Mapping[str, NDArray[np.float64]], ranks: Mapping[str, NDArray[np.int64]]
-) -> dict[str, Any]:
+def values_of(ranks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
+    """NDCG@20 of each run and row, by arm."""
+    return {arm: np.stack([row_values(each, METRIC) for each in found]) for arm, found in ranks.items()}
+
+
+def slices_of(data: RecData, split: str, ranks: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
     """NDCG@20 and HR@20 by arm: thirds of popularity and of history length, and the slices of the evaluation."""
-    test = data.splits["test"].with_format("numpy")
+    values, table = values_of(ranks), data.splits[split].with_format("numpy")
     numbers = {
-        "popularity": popularity(data)[np.asarray(test["target"][:])].astype(np.int64),
-        "history": np.asarray(test["position"][:], np.int64),
+        "popularity": popularity(data)[np.asarray(table["target"][:])].astype(np.int64),
+        "history": np.asarray(table["position"][:], np.int64),
     }
     groups = {
         f"{name} {each[rows].min()} to {each[rows].max()}": rows
@@ -298,7 +329,7 @@ def slices_of(
             METRIC: {arm: float(each[:, rows].mean()) for arm, each in values.items()},
             "hr@20": {arm: float((each[:, rows] < 20).mean()) for arm, each in ranks.items()},
         }
-        for name, rows in {**groups, **{part.name: part.rows for part in slices(data)}}.items()
+        for name, rows in {**groups, **{part.name: part.rows for part in slices(data, split)}}.items()
     }
 
 
@@ -310,6 +341,19 @@ def plain(name: str) -> str:
 def validated(folder: Path) -> float:
     """Best validation metric of a run."""
     return max(validation_history(folder))
+
+
+@torch.inference_mode()
+def validation_ranks(folder: Path, data: RecData) -> NDArray[np.int64]:
+    """0-based ranks of the validation targets by the student of a run, seen items left out, shape ``(M,)``."""
+    model = load_student(folder)
+    rows, catalogue = Rows.of(data, "validation", model.max_length), Catalogue(model.output_items.vectors())
+    seen = SeenItems(rows)
+    found = []
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 512)):
+        batch = rows.batch(part)
+        found.append(ranks_in_blocks(model(*batch.inputs), catalogue, batch.targets, seen.pairs(part)))
+    return torch.cat(found).numpy()
 
 
 def test_ranks(folder: Path) -> NDArray[np.int64]:
@@ -402,6 +446,9 @@ def main() -> None:
             write()
             by_seed = results[study.name]["validation"][arm]["by_seed"]
             print(f"{study.name}: {arm}: {statistics.mean(by_seed.values()):.4f} on validation", flush=True)
+        if options.arms is None:
+            results[study.name]["students_on_validation"] = study.students_on_validation()
+            write()
         if options.open_test:
             results[study.name]["test"] = study.test()
             write()

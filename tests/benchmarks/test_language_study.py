@@ -27,6 +27,11 @@ def test_a_study_in_small_measures_what_the_language_model_adds_and_finds_its_ru
 
     chosen = study()
     assert "test" not in chosen["samples"]["toy"], "the test split stays closed"
+    again = chosen["samples"]["toy"]["students_on_validation"]["metrics"]
+    assert again.keys() == {"sasrec", *language_study.QUICK_ARMS}
+    for arm, found in again.items():
+        best = chosen["samples"]["toy"]["validation"][arm]["by_seed"].values()
+        assert found["ndcg@20"] == pytest.approx(list(best)), "the weights that were kept are those that validated best"
     runs = sorted((tmp_path / "language_study").rglob("run.json"))
     opened = study("--open-test")
     assert opened["samples"]["toy"]["validation"].keys() == chosen["samples"]["toy"]["validation"].keys()

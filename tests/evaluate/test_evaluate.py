@@ -92,13 +92,14 @@ def test_targets_that_are_new_to_their_user_are_a_slice_where_others_repeat(tmp_
     (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *visits, ""]))
     (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *titles, ""]))
     data = prepare(CsvTables(**files, history_length=3), tmp_path / "processed")
-    new = [
-        number
-        for number, row in enumerate(data.splits["test"])
-        if row["target"] not in data.sequences[row["user_index"]]["items"][: row["position"]]
-    ]
-    assert 0 < len(new) < 20
-    assert {part.name: part.rows.tolist() for part in slices(data)}["new"] == new
+    for split in ("validation", "test"):
+        new = [
+            number
+            for number, row in enumerate(data.splits[split])
+            if row["target"] not in data.sequences[row["user_index"]]["items"][: row["position"]]
+        ]
+        assert 0 < len(new) < 20
+        assert {part.name: part.rows.tolist() for part in slices(data, split)}["new"] == new
 
 
 def test_slices_are_those_of_plain_loops(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Slices of the test split: rows that are reported apart, beside all rows."""
+"""Slices of a split: rows that are reported apart, beside all rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["Slice", "slice_metrics", "slices"]
 
 @dataclass(frozen=True)
 class Slice:
-    """Some test rows.
+    """Some rows of a split.
 
     Attributes:
         name: Its key in JSON files.
@@ -32,16 +32,16 @@ class Slice:
     rows: NDArray[np.int64]
 
 
-def slices(data: RecData) -> list[Slice]:
-    """The slices of a dataset that have rows.
+def slices(data: RecData, split: str = "test") -> list[Slice]:
+    """The slices of a split that have rows.
 
     ``untrained``: rows whose target occurs in no history and as no target of the training rows. ``new``: rows whose
     target their user did not have before, if others repeat an item. Where the data gives an order of ties
     (`RecData.tie_order`), ``ascending`` and ``descending``: rows whose target comes after and before the last item of
     the history in that order.
     """
-    test = Rows.of(data, "test", 1)
-    targets = test.targets.numpy().astype(np.int64)
+    all_rows = Rows.of(data, split, 1)
+    targets = all_rows.targets.numpy().astype(np.int64)
     is_trained = Rows.of(data, "train").occurring().numpy()
     found = [
         Slice(
@@ -51,7 +51,7 @@ def slices(data: RecData) -> list[Slice]:
             np.flatnonzero(~is_trained[targets]),
         )
     ]
-    place, seen = SeenItems(test).pairs(np.arange(len(targets)))
+    place, seen = SeenItems(all_rows).pairs(np.arange(len(targets)))
     is_new = np.ones(len(targets), bool)
     is_new[place[seen == torch.from_numpy(targets)[place]]] = False
     if not is_new.all():
@@ -61,7 +61,7 @@ def slices(data: RecData) -> list[Slice]:
         )
         found.append(Slice("new", "targets that their user did not have before", note, np.flatnonzero(is_new)))
     if (order := data.tie_order) is not None:
-        step = order[targets] - order[test.histories()[0][:, 0]]
+        step = order[targets] - order[all_rows.histories()[0][:, 0]]
         note = (
             "Where many users have their last two items at the same time, a model that has learnt the order of ties "
             "gains from it on ascending rows."
@@ -76,7 +76,7 @@ def slice_metrics(ranks: Tensor, parts: Sequence[Slice], ks: Sequence[int]) -> d
     """HR and NDCG of slices, by name.
 
     Args:
-        ranks: 0-based ranks of all test targets, shape ``(M,)``.
+        ranks: 0-based ranks of all targets of the split, shape ``(M,)``.
         parts: The slices.
         ks: Cut-offs.
     """
