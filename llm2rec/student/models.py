@@ -362,7 +362,11 @@ def _last(states: Tensor, lengths: Tensor) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
 
 
-MODELS: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec, "caser": Caser}
+MODELS: dict[str, type[SequentialRecommender]] = {
+    "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
+    "caser": Caser,
+}
 """Students by ``student.name``."""
 
 
